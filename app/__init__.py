@@ -1,0 +1,1 @@
+"""The gateway process: OpenAI HTTP in, SSE out."""

@@ -1,0 +1,1 @@
+"""The gateway's dialect of the OpenAI HTTP API."""

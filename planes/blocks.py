@@ -1,0 +1,94 @@
+"""Block names: one 64-bit hash for each full block of a prompt, which names all tokens up to the block's end.
+
+    digest_i = mix(sum_k token_{i,k} * coefficient_k)            one multilinear hash per block
+    acc_i    = root + sum_{j<=i} digest_j * position_j           all mod 2**64, position_j odd
+    name_i   = mix(acc_i)
+
+Every line is one vectorised numpy expression over all blocks, and `mix` is a bijection, so a name can be continued
+(`continue_names`) from the name before it. Names steer routing only: engines compare tokens (vLLM by sha256, the sim
+engine by its own chain), so a collision costs a wrong guess, never a wrong answer (`docs/adr/0004-block-names.md`).
+
+Source of `mix`: the finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+"""
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+Hashes = npt.NDArray[np.uint64]
+Tokens = npt.NDArray[np.uint32]
+
+_M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_M1_INVERSE, _M2_INVERSE = np.uint64(pow(int(_M1), -1, 1 << 64)), np.uint64(pow(int(_M2), -1, 1 << 64))
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: Hashes) -> Hashes:
+    x = (x ^ (x >> np.uint64(30))) * _M1
+    x = (x ^ (x >> np.uint64(27))) * _M2
+    return x ^ (x >> np.uint64(31))
+
+
+def _unmix(x: Hashes) -> Hashes:
+    x = (x ^ (x >> np.uint64(31)) ^ (x >> np.uint64(62))) * _M2_INVERSE
+    x = (x ^ (x >> np.uint64(27)) ^ (x >> np.uint64(54))) * _M1_INVERSE
+    return x ^ (x >> np.uint64(30)) ^ (x >> np.uint64(60))
+
+
+@lru_cache(maxsize=64)
+def _odd_multipliers(count: int, stream: int) -> Hashes:
+    return _mix((np.arange(1, count + 1, dtype=np.uint64) + np.uint64(stream << 32)) * _GOLDEN) | np.uint64(1)
+
+
+@lru_cache(maxsize=4096)
+def root(model: str, salt: str = "", adapter: str = "") -> int:
+    """The name before the first block: prompts of other models, adapters or salts share no block."""
+    digest = hashlib.blake2b("\0".join((model, adapter, salt)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def name_blocks(tokens: Tokens, block_size: int, root_name: int) -> Hashes:
+    """Names of the full blocks of a prompt, in order; the rest of `tokens` after the last full block is ignored.
+
+    Args:  tokens: shape (n,), uint32.  root_name: from `root`.
+    Returns:  shape (n // block_size,), uint64.
+    """
+    return _names(tokens, block_size, int(_unmix(np.array([root_name], dtype=np.uint64))[0]), 0)
+
+
+def continue_names(parent: int, depth: int, tokens: Tokens, block_size: int) -> Hashes:
+    """Names of the full blocks in `tokens`, which follow the block named `parent`, the `depth`-th from the start.
+
+    `continue_names(root_name, 0, …)` equals `name_blocks(…, root_name)`.
+    """
+    return _names(tokens, block_size, int(_unmix(np.array([parent], dtype=np.uint64))[0]), depth)
+
+
+def _names(tokens: Tokens, block_size: int, acc: int, depth: int) -> Hashes:
+    count = len(tokens) // block_size
+    if not count:
+        return np.empty(0, dtype=np.uint64)
+    blocks = tokens[: count * block_size].reshape(count, block_size).astype(np.uint64) + np.uint64(1)
+    digests = _mix(blocks @ _odd_multipliers(block_size, 1))
+    positions = _odd_multipliers(_power_of_two(depth + count), 2)[depth : depth + count]
+    return _mix(np.uint64(acc) + np.cumsum(digests * positions, dtype=np.uint64))
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()
+
+
+def pack(names: Hashes) -> bytes:
+    return names.astype("<u8", copy=False).tobytes()
+
+
+def unpack(packed: bytes) -> Hashes:
+    """Raises:  ValueError if the length is no multiple of eight."""
+    return np.frombuffer(packed, dtype="<u8")
+
+
+def digest(names: Hashes) -> int:
+    """XOR of all names, 0 for none: equal sets have equal digests."""
+    return int(np.bitwise_xor.reduce(names)) if len(names) else 0

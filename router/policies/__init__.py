@@ -1,0 +1,1 @@
+"""Routing policies, one per file; each cites where its rule comes from."""

@@ -1,0 +1,73 @@
+"""What a routing policy sees and answers. A policy is a class with `choose`; `router/policies/` has one a file."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from planes.messages import EngineFacts, Role, WorkerId
+from router.latency import LatencyModel, LinkModel
+from router.request import Candidate, RoutableRequest
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One worker, as it looks to one request now. Load counts the last report plus this gateway's dispatches since."""
+
+    worker: WorkerId
+    role: Role
+    facts: EngineFacts
+    latency: LatencyModel
+    cached_tokens: int
+    """Leading prompt tokens of this request held here: whole blocks, less than the prompt."""
+    num_running: int
+    num_waiting: int
+    waiting_prefill_tokens: int
+    """Prompt tokens accepted and not computed yet."""
+    queue_s: float
+    """Predicted seconds until a prompt sent now would begin to be computed."""
+    kv_tokens: int
+    """Context tokens of the sequences that decode here, reserved ones included."""
+    free_blocks: int
+    utilisation: float
+    """Share of the last minute spent computing, 0.0 to 1.0 (exponentially weighted)."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetView:
+    """The workers that may serve a request; a worker of role `both` stands in both lists. Never empty in `decode`."""
+
+    prefill: Sequence[WorkerView]
+    decode: Sequence[WorkerView]
+    links: "Links"
+    now: float
+    rng: random.Random
+
+
+class Links(Protocol):
+    """Handover speeds, learned per pair."""
+
+    def link(self, prefill: WorkerId, decode: WorkerId) -> LinkModel:
+        """Never fails: an unknown pair answers with the priors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A policy's answer. `candidates` holds what it weighed (for explain); `chosen` is one of them.
+
+    `is_held`: the chosen worker is the right one but has enough to do; ask again when something has changed.
+    """
+
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    is_held: bool = False
+    held_because: str = ""
+
+
+class Policy(Protocol):
+    """Decides where a request goes. Stateless but for what it keeps in `self`; deterministic given `view.rng`."""
+
+    name: str
+
+    def choose(self, request: RoutableRequest, view: FleetView) -> Choice:
+        """Pick one way to serve `request`. Pure: reserving is the router's part."""

@@ -1,0 +1,109 @@
+"""What comes into the router and what comes out of it."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from planes.blocks import Hashes
+from planes.messages import RequestId, WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class RoutableRequest:
+    """All that routing may know of a request.
+
+    blocks: names of the prompt's full blocks (`planes/blocks.py`), per block size of the model's workers.
+    expected_tokens: completion tokens to plan with.  deadline: instant after which an answer is worthless.
+    """
+
+    request: RequestId
+    model: str
+    blocks: Hashes
+    prompt_tokens: int
+    expected_tokens: int
+    deadline: float
+    priority: int = 0
+    """Class: 0 is served before 1, and so on."""
+    tenant: str = ""
+    slo_ttft_s: float | None = None
+    """Refuse at once when no worker is predicted to give the first token in time."""
+    excluded: frozenset[WorkerId] = frozenset()
+    """Workers that were just lost to this request (migration, retry)."""
+    is_local_only: bool = False
+    """Must be prefilled where it decodes (`n > 1`, resumed streams)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to serve a request, and what it would cost, in seconds. `prefill` is None: the decode worker does it."""
+
+    prefill: WorkerId | None
+    decode: WorkerId
+    cached_tokens: int
+    """Prompt tokens that the computing worker already holds."""
+    decode_cached_tokens: int
+    queue_s: float
+    prefill_s: float
+    handover_s: float
+    first_step_s: float
+    inflicted_s: float
+    """Slowdown of requests already there and still to come."""
+    total_s: float
+
+    @property
+    def ttft_s(self) -> float:
+        return self.queue_s + self.prefill_s + self.handover_s + self.first_step_s
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The router's answer: who prefills, who decodes; the reservation stands until `Router.release`."""
+
+    request: RequestId
+    prefill: WorkerId | None
+    decode: WorkerId
+    cached_tokens: int
+    decode_cached_tokens: int
+    predicted: Candidate
+    policy: str
+    held_s: float = 0.0
+    """How long the request waited in the gateway's queue before it was bound."""
+
+
+class Outcome(StrEnum):
+    """How a request ended, as the router needs to know it."""
+
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What really happened to a request, for the latency model and for explain; None where it never came so far."""
+
+    ttft_s: float | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    cached_tokens: int | None = None
+    handover_s: float | None = None
+    handover_bytes: int | None = None
+    completion_tokens: int = 0
+    outcome: Outcome = Outcome.FINISHED
+
+
+@dataclass(slots=True)
+class Explanation:
+    """Everything about one decision; served by `GET /v1/routes/{request_id}`."""
+
+    request: RequestId
+    policy: str
+    prompt_tokens: int
+    submitted_at: float
+    candidates: tuple[Candidate, ...] = ()
+    chosen: Candidate | None = None
+    held_s: float = 0.0
+    held_because: str = ""
+    refused_because: str = ""
+    observed: Observed | None = None
+    shadow: Candidate | None = field(default=None)

@@ -1,0 +1,1 @@
+"""The serving process: one engine, its formatter, its events, its streams."""
