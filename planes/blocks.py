@@ -28,7 +28,8 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 def _mix(x: Hashes) -> Hashes:
     x = (x ^ (x >> np.uint64(30))) * _M1
     x = (x ^ (x >> np.uint64(27))) * _M2
-    return x ^ (x >> np.uint64(31))
+    mixed: Hashes = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def _unmix(x: Hashes) -> Hashes:

@@ -22,7 +22,8 @@ def pack_tokens(tokens: list[int] | npt.NDArray[np.uint32]) -> bytes:
 
 def unpack_tokens(packed: bytes) -> list[int]:
     """Raises:  ValueError if the length is no multiple of four."""
-    return np.frombuffer(packed, dtype="<u4").tolist()
+    tokens: list[int] = np.frombuffer(packed, dtype="<u4").tolist()
+    return tokens
 
 
 class FinishReason(StrEnum):

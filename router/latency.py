@@ -17,8 +17,10 @@ class LatencyModel:
 
     def step_s(self, batch: int, kv_tokens: int) -> float:
         """Seconds of one decode step for `batch` sequences with `kv_tokens` of context in all."""
-        return self._prior.step_fixed_s + self._prior.step_per_sequence_s * batch + (
-            self._prior.step_per_kv_token_s * kv_tokens
+        return (
+            self._prior.step_fixed_s
+            + self._prior.step_per_sequence_s * batch
+            + (self._prior.step_per_kv_token_s * kv_tokens)
         )
 
 
