@@ -40,7 +40,8 @@ def _unmix(x: Hashes) -> Hashes:
 
 @lru_cache(maxsize=64)
 def _odd_multipliers(count: int, stream: int) -> Hashes:
-    return _mix((np.arange(1, count + 1, dtype=np.uint64) + np.uint64(stream << 32)) * _GOLDEN) | np.uint64(1)
+    odd: Hashes = _mix((np.arange(1, count + 1, dtype=np.uint64) + np.uint64(stream << 32)) * _GOLDEN) | np.uint64(1)
+    return odd
 
 
 @lru_cache(maxsize=4096)

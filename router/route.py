@@ -5,8 +5,8 @@ This file is the contract that the gateway and the simulator are written against
 
 from dataclasses import dataclass
 
-from planes.messages import KvEvents, LoadReport, Registration, RequestId, Snapshot, WorkerId
 from planes.errors import Rejected
+from planes.messages import KvEvents, LoadReport, Registration, RequestId, Snapshot, WorkerId
 from router.request import Explanation, Observed, RoutableRequest, Route
 
 
