@@ -35,7 +35,8 @@ def _mix(x: Hashes) -> Hashes:
 def _unmix(x: Hashes) -> Hashes:
     x = (x ^ (x >> np.uint64(31)) ^ (x >> np.uint64(62))) * _M2_INVERSE
     x = (x ^ (x >> np.uint64(27)) ^ (x >> np.uint64(54))) * _M1_INVERSE
-    return x ^ (x >> np.uint64(30)) ^ (x >> np.uint64(60))
+    unmixed: Hashes = x ^ (x >> np.uint64(30)) ^ (x >> np.uint64(60))
+    return unmixed
 
 
 @lru_cache(maxsize=64)
@@ -47,7 +48,7 @@ def _odd_multipliers(count: int, stream: int) -> Hashes:
 @lru_cache(maxsize=4096)
 def root(model: str, salt: str = "", adapter: str = "") -> int:
     """The name before the first block: prompts of other models, adapters or salts share no block."""
-    digest = hashlib.blake2b("\0".join((model, adapter, salt)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{model}\0{adapter}\0{salt}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
@@ -75,7 +76,8 @@ def _names(tokens: Tokens, block_size: int, acc: int, depth: int) -> Hashes:
     blocks = tokens[: count * block_size].reshape(count, block_size).astype(np.uint64) + np.uint64(1)
     digests = _mix(blocks @ _odd_multipliers(block_size, 1))
     positions = _odd_multipliers(_power_of_two(depth + count), 2)[depth : depth + count]
-    return _mix(np.uint64(acc) + np.cumsum(digests * positions, dtype=np.uint64))
+    names: Hashes = _mix(np.uint64(acc) + np.cumsum(digests * positions, dtype=np.uint64))
+    return names
 
 
 def _power_of_two(at_least: int) -> int:
