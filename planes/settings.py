@@ -1,0 +1,32 @@
+"""Reading a process's settings: one frozen dataclass gives flags, `HEADRACE_*` variables, defaults and help (ADR 7)."""
+
+import sys
+
+import cyclopts
+from cyclopts.config import Env
+
+from planes.errors import HeadraceError
+
+
+class UnusableSetting(HeadraceError):  # noqa: N818 - names what is wrong
+    """A setting that no start can use. The message names the setting, its value and what is allowed."""
+
+    code = "unusable_setting"
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        super().__init__(f"--{name.replace('_', '-')} is {value!r}: {allowed}")
+
+
+def command_line(name: str, summary: str) -> cyclopts.App:
+    """A command line whose flags may also come from `HEADRACE_<FLAG>`, whatever the command."""
+    return cyclopts.App(name=name, help=summary, config=Env("HEADRACE_", command=False), version_flags=[])
+
+
+def run(app: cyclopts.App) -> int:
+    """Run the command that `sys.argv` names. Returns the exit status: 2, after one line, if it could not start."""
+    try:
+        status = app(exit_on_error=False, print_error=False)
+    except (cyclopts.CycloptsError, HeadraceError) as exc:
+        print(f"headrace: {' '.join(str(exc).split())}", file=sys.stderr)  # noqa: T201 - the command line's own answer
+        return 2
+    return status if isinstance(status, int) else 0
