@@ -147,6 +147,13 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
     """The answer to Ping."""
 
 
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """Worker → gateway, its first frame: who answers here. An address may have passed on to another worker by now."""
+
+    worker: WorkerId
+    epoch: int
+
+
 class Usage(msgspec.Struct, frozen=True):
     """OpenAI's usage words, and what the worker measured."""
 
@@ -211,4 +218,4 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
 
 
 FromGateway = Generate | Cancel | Ping | Pong
-FromWorker = Step | Ping | Pong
+FromWorker = Step | Ping | Pong | Hello
