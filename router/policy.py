@@ -31,6 +31,8 @@ class WorkerView:
     free_blocks: int
     utilisation: float
     """Share of the last minute spent computing, 0.0 to 1.0 (exponentially weighted)."""
+    num_held: int = 0
+    """Blocks held here in all, of whichever prompts."""
 
 
 @dataclass(frozen=True, slots=True)
