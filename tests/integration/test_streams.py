@@ -1,0 +1,120 @@
+"""Gateway's and worker's ends of a stream over real sockets."""
+
+import asyncio
+import socket
+
+import pytest
+
+from planes.frames import Delta, Done, FinishReason, Format, Generate, Sampling, StreamId, Usage
+from planes.messages import RequestId, WorkerId
+from planes.streams import StreamLimits, StreamServer, WorkerConnection, WorkerUnreachable
+
+pytestmark = pytest.mark.integration
+
+WORKER = WorkerId("d0")
+
+
+class Echo:
+    """Answers each prompt with its bytes, one Delta, then Done."""
+
+    def __init__(self):
+        self.is_gone = asyncio.Event()
+
+    def generate(self, connection, request):
+        connection.post(Delta(request.stream, request.prompt, [1]))
+        connection.post(Done(request.stream, FinishReason.STOP, Usage(1, 1, 0)))
+
+    def cancel(self, connection, stream): ...
+
+    def gone(self, connection):
+        self.is_gone.set()
+
+
+class Collect:
+    def __init__(self):
+        self.payloads = []
+        self.ended = asyncio.get_running_loop().create_future()
+
+    def on_delta(self, payload, tokens):
+        self.payloads.append(payload)
+
+    def on_done(self, done):
+        self.ended.set_result("done")
+
+    def on_failed(self, failed):
+        self.ended.set_result(failed)
+
+    def on_lost(self, error):
+        self.ended.set_result(str(error))
+
+
+def generate(prompt: bytes) -> Generate:
+    return Generate(StreamId(0), RequestId("r"), prompt, Sampling(max_tokens=1), Format("chat", "i", "m", 0))
+
+
+def soon() -> float:
+    return asyncio.get_running_loop().time() + 5
+
+
+@pytest.fixture
+async def served():
+    handler = Echo()
+    server = StreamServer(handler, worker=WORKER, epoch=7, limits=StreamLimits(ping_s=0.05, dead_s=0.2))
+    port = await server.listen("127.0.0.1", 0)
+    yield handler, server, f"127.0.0.1:{port}"
+    await server.stop()
+
+
+async def test_many_requests_share_one_connection_and_prompts_may_be_long(served):
+    handler, _, address = served
+    connection = await WorkerConnection.open(WORKER, 7, address, deadline=soon())
+    sinks = [Collect() for _ in range(50)]
+    prompts = [bytes([i]) * (i * 20_000) for i in range(50)]
+    for sink, prompt in zip(sinks, prompts, strict=True):
+        connection.start(generate(prompt), sink)
+    async with asyncio.timeout(20):
+        assert [await sink.ended for sink in sinks] == ["done"] * 50
+    assert [sink.payloads for sink in sinks] == [[prompt] for prompt in prompts]
+    connection.close()
+    await asyncio.wait_for(handler.is_gone.wait(), 5)
+
+
+async def test_a_stopped_server_ends_the_streams(served):
+    _, server, address = served
+    connection = await WorkerConnection.open(WORKER, 7, address, deadline=soon())
+    await server.stop()
+    await asyncio.wait_for(connection.closed, 5)
+
+
+async def test_a_worker_that_hangs_is_found_dead_though_its_socket_is_open():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(WorkerUnreachable, match="before the deadline"):
+            await WorkerConnection.open(WORKER, 7, address, deadline=asyncio.get_running_loop().time() + 0.1)
+
+
+async def test_nobody_there_is_said_so(served):
+    _, server, address = served
+    await server.stop()
+    with pytest.raises(WorkerUnreachable, match=address):
+        await WorkerConnection.open(WORKER, 7, address, deadline=soon())
+    with pytest.raises(WorkerUnreachable, match="invalid literal"):
+        await WorkerConnection.open(WORKER, 7, "127.0.0.1:port", deadline=soon())
+
+
+async def test_a_foreign_epoch_at_the_address_is_refused(served):
+    _, _, address = served
+    with pytest.raises(WorkerUnreachable, match="d0 of epoch 7 answers there; wanted d0 of epoch 6"):
+        await WorkerConnection.open(WORKER, 6, address, deadline=soon())
+
+
+async def test_heartbeats_keep_a_quiet_connection_alive(served):
+    handler, _, address = served
+    limits = StreamLimits(ping_s=0.05, dead_s=0.2)
+    connection = await WorkerConnection.open(WORKER, 7, address, deadline=soon(), limits=limits)
+    heard = connection.num_bytes_received
+    await asyncio.sleep(0.6)  # three times as long as silence may last
+    assert connection.num_bytes_received > heard
+    assert not connection.closed.done()
+    assert not handler.is_gone.is_set()
+    connection.close()
