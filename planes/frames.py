@@ -82,6 +82,8 @@ class Ticket(msgspec.Struct, frozen=True):
     lease_s: float
     params: bytes
     """What the decode engine needs, as the prefill engine wrote it; opaque to the gateway."""
+    cached_tokens: int = 0
+    """Prompt tokens that the prefill worker did not have to compute: what the answer's usage says."""
 
 
 class LocalLeg(msgspec.Struct, frozen=True, tag="local"):
