@@ -1,0 +1,229 @@
+"""What the simulator serves: traces in Mooncake's format and fully specified synthetic loads, all drawn from a seed.
+
+A workload is a list of sessions. A session begins at a given instant; each of its turns follows the answer to the turn
+before after a think time. A load of independent requests (open loop) has one turn per session.
+
+Prompts have names of blocks but no tokens. A prompt is a path in a tree of segments (a system prompt, a document, a
+question): the id of the segment in which a block ends tells, together with all ids before it, what the block holds. So
+block names are `planes.blocks.name_blocks` over one id per block, and two prompts share names exactly as far as they
+share segments. `hash_ids` of a trace are such ids already.
+"""
+
+import gzip
+import itertools
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from planes.blocks import Hashes, name_blocks, root
+
+TRACE_BLOCK_SIZE: Final = 512
+"""Tokens behind one entry of `hash_ids`."""
+_ROOT: Final = root("simulated")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One request.
+
+    think_s: seconds from the end of the session's last answer (or from the session's start) until it is sent.
+    blocks: names of the full blocks of the prompt and, where a later turn continues it, of the answer.
+    """
+
+    think_s: float
+    prompt_tokens: int
+    completion_tokens: int
+    blocks: Hashes
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Turns that follow each other; `start_s` counts from the start of the run."""
+
+    start_s: float
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Sessions by start; all block names are for `block_size`."""
+
+    name: str
+    block_size: int
+    sessions: tuple[Session, ...]
+
+    @property
+    def num_requests(self) -> int:
+        return sum(len(session.turns) for session in self.sessions)
+
+    def scaled(self, rate: float) -> "Workload":
+        """The same sessions, starting `rate` times as fast; think times stay."""
+        if not rate > 0:
+            raise ValueError(f"the rate scale is {rate}; it must be above 0")
+        return replace(self, sessions=tuple(replace(each, start_s=each.start_s / rate) for each in self.sessions))
+
+    def limited(self, num_sessions: int) -> "Workload":
+        """The first `num_sessions` only."""
+        return replace(self, sessions=self.sessions[:num_sessions])
+
+
+def load(name: str, *, block_size: int, seed: int) -> Workload:
+    """The workload called `name`: a synthetic one, else a trace by name or path.
+
+    Raises:  FileNotFoundError if there is no such trace; ValueError if it does not fit `block_size` or is malformed.
+    """
+    if name in GENERATORS:
+        return Workload(name, block_size, tuple(GENERATORS[name](block_size, random.Random(seed))))
+    return read_trace(find_trace(name), block_size=block_size, seed=seed)
+
+
+# --- traces ----------------------------------------------------------------------------------------------------------
+
+
+def find_trace(name: str) -> Path:
+    """A path as it is; a name is looked for beside this file, in `$HEADRACE_TRACES` and in `../shared/traces`."""
+    here = Path(__file__).parent
+    folders = [here / "traces", here.parent.parent / "shared" / "traces"]
+    if folder := os.environ.get("HEADRACE_TRACES"):
+        folders.insert(1, Path(folder))
+    stems = [name, f"mooncake_{name}"]
+    found = [
+        path
+        for folder, stem, ending in itertools.product(folders, stems, (".jsonl.gz", ".jsonl", ""))
+        if (path := folder / f"{stem}{ending}").is_file()
+    ]
+    if Path(name).is_file():
+        return Path(name)
+    if not found:
+        synthetic = ", ".join(GENERATORS)
+        raise FileNotFoundError(f"no trace {name!r} in {', '.join(map(str, folders))}; synthetic loads are {synthetic}")
+    return found[0]
+
+
+def read_trace(path: Path, *, block_size: int, seed: int) -> Workload:
+    """A trace in Mooncake's format. Arrivals with one timestamp are spread uniformly until the next timestamp.
+
+    A block smaller than the trace's gets the id of the trace's block around it, so `block_size` must divide 512.
+    """
+    if TRACE_BLOCK_SIZE % block_size:
+        raise ValueError(f"block size {block_size} does not divide the {TRACE_BLOCK_SIZE} tokens of a trace's block")
+    text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+    records = sorted(map(json.loads, filter(None, text.splitlines())), key=lambda record: record["timestamp"])
+    rng = random.Random(seed)
+    batches = [list(batch) for _, batch in itertools.groupby(records, key=lambda record: record["timestamp"])]
+    instants = [batch[0]["timestamp"] / 1000 for batch in batches]
+    gaps = [later - sooner for sooner, later in itertools.pairwise(instants)]
+    sessions = []
+    for start, gap, batch in zip(instants, [*gaps, min(gaps, default=0.0)], batches, strict=True):
+        arrivals = sorted(start + rng.random() * gap for _ in batch)
+        sessions += [
+            Session(at - instants[0], (_trace_turn(record, block_size),))
+            for at, record in zip(arrivals, batch, strict=True)
+        ]
+    return Workload(path.name.split(".")[0], block_size, tuple(sessions))
+
+
+def _trace_turn(record: Mapping[str, object], block_size: int) -> Turn:
+    prompt_tokens, completion_tokens = _count(record, "input_length"), _count(record, "output_length")
+    ids = np.asarray(record["hash_ids"], dtype=np.uint32)
+    if len(ids) != -(-prompt_tokens // TRACE_BLOCK_SIZE):
+        raise ValueError(f"{len(ids)} hash_ids for {prompt_tokens} tokens; there must be one per {TRACE_BLOCK_SIZE}")
+    names = name_blocks(np.repeat(ids, TRACE_BLOCK_SIZE // block_size), 1, _ROOT)
+    return Turn(0.0, prompt_tokens, completion_tokens, names[: prompt_tokens // block_size])
+
+
+def _count(record: Mapping[str, object], field: str) -> int:
+    value = record[field]
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{field} is {value!r}; it must be a whole number above 0")
+    return value
+
+
+# --- synthetic loads -------------------------------------------------------------------------------------------------
+
+
+def segment_names(segments: Sequence[tuple[int, int]], block_size: int) -> Hashes:
+    """Block names of a prompt made of `(segment id, tokens)`; an id must always follow the same ids."""
+    ends = np.cumsum([tokens for _, tokens in segments])
+    last_tokens = np.arange(1, ends[-1] // block_size + 1) * block_size
+    ids = np.array([segment for segment, _ in segments], dtype=np.uint32)
+    return name_blocks(ids[np.searchsorted(ends, last_tokens)], 1, _ROOT)
+
+
+def poisson(rng: random.Random, duration_s: float, rate: Callable[[float], float], peak: float) -> Iterator[float]:
+    """Instants of a Poisson process with the given rate (requests/s, at most `peak`), by thinning."""
+    now = rng.expovariate(peak)
+    while now < duration_s:
+        if rng.random() * peak < rate(now):
+            yield now
+        now += rng.expovariate(peak)
+
+
+def shared_prefix(block_size: int, rng: random.Random) -> Iterator[Session]:
+    """llm-d's shared-prefix load: 150 groups of 5 prompts, 6000 tokens common to a group, 1200 of one's own, 1000 out.
+
+    Poisson arrivals whose rate rises evenly from 3 to 60 requests/s over 100 s. The 750 prompts come round after
+    round, shuffled for each.
+    """
+    groups, prompts, duration_s = 150, 5, 100.0
+    turns = [
+        Turn(0.0, 7200, 1000, segment_names([(group, 6000), (groups + group * prompts + own, 1200)], block_size))
+        for group in range(groups)
+        for own in range(prompts)
+    ]
+    deck: list[Turn] = []
+    for at in poisson(rng, duration_s, lambda now: 3 + 57 * now / duration_s, 60):
+        if not deck:
+            deck = rng.sample(turns, len(turns))
+        yield Session(at, (deck.pop(),))
+
+
+def prefix_repetition(block_size: int, rng: random.Random) -> Iterator[Session]:
+    """One of 100 prefixes of 512 tokens, then 128 tokens of one's own; 128 out; Poisson, 50 requests/s for 60 s."""
+    prefixes = 100
+    for number, at in enumerate(poisson(rng, 60.0, lambda _: 50, 50)):
+        segments = [(rng.randrange(prefixes), 512), (prefixes + number, 128)]
+        yield Session(at, (Turn(0.0, 640, 128, segment_names(segments, block_size)),))
+
+
+def agentic(block_size: int, rng: random.Random) -> Iterator[Session]:
+    """Agents: 20,000 tokens common to all, 10,000 of the session's own, 2048 more with every turn; 900 out; 30 turns.
+
+    48 sessions start as a Poisson process, one per 4 s; a turn follows the last answer after a think time (a tool's
+    run), exponential with mean 2 s. The prompt of a turn holds all earlier prompts and answers.
+    """
+    sessions, num_turns, start = 48, 30, 0.0
+    ids = itertools.count(1)
+    for _ in range(sessions):
+        start += rng.expovariate(1 / 4)
+        segments, turns = [(0, 20_000), (next(ids), 10_000)], []
+        for number in range(num_turns):
+            segments.append((next(ids), 2048))
+            prompt_tokens = sum(tokens for _, tokens in segments)
+            segments.append((next(ids), 900))
+            think_s = rng.expovariate(1 / 2) if number else 0.0
+            turns.append(Turn(think_s, prompt_tokens, 900, segment_names(segments, block_size)))
+        yield Session(start, tuple(turns))
+
+
+def uniform(block_size: int, rng: random.Random) -> Iterator[Session]:
+    """Nothing shared: 64 to 8192 tokens in, 16 to 512 out, uniformly; Poisson, 8 requests/s for 120 s."""
+    for number, at in enumerate(poisson(rng, 120.0, lambda _: 8, 8)):
+        prompt_tokens, completion_tokens = rng.randint(64, 8192), rng.randint(16, 512)
+        names = segment_names([(number, prompt_tokens)], block_size)
+        yield Session(at, (Turn(0.0, prompt_tokens, completion_tokens, names),))
+
+
+GENERATORS: Final[Mapping[str, Callable[[int, random.Random], Iterator[Session]]]] = {
+    "shared_prefix": shared_prefix,
+    "prefix_repetition": prefix_repetition,
+    "agentic": agentic,
+    "uniform": uniform,
+}
+"""Name → generator of a synthetic load."""

@@ -1,0 +1,119 @@
+import json
+
+import numpy as np
+import pytest
+
+from loadtest import workloads
+
+
+def shared_blocks(one, other):
+    same = one[: min(len(one), len(other))] == other[: min(len(one), len(other))]
+    return int(np.cumprod(same).sum())
+
+
+@pytest.fixture
+def trace(tmp_path):
+    records = [
+        {"timestamp": 0, "input_length": 1025, "output_length": 5, "hash_ids": [0, 1, 2]},
+        {"timestamp": 0, "input_length": 1024, "output_length": 6, "hash_ids": [0, 3]},
+        {"timestamp": 3000, "input_length": 600, "output_length": 7, "hash_ids": [0, 4]},
+    ]
+    path = tmp_path / "small.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return path
+
+
+def test_a_trace_names_full_blocks_only(trace):
+    turns = [session.turns[0] for session in workloads.read_trace(trace, block_size=512, seed=1).sessions]
+    assert [(turn.prompt_tokens, turn.completion_tokens, len(turn.blocks)) for turn in turns] == [
+        (1025, 5, 2),
+        (1024, 6, 2),
+        (600, 7, 1),
+    ]
+    assert shared_blocks(turns[0].blocks, turns[1].blocks) == 1
+    assert shared_blocks(turns[0].blocks, turns[2].blocks) == 1
+
+
+def test_smaller_blocks_share_what_their_trace_blocks_share(trace):
+    turns = [session.turns[0] for session in workloads.read_trace(trace, block_size=64, seed=1).sessions]
+    assert [len(turn.blocks) for turn in turns] == [16, 16, 9]
+    assert shared_blocks(turns[0].blocks, turns[1].blocks) == 8
+    assert len(set(turns[0].blocks.tolist())) == 16
+
+
+def test_a_block_size_that_does_not_divide_the_traces_is_refused(trace):
+    with pytest.raises(ValueError, match="block size 48 does not divide"):
+        workloads.read_trace(trace, block_size=48, seed=1)
+
+
+def test_arrivals_of_a_batch_are_spread_until_the_next(trace):
+    starts = [session.start_s for session in workloads.read_trace(trace, block_size=512, seed=1).sessions]
+    assert starts == sorted(starts)
+    assert 0 <= starts[0] < starts[1] < 3 <= starts[2] < 6
+
+
+def test_a_trace_without_a_name_for_each_block_is_refused(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"timestamp": 0, "input_length": 1025, "output_length": 5, "hash_ids": [0]}')
+    with pytest.raises(ValueError, match="1 hash_ids for 1025 tokens"):
+        workloads.read_trace(path, block_size=512, seed=1)
+
+
+def test_an_unknown_trace_names_what_there_is():
+    with pytest.raises(FileNotFoundError, match=r"no trace 'nothing'.*shared_prefix"):
+        workloads.find_trace("nothing")
+
+
+def test_the_conversation_trace_is_whole():
+    workload = workloads.load("conversation", block_size=512, seed=0)
+    assert workload.num_requests == 12_031
+    assert workload.name == "mooncake_conversation"
+    assert sum(session.turns[0].prompt_tokens for session in workload.sessions) / 12_031 == pytest.approx(12_035, abs=1)
+
+
+@pytest.mark.parametrize("name", workloads.GENERATORS)
+def test_the_same_seed_draws_the_same_load(name):
+    first, second, other = (workloads.load(name, block_size=512, seed=seed) for seed in (1, 1, 2))
+    starts = [[session.start_s for session in load.sessions] for load in (first, second, other)]
+    assert starts[0] == starts[1] != starts[2]
+    assert starts[0] == sorted(starts[0])
+    for mine, theirs in zip(first.sessions, second.sessions, strict=True):
+        assert all(np.array_equal(a.blocks, b.blocks) for a, b in zip(mine.turns, theirs.turns, strict=True))
+
+
+def test_shared_prefix_has_750_prompts_in_150_groups_and_ramps_up():
+    sessions = workloads.load("shared_prefix", block_size=16, seed=3).sessions
+    assert len({session.turns[0].blocks.tobytes() for session in sessions}) == 750
+    assert len({session.turns[0].blocks[: 6000 // 16].tobytes() for session in sessions}) == 150
+    early = sum(session.start_s < 10 for session in sessions)
+    late = sum(session.start_s >= 90 for session in sessions)
+    assert early == pytest.approx(10 * 5.85, rel=0.4)
+    assert late == pytest.approx(10 * 57.15, rel=0.15)
+
+
+def test_agents_keep_their_whole_past_in_the_prompt():
+    first, second = workloads.load("agentic", block_size=16, seed=3).sessions[:2]
+    assert len(first.turns) == 30
+    assert [turn.prompt_tokens for turn in first.turns[:2]] == [32_048, 34_996]
+    assert shared_blocks(first.turns[0].blocks, first.turns[1].blocks) == (32_048 + 900) // 16
+    assert shared_blocks(first.turns[0].blocks, second.turns[0].blocks) == 20_000 // 16
+
+
+def test_prefixes_repeat_and_suffixes_do_not():
+    sessions = workloads.load("prefix_repetition", block_size=128, seed=3).sessions
+    assert len({session.turns[0].blocks[3] for session in sessions}) == 100
+    assert len({session.turns[0].blocks[4] for session in sessions}) == len(sessions)
+
+
+def test_nothing_is_shared_in_the_uniform_load():
+    names = np.concatenate([s.turns[0].blocks for s in workloads.load("uniform", block_size=64, seed=3).sessions])
+    assert len(np.unique(names)) == len(names)
+
+
+def test_scaling_speeds_up_starts_and_leaves_think_times():
+    workload = workloads.load("agentic", block_size=512, seed=3)
+    fast = workload.scaled(2.0)
+    assert fast.sessions[5].start_s == workload.sessions[5].start_s / 2
+    assert fast.sessions[5].turns[3].think_s == workload.sessions[5].turns[3].think_s
+    with pytest.raises(ValueError, match="rate scale is 0"):
+        workload.scaled(0)
