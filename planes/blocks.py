@@ -69,6 +69,17 @@ def continue_names(parent: int, depth: int, tokens: Tokens, block_size: int) -> 
     return _names(tokens, block_size, int(_unmix(np.array([parent], dtype=np.uint64))[0]), depth)
 
 
+def continue_each(parents: Hashes, depths: npt.NDArray[np.int64], tokens: npt.NDArray[np.uint32]) -> Hashes:
+    """One more name for each of many prompts: entry i equals `continue_names(parents[i], depths[i], tokens[i], …)[0]`.
+
+    Args:  parents: shape (n,).  depths: shape (n,).  tokens: shape (n, block_size).
+    """
+    digests = _mix((tokens.astype(np.uint64) + np.uint64(1)) @ _odd_multipliers(tokens.shape[1], 1))
+    positions = _odd_multipliers(_power_of_two(int(depths.max(initial=0)) + 1), 2)[depths]
+    names: Hashes = _mix(_unmix(parents) + digests * positions)
+    return names
+
+
 def _names(tokens: Tokens, block_size: int, acc: int, depth: int) -> Hashes:
     count = len(tokens) // block_size
     if not count:

@@ -62,3 +62,14 @@ def test_packed_names_come_back_and_their_digest_ignores_order(names):
     array = np.array(names, dtype=np.uint64)
     assert blocks.unpack(blocks.pack(array)).tolist() == names
     assert blocks.digest(array) == blocks.digest(array[::-1])
+
+
+@given(st.lists(st.integers(min_value=0, max_value=9), min_size=1, max_size=8), st.integers(min_value=1, max_value=8))
+def test_many_prompts_are_continued_at_once_as_each_alone(depths, block_size):
+    rng = np.random.default_rng(len(depths))
+    prompts = rng.integers(0, 1 << 32, (len(depths), 10 * block_size)).astype(np.uint32)
+    names = [[ROOT, *blocks.name_blocks(prompt, block_size, ROOT).tolist()] for prompt in prompts]
+    parents = np.array([row[depth] for row, depth in zip(names, depths, strict=True)], dtype=np.uint64)
+    tails = np.array([p[d * block_size : (d + 1) * block_size] for p, d in zip(prompts, depths, strict=True)])
+    continued = blocks.continue_each(parents, np.array(depths), tails)
+    assert continued.tolist() == [row[depth + 1] for row, depth in zip(names, depths, strict=True)]
