@@ -1,0 +1,42 @@
+"""Stop strings in text that arrives piece by piece: nothing leaves that could turn out to begin one."""
+
+from collections.abc import Sequence
+
+
+class StopFinder:
+    """Cuts a text at the first stop string.
+
+    Everything let go can no longer be part of a stop string, so what is held is shorter than the longest of them.
+    """
+
+    __slots__ = ("_held", "_stops", "has_found")
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.has_found = False
+
+    def advance(self, text: str) -> str:
+        """Add `text`. Returns what may leave now; with `has_found`, that is all up to the stop string."""
+        held = self._held + text
+        ends = [start for stop in self._stops if (start := held.find(stop)) >= 0]
+        if ends:
+            self.has_found = True
+            self._held = ""
+            return held[: min(ends)]
+        keep = max(_overlap(held, stop) for stop in self._stops)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    def flush(self) -> str:
+        """The text ended without a stop string: returns what was held."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`, and not all of it."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[len(text) - length :]):
+            return length
+    return 0
