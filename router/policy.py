@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from planes.messages import EngineFacts, Role, WorkerId
+from planes.messages import EngineFacts, HandoverMode, Role, WorkerId
 from router.latency import LatencyModel, LinkModel
 from router.request import Candidate, RoutableRequest
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WorkerView:
-    """One worker, as it looks to one request now. Load counts the last report plus this gateway's dispatches since."""
+    """One worker, as it looks to one request now. Load counts the last report plus this gateway's dispatches since.
+
+    Read only; not frozen, because a frozen one takes four times as long to build and every decision builds them all.
+    """
 
     worker: WorkerId
     role: Role
@@ -57,13 +60,15 @@ class Links(Protocol):
 class Choice:
     """A policy's answer. `candidates` holds what it weighed (for explain); `chosen` is one of them.
 
-    `is_held`: the chosen worker is the right one but has enough to do; ask again when something has changed.
+    `is_held`: the chosen worker is the right one but has enough to do; ask again when its `queue_s` has come down to
+    `room_s`, or when another worker looks cheaper.
     """
 
     chosen: Candidate
     candidates: tuple[Candidate, ...]
     is_held: bool = False
     held_because: str = ""
+    room_s: float = 0.0
 
 
 class Policy(Protocol):

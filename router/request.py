@@ -32,9 +32,12 @@ class RoutableRequest:
     """Must be prefilled where it decodes (`n > 1`, resumed streams)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Candidate:
-    """One way to serve a request, and what it would cost, in seconds. `prefill` is None: the decode worker does it."""
+    """One way to serve a request, and what it would cost, in seconds. `prefill` is None: the decode worker does it.
+
+    Read only; not frozen for the reason that `WorkerView` is not.
+    """
 
     prefill: WorkerId | None
     decode: WorkerId
