@@ -1,0 +1,349 @@
+"""The control plane: worker registrations and live settings in etcd. The only module that imports the etcd client.
+
+Nothing here ends because etcd did. Work happens in sessions: one connection to one endpoint. Whatever fails ends the
+session; after a pause the next one begins at the next endpoint, from what etcd says then:
+
+    Registrar         renew the lease or get a new one, put the entry, renew every third of the TTL
+    WorkerDirectory   list, tell the difference to what was known, watch from that revision on
+    watch_config      the same for a single key
+
+Of aetcd we use the connection, the calls and the generated stubs. Not its watcher: that does not notice a watch which
+the server cancels, nor a stream that ends without an error, and its queue has no bound.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import urlsplit
+
+import aetcd
+import msgspec
+import structlog
+from aetcd import rpc
+from aetcd.utils import prefix_range_end
+
+from planes.errors import HeadraceError
+from planes.messages import Registration, WorkerId
+from planes.names import check_namespace
+
+_log = structlog.get_logger()
+
+_CHANNEL_OPTIONS = {
+    # A silent peer is found within 15 s; etcd refuses pings more often than every 5 s.
+    "grpc.keepalive_time_ms": 10_000,
+    "grpc.keepalive_timeout_ms": 5_000,
+    # A new connection must not inherit the growing pauses (up to 2 minutes) of the ones before it.
+    "grpc.use_local_subchannel_pool": 1,
+    "grpc.enable_http_proxy": 0,
+    "grpc.max_receive_message_length": -1,
+}
+
+
+class ControlPlaneUnavailable(HeadraceError):  # noqa: N818 - names the outcome, as the style guide asks
+    """etcd did not answer, or not as it should; may be tried again."""
+
+    code = "control_plane_unavailable"
+
+
+class Etcd:
+    """Where etcd is. Endpoints are used one at a time, the next one after a failure.
+
+    url: `http://host:port[,host:port…]`.  timeout_s: for one call.  Raises:  ValueError for an unusable url.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = 3.0, rng: random.Random | None = None) -> None:
+        self._endpoints = parse_endpoints(url)
+        self._current = 0
+        self._timeout_s = timeout_s
+        self._rng = rng or random.Random()
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Any]:
+        """A connected `aetcd.Client`.  Raises:  ControlPlaneUnavailable for every error of etcd inside the block."""
+        used = self._current
+        host, port = self._endpoints[used]
+        client = aetcd.Client(host, port, timeout=self._timeout_s, options=_CHANNEL_OPTIONS)
+        try:
+            async with client:
+                yield client
+        except (aetcd.ClientError, rpc.AioRpcError) as exc:
+            self._current = (used + 1) % len(self._endpoints)
+            reason = exc.details() if isinstance(exc, rpc.AioRpcError) else str(exc)
+            raise ControlPlaneUnavailable(f"etcd at {host}:{port}: {reason or type(exc).__name__}") from exc
+
+    async def keep(self, name: str, work: Callable[[Any, Callable[[], None]], Awaitable[None]]) -> None:
+        """Run `work(client, healthy)`, in a new session after each failure, until it returns.
+
+        `work` calls `healthy` when etcd has done what was asked; the pause after the next failure is short again.
+        """
+        pauses = _pauses(self._rng)
+        is_healthy = True
+
+        def healthy() -> None:
+            nonlocal pauses, is_healthy
+            pauses = _pauses(self._rng)
+            if not is_healthy:
+                _log.info("etcd.back", user=name)
+            is_healthy = True
+
+        while True:
+            try:
+                async with self.session() as client:
+                    return await work(client, healthy)
+            except ControlPlaneUnavailable as exc:
+                if is_healthy:
+                    _log.warning("etcd.unavailable", user=name, reason=str(exc))
+                is_healthy = False
+            await asyncio.sleep(next(pauses))
+
+
+class Registrar:
+    """Keeps a worker's entry in etcd under a lease: while the process lives it is there, soon after it is not."""
+
+    def __init__(
+        self, etcd: Etcd, namespace: str, registration: Registration, *, ttl_s: int = 10, revoke_timeout_s: float = 2.0
+    ) -> None:
+        self._etcd = etcd
+        self._key = workers_prefix(namespace) + registration.worker.encode()
+        self._registration = registration
+        self._ttl_s = ttl_s
+        self._revoke_timeout_s = revoke_timeout_s
+        self._lease: int | None = None
+        self._changed = asyncio.Event()
+        self._scope: asyncio.Timeout | None = None
+        self._ended = asyncio.Event()
+
+    def update(self, registration: Registration) -> None:
+        """Publish this instead, as soon as etcd can be reached. Same worker."""
+        self._registration = registration
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Register, and stay registered until `close` or cancellation; then the entry is removed at once."""
+        try:
+            async with asyncio.timeout(None) as self._scope:
+                await self._etcd.keep("registrar", self._stay_registered)
+        except TimeoutError:
+            pass  # `close` said so: nothing else sets a deadline here
+        finally:
+            self._scope = None
+            await self._revoke()
+            self._ended.set()
+
+    async def close(self) -> None:
+        """End `run`; on return the entry is gone, or etcd was out of reach and the lease will run out."""
+        if self._scope is not None:
+            self._scope.reschedule(asyncio.get_running_loop().time())
+            await self._ended.wait()
+
+    async def _stay_registered(self, client: Any, healthy: Callable[[], None]) -> None:
+        published: Registration | None = None
+        while True:
+            self._changed.clear()
+            if self._lease is not None and not await _renew(client, self._lease):
+                _log.warning("lease.expired", ttl_s=self._ttl_s)
+                self._lease = None
+            if self._lease is None:
+                self._lease = (await client.lease(self._ttl_s)).id
+                published = None
+            registration = self._registration
+            if published != registration:
+                await client.put(self._key, msgspec.json.encode(registration), lease=self._lease)
+                published = registration
+                _log.info("worker.registered", worker=registration.worker, state=registration.state)
+            healthy()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._ttl_s / 3):
+                    await self._changed.wait()
+
+    async def _revoke(self) -> None:
+        if self._lease is None:
+            return
+        try:
+            async with asyncio.timeout(self._revoke_timeout_s), self._etcd.session() as client:
+                await client.revoke_lease(self._lease)
+        except (ControlPlaneUnavailable, TimeoutError) as exc:
+            _log.warning("lease.not_revoked", ttl_s=self._ttl_s, reason=str(exc))
+        self._lease = None
+
+
+class WorkerDirectory:
+    """The registered workers, as a gateway knows them.
+
+    `on_up` is called for a new worker and for a changed registration, `on_down` for one that is gone. While etcd is
+    out of reach nothing changes. What is missing afterwards is down only after `grace_s`: an etcd that came back
+    empty, or let leases expire that nobody could renew, must not take a healthy fleet down.
+    """
+
+    def __init__(
+        self,
+        etcd: Etcd,
+        namespace: str,
+        *,
+        on_up: Callable[[Registration], None],
+        on_down: Callable[[WorkerId], None],
+        grace_s: float = 15.0,
+    ) -> None:
+        self._etcd = etcd
+        self._prefix = workers_prefix(namespace)
+        self._on_up = on_up
+        self._on_down = on_down
+        self._grace_s = grace_s
+        self._workers: dict[WorkerId, Registration] = {}
+        self._missing: set[WorkerId] = set()
+        self._grace: asyncio.TimerHandle | None = None
+        self._decoder = msgspec.json.Decoder(Registration)
+        self.is_current = False
+        """Whether etcd can be reached and `workers` is what it says."""
+
+    @property
+    def workers(self) -> Mapping[WorkerId, Registration]:
+        return MappingProxyType(self._workers)
+
+    async def run(self) -> None:
+        """Follow etcd until cancelled."""
+        await self._etcd.keep("directory", self._follow)
+
+    async def _follow(self, client: Any, healthy: Callable[[], None]) -> None:
+        def listed(entries: dict[bytes, bytes]) -> None:
+            self._take_listing(entries)
+            self.is_current = True
+            healthy()
+
+        try:
+            await _mirror(client, self._prefix, prefix_range_end(self._prefix), listed, self._take_change)
+        finally:
+            self.is_current = False
+            if self._grace is not None:
+                self._grace.cancel()
+
+    def _take_listing(self, entries: dict[bytes, bytes]) -> None:
+        for key, value in entries.items():
+            self._take_change(key, value)
+        self._missing = {worker for worker in self._workers if self._prefix + worker.encode() not in entries}
+        if self._missing:
+            _log.warning("fleet.missing", workers=sorted(self._missing), grace_s=self._grace_s)
+            self._grace = asyncio.get_running_loop().call_later(self._grace_s, self._drop_missing)
+
+    def _drop_missing(self) -> None:
+        for worker in sorted(self._missing):
+            self._drop(worker)
+
+    def _drop(self, worker: WorkerId) -> None:
+        self._missing.discard(worker)
+        if self._workers.pop(worker, None) is not None:
+            self._on_down(worker)
+
+    def _take_change(self, key: bytes, value: bytes | None) -> None:
+        worker = WorkerId(key[len(self._prefix) :].decode(errors="replace"))
+        if value is None:
+            self._drop(worker)
+            return
+        try:
+            registration = self._decoder.decode(value)
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            _log.warning("registration.malformed", worker=worker, reason=str(exc))
+            return
+        if registration.worker != worker:
+            _log.warning("registration.malformed", worker=worker, reason=f"it names {registration.worker!r}")
+            return
+        self._missing.discard(worker)
+        if self._workers.get(worker) != registration:
+            self._workers[worker] = registration
+            self._on_up(registration)
+
+
+async def watch_config(etcd: Etcd, namespace: str, on_change: Callable[[bytes | None], None]) -> None:
+    """Call `on_change` with the settings (JSON, unchecked) that etcd holds now and after each change, until cancelled.
+
+    None: they were deleted; nothing is called as long as there never were any.
+    """
+    key = config_key(namespace)
+    last: bytes | None = None
+
+    def take(_: bytes, value: bytes | None) -> None:
+        nonlocal last
+        if value != last:
+            last = value
+            on_change(value)
+
+    async def follow(client: Any, healthy: Callable[[], None]) -> None:
+        def listed(entries: dict[bytes, bytes]) -> None:
+            take(key, entries.get(key))
+            healthy()
+
+        await _mirror(client, key, None, listed, take)
+
+    await etcd.keep("config", follow)
+
+
+async def put_config(etcd: Etcd, namespace: str, value: bytes) -> None:
+    """Set the live settings of all gateways.  Raises:  ControlPlaneUnavailable."""
+    async with etcd.session() as client:
+        await client.put(config_key(namespace), value)
+
+
+def workers_prefix(namespace: str) -> bytes:
+    return f"/headrace/{check_namespace(namespace)}/workers/".encode()
+
+
+def config_key(namespace: str) -> bytes:
+    return f"/headrace/{check_namespace(namespace)}/config".encode()
+
+
+def parse_endpoints(url: str) -> list[tuple[str, int]]:
+    """`http://host:port[,host:port…]` as hosts and ports.  Raises:  ValueError naming the url and what is expected."""
+    endpoints = []
+    for part in url.removeprefix("http://").split(","):
+        address = urlsplit(f"//{part.strip().removeprefix('http://')}")
+        if "://" in part.removeprefix("http://") or address.hostname is None or address.path not in ("", "/"):
+            raise ValueError(f"etcd url {url!r} must look like http://host:port[,host:port...]; TLS is not supported")
+        host = f"[{address.hostname}]" if ":" in address.hostname else address.hostname
+        endpoints.append((host, address.port or 2379))
+    return endpoints
+
+
+async def _mirror(
+    client: Any,
+    start: bytes,
+    end: bytes | None,
+    on_listing: Callable[[dict[bytes, bytes]], None],
+    on_change: Callable[[bytes, bytes | None], None],
+) -> None:
+    """Pass on every entry of the keys from `start` to before `end` (None: of the one key), then each change.
+
+    Never returns; whatever ends the watch, compaction included, is raised for the next session to list again.
+    """
+    found = await client.get_range(start, end)
+    on_listing({entry.key: entry.value for entry in found})
+    # A member that lost its cluster would go on watching in silence; with this it says so.
+    call = rpc.WatchStub(client.channel).Watch(metadata=(*(client.metadata or ()), ("hasleader", "true")))
+    try:
+        wanted = rpc.WatchCreateRequest(key=start, range_end=end, start_revision=found.header.revision + 1)
+        await call.write(rpc.WatchRequest(create_request=wanted))
+        async for response in call:
+            if response.canceled:
+                reason = response.cancel_reason or f"compacted up to revision {response.compact_revision}"
+                raise aetcd.ClientError(f"watch cancelled: {reason}")
+            for event in response.events:
+                on_change(event.kv.key, event.kv.value if event.type == event.PUT else None)
+        raise aetcd.ClientError("watch ended")
+    finally:
+        call.cancel()
+
+
+async def _renew(client: Any, lease: int) -> bool:
+    """Whether the lease lives on, for its whole time."""
+    reply = await client.refresh_lease(lease)
+    return reply is not None and reply.TTL > 0
+
+
+def _pauses(rng: random.Random) -> Iterator[float]:
+    """Seconds to wait after each failure in a row: doubling from 0.1 to 5, spread so that not all come at once."""
+    for attempt in itertools.count():
+        yield rng.uniform(0.5, 1.0) * min(5.0, 0.1 * 2 ** min(attempt, 10))

@@ -1,0 +1,251 @@
+"""The control plane against a real etcd, and against one that goes away."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from app.servers import etcd_server
+from planes.control import (
+    ControlPlaneUnavailable,
+    Etcd,
+    Registrar,
+    WorkerDirectory,
+    _mirror,
+    put_config,
+    watch_config,
+    workers_prefix,
+)
+from planes.messages import EngineFacts, Registration, Role, WorkerId, WorkerState
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
+
+FACTS = EngineFacts(
+    block_size=16, num_blocks=8, context_length=64, max_batch=2, max_step_tokens=32, bytes_per_block=1, vocab_size=9
+)
+
+
+def registration(worker: str, state: WorkerState = WorkerState.READY) -> Registration:
+    return Registration(
+        worker=WorkerId(worker),
+        epoch=1,
+        role=Role.BOTH,
+        model="m",
+        address="127.0.0.1:1",
+        engine="sim",
+        facts=FACTS,
+        card_digest="",
+        state=state,
+    )
+
+
+class Seen:
+    """What a directory reported, and a way to wait for more."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, str]] = []
+        self._news = asyncio.Event()
+
+    def add(self, what: str, who: str) -> None:
+        self.events.append((what, who))
+        self._news.set()
+
+    async def until(self, is_true: Callable[[], bool]) -> None:
+        while not is_true():
+            self._news.clear()
+            await self._news.wait()
+
+
+@asynccontextmanager
+async def directory(url: str, namespace: str, seen: Seen, grace_s: float = 5.0) -> AsyncIterator[WorkerDirectory]:
+    made = WorkerDirectory(
+        Etcd(url, timeout_s=1.0),
+        namespace,
+        on_up=lambda r: seen.add(r.state.value, r.worker),
+        on_down=lambda w: seen.add("down", w),
+        grace_s=grace_s,
+    )
+    task = asyncio.create_task(made.run())
+    try:
+        yield made
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+@asynccontextmanager
+async def registered(url: str, namespace: str, worker: str, ttl_s: int = 2) -> AsyncIterator[Registrar]:
+    made = Registrar(Etcd(url, timeout_s=1.0), namespace, registration(worker), ttl_s=ttl_s)
+    task = asyncio.create_task(made.run())
+    try:
+        yield made
+    finally:
+        await made.close()
+        await task
+
+
+async def test_a_worker_is_up_while_it_is_registered_and_down_at_once_after(etcd_url: str, namespace: str) -> None:
+    seen = Seen()
+    async with directory(etcd_url, namespace, seen):
+        async with registered(etcd_url, namespace, "a", ttl_s=60) as registrar:
+            await seen.until(lambda: seen.events == [("ready", "a")])
+            registrar.update(registration("a", WorkerState.DRAINING))
+            await seen.until(lambda: len(seen.events) == 2)
+        await seen.until(lambda: len(seen.events) == 3)
+    assert seen.events == [("ready", "a"), ("draining", "a"), ("down", "a")]
+
+
+async def test_a_directory_that_starts_late_lists_who_is_there(etcd_url: str, namespace: str) -> None:
+    early, late = Seen(), Seen()
+    async with (
+        directory(etcd_url, namespace, early),
+        registered(etcd_url, namespace, "a"),
+        registered(etcd_url, namespace, "b"),
+    ):
+        await early.until(lambda: len(early.events) == 2)
+        async with directory(etcd_url, namespace, late) as second:
+            await late.until(lambda: len(late.events) == 2)
+            assert second.is_current
+            assert set(second.workers) == {"a", "b"}
+
+
+async def test_cancelling_the_registrar_removes_the_entry_too(etcd_url: str, namespace: str) -> None:
+    seen = Seen()
+    async with directory(etcd_url, namespace, seen):
+        registrar = Registrar(Etcd(etcd_url), namespace, registration("a"), ttl_s=60)
+        task = asyncio.create_task(registrar.run())
+        await seen.until(lambda: seen.events == [("ready", "a")])
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await seen.until(lambda: seen.events[-1] == ("down", "a"))
+    await registrar.close()
+
+
+KILLED = """
+import asyncio, sys
+import msgspec
+from planes.control import Etcd, Registrar
+from planes.messages import Registration
+url, namespace, entry = sys.argv[1:]
+asyncio.run(Registrar(Etcd(url), namespace, msgspec.json.decode(entry, type=Registration), ttl_s=2).run())
+"""
+
+
+async def test_a_killed_worker_disappears_with_its_lease(etcd_url: str, namespace: str) -> None:
+    seen = Seen()
+    entry = msgspec.json.encode(registration("a")).decode()
+    async with directory(etcd_url, namespace, seen):
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", KILLED, etcd_url, namespace, entry)
+        await seen.until(lambda: seen.events == [("ready", "a")])
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+        await seen.until(lambda: seen.events[-1] == ("down", "a"))
+
+
+async def test_an_expired_lease_is_replaced(etcd_url: str, namespace: str) -> None:
+    seen = Seen()
+    async with directory(etcd_url, namespace, seen), registered(etcd_url, namespace, "a") as registrar:
+        await seen.until(lambda: seen.events == [("ready", "a")])
+        async with Etcd(etcd_url).session() as client:
+            await client.revoke_lease(registrar._lease)
+        await seen.until(lambda: len(seen.events) == 3)
+    assert seen.events[:3] == [("ready", "a"), ("down", "a"), ("ready", "a")]
+
+
+async def test_a_malformed_entry_disturbs_nobody(etcd_url: str, namespace: str) -> None:
+    seen = Seen()
+    async with directory(etcd_url, namespace, seen):
+        async with Etcd(etcd_url).session() as client:
+            await client.put(workers_prefix(namespace) + b"bad", b"{")
+        async with registered(etcd_url, namespace, "a"):
+            await seen.until(lambda: bool(seen.events))
+    assert seen.events[0] == ("ready", "a")
+
+
+async def test_etcd_restarts_and_nobody_was_ever_down(tmp_path: Path, namespace: str) -> None:
+    seen = Seen()
+    async with etcd_server(tmp_path / "etcd") as first:
+        port, url = first.port, first.url
+        stack = contextlib.AsyncExitStack()
+        known = await stack.enter_async_context(directory(url, namespace, seen))
+        registrar = await stack.enter_async_context(registered(url, namespace, "a"))
+        await seen.until(lambda: seen.events == [("ready", "a")])
+    async with stack:
+        async with asyncio.timeout(10):
+            while known.is_current:  # noqa: ASYNC110 - a plain attribute, on purpose
+                await asyncio.sleep(0.02)
+        assert set(known.workers) == {"a"}
+        registrar.update(registration("a", WorkerState.DRAINING))  # said while nobody hears it
+        async with etcd_server(tmp_path / "etcd", port):
+            await seen.until(lambda: len(seen.events) == 2)
+            assert seen.events == [("ready", "a"), ("draining", "a")]
+            await registrar.close()
+            await seen.until(lambda: len(seen.events) == 3)
+            assert seen.events[-1] == ("down", "a")
+
+
+async def test_an_etcd_that_comes_back_empty_takes_nobody_down_who_registers_again(
+    tmp_path: Path, namespace: str
+) -> None:
+    seen = Seen()
+    async with contextlib.AsyncExitStack() as stack:
+        async with etcd_server(tmp_path / "one") as first:
+            port, url = first.port, first.url
+            known = await stack.enter_async_context(directory(url, namespace, seen))
+            await stack.enter_async_context(registered(url, namespace, "a"))
+            gone = await stack.enter_async_context(registered(url, namespace, "b"))
+            await seen.until(lambda: len(seen.events) == 2)
+        await gone.close()
+        async with etcd_server(tmp_path / "two", port):
+            await seen.until(lambda: len(seen.events) == 3)
+            assert seen.events[2] == ("down", "b")
+            assert set(known.workers) == {"a"}
+
+
+async def test_a_watch_from_before_a_compaction_ends_the_session(etcd_url: str, namespace: str) -> None:
+    async with Etcd(etcd_url).session() as client:
+        old = await client.get_range(b"/elsewhere", None)
+        await client.put(b"/elsewhere", b"1")
+        await client.compact((await client.put(b"/elsewhere", b"2")).header.revision)
+
+    async def list_as_it_was(start: bytes, end: bytes | None) -> object:
+        return old
+
+    with pytest.raises(ControlPlaneUnavailable, match="compacted"):
+        async with Etcd(etcd_url).session() as client:
+            client.get_range = list_as_it_was
+            await _mirror(client, workers_prefix(namespace), None, lambda _: None, lambda _key, _value: None)
+
+
+async def test_the_next_endpoint_is_used_when_one_is_dead(etcd_url: str, namespace: str) -> None:
+    seen = Seen()
+    urls = "http://127.0.0.1:9," + etcd_url.removeprefix("http://")
+    async with directory(urls, namespace, seen), registered(urls, namespace, "a"):
+        await seen.until(lambda: seen.events == [("ready", "a")])
+
+
+async def test_config_is_told_now_and_on_each_change(etcd_url: str, namespace: str) -> None:
+    told: asyncio.Queue[bytes | None] = asyncio.Queue()
+    etcd = Etcd(etcd_url)
+    await put_config(etcd, namespace, b"1")
+    task = asyncio.create_task(watch_config(etcd, namespace, told.put_nowait))
+    assert await told.get() == b"1"
+    await put_config(etcd, namespace, b"1")
+    await put_config(etcd, namespace, b"2")
+    assert await told.get() == b"2"
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_config_without_etcd_says_so(namespace: str) -> None:
+    with pytest.raises(ControlPlaneUnavailable, match=r"127\.0\.0\.1:9"):
+        await put_config(Etcd("http://127.0.0.1:9", timeout_s=1.0), namespace, b"{}")

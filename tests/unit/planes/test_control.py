@@ -1,0 +1,118 @@
+"""The control plane without etcd: addresses, pauses, and what the directory makes of what it is told."""
+
+import itertools
+import random
+
+import msgspec
+import pytest
+
+from planes.control import Etcd, WorkerDirectory, _pauses, parse_endpoints, workers_prefix
+from planes.messages import EngineFacts, Registration, Role, WorkerId, WorkerState
+
+FACTS = EngineFacts(
+    block_size=16, num_blocks=8, context_length=64, max_batch=2, max_step_tokens=32, bytes_per_block=1, vocab_size=9
+)
+
+
+def registration(worker: str, epoch: int = 1, state: WorkerState = WorkerState.READY) -> Registration:
+    return Registration(
+        worker=WorkerId(worker),
+        epoch=epoch,
+        role=Role.BOTH,
+        model="m",
+        address="127.0.0.1:1",
+        engine="sim",
+        facts=FACTS,
+        card_digest="",
+        state=state,
+    )
+
+
+def key(worker: str) -> bytes:
+    return workers_prefix("ns") + worker.encode()
+
+
+def entry(worker: str, epoch: int = 1) -> tuple[bytes, bytes]:
+    return key(worker), msgspec.json.encode(registration(worker, epoch))
+
+
+class Seen:
+    def __init__(self) -> None:
+        self.events: list[tuple[str, str, int]] = []
+        self.directory = WorkerDirectory(
+            Etcd("http://127.0.0.1:1"),
+            "ns",
+            on_up=lambda r: self.events.append(("up", r.worker, r.epoch)),
+            on_down=lambda w: self.events.append(("down", w, 0)),
+            grace_s=1000.0,
+        )
+
+    def take(self) -> list[tuple[str, str, int]]:
+        events, self.events = self.events, []
+        return events
+
+
+@pytest.fixture
+def seen() -> Seen:
+    return Seen()
+
+
+def test_endpoints_of_a_list() -> None:
+    assert parse_endpoints("http://a:1,b:2,http://[::1]:3, c") == [("a", 1), ("b", 2), ("[::1]", 3), ("c", 2379)]
+
+
+@pytest.mark.parametrize(
+    "url", ["", "https://a:1", "http://a:1,https://b:2", "http://", "http://a:1/path", "http://a:x"]
+)
+def test_an_unusable_url_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"etcd url|[Pp]ort"):
+        parse_endpoints(url)
+
+
+def test_pauses_grow_to_five_seconds_and_vary() -> None:
+    pauses = list(itertools.islice(_pauses(random.Random(1)), 50))
+    assert 0.05 <= pauses[0] <= 0.1
+    assert all(2.5 <= pause <= 5.0 for pause in pauses[10:])
+    assert len(set(pauses)) == len(pauses)
+
+
+async def test_the_same_listing_again_changes_nothing(seen: Seen) -> None:
+    seen.directory._take_listing(dict([entry("a"), entry("b")]))
+    assert seen.take() == [("up", "a", 1), ("up", "b", 1)]
+    seen.directory._take_listing(dict([entry("a"), entry("b")]))
+    assert seen.take() == []
+
+
+async def test_a_changed_registration_is_up_again(seen: Seen) -> None:
+    seen.directory._take_change(*entry("a"))
+    seen.directory._take_change(*entry("a", epoch=2))
+    assert seen.take() == [("up", "a", 1), ("up", "a", 2)]
+
+
+async def test_a_deleted_entry_is_down_at_once_and_only_once(seen: Seen) -> None:
+    seen.directory._take_change(*entry("a"))
+    seen.directory._take_change(key("a"), None)
+    seen.directory._take_change(key("a"), None)
+    assert seen.take() == [("up", "a", 1), ("down", "a", 0)]
+
+
+async def test_a_worker_missing_from_a_listing_has_a_grace(seen: Seen) -> None:
+    seen.directory._take_listing(dict([entry("a"), entry("b"), entry("c")]))
+    seen.take()
+    seen.directory._take_listing({})
+    seen.directory._take_change(*entry("b"))
+    assert seen.take() == []
+    assert set(seen.directory.workers) == {"a", "b", "c"}
+    seen.directory._drop_missing()
+    assert seen.take() == [("down", "a", 0), ("down", "c", 0)]
+    assert set(seen.directory.workers) == {"b"}
+
+
+@pytest.mark.parametrize(
+    "value", [b"", b"{", b"\xff\xfe", b"[]", b'{"worker": 1}', msgspec.json.encode(registration("other"))]
+)
+async def test_a_malformed_entry_is_skipped_and_the_last_good_one_stays(seen: Seen, value: bytes) -> None:
+    seen.directory._take_change(*entry("a"))
+    seen.directory._take_listing({key("a"): value, key("b"): value, workers_prefix("ns") + b"\xff": value})
+    assert seen.take() == [("up", "a", 1)]
+    assert set(seen.directory.workers) == {"a"}
