@@ -7,8 +7,15 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from planes.errors import HeadraceError
 from planes.frames import FinishReason, Leg, LocalLeg, Sampling, Ticket
 from planes.messages import EngineFacts, HandoverEndpoint, KvEvent, RequestId, StepSample
+
+
+class EngineStartError(HeadraceError):
+    """The engine cannot start here; the message names the value, the limit and what to do."""
+
+    code = "engine_start"
 
 
 @dataclass(frozen=True, slots=True)
