@@ -1,0 +1,179 @@
+"""API keys: who is asking, and how much of it at once. No key file means that everybody may ask.
+
+The file is TOML:
+
+    [[keys]]
+    tenant = "search"                # the name in metrics and fair shares; several keys may name the same tenant
+    sha256 = "9f86d0…"               # of the key, 64 hex digits; or in plain text: key = "sk-…"
+    priority = 0                     # class that its requests get; they may ask for a later one, never for a sooner
+    max_concurrent = 64              # requests at once; leave out for no limit
+    cache_salt = "…"                 # tenants with different salts never share a cached prompt
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from planes.errors import InvalidRequest, Rejected
+
+
+class Unauthenticated(InvalidRequest):
+    """No key, or one that is not ours."""
+
+    code = "invalid_api_key"
+
+
+class TooManyConcurrent(Rejected):
+    """The tenant has as many requests under way as its key allows."""
+
+    status, code = 429, "concurrency_limit"
+
+    def __init__(self, tenant: str, limit: int) -> None:
+        super().__init__(
+            f"{limit} requests of '{tenant}' are under way and the limit is {limit}; send the next when one has ended.",
+            retry_after_s=1.0,
+        )
+
+
+class KeyFileError(ValueError):
+    """The key file cannot be used; the message says where and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Whoever holds a key."""
+
+    name: str = ""
+    priority: int = 0
+    max_concurrent: int | None = None
+    cache_salt: str = ""
+
+    def priority_of(self, requested: int | None) -> int:
+        """The class of a request: lower is sooner, and nobody gets ahead of their key."""
+        return self.priority if requested is None else max(self.priority, requested)
+
+    def salted(self, requested: str) -> str:
+        """The cache salt of a request. The length in front keeps one tenant from spelling another one's salt."""
+        if not self.cache_salt and not requested:
+            return ""
+        return f"{len(self.cache_salt)}:{self.cache_salt}{requested}"
+
+
+ANYBODY = Tenant()
+"""Who asks where no keys are configured."""
+
+
+class KeyEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One `[[keys]]` table."""
+
+    tenant: str
+    key: str | None = None
+    sha256: str | None = None
+    priority: int = 0
+    max_concurrent: int | None = None
+    cache_salt: str = ""
+
+
+class KeyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    keys: list[KeyEntry]
+
+
+class ApiKeys:
+    """The keys of one gateway, and the requests that each tenant has under way."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Raises:  KeyFileError."""
+        self._path = path
+        self._tenants = {} if path is None else load_keys(path)
+        self._running: dict[str, int] = {}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests need no key."""
+        return self._path is None
+
+    def reload(self) -> None:
+        """Read the file again; requests under way stay counted.  Raises:  KeyFileError: the old keys stay valid."""
+        if self._path is not None:
+            self._tenants = load_keys(self._path)
+
+    def authenticate(self, headers: Mapping[str, str]) -> Tenant:
+        """Who sent these headers (lower-case names).  Raises:  Unauthenticated."""
+        if self._path is None:
+            return ANYBODY
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise Unauthenticated("No API key was given; send it as 'Authorization: Bearer KEY'.")
+        # Looked up by digest: how long that takes tells nothing about a key, as its sender cannot choose the digest.
+        tenant = self._tenants.get(_digest(key.strip()))
+        if tenant is None:
+            raise Unauthenticated("The API key is not one of this server's.")
+        return tenant
+
+    @contextmanager
+    def admitted(self, tenant: Tenant) -> Iterator[None]:
+        """Count a request as under way for as long as the block runs.  Raises:  TooManyConcurrent."""
+        running = self._running.get(tenant.name, 0)
+        if tenant.max_concurrent is not None and running >= tenant.max_concurrent:
+            raise TooManyConcurrent(tenant.name, tenant.max_concurrent)
+        self._running[tenant.name] = running + 1
+        try:
+            yield
+        finally:
+            left = self._running[tenant.name] - 1
+            if left:
+                self._running[tenant.name] = left
+            else:
+                del self._running[tenant.name]
+
+    def num_running(self, tenant: Tenant) -> int:
+        return self._running.get(tenant.name, 0)
+
+
+def load_keys(path: Path) -> dict[bytes, Tenant]:
+    """Tenants by sha256 of their key.  Raises:  KeyFileError."""
+    try:
+        entries = msgspec.toml.decode(path.read_bytes(), type=KeyFile).keys
+    except OSError as exc:
+        raise KeyFileError(f"The key file {path} cannot be read: {exc.strerror}") from exc
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise KeyFileError(f"The key file {path} is not valid: {exc}") from exc
+    tenants: dict[bytes, Tenant] = {}
+    for index, entry in enumerate(entries):
+        digest = _digest_of(entry, f"The key file {path} is not valid: keys[{index}] ({entry.tenant!r})")
+        if digest in tenants:
+            raise KeyFileError(f"The key file {path} is not valid: keys[{index}] ({entry.tenant!r}) has a key twice")
+        tenants[digest] = Tenant(entry.tenant, entry.priority, entry.max_concurrent, entry.cache_salt)
+    return tenants
+
+
+def _digest_of(entry: KeyEntry, where: str) -> bytes:
+    if not entry.tenant:
+        raise KeyFileError(f"{where} needs a tenant name")
+    if entry.max_concurrent is not None and entry.max_concurrent < 1:
+        raise KeyFileError(f"{where} has max_concurrent {entry.max_concurrent}; it must be at least 1")
+    if not -1000 <= entry.priority <= 1000:
+        raise KeyFileError(f"{where} has priority {entry.priority}; it must be from -1000 to 1000")
+    match entry.key, entry.sha256:
+        case (str(key), None) if key and key.isascii():
+            return _digest(key)
+        case (None, str(digest)):
+            try:
+                packed = bytes.fromhex(digest)
+            except ValueError:
+                packed = b""
+            if len(packed) != hashlib.sha256().digest_size:
+                raise KeyFileError(f"{where} has a sha256 that is not 64 hex digits")
+            return packed
+        case _:
+            raise KeyFileError(f"{where} needs either 'key' (ASCII text) or 'sha256'")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -1,0 +1,97 @@
+"""From bytes to a typed body, or to an `InvalidRequest` that names the field, its value and what is allowed."""
+
+import difflib
+import math
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from planes.errors import InvalidRequest
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+
+_PATH = re.compile(r"(?P<problem>.*?) - at (?:`key` in )?`\$\.?(?P<path>.*)`$", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`$", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(?P<name>.*)`$", re.DOTALL)
+_STEP = re.compile(r"\[(\d+)\]|([^.\[]+)")
+_SHOWN_CHARS = 60
+
+
+def decode(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
+    """Raises:  InvalidRequest for anything that is not a JSON object of the decoder's type."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as exc:
+        raise _explained(str(exc), body, decoder.type) from exc
+    except RecursionError as exc:
+        raise InvalidRequest("The request body is nested too deeply.", code="invalid_json") from exc
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise InvalidRequest(f"The request body is not valid JSON: {exc}.", code="invalid_json") from exc
+
+
+def shown(value: Any) -> str:
+    """A value as an error message quotes it: JSON, cut to a readable length."""
+    try:
+        text = msgspec.json.encode(value).decode()
+    except (TypeError, ValueError, RecursionError):
+        text = type(value).__name__
+    return text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS - 1]}…"
+
+
+def check_range(name: str, value: float, low: float, high: float, *, is_low_open: bool = False) -> None:
+    """Raises:  InvalidRequest unless low <= value <= high (low < value if `is_low_open`); NaN is in no range."""
+    if low <= value <= high and not (is_low_open and value == low):
+        return
+    if math.isinf(high):
+        allowed = f"{'more than' if is_low_open else 'at least'} {low:g}"
+    else:
+        allowed = f"{'more than' if is_low_open else 'from'} {low:g} {'and at most' if is_low_open else 'to'} {high:g}"
+    raise InvalidRequest(f"Invalid '{name}': {shown(value)} is out of range; it must be {allowed}.", param=name)
+
+
+def check_count(name: str, count: int, limit: int, what: str) -> None:
+    """Raises:  InvalidRequest if there are more than `limit`."""
+    if count > limit:
+        raise InvalidRequest(f"Invalid '{name}': {count} {what} were given and the limit is {limit}.", param=name)
+
+
+def _explained(problem: str, body: bytes, expected: type[msgspec.Struct]) -> InvalidRequest:
+    """Put msgspec's message, such as "Expected `int`, got `str` - at `$.n`", into OpenAI's words."""
+    located = _PATH.match(problem)
+    path = located["path"].removesuffix("[...]") if located else ""
+    problem = located["problem"] if located else problem
+    prefix = f"{path}." if path else ""
+    if unknown := _UNKNOWN.match(problem):
+        known = expected.__struct_fields__ if not path else ()
+        close = difflib.get_close_matches(unknown["name"][:100], known, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        name = prefix + unknown["name"][:200]
+        return InvalidRequest(
+            f"Unrecognized request argument supplied: {name}.{hint}", param=name, code="unknown_parameter"
+        )
+    if missing := _MISSING.match(problem):
+        name = prefix + missing["name"]
+        return InvalidRequest(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
+    problem = problem[:1].lower() + problem[1:].replace("`", "")
+    if not path:
+        return InvalidRequest(f"The request body must be a JSON object: {problem}.", code="invalid_type")
+    value = _at(body, path)
+    found = "" if value is msgspec.UNSET else f"; the value is {shown(value)}"
+    return InvalidRequest(f"Invalid type for '{path}': {problem}{found}.", param=path, code="invalid_type")
+
+
+def _at(body: bytes, path: str) -> Any:
+    """The value that the error is about; UNSET if the body cannot be read to its end. Only errors pay for this."""
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return msgspec.UNSET
+    for index, key in _STEP.findall(path):
+        if isinstance(value, list) and index and int(index) < len(value):
+            value = value[int(index)]
+        elif isinstance(value, dict) and key in value:
+            value = value[key]
+        else:
+            return msgspec.UNSET
+    return value

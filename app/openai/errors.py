@@ -1,0 +1,132 @@
+"""How errors reach a client: the one table from `planes/errors.py` to HTTP status, OpenAI's body and SSE event.
+
+| error                                   | status              | type                                      |
+|-----------------------------------------|---------------------|-------------------------------------------|
+| InvalidRequest                          | 400, or by its code | invalid_request_error                     |
+| … code invalid_api_key                  | 401                 | authentication_error                      |
+| … code model_not_found, not_found       | 404                 | invalid_request_error                     |
+| … code method_not_allowed               | 405                 | invalid_request_error                     |
+| … code body_too_large                   | 413                 | invalid_request_error                     |
+| Rejected                                | its `status`        | rate_limit_error (429), server_overloaded |
+| Interrupted                             | 502                 | server_error                              |
+| any other HeadraceError                 | 500                 | server_error                              |
+| any other exception                     | 500                 | server_error, without its message         |
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from planes.errors import HeadraceError, Interrupted, InvalidRequest, Rejected
+
+_STATUS_OF_CODE: Final = {
+    "invalid_api_key": 401,
+    "model_not_found": 404,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "body_too_large": 413,
+}
+
+
+class ModelNotFound(InvalidRequest):
+    """No worker serves this model."""
+
+    code = "model_not_found"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"The model '{model[:200]}' does not exist; GET /v1/models lists those that do.", param="model"
+        )
+
+
+class BodyTooLarge(InvalidRequest):
+    """The HTTP body is longer than the gateway reads."""
+
+    code = "body_too_large"
+
+    def __init__(self, num_bytes: int, limit: int) -> None:
+        super().__init__(f"The request body has {num_bytes} bytes or more and the limit is {limit}.")
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """What OpenAI wraps it in."""
+
+    error: ErrorDetail
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorResponse:
+    """A whole HTTP answer. Header names are lower case."""
+
+    status: int
+    body: bytes
+    headers: dict[str, str]
+
+
+def response(exc: BaseException) -> ErrorResponse:
+    """The answer to a request that ended with `exc` before its first byte was sent."""
+    headers = {"content-type": "application/json"}
+    status = _status(exc)
+    if isinstance(exc, Rejected) and exc.retry_after_s is not None:
+        # Retry-After knows whole seconds only; the openai client prefers the finer header.
+        headers["retry-after"] = str(max(1, math.ceil(exc.retry_after_s)))
+        headers["retry-after-ms"] = str(max(1, math.ceil(exc.retry_after_s * 1000)))
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return ErrorResponse(status, msgspec.json.encode(_body(exc)), headers)
+
+
+def sse_event(exc: BaseException) -> bytes:
+    """The last event of a stream that ended with `exc`."""
+    return b"data: " + msgspec.json.encode(_body(exc)) + b"\n\n"
+
+
+def code_of(exc: BaseException) -> str:
+    """The label of an error in metrics and logs; the same word that the client reads."""
+    return exc.code if isinstance(exc, HeadraceError) else HeadraceError.code
+
+
+def _status(exc: BaseException) -> int:
+    match exc:
+        case InvalidRequest():
+            return _STATUS_OF_CODE.get(exc.code, 400)
+        case Rejected():
+            return exc.status
+        case Interrupted():
+            return 502
+        case _:
+            return 500
+
+
+def _type(exc: BaseException) -> str:
+    match exc:
+        case InvalidRequest():
+            return "authentication_error" if exc.code == "invalid_api_key" else "invalid_request_error"
+        case Rejected():
+            return "rate_limit_error" if exc.status == 429 else "server_overloaded"
+        case _:
+            return "server_error"
+
+
+def _body(exc: BaseException) -> ErrorBody:
+    # The text of a foreign exception may hold anything, a prompt included: it belongs in our log, not in an answer.
+    known = isinstance(exc, HeadraceError)
+    return ErrorBody(
+        ErrorDetail(
+            message=str(exc) if known else "The server had an internal error; it has been logged.",
+            type=_type(exc),
+            param=exc.param if isinstance(exc, InvalidRequest) else None,
+            code=code_of(exc),
+        )
+    )

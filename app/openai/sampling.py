@@ -1,0 +1,152 @@
+"""The sampling parameters of a body, ranges checked, as the workers get them."""
+
+from math import inf
+from operator import attrgetter
+from typing import Any, Final
+
+from app.openai.decode import check_count, check_range, shown
+from app.openai.schema import CommonBody, Limits
+from planes.errors import InvalidRequest
+from planes.frames import Sampling
+
+_INT32: Final = 2**31 - 1
+_UINT32: Final = 2**32 - 1
+_GREEDY_BELOW: Final = 1e-5
+"""vLLM's threshold."""
+
+
+def parse_sampling(body: CommonBody, limits: Limits, *, max_tokens: int | None, logprobs: int | None) -> Sampling:
+    """`max_tokens` stays 0 in the result (see `ParsedRequest`); it is given to check `min_tokens` against.
+
+    Raises:  InvalidRequest for a value out of range.
+    """
+    temperature = _within("temperature", body.temperature, 1.0, 0.0, 2.0)
+    n = 1 if body.n is None else body.n
+    check_range("n", n, 1, limits.num_choices)
+    if n > 1 and temperature < _GREEDY_BELOW:
+        raise InvalidRequest(
+            f"Invalid 'n': {n} choices at temperature {temperature:g} would all be the same; "
+            "ask for 1 choice or for a higher temperature.",
+            param="n",
+        )
+    top_p = 1.0 if body.top_p is None else body.top_p
+    check_range("top_p", top_p, 0.0, 1.0, is_low_open=True)
+    repetition_penalty = 1.0 if body.repetition_penalty is None else body.repetition_penalty
+    check_range("repetition_penalty", repetition_penalty, 0.0, 2.0, is_low_open=True)
+    top_k = 0 if body.top_k is None else body.top_k
+    check_range("top_k", top_k, -1, _INT32)
+    if body.seed is not None:
+        check_range("seed", body.seed, -(2**63), 2**63 - 1)
+    if logprobs is not None:
+        check_range("logprobs", logprobs, 0, limits.num_logprobs)
+    return Sampling(
+        max_tokens=0,
+        min_tokens=_min_tokens(body.min_tokens, max_tokens),
+        temperature=temperature,
+        top_p=top_p,
+        top_k=max(top_k, 0),  # -1 is vLLM's other word for "all tokens"
+        min_p=_within("min_p", body.min_p, 0.0, 0.0, 1.0),
+        presence_penalty=_within("presence_penalty", body.presence_penalty, 0.0, -2.0, 2.0),
+        frequency_penalty=_within("frequency_penalty", body.frequency_penalty, 0.0, -2.0, 2.0),
+        repetition_penalty=repetition_penalty,
+        seed=body.seed,
+        stop=_stop(body.stop, limits) if body.stop is not None else [],
+        stop_token_ids=_stop_token_ids(body.stop_token_ids, limits) if body.stop_token_ids else [],
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=logprobs,
+        n=n,
+        logit_bias=_logit_bias(body.logit_bias, limits) if body.logit_bias else {},
+    )
+
+
+def parse_max_tokens(name: str, value: int | None) -> int | None:
+    """Raises:  InvalidRequest below 1; the upper limit is the context, which `app/preprocess.py` knows."""
+    if value is not None:
+        check_range(name, value, 1, inf)
+    return value
+
+
+def parse_seconds(name: str, value_ms: float | None) -> float | None:
+    """Milliseconds on the wire, seconds inside; up to a day."""
+    if value_ms is None:
+        return None
+    check_range(name, value_ms, 0, 86_400_000, is_low_open=True)
+    return value_ms / 1000
+
+
+def parse_priority(value: int | None) -> int | None:
+    """Raises:  InvalidRequest outside -1000..1000."""
+    if value is not None:
+        check_range("priority", value, -1000, 1000)
+    return value
+
+
+def parse_cache_salt(value: str | None) -> str:
+    """Raises:  InvalidRequest for more than 256 characters."""
+    salt = value or ""
+    check_count("cache_salt", len(salt), 256, "characters")
+    return salt
+
+
+class Unsupported:
+    """Refuses the fields of `unsupported` that a body uses. Built once per body type; the check is one C call."""
+
+    def __init__(self, unsupported: dict[str, tuple[Any, ...]]) -> None:
+        self._fields = unsupported
+        self._values = attrgetter(*unsupported)
+
+    def check(self, body: CommonBody) -> None:
+        """Raises:  InvalidRequest naming the first unsupported field."""
+        values = self._values(body)
+        if values.count(None) == len(values):
+            return
+        for (name, neutral), value in zip(self._fields.items(), values, strict=True):
+            if value is not None and value not in neutral:
+                allowed = f"; leave it out or send {' or '.join(map(shown, neutral))}" if neutral else "; leave it out"
+                raise InvalidRequest(
+                    f"'{name}' is not supported here{allowed}. The value given is {shown(value)}.",
+                    param=name,
+                    code="unsupported_parameter",
+                )
+
+
+def _within(name: str, value: float | None, default: float, low: float, high: float) -> float:
+    if value is None:
+        return default
+    check_range(name, value, low, high)
+    return value
+
+
+def _min_tokens(min_tokens: int | None, max_tokens: int | None) -> int:
+    if min_tokens is None:
+        return 0
+    check_range("min_tokens", min_tokens, 0, _INT32 if max_tokens is None else max_tokens)
+    return min_tokens
+
+
+def _stop(stop: str | list[str], limits: Limits) -> list[str]:
+    strings = [stop] if isinstance(stop, str) else stop
+    check_count("stop", len(strings), limits.num_stop, "stop strings")
+    for string in strings:
+        if not string:
+            raise InvalidRequest("Invalid 'stop': a stop string must not be empty.", param="stop")
+        check_count("stop", len(string), limits.stop_chars, "characters of one stop string")
+    return strings
+
+
+def _stop_token_ids(tokens: list[int], limits: Limits) -> list[int]:
+    check_count("stop_token_ids", len(tokens), limits.num_stop_token_ids, "token ids")
+    for token in tokens:
+        check_range("stop_token_ids", token, 0, _UINT32)
+    return tokens
+
+
+def _logit_bias(bias: dict[str, float], limits: Limits) -> dict[int, float]:
+    check_count("logit_bias", len(bias), limits.num_logit_bias, "entries")
+    checked: dict[int, float] = {}
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= _UINT32):
+            raise InvalidRequest(f"Invalid 'logit_bias': the key {shown(key)} is not a token id.", param="logit_bias")
+        check_range(f"logit_bias.{key}", value, -100.0, 100.0)
+        checked[int(key)] = value
+    return checked
