@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from planes.frames import FinishReason, Format, Sampling, Usage
 from workers.detokenizer import Vocabulary
 from workers.engine import EngineOutput, TokenLogprob
-from workers.events import Answer, Events, TokenNote
+from workers.sse import Answer, Events, TokenNote
 from workers.stops import StopFinder
 
 

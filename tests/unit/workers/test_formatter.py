@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 
@@ -271,7 +272,7 @@ def written_by(story, resume, cuts):
     if subject.finish_reason is not None:
         return subject.end(finish) + subject.finish(USAGE)
     edges = sorted({resume, len(tokens), *(cut for cut in cuts if resume < cut < len(tokens))})
-    spans = list(zip(edges, edges[1:], strict=False)) or [(resume, resume)]
+    spans = list(itertools.pairwise(edges)) or [(resume, resume)]
     written = b""
     for start, end in spans:
         is_last = end == len(tokens)

@@ -1,0 +1,435 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planes.errors import InvalidRequest
+from planes.frames import (
+    DecodeLeg,
+    Delta,
+    Done,
+    Failed,
+    FailureKind,
+    FinishReason,
+    Format,
+    Generate,
+    LocalLeg,
+    PrefillLeg,
+    Sampling,
+    Ticket,
+    pack_tokens,
+)
+from planes.messages import EngineFacts, HandoverEndpoint, HandoverMode, RequestId, Role, WorkerId
+from workers.detokenizer import load_vocabulary
+from workers.engine import EngineOutput
+from workers.server import WorkerServer
+
+VOCABULARY = load_vocabulary(Path("workers/sim_model/tokenizer.json"), 260)
+END = 259
+TICKET = Ticket(WorkerId("p"), HandoverMode.PULL, num_tokens=3, lease_s=30.0, params=b"{}")
+
+
+class FakeEngine:
+    def __init__(self):
+        self.facts = EngineFacts(
+            block_size=16,
+            num_blocks=8,
+            context_length=64,
+            max_batch=2,
+            max_step_tokens=64,
+            bytes_per_block=1,
+            vocab_size=260,
+        )
+        self.endpoint = HandoverEndpoint(HandoverMode.PULL, "e", "127.0.0.1", 5000)
+        self.running = {}
+        self.submitted = []
+        self.aborted = []
+        self.refusal = None
+
+    def submit(self, request, on_output):
+        if self.refusal:
+            raise self.refusal
+        self.submitted.append(request)
+        self.running[request.request] = on_output
+
+    def abort(self, request):
+        self.aborted.append(request)
+
+
+class FakeConnection:
+    def __init__(self):
+        self.posted = []
+
+    def post(self, item):
+        self.posted.append(item)
+
+
+class FakeTimer:
+    def __init__(self, seconds, callback):
+        self.seconds, self.callback, self.is_cancelled = seconds, callback, False
+
+    def cancel(self):
+        self.is_cancelled = True
+
+
+class World:
+    """A server between one gateway and a hand-driven engine."""
+
+    def __init__(self, role=Role.BOTH, max_queued=2):
+        self.engine, self.connection, self.timers = FakeEngine(), FakeConnection(), []
+        self.server = WorkerServer(
+            self.engine,
+            role=role,
+            vocabulary=VOCABULARY,
+            end_tokens=frozenset({END}),
+            max_queued=max_queued,
+            call_later=self._call_later,
+        )
+
+    def _call_later(self, seconds, callback):
+        self.timers.append(FakeTimer(seconds, callback))
+        return self.timers[-1]
+
+    def ask(self, stream=1, *, sampling=None, leg=None, resume=(), is_streaming=True, prompt=b"abc", connection=None):
+        request = Generate(
+            stream=stream,
+            request=RequestId(f"r{stream}"),
+            prompt=pack_tokens(list(prompt)),
+            sampling=sampling or Sampling(max_tokens=10),
+            format=Format("chat", "id", "m", 1, is_streaming=is_streaming),
+            leg=leg or LocalLeg(),
+            resume=pack_tokens(list(resume)),
+            timeout_s=30.0,
+        )
+        self.server.generate(connection or self.connection, request)
+
+    def expire(self, stream):
+        for timer in self.timers:
+            if timer.callback.args[0].request.stream == stream and not timer.is_cancelled:
+                timer.callback()
+
+    @property
+    def answered(self):
+        return {item.stream for item in self.posted if not isinstance(item, Delta)}
+
+    def step(self, stream, tokens, finish=None, **measured):
+        if f"r{stream}" not in self.engine.running:
+            return  # it was never let in
+        index = measured.pop("index", 0)
+        self.engine.running[f"r{stream}"](EngineOutput(index, tuple(tokens), finish=finish, **measured))
+
+    @property
+    def posted(self):
+        return self.connection.posted
+
+
+def text(payload):
+    chunks = [json.loads(line[6:]) for line in payload.decode().split("\n\n") if line and line != "data: [DONE]"]
+    return "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
+
+
+def test_each_step_becomes_a_delta_and_the_last_one_done():
+    world = World()
+    world.ask()
+    world.step(1, b"H")
+    world.step(1, b"i")
+    world.step(
+        1,
+        [END],
+        FinishReason.STOP,
+        cached_tokens=2,
+        queue_s=0.1,
+        prefill_s=0.2,
+        handover_s=0.3,
+        handover_bytes=4,
+        decode_s=0.5,
+    )
+    first, second, done = world.posted
+    assert isinstance(first, Delta)
+    assert (text(first.payload), first.tokens) == ("H", [72])
+    assert (text(second.payload), second.tokens) == ("i", [105])
+    assert isinstance(done, Done)
+    assert done.payload.endswith(b"data: [DONE]\n\n")
+    assert (done.reason, done.tokens, done.ticket) == (FinishReason.STOP, [END], None)
+    usage = done.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (3, 3, 2)
+    assert (usage.queue_s, usage.prefill_s, usage.handover_s, usage.handover_bytes, usage.decode_s) == (
+        0.1,
+        0.2,
+        0.3,
+        4,
+        0.5,
+    )
+    assert world.timers[0].is_cancelled
+    assert world.server.num_requests == 0
+
+
+def test_an_answer_that_is_not_streamed_sends_its_tokens_at_once_and_its_body_at_the_end():
+    world = World()
+    world.ask(is_streaming=False)
+    world.step(1, b"H")
+    world.step(1, b"i", FinishReason.LENGTH)
+    delta, done = world.posted
+    assert (delta.payload, delta.tokens) == (b"", [72])
+    assert json.loads(done.payload)["choices"][0]["message"]["content"] == "Hi"
+
+
+def test_a_stop_string_ends_the_answer_and_takes_the_request_from_the_engine():
+    world = World()
+    world.ask(sampling=Sampling(max_tokens=10, stop=["i"]))
+    world.step(1, b"Hi", cached_tokens=1)
+    (done,) = world.posted
+    assert (done.reason, text(done.payload), done.usage.cached_tokens) == (FinishReason.STOP, "H", 1)
+    assert world.engine.aborted == ["r1"]
+    world.step(1, b"more", FinishReason.LENGTH)
+    assert len(world.posted) == 1
+
+
+def test_an_answer_with_several_choices_is_done_with_the_last_of_them():
+    world = World()
+    world.ask(sampling=Sampling(max_tokens=2, n=2))
+    world.step(1, b"ab", FinishReason.LENGTH, index=1)
+    world.step(1, b"cd", FinishReason.LENGTH)
+    delta, done = world.posted
+    assert isinstance(delta, Delta)
+    assert done.usage.completion_tokens == 4
+
+
+def test_a_cancelled_request_is_aborted_and_not_answered():
+    world = World()
+    world.ask()
+    world.step(1, b"H")
+    world.server.cancel(world.connection, 1)
+    assert world.engine.aborted == ["r1"]
+    world.step(1, b"i", FinishReason.LENGTH)
+    assert len(world.posted) == 1
+    assert world.timers[0].is_cancelled
+    world.server.cancel(world.connection, 1)
+    assert world.engine.aborted == ["r1"]
+
+
+def test_a_gone_gateway_takes_only_its_own_requests_along():
+    world, other = World(), FakeConnection()
+    world.ask(1)
+    world.ask(2)
+    world.ask(3, connection=other)
+    world.server.gone(world.connection)
+    assert sorted(world.engine.aborted) == ["r1", "r2"]
+    assert world.server.num_requests == 1
+
+
+def test_a_stream_used_again_forgets_what_ran_there():
+    world = World()
+    world.ask(1)
+    world.engine.running.clear()
+    world.ask(1)
+    assert world.engine.aborted == ["r1"]
+    world.step(1, b"H", FinishReason.LENGTH)
+    assert [type(item) for item in world.posted] == [Done]
+
+
+@pytest.mark.parametrize(("has_begun", "kind"), [(False, FailureKind.REJECTED), (True, FailureKind.INTERRUPTED)])
+def test_a_deadline_ends_the_request(has_begun, kind):
+    world = World()
+    world.ask()
+    if has_begun:
+        world.step(1, b"H")
+    assert world.timers[0].seconds == 30.0
+    world.timers[0].callback()
+    failed = world.posted[-1]
+    assert isinstance(failed, Failed)
+    assert (failed.kind, failed.code) == (kind, "deadline_exceeded")
+    assert world.engine.aborted == ["r1"]
+
+
+def test_an_engine_error_interrupts_the_request_with_its_reason():
+    world = World()
+    world.ask()
+    world.step(1, (), FinishReason.ERROR, error="handover failed")
+    assert world.posted == [Failed(1, FailureKind.INTERRUPTED, "engine_error", "handover failed")]
+
+
+def test_more_requests_than_the_worker_takes_are_rejected():
+    world = World(max_queued=1)
+    for stream in range(1, 5):
+        world.ask(stream)
+    (failed,) = world.posted
+    assert (failed.stream, failed.kind, failed.code) == (4, FailureKind.REJECTED, "worker_busy")
+    assert "3 requests" in failed.message
+    world.step(1, b"H", FinishReason.LENGTH)
+    world.ask(5)
+    assert len(world.engine.submitted) == 4
+
+
+def test_a_draining_worker_finishes_what_it_has_and_rejects_the_rest():
+    world = World()
+    world.ask(1)
+    world.server.drain()
+    world.ask(2)
+    world.step(1, b"H", FinishReason.LENGTH)
+    failed, done = world.posted
+    assert (failed.kind, failed.code) == (FailureKind.REJECTED, "worker_draining")
+    assert isinstance(done, Done)
+
+
+async def test_the_server_is_idle_once_the_last_request_has_ended():
+    world = World()
+    world.ask(1)
+    world.server.interrupt_all("worker_stopped", "stopping")
+    await world.server.until_idle()
+    (failed,) = world.posted
+    assert (failed.kind, failed.code) == (FailureKind.INTERRUPTED, "worker_stopped")
+
+
+def test_an_invalid_request_is_answered_with_its_field():
+    world = World()
+    world.ask(prompt=b"")
+    (failed,) = world.posted
+    assert (failed.kind, failed.code, failed.param) == (FailureKind.INVALID, "empty_prompt", "prompt")
+    assert not world.engine.submitted
+
+
+def test_a_request_that_the_engine_refuses_leaves_nothing_behind():
+    world = World()
+    world.engine.refusal = InvalidRequest("no", param="x")
+    world.ask()
+    assert world.posted == [Failed(1, FailureKind.INVALID, "invalid_request", "no", "x")]
+    assert world.server.num_requests == 0
+    assert world.timers[0].is_cancelled
+
+
+def test_one_request_id_runs_once_at_a_time():
+    world, other = World(), FakeConnection()
+    world.ask(1)
+    world.ask(1, connection=other)
+    assert other.posted[0].code == "duplicate_request"
+
+
+# --- handover ---------------------------------------------------------------------------------------------------------
+
+
+def prefill(world, *, is_emitting, tokens=b"H", finish=FinishReason.LENGTH, ticket=TICKET, **sampling):
+    world.ask(
+        leg=PrefillLeg(HandoverMode.PULL, emit_first=is_emitting), sampling=Sampling(**({"max_tokens": 10} | sampling))
+    )
+    world.step(1, tokens, finish, ticket=ticket, cached_tokens=2, prefill_s=0.5)
+    return world.posted[-1]
+
+
+def test_a_prefill_leg_answers_with_the_ticket_and_the_first_event():
+    done = prefill(World(), is_emitting=True)
+    assert (text(done.payload), done.tokens) == ("H", [72])
+    assert b"[DONE]" not in done.payload
+    assert b'"finish_reason":"' not in done.payload
+    assert done.ticket.cached_tokens == 2
+    assert done.ticket.params == TICKET.params
+    assert done.usage.prefill_s == 0.5
+
+
+def test_a_prefill_leg_that_emits_nothing_answers_with_the_ticket_alone():
+    done = prefill(World(), is_emitting=False)
+    assert (done.payload, done.tokens) == (b"", [])
+    assert done.ticket is not None
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason", "words"),
+    [
+        ({"tokens": [END], "finish": FinishReason.STOP}, FinishReason.STOP, ""),
+        ({"max_tokens": 1}, FinishReason.LENGTH, "H"),
+        ({"stop": ["H"]}, FinishReason.STOP, ""),
+    ],
+)
+@pytest.mark.parametrize("is_emitting", [False, True])
+def test_a_first_token_that_ends_the_request_completes_it_without_a_ticket(ending, reason, words, is_emitting):
+    world = World()
+    done = prefill(world, is_emitting=is_emitting, **ending)
+    assert (done.ticket, done.reason, text(done.payload)) == (None, reason, words)
+    assert done.payload.endswith(b"[DONE]\n\n")
+    assert len(done.tokens) == 1
+    assert world.engine.aborted == ["r1"]
+
+
+def test_a_prefill_leg_may_bring_its_token_before_its_ticket():
+    world = World()
+    world.ask(leg=PrefillLeg(HandoverMode.PULL, emit_first=True))
+    world.step(1, b"H")
+    assert world.posted == []
+    world.step(1, (), FinishReason.LENGTH, ticket=TICKET)
+    (done,) = world.posted
+    assert (text(done.payload), done.tokens) == ("H", [72])
+
+
+def test_a_prefill_leg_without_a_ticket_is_interrupted():
+    failed = prefill(World(), is_emitting=True, ticket=None)
+    assert (failed.kind, failed.code) == (FailureKind.INTERRUPTED, "ticket_missing")
+
+
+def test_a_decode_leg_reports_what_the_prefill_worker_had_cached():
+    world = World()
+    ticket = Ticket(WorkerId("p"), HandoverMode.PULL, num_tokens=3, lease_s=30.0, params=b"{}", cached_tokens=1)
+    world.ask(leg=DecodeLeg(ticket=ticket))
+    world.step(1, b"H", FinishReason.LENGTH, cached_tokens=3)
+    assert world.posted[-1].usage.cached_tokens == 1
+
+
+# --- going on elsewhere -----------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_request_goes_on_after_what_the_client_has():
+    world = World()
+    world.ask(resume=b"H")
+    assert world.engine.submitted[0].resume == (72,)
+    world.step(1, b"i", FinishReason.LENGTH)
+    (done,) = world.posted
+    assert text(done.payload) == "i"
+    assert b"assistant" not in done.payload
+    assert done.usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("resume", "sampling", "reason"),
+    [
+        (b"Hi", Sampling(max_tokens=2), FinishReason.LENGTH),
+        (b"Hi", Sampling(max_tokens=9, stop=["Hi"]), FinishReason.STOP),
+        ([72, END], Sampling(max_tokens=9), FinishReason.STOP),
+    ],
+)
+def test_a_resumed_request_that_was_complete_is_done_at_once(resume, sampling, reason):
+    world = World()
+    world.ask(resume=resume, sampling=sampling)
+    (done,) = world.posted
+    assert (done.reason, text(done.payload)) == (reason, "")
+    assert done.payload.endswith(b"[DONE]\n\n")
+    assert not world.engine.submitted
+
+
+HAPPENINGS = {
+    "step": lambda world, stream: world.step(stream, b"a"),
+    "end": lambda world, stream: world.step(stream, b"a", FinishReason.LENGTH),
+    "error": lambda world, stream: world.step(stream, (), FinishReason.ERROR),
+    "expire": lambda world, stream: world.expire(stream),
+    "cancel": lambda world, stream: world.server.cancel(world.connection, stream),
+    "gone": lambda world, stream: world.server.gone(world.connection),
+    "interrupt": lambda world, stream: world.server.interrupt_all("x", "x"),
+}
+
+
+@given(history=st.lists(st.tuples(st.sampled_from(["ask", *HAPPENINGS]), st.integers(1, 12)), max_size=40))
+def test_whatever_happens_every_request_is_answered_once_unless_nobody_waits(history):
+    world, asked, abandoned = World(max_queued=9), set(), set()
+    for happening, stream in history:
+        waiting = asked - abandoned - world.answered
+        if happening == "ask" and stream not in asked:
+            asked.add(stream)
+            world.ask(stream)
+        elif stream in asked and happening in HAPPENINGS:
+            abandoned |= waiting & {"gone": asked, "cancel": {stream}}.get(happening, set())
+            HAPPENINGS[happening](world, stream)
+    world.server.interrupt_all("end", "end")
+    answers = [item.stream for item in world.posted if not isinstance(item, Delta)]
+    assert sorted(answers) == sorted(asked - abandoned)
+    assert all(timer.is_cancelled for timer in world.timers)
+    assert world.server.num_requests == 0

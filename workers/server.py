@@ -1,0 +1,338 @@
+"""The worker's side of the streams: each Generate becomes an engine request and is answered once.
+
+    state     output     complete  error            cancelled  deadline
+    QUEUED    → RUNNING  → Done    → interrupted    → (quiet)  → rejected
+    RUNNING   → RUNNING  → Done    → interrupted    → (quiet)  → interrupted
+
+An answer that has ended stands in no table any more and hears nothing, so there is no second answer to give. Every
+ending but the engine's own takes the request back from the engine at once.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from enum import Enum, auto
+from functools import partial
+from typing import Protocol
+
+import msgspec
+import structlog
+
+from planes.errors import HeadraceError, InvalidRequest, Rejected
+from planes.frames import (
+    DecodeLeg,
+    Delta,
+    Done,
+    Failed,
+    FailureKind,
+    FinishReason,
+    Generate,
+    PrefillLeg,
+    StreamId,
+    Ticket,
+    Usage,
+)
+from planes.messages import RequestId, Role
+from workers.admission import admit
+from workers.detokenizer import Vocabulary
+from workers.engine import Engine, EngineOutput, EngineRequest
+from workers.formatter import Formatter
+
+_log = structlog.get_logger()
+
+_CONTEXT_TOKENS = 8
+"""Prompt tokens that a formatter may look at."""
+
+
+class WorkerBusy(Rejected):
+    """The worker has as many requests as it takes."""
+
+    code, status = "worker_busy", 429
+
+    def __init__(self, requests: int, limit: int) -> None:
+        super().__init__(f"{requests} requests run or wait here and the limit is {limit}")
+
+
+class WorkerDraining(Rejected):
+    """The worker is about to stop."""
+
+    code = "worker_draining"
+
+    def __init__(self) -> None:
+        super().__init__("this worker finishes what it has and takes no new requests")
+
+
+class DuplicateRequest(Rejected):
+    """The engine tells requests apart by their ids."""
+
+    code = "duplicate_request"
+
+    def __init__(self, request: RequestId) -> None:
+        super().__init__(f"a request named {request} already runs here")
+
+
+class Connection(Protocol):
+    """What an answer needs of `planes.streams.GatewayConnection`."""
+
+    def post(self, item: Delta | Done | Failed) -> None: ...
+
+
+class Timer(Protocol):
+    """What `loop.call_later` returns."""
+
+    def cancel(self) -> None: ...
+
+
+CallLater = Callable[[float, Callable[[], None]], Timer]
+
+
+class _State(Enum):
+    QUEUED = auto()
+    RUNNING = auto()
+    ENDED = auto()
+
+
+class _Answer:
+    """One request on one stream."""
+
+    __slots__ = (
+        "_measured",
+        "connection",
+        "formatter",
+        "held_payload",
+        "held_tokens",
+        "prompt_tokens",
+        "request",
+        "state",
+        "timer",
+    )
+
+    def __init__(self, connection: Connection, request: Generate, prompt_tokens: int, formatter: Formatter) -> None:
+        self.connection = connection
+        self.request = request
+        self.prompt_tokens = prompt_tokens
+        self.formatter = formatter
+        self.state = _State.QUEUED
+        self.timer: Timer | None = None
+        self.held_payload = b""
+        self.held_tokens: list[int] = []
+        self._measured: EngineOutput | None = None
+
+    def measure(self, output: EngineOutput) -> None:
+        """Remember what the engine measured: told with choice 0's last output, perhaps with its first one too."""
+        if output.index == 0 and (output.finish is not None or self._measured is None):
+            self._measured = output
+
+    def usage(self) -> Usage:
+        leg, output = self.request.leg, self._measured or EngineOutput(0, ())
+        cached_tokens = output.cached_tokens
+        if isinstance(leg, DecodeLeg) and leg.ticket is not None:
+            cached_tokens = leg.ticket.cached_tokens  # the prompt was computed by whoever gave the ticket
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.formatter.completion_tokens,
+            cached_tokens=min(cached_tokens, self.prompt_tokens),  # tokens resumed with may be cached too
+            queue_s=output.queue_s,
+            prefill_s=output.prefill_s,
+            handover_s=output.handover_s,
+            handover_bytes=output.handover_bytes,
+            decode_s=output.decode_s,
+        )
+
+
+class WorkerServer:
+    """Runs what gateways ask for; the handler of `planes.streams.StreamServer`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        role: Role,
+        vocabulary: Vocabulary,
+        end_tokens: frozenset[int],
+        max_queued: int,
+        call_later: CallLater,
+    ) -> None:
+        """
+        Args:  engine: started.  end_tokens: the model's end-of-sequence ids.  max_queued: requests taken beyond those
+        that the engine runs at once.  call_later: the event loop's.
+        """
+        self._engine = engine
+        self._role = role
+        self._vocabulary = vocabulary
+        self._end_tokens = end_tokens
+        self._limit = engine.facts.max_batch + max_queued
+        self._call_later = call_later
+        self._answers: dict[Connection, dict[StreamId, _Answer]] = {}
+        self._requests: set[RequestId] = set()
+        self._is_draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._requests)
+
+    def drain(self) -> None:
+        """Take no new requests."""
+        self._is_draining = True
+
+    async def until_idle(self) -> None:
+        """Wait until no request is left."""
+        await self._idle.wait()
+
+    def interrupt_all(self, code: str, message: str) -> None:
+        """Give every request up; gateways continue them elsewhere."""
+        for answers in list(self._answers.values()):
+            for answer in list(answers.values()):
+                self._fail(answer, FailureKind.INTERRUPTED, code, message)
+
+    # --- what gateways say ----------------------------------------------------------------------------------------
+
+    def generate(self, connection: Connection, request: Generate) -> None:
+        self.cancel(connection, request.stream)  # a gateway that uses a stream again has forgotten what ran there
+        try:
+            self._begin(connection, self._admitted(request), request)
+        except HeadraceError as exc:
+            connection.post(_failed(request.stream, exc))
+
+    def cancel(self, connection: Connection, stream: StreamId) -> None:
+        answer = self._answers.get(connection, {}).get(stream)
+        if answer is not None:
+            self._end(answer)
+            self._engine.abort(answer.request.request)
+
+    def gone(self, connection: Connection) -> None:
+        for stream in list(self._answers.get(connection, ())):
+            self.cancel(connection, stream)
+
+    # --- one answer's life ----------------------------------------------------------------------------------------
+
+    def _admitted(self, request: Generate) -> EngineRequest:
+        if self._is_draining:
+            raise WorkerDraining
+        if request.request in self._requests:
+            raise DuplicateRequest(request.request)
+        admitted = admit(request, role=self._role, facts=self._engine.facts, endpoint=self._engine.endpoint)
+        if len(self._requests) >= self._limit:
+            raise WorkerBusy(len(self._requests), self._limit)
+        return admitted
+
+    def _begin(self, connection: Connection, admitted: EngineRequest, request: Generate) -> None:
+        formatter = Formatter(
+            request.format,
+            request.sampling,
+            self._vocabulary,
+            end_tokens=self._end_tokens,
+            context=admitted.prompt[-_CONTEXT_TOKENS:].tolist(),
+        )
+        answer = _Answer(connection, request, len(admitted.prompt), formatter)
+        if admitted.resume and (finish := self._resumed(formatter, admitted)) is not None:
+            payload = formatter.end(finish) + formatter.finish(answer.usage())
+            connection.post(Done(request.stream, finish, answer.usage(), payload))
+            return
+        self._requests.add(request.request)
+        self._answers.setdefault(connection, {})[request.stream] = answer
+        self._idle.clear()
+        answer.timer = self._call_later(request.timeout_s, partial(self._expire, answer))
+        try:
+            self._engine.submit(admitted, partial(self._take, answer))
+        except InvalidRequest:
+            self._end(answer)
+            raise
+
+    def _resumed(self, formatter: Formatter, admitted: EngineRequest) -> FinishReason | None:
+        """Fold what the client has got. Returns how the answer ended, if those tokens were all of it."""
+        resume, sampling = admitted.resume, admitted.sampling
+        stop_tokens = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._end_tokens)
+        if resume[-1] in stop_tokens:
+            formatter.fold(resume[:-1])
+            return FinishReason.STOP
+        formatter.fold(resume)
+        return formatter.finish_reason or (FinishReason.LENGTH if len(resume) >= sampling.max_tokens else None)
+
+    def _take(self, answer: _Answer, output: EngineOutput) -> None:
+        """News from the engine."""
+        if answer.state is _State.ENDED:
+            return  # it ended while this was under way
+        answer.state = _State.RUNNING
+        answer.measure(output)
+        if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
+            self._fail(answer, FailureKind.INTERRUPTED, f"engine_{output.finish}", output.error or "the engine gave up")
+        elif isinstance(answer.request.leg, PrefillLeg):
+            self._prefilled(answer, answer.request.leg, output)
+        else:
+            self._decoded(answer, output)
+
+    def _decoded(self, answer: _Answer, output: EngineOutput) -> None:
+        payload, tokens = answer.formatter.feed(output)
+        finish = answer.formatter.finish_reason
+        if finish is not None:
+            self._complete(answer, finish, payload, list(tokens), is_engine_done=output.finish is not None)
+        elif tokens:
+            answer.connection.post(Delta(answer.request.stream, payload, list(tokens)))
+
+    def _prefilled(self, answer: _Answer, leg: PrefillLeg, output: EngineOutput) -> None:
+        """The engine stops after one token; whether that ends the answer is for the request's own limits to say."""
+        request, formatter = answer.request, answer.formatter
+        num_tokens = len(request.resume) // 4 + len(answer.held_tokens) + len(output.tokens)
+        is_limit = output.finish is FinishReason.LENGTH and num_tokens < request.sampling.max_tokens
+        payload, tokens = formatter.feed(replace(output, finish=None) if is_limit else output)
+        answer.held_payload += payload
+        answer.held_tokens += tokens
+        if formatter.finish_reason is not None:
+            self._complete(
+                answer, formatter.finish_reason, answer.held_payload, answer.held_tokens, is_engine_done=False
+            )
+        elif output.ticket is not None:
+            self._hand_over(answer, output.ticket, is_emitting=leg.emit_first)
+        elif output.finish is not None:
+            self._fail(answer, FailureKind.INTERRUPTED, "ticket_missing", "the engine kept no KV cache to hand over")
+
+    def _hand_over(self, answer: _Answer, ticket: Ticket, *, is_emitting: bool) -> None:
+        usage = answer.usage()
+        payload, tokens = (answer.held_payload, answer.held_tokens) if is_emitting else (b"", [])
+        ticket = msgspec.structs.replace(ticket, cached_tokens=usage.cached_tokens)
+        self._end(answer)
+        answer.connection.post(Done(answer.request.stream, FinishReason.LENGTH, usage, payload, tokens, ticket))
+
+    def _complete(
+        self, answer: _Answer, finish: FinishReason, payload: bytes, tokens: list[int], *, is_engine_done: bool
+    ) -> None:
+        self._end(answer)
+        if not is_engine_done or answer.request.sampling.n > 1:
+            self._engine.abort(answer.request.request)
+        usage = answer.usage()
+        payload += answer.formatter.finish(usage)
+        answer.connection.post(Done(answer.request.stream, finish, usage, payload, tokens))
+
+    def _fail(self, answer: _Answer, kind: FailureKind, code: str, message: str) -> None:
+        self._end(answer)
+        self._engine.abort(answer.request.request)
+        answer.connection.post(Failed(answer.request.stream, kind, code, message))
+        _log.warning("request.failed", request_id=answer.request.request, kind=kind, code=code, reason=message)
+
+    def _expire(self, answer: _Answer) -> None:
+        kind = FailureKind.REJECTED if answer.state is _State.QUEUED else FailureKind.INTERRUPTED
+        message = f"not finished {answer.request.timeout_s:g} s after it arrived here"
+        self._fail(answer, kind, "deadline_exceeded", message)
+
+    def _end(self, answer: _Answer) -> None:
+        """Forget the answer: from here on nothing reaches it."""
+        answer.state = _State.ENDED
+        if answer.timer is not None:
+            answer.timer.cancel()
+        answers = self._answers[answer.connection]
+        del answers[answer.request.stream]
+        if not answers:
+            del self._answers[answer.connection]
+        self._requests.discard(answer.request.request)
+        if not self._requests:
+            self._idle.set()
+
+
+def _failed(stream: StreamId, error: HeadraceError) -> Failed:
+    if isinstance(error, InvalidRequest):
+        return Failed(stream, FailureKind.INVALID, error.code, str(error), error.param)
+    kind = FailureKind.REJECTED if isinstance(error, Rejected) else FailureKind.INTERRUPTED
+    return Failed(stream, kind, error.code, str(error))
