@@ -1,4 +1,4 @@
-"""How long things take, learned online. (Contract first: `prefill_s`, `step_s`, `handover_s` answer with the priors.)"""
+"""How long things take, learned online."""
 
 from planes.messages import LatencyPrior
 

@@ -34,6 +34,12 @@ class WorkerView:
     free_blocks: int
     utilisation: float
     """Share of the last minute spent computing, 0.0 to 1.0 (exponentially weighted)."""
+    handover: HandoverMode | None = HandoverMode.PULL
+    """How its KV cache is handed over; None: not at all. Two workers can pair if both say the same."""
+    prefill_utilisation: float = 0.0
+    """Share of the last minute spent on prompts alone."""
+    mean_running: float = 0.0
+    """Sequences that decoded here over the last minute, on average."""
     num_held: int = 0
     """Blocks held here in all, of whichever prompts."""
 

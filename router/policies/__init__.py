@@ -1,7 +1,10 @@
 """Routing policies, one per file; each cites where its rule comes from."""
 
 from collections.abc import Mapping
-from typing import Final
+from importlib import import_module
+from typing import Final, cast
+
+from router.policy import Policy
 
 POLICIES: Final[Mapping[str, str]] = {
     "headrace": "router.policies.headrace:Headrace",
@@ -18,3 +21,21 @@ POLICIES: Final[Mapping[str, str]] = {
     "aibrix": "router.policies.aibrix:Aibrix",
 }
 """Name → `module:Class`, as `--policy` also takes it from users."""
+
+
+def load_policy(name: str) -> Policy:
+    """The policy with this name, or a user's own class, given as `package.module:Class` and built without arguments.
+
+    Raises:  ValueError that says what is wrong with `name` and what is allowed.
+    """
+    target = POLICIES.get(name, name)
+    module, colon, attribute = target.partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(f"policy is {name!r} and must be package.module:Class or one of {', '.join(sorted(POLICIES))}")
+    try:
+        policy = getattr(import_module(module), attribute)()
+    except (ImportError, AttributeError, TypeError) as exc:
+        raise ValueError(f"policy {name!r} cannot be loaded: {exc}") from exc
+    if not callable(getattr(policy, "choose", None)) or not isinstance(getattr(policy, "name", None), str):
+        raise ValueError(f"policy {name!r} has no method `choose` and text `name` (see router/policy.py)")
+    return cast(Policy, policy)

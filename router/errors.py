@@ -1,0 +1,58 @@
+"""Why a request was turned away before any worker saw it. `status` and `code`: hints for the HTTP edge and metrics."""
+
+from planes.errors import Rejected
+
+
+class QueueFull(Rejected):
+    """The gateway's queue is at its limit."""
+
+    status, code = 429, "queue_full"
+
+    def __init__(self, waiting: int, limit: int, *, retry_after_s: float) -> None:
+        super().__init__(
+            f"{waiting} requests are waiting and the limit is {limit}; try again in {retry_after_s:.0f} s",
+            retry_after_s=retry_after_s,
+        )
+
+
+class SloMissed(Rejected):
+    """No worker is predicted to give the first token in time."""
+
+    status, code = 429, "slo_missed"
+
+    def __init__(self, predicted_ttft_s: float, slo_ttft_s: float, *, retry_after_s: float) -> None:
+        super().__init__(
+            f"the first token is predicted after {predicted_ttft_s:.2f} s and the limit is {slo_ttft_s:.2f} s; "
+            f"try again in {retry_after_s:.0f} s",
+            retry_after_s=retry_after_s,
+        )
+
+
+class NoWorker(Rejected):
+    """No healthy worker can serve the model."""
+
+    status, code = 503, "no_worker"
+
+    def __init__(self, model: str, *, num_workers: int) -> None:
+        super().__init__(
+            f"none of {num_workers} registered workers can decode for model {model!r}; start one or wait for one",
+            retry_after_s=2.0,
+        )
+
+
+class DeadlineExceeded(Rejected):
+    """The request's deadline passed while it waited in the gateway's queue."""
+
+    status, code = 504, "deadline"
+
+    def __init__(self, waited_s: float) -> None:
+        super().__init__(f"the request's deadline passed after {waited_s:.2f} s in the queue; allow it more time")
+
+
+class DuplicateRequest(Rejected):
+    """Two live requests must not share one id: a release would free the other's reservation."""
+
+    status, code = 409, "duplicate_request"
+
+    def __init__(self, request: str) -> None:
+        super().__init__(f"request id {request!r} is already queued or running; send a new id")
