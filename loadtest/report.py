@@ -1,0 +1,367 @@
+"""What a simulation found: a row per run, as a table, as JSON, as plots and as one self-contained HTML page."""
+
+import base64
+import html
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from io import BytesIO
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from loadtest.fleet import Ending, Record, Result
+from planes.messages import Role
+
+QUANTILES: Final = tuple(step / 100 for step in range(101))
+_OURS: Final = "headrace"
+_NONE: Final = "-"
+
+
+class Slo(msgspec.Struct, frozen=True):
+    """What a request must keep to count as good: time to first token and mean time between its tokens."""
+
+    ttft_s: float = 5.0
+    tpot_s: float = 0.05
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One policy under one load. Seconds; shares are 0 to 1; None where nothing was measured."""
+
+    load: str
+    fleet: str
+    policy: str
+    num_requests: int
+    num_finished: int
+    num_rejected: int
+    num_unfinished: int
+    ttft_mean_s: float | None
+    ttft_p50_s: float | None
+    ttft_p90_s: float | None
+    ttft_p99_s: float | None
+    itl_p50_s: float | None
+    itl_p99_s: float | None
+    tpot_p99_s: float | None
+    goodput_share: float
+    """Requests within the SLO, of all that were sent."""
+    goodput_per_s: float
+    """The same per second of arrivals."""
+    hit_rate: float
+    """Prompt tokens found in the computing worker's cache, of all prompt tokens finished."""
+    imbalance: float
+    """Busy seconds of the busiest worker that prefills over their mean; 1 is even."""
+    prefill_utilisation: float
+    decode_utilisation: float
+    """Busy share of the run; a worker that does both counts in both."""
+    handed_over_share: float
+    handover_gib: float
+    num_preemptions: int
+    held_mean_s: float
+    ttft_error_p50: float | None
+    """Median of |predicted - observed| / observed time to first token, where the policy predicts."""
+    duration_s: float
+    ttft_quantiles_s: list[float]
+    """Percentiles 0 to 100; empty without a single first token."""
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Everything that is needed to repeat a comparison, and what came out."""
+
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    slo: Slo
+    rows: list[Row]
+
+
+def summarise(result: Result, *, load: str, fleet: str, policy: str, slo: Slo) -> Row:
+    """The row of one run."""
+    records = result.records
+    finished = [record for record in records if record.ending is Ending.FINISHED]
+    ttfts = sorted(record.ttft_s for record in records if record.ttft_s is not None)
+    tpots = sorted(record.tpot_s for record in finished if record.tpot_s is not None)
+    num_good = sum(is_good(record, slo) for record in finished)
+    span_s = max((record.sent_at for record in records), default=0.0) - min((r.sent_at for r in records), default=0.0)
+    prefills = [worker.busy_s for worker in result.workers if worker.role is not Role.DECODE]
+    decodes = [worker.busy_s for worker in result.workers if worker.role is not Role.PREFILL]
+    prompt_tokens = sum(record.prompt_tokens for record in finished)
+    return Row(
+        load=load,
+        fleet=fleet,
+        policy=policy,
+        num_requests=len(records),
+        num_finished=len(finished),
+        num_rejected=sum(record.ending is Ending.REJECTED for record in records),
+        num_unfinished=sum(record.ending is Ending.UNFINISHED for record in records),
+        ttft_mean_s=statistics.fmean(ttfts) if ttfts else None,
+        ttft_p50_s=quantile(ttfts, 0.5),
+        ttft_p90_s=quantile(ttfts, 0.9),
+        ttft_p99_s=quantile(ttfts, 0.99),
+        itl_p50_s=result.gaps.quantile(0.5),
+        itl_p99_s=result.gaps.quantile(0.99),
+        tpot_p99_s=quantile(tpots, 0.99),
+        goodput_share=num_good / len(records) if records else 0.0,
+        goodput_per_s=num_good / span_s if span_s else 0.0,
+        hit_rate=sum(record.cached_tokens for record in finished) / prompt_tokens if prompt_tokens else 0.0,
+        imbalance=_imbalance(prefills or decodes),
+        prefill_utilisation=_mean(prefills) / result.duration_s if result.duration_s else 0.0,
+        decode_utilisation=_mean(decodes) / result.duration_s if result.duration_s else 0.0,
+        handed_over_share=_mean([float(record.is_handed_over) for record in finished]),
+        handover_gib=sum(worker.sent_bytes for worker in result.workers) / 2**30,
+        num_preemptions=sum(record.num_preemptions for record in finished),
+        held_mean_s=_mean([record.held_s for record in finished]),
+        ttft_error_p50=_prediction_error(finished),
+        duration_s=result.duration_s,
+        ttft_quantiles_s=[value for q in QUANTILES if (value := quantile(ttfts, q)) is not None],
+    )
+
+
+def is_good(record: Record, slo: Slo) -> bool:
+    """Whether a request was finished within the SLO."""
+    return (
+        record.ending is Ending.FINISHED
+        and record.ttft_s is not None
+        and record.ttft_s <= slo.ttft_s
+        and (record.tpot_s or 0.0) <= slo.tpot_s
+    )
+
+
+def quantile(ordered: Sequence[float], q: float) -> float | None:
+    """The least value that is at least as large as a share `q` of `ordered`; None for no values."""
+    return ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else 0.0
+
+
+def _imbalance(busy: Sequence[float]) -> float:
+    mean = _mean(busy)
+    return max(busy) / mean if mean else 1.0
+
+
+def _prediction_error(finished: Iterable[Record]) -> float | None:
+    errors = [
+        abs(record.predicted_ttft_s - record.ttft_s) / record.ttft_s
+        for record in finished
+        if record.predicted_ttft_s is not None and record.ttft_s and record.predicted_ttft_s > record.held_s
+    ]
+    return statistics.median(errors) if errors else None
+
+
+# --- tables --------------------------------------------------------------------------------------------------
+
+Column = tuple[str, Callable[[Row], float | None], str, int]
+"""Heading, value, format, and which way is better: -1 less, 1 more, 0 neither."""
+
+COLUMNS: Final[Sequence[Column]] = (
+    ("TTFT mean s", lambda row: row.ttft_mean_s, ".2f", -1),
+    ("p50", lambda row: row.ttft_p50_s, ".2f", -1),
+    ("p90", lambda row: row.ttft_p90_s, ".2f", -1),
+    ("p99", lambda row: row.ttft_p99_s, ".2f", -1),
+    ("ITL p99 ms", lambda row: None if row.itl_p99_s is None else row.itl_p99_s * 1e3, ".1f", -1),
+    ("TPOT p99 ms", lambda row: None if row.tpot_p99_s is None else row.tpot_p99_s * 1e3, ".1f", -1),
+    ("goodput %", lambda row: row.goodput_share * 100, ".1f", 1),
+    ("good/s", lambda row: row.goodput_per_s, ".2f", 1),
+    ("hit rate %", lambda row: row.hit_rate * 100, ".1f", 0),
+    ("imbalance", lambda row: row.imbalance, ".2f", 0),
+    ("handed over %", lambda row: row.handed_over_share * 100, ".0f", 0),
+    ("rejected", lambda row: row.num_rejected, ".0f", -1),
+    ("unfinished", lambda row: row.num_unfinished, ".0f", -1),
+)
+
+
+def _cells(row: Row) -> list[str]:
+    values = [value(row) for _, value, _, _ in COLUMNS]
+    return [_NONE if cell is None else f"{cell:{column[2]}}" for cell, column in zip(values, COLUMNS, strict=True)]
+
+
+def _best(rows: Sequence[Row]) -> list[str | None]:
+    """The best text of each column, None where none is better than another."""
+    texts = [_cells(row) for row in rows]
+    best: list[str | None] = []
+    for index, (_, _, _, sign) in enumerate(COLUMNS):
+        column = [text[index] for text in texts if text[index] != _NONE]
+        is_decided = sign != 0 and len(set(column)) > 1
+        best.append(max(column, key=lambda text: sign * float(text)) if is_decided else None)
+    return best
+
+
+def _by_load(rows: Iterable[Row]) -> Iterable[tuple[str, list[Row]]]:
+    for title, group in groupby(rows, key=lambda row: f"{row.load}, {row.fleet}"):
+        yield title, list(group)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """For a terminal: one block per load, aligned."""
+    lines = []
+    for title, group in _by_load(rows):
+        cells = [["policy", *(heading for heading, *_ in COLUMNS)], *([row.policy, *_cells(row)] for row in group)]
+        widths = [max(len(line[index]) for line in cells) for index in range(len(cells[0]))]
+        lines.append(f"\n{title} ({group[0].num_requests} requests)")
+        for line in cells:
+            first, *others = (text.rjust(width) for text, width in zip(line, widths, strict=True))
+            lines.append("  ".join([first.strip().ljust(widths[0]), *others]))
+    return "\n".join(lines)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """One table per load; the best of each column is bold."""
+    parts = []
+    for title, group in _by_load(rows):
+        best = _best(group)
+        parts += ["", f"### {title}", "", "| policy | " + " | ".join(heading for heading, *_ in COLUMNS) + " |"]
+        parts.append("|---|" + "--:|" * len(COLUMNS))
+        for row in group:
+            texts = [f"**{t}**" if t == b else t for t, b in zip(_cells(row), best, strict=True)]
+            parts.append(f"| {row.policy} | " + " | ".join(texts) + " |")
+    return "\n".join(parts) + "\n"
+
+
+# --- plots ---------------------------------------------------------------------------------------------------
+
+
+def plots(rows: Sequence[Row]) -> dict[str, bytes]:
+    """PNG images by file name: per load the distribution of TTFT, and one of goodput over all loads."""
+    images = {}
+    for title, group in _by_load(rows):
+        images[f"ttft-{slug(title)}.png"] = _ttft_plot(title, group)
+    images["goodput.png"] = _goodput_plot(rows)
+    return images
+
+
+def slug(title: str) -> str:
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in title).split())
+
+
+def _ttft_plot(title: str, rows: Sequence[Row]) -> bytes:
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, row in enumerate(rows):
+        if row.ttft_quantiles_s:
+            style = _style(row.policy, number)
+            axes.plot(row.ttft_quantiles_s, [100 * q for q in QUANTILES], label=row.policy, **style)
+    axes.set(xscale="log", xlabel="time to first token, s", ylabel="% of requests", title=title, ylim=(0, 100))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2)
+    return _png(figure)
+
+
+def _goodput_plot(rows: Sequence[Row]) -> bytes:
+    loads = [title for title, _ in _by_load(rows)]
+    figure = Figure(figsize=(10, 0.6 * len(loads) + 2), layout="constrained")
+    axes = figure.subplots()
+    for number, policy in enumerate(dict.fromkeys(row.policy for row in rows)):
+        own = [row for row in rows if row.policy == policy]
+        places = [loads.index(f"{row.load}, {row.fleet}") for row in own]
+        style = _style(policy, number)
+        size = 90 if policy == _OURS else 30
+        axes.scatter(
+            [100 * row.goodput_share for row in own],
+            places,
+            label=policy,
+            color=style["color"],
+            s=size,
+            marker="D" if policy == _OURS else "o",
+            alpha=0.8,
+            zorder=style["zorder"],
+        )
+    axes.set_yticks(range(len(loads)), loads)
+    axes.invert_yaxis()
+    axes.set(xlabel="% of requests within the SLO", xlim=(-2, 102), title="Goodput")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _png(figure)
+
+
+def _style(policy: str, number: int) -> dict[str, Any]:
+    if policy == _OURS:
+        return {"color": "black", "linewidth": 2.5, "zorder": 3}
+    return {"color": colormaps["tab20"](number % 20), "linewidth": 1.2, "zorder": 2}
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+# --- one page ------------------------------------------------------------------------------------------------
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Headrace: routing rules compared</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; font-size: 13px; }}
+th, td {{ padding: .2rem .5rem; text-align: right; border-bottom: 1px solid #ddd; }}
+th {{ cursor: pointer; position: sticky; top: 0; background: #fff; }}
+th:first-child, td:first-child {{ text-align: left; }}
+tr.ours {{ background: #eef6ff; }}  td.best {{ font-weight: 700; }}
+img {{ max-width: 100%; }}  pre {{ background: #f6f6f6; padding: .6rem; overflow: auto; }}
+</style>
+<h1>Routing rules compared</h1>
+<p>A click on a heading sorts; the best of a column is bold. SLO: first token within {ttft} s, mean time between tokens
+within {tpot} ms.</p>
+{body}
+<h2>Settings</h2>
+<pre>{settings}</pre>
+<script>
+for (const th of document.querySelectorAll("th")) th.onclick = () => {{
+  const body = th.closest("table").tBodies[0], at = th.cellIndex, up = th.dataset.up = th.dataset.up === "1" ? "" : "1";
+  const value = row => parseFloat(row.cells[at].textContent);
+  const order = (a, b) => at === 0 || isNaN(value(a) + value(b))
+    ? a.cells[at].textContent.localeCompare(b.cells[at].textContent) : value(a) - value(b);
+  [...body.rows].sort((a, b) => up ? order(a, b) : order(b, a)).forEach(row => body.append(row));
+}};
+</script>
+</html>
+"""
+
+
+def page(report: Report, images: dict[str, bytes]) -> str:
+    """One HTML page with everything in it; `images` from `plots`."""
+    parts = [_picture("goodput.png", images)]
+    for title, group in _by_load(report.rows):
+        parts += [f"<h2>{html.escape(title)}</h2>", _html_table(group), _picture(f"ttft-{slug(title)}.png", images)]
+    settings = msgspec.json.format(msgspec.json.encode({"settings": report.settings, "versions": report.versions}))
+    return _PAGE.format(
+        ttft=f"{report.slo.ttft_s:g}",
+        tpot=f"{report.slo.tpot_s * 1e3:g}",
+        body="\n".join(parts),
+        settings=html.escape(settings.decode()),
+    )
+
+
+def _html_table(rows: Sequence[Row]) -> str:
+    best = _best(rows)
+    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in ("policy", *(column[0] for column in COLUMNS)))
+    lines = []
+    for row in rows:
+        cells = "".join(
+            f'<td class="best">{text}</td>' if text == top else f"<td>{text}</td>"
+            for text, top in zip(_cells(row), best, strict=True)
+        )
+        mark = ' class="ours"' if row.policy == _OURS else ""
+        lines.append(f"<tr{mark}><td>{html.escape(row.policy)}</td>{cells}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _picture(name: str, images: dict[str, bytes]) -> str:
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(images[name]).decode()}">'
+
+
+def write(report: Report, *, json: Path | None = None, folder: Path | None = None) -> None:
+    """Write the JSON, and the plots and the page into `folder`. Parents are made."""
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        images = plots(report.rows)
+        for name, image in images.items():
+            (folder / name).write_bytes(image)
+        (folder / "index.html").write_text(page(report, images))

@@ -1,0 +1,281 @@
+"""Compare routing policies on a simulated fleet: `python -m loadtest.simulate --help`.
+
+One run serves one workload with one policy (`loadtest/fleet.py`). `--matrix docs` runs the comparison that
+`docs/routing.md` reports, and writes its tables, plots and JSON.
+"""
+
+import importlib.metadata
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+from cyclopts import App, Parameter
+
+from loadtest.fleet import Run, Scenario, engine_facts
+from loadtest.report import Report, Row, Slo, markdown, plots, summarise, table, write
+from loadtest.workloads import GENERATORS, Workload, load
+from planes.messages import EngineFacts
+from router.policies import POLICIES
+
+_BEGIN, _END = "<!-- results: written by make simulate -->", "<!-- end of results -->"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One load on one fleet: a row per policy comes of it."""
+
+    workload: str
+    rate: float
+    num_prefill: int
+    num_decode: int
+    num_both: int = 0
+    slow_worker: float = 1.0
+    num_gateways: int = 1
+    limit: int | None = None
+    label: str = ""
+
+    @property
+    def load(self) -> str:
+        return self.label or f"{self.workload} x{self.rate:g}"
+
+    @property
+    def fleet(self) -> str:
+        parts = [
+            f"{self.num_prefill} prefill + {self.num_decode} decode" if self.num_prefill + self.num_decode else "",
+            f"{self.num_both} both" if self.num_both else "",
+            f"one {self.slow_worker:g}x slower" if self.slow_worker != 1 else "",
+            f"{self.num_gateways} gateways" if self.num_gateways > 1 else "",
+        ]
+        return ", ".join(filter(None, parts))
+
+
+MATRIX: Final[Sequence[Case]] = (
+    Case("conversation", 0.8, 8, 4, label="conversation, light (x0.8)"),
+    Case("conversation", 1.25, 8, 4, label="conversation, near saturation (x1.25)"),
+    Case("conversation", 1.6, 8, 4, label="conversation, beyond (x1.6)"),
+    Case("conversation", 0.8, 0, 0, 12, label="conversation, light (x0.8)"),
+    Case("conversation", 1.25, 0, 0, 12, label="conversation, near saturation (x1.25)"),
+    Case("shared_prefix", 1.0, 8, 8),
+    Case("shared_prefix", 1.0, 0, 0, 16),
+    Case("prefix_repetition", 1.0, 4, 4),
+    Case("prefix_repetition", 1.0, 0, 0, 8),
+    Case("agentic", 1.0, 8, 4),
+    Case("agentic", 1.0, 0, 0, 12),
+    Case("uniform", 1.0, 6, 2),
+    Case("uniform", 1.0, 0, 0, 8),
+    Case("conversation", 1.0, 8, 4, slow_worker=2.0, limit=4000, label="conversation x1"),
+    Case("conversation", 1.25, 8, 4, num_gateways=2, limit=4000, label="conversation x1.25"),
+)
+"""What `docs/routing.md` compares: three loads of the trace, generated loads, disaggregated and aggregated at equal
+workers, a slow worker, two gateways."""
+
+QUICK: Final[Sequence[Case]] = (
+    Case("conversation", 1.25, 8, 4, limit=250),
+    Case("conversation", 1.25, 0, 0, 12, limit=250),
+    Case("uniform", 1.0, 6, 2, limit=250),
+)
+"""The same in seconds: shows that everything runs, proves nothing."""
+
+
+class Progress:
+    """One line on standard error that is written over: what runs, how far it is, how long it will take."""
+
+    def __init__(self, num_runs: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._num_runs, self._clock = num_runs, clock
+        self._runs_done, self._started, self._shown = 0, clock(), 0.0
+
+    def start(self, label: str) -> Callable[[int, int], None]:
+        def on_progress(ended: int, total: int) -> None:
+            now = self._clock()
+            if now - self._shown < 0.2 and ended < total:
+                return
+            self._shown = now
+            done = (self._runs_done + ended / total) / self._num_runs
+            left_s = (now - self._started) * (1 - done) / done if done else 0.0
+            bar = "#" * int(24 * done)
+            self._write(f"[{bar:<24}] {done:4.0%}  about {_duration(left_s)} left  {label}: {ended}/{total}")
+
+        return on_progress
+
+    def end(self) -> None:
+        self._runs_done += 1
+        if self._runs_done == self._num_runs:
+            self._write(f"{self._num_runs} runs in {_duration(self._clock() - self._started)}\n")
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(f"\r\x1b[2K{text}" if sys.stderr.isatty() else f"{text.strip()}\n")
+        sys.stderr.flush()
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What all cases of one invocation share."""
+
+    policies: Sequence[str]
+    facts: EngineFacts
+    seed: int
+    slo: Slo
+
+    def run(self, cases: Sequence[Case]) -> list[Row]:
+        progress = Progress(len(cases) * len(self.policies))
+        rows = []
+        for case in cases:
+            workload = self._workload(case)
+            for policy in self.policies:
+                on_progress = progress.start(f"{case.load}, {case.fleet}, {policy}")
+                rows.append(self._row(case, policy, workload, on_progress))
+                progress.end()
+        return rows
+
+    def _workload(self, case: Case) -> Workload:
+        workload = load(case.workload, block_size=self.facts.block_size, seed=self.seed).scaled(case.rate)
+        return workload if case.limit is None else workload.limited(case.limit)
+
+    def _row(self, case: Case, policy: str, workload: Workload, on_progress: Callable[[int, int], None]) -> Row:
+        scenario = Scenario(
+            policy=policy,
+            num_prefill=case.num_prefill,
+            num_decode=case.num_decode,
+            num_both=case.num_both,
+            facts=self.facts,
+            seed=self.seed,
+            num_gateways=case.num_gateways,
+            slow_worker=case.slow_worker,
+        )
+        result = Run(scenario, workload, on_progress).simulate()
+        return summarise(result, load=case.load, fleet=case.fleet, policy=policy, slo=self.slo)
+
+    def report(self, cases: Sequence[Case], rows: list[Row]) -> Report:
+        settings: dict[str, Any] = {
+            "seed": self.seed,
+            "policies": list(self.policies),
+            "engine": msgspec.to_builtins(self.facts),
+            "cases": [msgspec.to_builtins(case) for case in cases],
+        }
+        return Report(settings, versions(), self.slo, rows)
+
+
+def versions() -> dict[str, str]:
+    """What a repetition should have too."""
+    found = {"python": platform.python_version()}
+    for name in ("headrace", "numpy", "msgspec"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout that was not installed
+            found[name] = "checkout"
+    return found
+
+
+app = App(name="python -m loadtest.simulate", help="Compare routing policies on a simulated fleet.", version_flags=[])
+
+
+@app.default
+def main(
+    *,
+    trace: str = "conversation",
+    policies: Annotated[str, Parameter(help="names or module:Class, separated by commas")] = ",".join(POLICIES),
+    prefill: int = 0,
+    decode: int = 0,
+    both: int = 0,
+    rate_scale: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (1.0,),
+    limit: int | None = None,
+    seed: int = 0,
+    gateways: int = 1,
+    slow_worker: float = 1.0,
+    link_gbps: float = 100.0,
+    blocks: int = 1000,
+    block_size: int = 512,
+    slo_ttft: float = 5.0,
+    slo_itl: float = 0.05,
+    json: Path | None = None,
+    html: Path | None = None,
+    matrix: Path | None = None,
+    quick: bool = False,
+) -> None:
+    """Run workloads through policies and print a table.
+
+    Args:
+        trace: a synthetic load (shared_prefix, prefix_repetition, agentic, uniform), a trace's name, or its path
+        policies: which policies to compare
+        prefill: prefill workers
+        decode: decode workers
+        both: workers that do both; 8 prefill and 4 decode workers when no worker is asked for
+        rate_scale: how many times as fast sessions start; several mean several loads
+        limit: serve the first sessions only
+        seed: of arrivals, lengths and ties
+        gateways: how many share the fleet; sessions take turns
+        slow_worker: the first worker takes this many times as long, and nobody tells the router
+        link_gbps: each worker's network, Gbit/s
+        blocks: KV blocks per worker
+        block_size: tokens per block; for a trace it must divide 512
+        slo_ttft: seconds until the first token that count as good
+        slo_itl: mean seconds between a request's tokens that count as good
+        json: write everything there
+        html: write plots and one page (index.html) into this folder
+        matrix: run the comparison of docs/routing.md and write it into this folder
+        quick: with --matrix: a small one, in seconds; writes nothing unless --json or --html is given
+    """
+    names = [name.strip() for name in policies.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in POLICIES and ":" not in name]:
+        raise SystemExit(f"no policy {', '.join(unknown)}; there are {', '.join(POLICIES)} and module:Class")
+    facts = engine_facts(block_size=block_size, num_blocks=blocks, link_gbps=link_gbps)
+    comparison = Comparison(names, facts, seed, Slo(slo_ttft, slo_itl))
+    if prefill + decode + both == 0:
+        prefill, decode = 8, 4
+    if not decode + both:
+        raise SystemExit(f"{prefill} prefill workers alone cannot decode; add --decode or --both")
+    if matrix is not None:
+        cases: Sequence[Case] = QUICK if quick else MATRIX
+    else:
+        cases = [
+            Case(trace, rate, prefill, decode, both, slow_worker, gateways, limit, _label(trace, rate))
+            for rate in rate_scale
+        ]
+    try:
+        rows = comparison.run(cases)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    print(table(rows))
+    report = comparison.report(cases, rows)
+    write(report, json=json, folder=html)
+    if matrix is not None and not quick:
+        write_docs(report, matrix)
+
+
+def _label(trace: str, rate: float) -> str:
+    name = trace if trace in GENERATORS else Path(trace).name.split(".")[0]
+    return f"{name} x{rate:g}"
+
+
+def write_docs(report: Report, folder: Path) -> None:
+    """Replace the results in `folder`/routing.md; plots go to `folder`/img, JSON and the page beside them."""
+    target = folder / "routing.md"
+    text = target.read_text() if target.exists() else f"# Routing rules compared\n\n{_BEGIN}\n{_END}\n"
+    if _BEGIN not in text or _END not in text:
+        raise SystemExit(f"{target} has lost its marks {_BEGIN} and {_END}; results go between them")
+    images = plots(report.rows)
+    (folder / "img").mkdir(exist_ok=True)
+    for name, image in images.items():
+        (folder / "img" / name).write_bytes(image)
+    write(report, json=folder / "routing.json")
+    pictures = "".join(f"\n![{name[:-4]}](img/{name})\n" for name in _docs_images(images))
+    results = f"{_BEGIN}\n{markdown(report.rows)}{pictures}{_END}"
+    target.write_text(re.sub(f"{re.escape(_BEGIN)}.*{re.escape(_END)}", lambda _: results, text, flags=re.DOTALL))
+
+
+def _docs_images(images: Iterable[str]) -> list[str]:
+    return ["goodput.png", *(name for name in images if name != "goodput.png")]
+
+
+if __name__ == "__main__":
+    app()
