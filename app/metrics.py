@@ -1,0 +1,145 @@
+"""What the gateway measures, in one registry of its own. Per token nothing is counted: a request adds up at its end."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+_TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_ITL_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
+_SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSummary:
+    """One ended request. `code`: `ok`, `cancelled`, or the code of its error. Seconds: None if never reached."""
+
+    model: str
+    code: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    ttft_s: float | None = None
+    itl_s: float | None = None
+    """Mean gap between two tokens."""
+    prefill_s: float | None = None
+    handover_s: float | None = None
+    handover_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Gauge:
+    """One number read at the time of the scrape."""
+
+    name: str
+    help: str
+    value: float
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+class Metrics:
+    """All metrics of one gateway process."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "headrace_requests", "Ended requests, by how they ended.", ("model", "code"), registry=self._registry
+        )
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of ended requests.")
+        self._completion_tokens = self._counter("completion_tokens", "Generated tokens.")
+        self._cached_tokens = self._counter("cached_tokens", "Prompt tokens that did not have to be computed.")
+        self._handover_bytes = self._counter("handover_bytes", "KV cache bytes handed over.")
+        self._ttft = self._histogram("ttft_seconds", "Arrival until the first token.", _TTFT_BUCKETS)
+        self._itl = self._histogram("itl_seconds", "Mean gap between tokens, a request each.", _ITL_BUCKETS)
+        self._prefill = self._histogram(
+            "prefill_seconds", "Computing the prompt, as its worker says.", _SECONDS_BUCKETS
+        )
+        self._handover = self._histogram("handover_seconds", "Moving a KV cache, as its taker says.", _SECONDS_BUCKETS)
+        self._retries = Counter(
+            "headrace_retries", "Legs that failed and were run elsewhere, by why.", ("code",), registry=self._registry
+        )
+        self._migrations = Counter(
+            "headrace_migrations",
+            "Begun answers continued on another worker, by why.",
+            ("code",),
+            registry=self._registry,
+        )
+        self._fallbacks = Counter(
+            "headrace_fallbacks",
+            "Requests that were not handed over because their prefill failed, by why.",
+            ("code",),
+            registry=self._registry,
+        )
+        self._cut_off = Counter(
+            "headrace_clients_cut_off", "Clients that read too slowly to be waited for.", registry=self._registry
+        )
+        self._loop_lag = Histogram(
+            "headrace_loop_lag_seconds",
+            "How late the event loop runs what is due.",
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
+            registry=self._registry,
+        )
+
+    def ended(self, request: RequestSummary) -> None:
+        model = request.model
+        self._requests.labels(model, request.code).inc()
+        self._prompt_tokens.labels(model).inc(request.prompt_tokens)
+        self._completion_tokens.labels(model).inc(request.completion_tokens)
+        self._cached_tokens.labels(model).inc(request.cached_tokens)
+        self._handover_bytes.labels(model).inc(request.handover_bytes)
+        for histogram, seconds in (
+            (self._ttft, request.ttft_s),
+            (self._itl, request.itl_s),
+            (self._prefill, request.prefill_s),
+            (self._handover, request.handover_s),
+        ):
+            if seconds is not None:
+                histogram.labels(model).observe(seconds)
+
+    def retried(self, code: str, *, is_migration: bool) -> None:
+        (self._migrations if is_migration else self._retries).labels(code).inc()
+
+    def fell_back(self, code: str) -> None:
+        self._fallbacks.labels(code).inc()
+
+    def client_cut_off(self) -> None:
+        self._cut_off.inc()
+
+    def loop_lagged(self, seconds: float) -> None:
+        self._loop_lag.observe(seconds)
+
+    def watch(self, gauges: Callable[[], Iterable[Gauge]]) -> None:
+        """Ask `gauges` at every scrape."""
+        self._registry.register(_Gauges(gauges))
+
+    def exposition(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"headrace_{name}", text, ("model",), registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"headrace_{name}", text, ("model",), buckets=buckets, registry=self._registry)
+
+
+class _Gauges:
+    """prometheus_client's collector interface over a callable."""
+
+    def __init__(self, gauges: Callable[[], Iterable[Gauge]]) -> None:
+        self._gauges = gauges
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing to say before the first scrape."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, GaugeMetricFamily] = {}
+        for gauge in self._gauges():
+            names = [name for name, _ in gauge.labels]
+            family = families.setdefault(
+                gauge.name, GaugeMetricFamily(f"headrace_{gauge.name}", gauge.help, labels=names)
+            )
+            family.add_metric([value for _, value in gauge.labels], gauge.value)
+        return families.values()

@@ -1,0 +1,308 @@
+"""The life of a request behind the parser: route, legs, migration, one answer.
+
+    routed ─┬─ no prefill worker ────────────────────────────► local leg ──┐
+            ├─ pull: prefill leg ── ticket ──► decode leg ─────────────────┼──► answered
+            │                   └─ no ticket: the first token ended it ────┤
+            └─ push: prefill leg and decode leg at once ───────────────────┘
+
+    a leg is refused or lost ──► routed again without its worker; from the tokens that the client has, if it has any
+    client gone              ──► legs cancelled, reservation released
+    deadline, shutdown       ──► the same, and the client is told
+
+What the client has got is never sent again: a resumed leg is given those tokens and its formatter folds them silently.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import structlog
+
+from app.course import Course, Job, drop
+from app.dispatch import Clock, Dispatcher
+from app.http import Answer
+from app.legs import Leg, WorkerFailed, WorkerRefused
+from app.metrics import Metrics
+from app.openai import errors
+from planes.errors import HeadraceError, Interrupted, Rejected
+from planes.frames import DecodeLeg, Done, Generate, LocalLeg, PrefillLeg, StreamId, pack_tokens
+from planes.frames import Leg as LegKind
+from planes.messages import HandoverEndpoint, HandoverMode, Registration, WorkerId
+from planes.streams import WorkerConnection, WorkerLost, WorkerUnreachable
+from router.request import Outcome
+
+_log = structlog.get_logger()
+
+_LegLost = (WorkerUnreachable, WorkerLost, WorkerRefused, WorkerFailed)
+"""How a leg can end that may be run elsewhere. All of them name their `worker`."""
+
+_LAST_WORDS_S = 5.0
+"""How long a client may take to read the error that ends its request."""
+
+
+class DeadlinePassed(Rejected):
+    """Time is up. Not `Interrupted`: continuing elsewhere would not give more of it."""
+
+    status, code = 504, "deadline"
+
+    def __init__(self, timeout_s: float, num_tokens: int) -> None:
+        super().__init__(f"the request's limit of {timeout_s:g} s passed after {num_tokens} tokens")
+
+
+class GatewayStopping(Interrupted):
+    """This gateway stops and the request did not end in time."""
+
+    code = "gateway_stopping"
+
+    def __init__(self) -> None:
+        super().__init__("the gateway is stopping; send the request again")
+
+
+class NotResumable(Interrupted):
+    """A worker was lost after the client had got a part of several choices."""
+
+    code = "not_resumable"
+
+    def __init__(self, n: int, reason: str) -> None:
+        super().__init__(f"an answer of n = {n} choices cannot be continued on another worker: {reason}")
+
+
+class TicketExpired(WorkerFailed):
+    """A prefill worker's KV cache was not taken within its lease."""
+
+    def __init__(self, worker: WorkerId, age_s: float, lease_s: float) -> None:
+        super().__init__(worker, "ticket_expired", f"its ticket is {age_s:.1f} s old and was good for {lease_s:.1f} s")
+
+
+class Workers(Protocol):
+    """Where to find a worker. Both raise WorkerUnreachable if it is not there (any more)."""
+
+    def connection(self, worker: WorkerId) -> WorkerConnection: ...
+    def registration(self, worker: WorkerId) -> Registration: ...
+
+
+class Relay:
+    """Runs jobs. One for each gateway process.
+
+    clock: the event loop's.  max_attempts: failed legs in a row, without a new token, that end a request.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, workers: Workers, metrics: Metrics, *, clock: Clock, max_attempts: int
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._workers = workers
+        self._metrics = metrics
+        self._clock = clock
+        self._max_attempts = max_attempts
+
+    async def run(self, job: Job, answer: Answer) -> None:
+        """Answer `job`, whatever happens. Raises nothing but CancelledError."""
+        course = Course(job, answer)
+        try:
+            async with asyncio.timeout_at(job.deadline):
+                await self._answer(course)
+            course.code = "ok"
+        except TimeoutError:
+            await _refuse(course, DeadlinePassed(job.deadline - job.arrived_at, len(course.tokens)))
+        except asyncio.CancelledError:
+            course.code = "cancelled"
+            if not answer.is_gone:
+                await _refuse(course, GatewayStopping())
+            raise
+        except HeadraceError as exc:
+            await _refuse(course, exc)
+        except Exception as exc:  # noqa: BLE001 - our own bug: it is logged, and the client gets an answer all the same
+            _log.exception("request.bug", request_id=job.request)
+            await _refuse(course, exc)
+        finally:
+            course.ended_at = self._clock()
+            self._metrics.ended(course.summary())
+            _log.info("request.finished", **course.record())
+
+    async def _answer(self, course: Course) -> None:
+        while True:
+            try:
+                done = await self._attempt(course)
+                break
+            except _LegLost as exc:
+                self._lost(course, exc)
+        if not course.job.format.is_streaming:
+            await course.answer.send_whole(200, course.headers(), done.payload)
+            return
+        if not course.answer.is_begun:
+            await course.answer.begin(course.headers())
+        await course.answer.end()
+
+    async def _attempt(self, course: Course) -> Done:
+        """Route once and run the legs.  Raises:  one of _LegLost; Rejected by the router; InvalidRequest."""
+        async with self._dispatcher.routed(course.routable(), course.observed) as route:
+            attempt = course.bound(route, now=self._clock())
+            if course.fallback:
+                self._metrics.fell_back(course.fallback)
+            try:
+                if route.prefill is None:
+                    done = await self._local(course)
+                else:
+                    done = await self._disaggregated(course, route.prefill, route.decode)
+            except _LegLost:
+                attempt.outcome = Outcome.INTERRUPTED
+                raise
+            except asyncio.CancelledError:
+                attempt.outcome = Outcome.CANCELLED
+                raise
+            attempt.outcome = Outcome.FINISHED
+            return done
+
+    async def _local(self, course: Course) -> Done:
+        def first() -> None:
+            course.first_token(now=self._clock())
+            self._dispatcher.prefilled(course.job.request)
+
+        attempt = course.attempts[-1]
+        with self._leg(course, attempt.route.decode, LocalLeg(), course.tokens, course.write, first) as leg:
+            done = await self._relayed(course, leg)
+        attempt.decode = done.usage
+        return done
+
+    async def _disaggregated(self, course: Course, prefill: WorkerId, decode: WorkerId) -> Done:
+        registration = self._workers.registration(prefill)
+        endpoint = registration.handover
+        if endpoint is None:
+            raise WorkerUnreachable(prefill, "it is registered without a handover endpoint")
+        num_tokens = len(course.tokens)
+        try:
+            if endpoint.mode is HandoverMode.PUSH:
+                return await self._push(course, prefill, decode, endpoint)
+            return await self._pull(course, prefill, decode, registration.facts.block_size)
+        except WorkerFailed as exc:
+            if exc.worker == decode and len(course.tokens) <= num_tokens + 1:
+                # A taker that fails before its first token as a rule could not get the KV cache: the giver is suspect.
+                raise WorkerFailed(prefill, exc.code, f"handover to {decode}: {exc}") from exc
+            raise
+
+    async def _pull(self, course: Course, prefill: WorkerId, decode: WorkerId, block_size: int) -> Done:
+        attempt = course.attempts[-1]
+        is_early = course.is_first_token_early(block_size)
+        kind = PrefillLeg(HandoverMode.PULL, emit_first=is_early)
+        tokens: list[int] = course.tokens if is_early else []
+        write, first = (course.write, self._first(course)) if is_early else (drop, None)
+        with self._leg(course, prefill, kind, tokens, write, first) as leg:
+            done = await (self._relayed(course, leg) if is_early else leg.done())
+        attempt.prefill = done.usage
+        self._dispatcher.prefilled(course.job.request)
+        if done.ticket is None:
+            if not is_early:
+                course.take(done, now=leg.ended_at)
+            return done
+        age_s = self._clock() - leg.ended_at
+        if age_s >= done.ticket.lease_s:
+            raise TicketExpired(prefill, age_s, done.ticket.lease_s)
+        return await self._decode(course, decode, DecodeLeg(ticket=done.ticket))
+
+    async def _push(self, course: Course, prefill: WorkerId, decode: WorkerId, endpoint: HandoverEndpoint) -> Done:
+        attempt = course.attempts[-1]
+        taker = self._leg(course, decode, DecodeLeg(source=endpoint), course.tokens, course.write, self._first(course))
+        giver = self._leg(course, prefill, PrefillLeg(HandoverMode.PUSH), [], drop, None)
+        with taker as taking, giver as giving:
+
+            def given(ended: asyncio.Future[Done | HeadraceError]) -> None:
+                if ended.cancelled():
+                    return
+                outcome = ended.result()
+                if isinstance(outcome, HeadraceError):
+                    taking.fail(outcome)
+                else:
+                    attempt.prefill = outcome.usage
+                    self._dispatcher.prefilled(course.job.request)
+
+            giving.ended.add_done_callback(given)
+            try:
+                done = await self._relayed(course, taking)
+            finally:
+                giving.ended.remove_done_callback(given)
+        attempt.decode = done.usage
+        return done
+
+    async def _decode(self, course: Course, decode: WorkerId, kind: DecodeLeg) -> Done:
+        with self._leg(course, decode, kind, course.tokens, course.write, self._first(course)) as leg:
+            done = await self._relayed(course, leg)
+        course.attempts[-1].decode = done.usage
+        return done
+
+    async def _relayed(self, course: Course, leg: Leg) -> Done:
+        """Let the leg speak to the client; the head goes out when there is something to say."""
+        if course.job.format.is_streaming and not course.answer.is_begun:
+            await leg.news
+            if course.answer.has_news:
+                await course.answer.begin(course.headers())
+        return await leg.done()
+
+    @contextmanager
+    def _leg(
+        self,
+        course: Course,
+        worker: WorkerId,
+        kind: LegKind,
+        tokens: list[int],
+        write: Callable[[bytes], None],
+        first: Callable[[], None] | None,
+    ) -> Iterator[Leg]:
+        """A leg under way; however the block ends, its worker does not go on."""
+        job = course.job
+        leg = Leg(self._workers.connection(worker), tokens, write, first)
+        leg.start(
+            Generate(
+                stream=StreamId(0),
+                request=course.leg_request(),
+                prompt=pack_tokens(job.prompt),
+                sampling=job.sampling,
+                format=job.format,
+                leg=kind,
+                resume=pack_tokens(course.tokens),
+                cache_salt=job.cache_salt,
+                priority=job.priority,
+                timeout_s=max(0.0, job.deadline - self._clock()),
+            )
+        )
+        try:
+            yield leg
+        finally:
+            leg.cancel()
+
+    def _first(self, course: Course) -> Callable[[], None]:
+        return lambda: course.first_token(now=self._clock())
+
+    def _lost(self, course: Course, exc: HeadraceError) -> None:
+        """Prepare the next attempt.  Raises:  `exc` if there shall be none, NotResumable if there cannot be."""
+        if not course.job.is_resumable and course.answer.has_news:
+            raise NotResumable(course.job.sampling.n, str(exc)) from exc
+        is_last = course.failed(exc) >= self._max_attempts
+        _log.warning(
+            "request.attempt_failed",
+            request_id=course.job.request,
+            code=exc.code,
+            reason=str(exc),
+            num_tokens=len(course.tokens),
+            is_last=is_last,
+        )
+        if is_last:
+            raise exc
+        self._metrics.retried(exc.code, is_migration=bool(course.tokens))
+
+
+async def _refuse(course: Course, exc: Exception) -> None:
+    """Tell the client, in whatever shape there is still room for."""
+    course.code = errors.code_of(exc)
+    answer = course.answer
+    try:
+        async with asyncio.timeout(_LAST_WORDS_S):
+            if answer.is_begun:
+                answer.write(errors.sse_event(exc))
+                await answer.end()
+            else:
+                refusal = errors.response(exc)
+                await answer.send_whole(refusal.status, [*refusal.headers.items(), *course.headers()], refusal.body)
+    except TimeoutError:
+        answer.abort()

@@ -1,0 +1,80 @@
+"""Everything an operator may set about a gateway. Also from `HEADRACE_<FLAG>`; `headrace gateway --help` lists it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from planes.control import parse_endpoints
+from planes.names import check_namespace
+from planes.settings import UnusableSetting
+from planes.streams import StreamLimits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySettings:
+    """Settings of one gateway process.
+
+    Raises:  UnusableSetting, naming the setting, its value and what is allowed.
+    """
+
+    host: Annotated[str, Parameter(help="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Parameter(help="Port to listen on; 0 takes a free one.")] = 8000
+    etcd: Annotated[str, Parameter(help="URL of the etcd cluster, http://host:port[,host:port...].")] = (
+        "http://127.0.0.1:2379"
+    )
+    nats: Annotated[str, Parameter(help="URL of the NATS cluster.")] = "nats://127.0.0.1:4222"
+    namespace: Annotated[str, Parameter(help="Separates fleets that share etcd and NATS.")] = "default"
+    policy: Annotated[str, Parameter(help="Routing policy: a name, or package.module:Class of your own.")] = "headrace"
+    shadow_policy: Annotated[
+        str | None, Parameter(help="A second policy that decides too, is measured, and is not obeyed.")
+    ] = None
+    queue_limit: Annotated[int, Parameter(help="Most requests that wait in this gateway.")] = 4096
+    slo_ttft_s: Annotated[
+        float | None, Parameter(help="Refuse requests predicted to wait longer for their first token, in seconds.")
+    ] = None
+    request_timeout_s: Annotated[float, Parameter(help="Longest time for one request, in seconds.")] = 600.0
+    max_attempts: Annotated[
+        int, Parameter(help="Most workers tried in a row without a new token before a request ends with an error.")
+    ] = 3
+    max_body_bytes: Annotated[int, Parameter(help="Longest request body.")] = 16 << 20
+    slow_client_bytes: Annotated[
+        int, Parameter(help="Most unsent bytes of one answer; a client that reads more slowly is cut off.")
+    ] = 1 << 20
+    drain_s: Annotated[float, Parameter(help="Longest wait for running answers at shutdown, in seconds.")] = 30.0
+    heartbeat_s: Annotated[float, Parameter(help="Silence on a worker's stream before a ping, in seconds.")] = 1.0
+    dead_after_s: Annotated[
+        float, Parameter(help="Silence on a worker's stream after which the worker counts as lost, in seconds.")
+    ] = 3.0
+    api_keys_file: Annotated[
+        Path | None, Parameter(help="TOML file with the API keys that may ask. Default: everybody may.")
+    ] = None
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Parameter(help="Least level to log.")] = "info"
+    log_json: Annotated[bool, Parameter(help="Log JSON lines.")] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise UnusableSetting("port", self.port, "a port is 0 to 65535")
+        for name in ("queue_limit", "max_attempts", "max_body_bytes", "slow_client_bytes"):
+            if getattr(self, name) < 1:
+                raise UnusableSetting(name, getattr(self, name), "it must be 1 or more")
+        for name in ("request_timeout_s", "heartbeat_s", "dead_after_s", "slo_ttft_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UnusableSetting(name, value, "it must be more than 0 seconds")
+        if not self.drain_s >= 0:
+            raise UnusableSetting("drain_s", self.drain_s, "it must be 0 seconds or more")
+        if self.dead_after_s <= self.heartbeat_s:
+            raise UnusableSetting(
+                "dead_after_s", self.dead_after_s, f"it must exceed --heartbeat-s ({self.heartbeat_s})"
+            )
+        for name, check in (("etcd", parse_endpoints), ("namespace", check_namespace)):
+            try:
+                check(getattr(self, name))
+            except ValueError as exc:
+                raise UnusableSetting(name, getattr(self, name), str(exc)) from exc
+
+    @property
+    def stream_limits(self) -> StreamLimits:
+        return StreamLimits(ping_s=self.heartbeat_s, dead_s=self.dead_after_s)
