@@ -1,0 +1,111 @@
+"""`headrace fleet`: what is registered in etcd and what its workers last reported over NATS, as a table.
+
+On a terminal the table stays and follows every change until Ctrl-C; elsewhere it is printed once.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from planes.control import Etcd, WorkerDirectory
+from planes.errors import HeadraceError
+from planes.events import EventPlane
+from planes.logs import configure
+from planes.messages import LoadReport, Registration, WorkerId
+from planes.settings import UnusableSetting
+
+_REPORT_WAIT_S = 1.2
+"""Idle workers report every second."""
+
+
+class NoAnswer(HeadraceError):  # noqa: N818 - names the outcome
+    """etcd did not answer."""
+
+    code = "no_answer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetTableSettings:
+    """Where to look."""
+
+    etcd: Annotated[str, Parameter(help="URL of the etcd cluster.")] = "http://127.0.0.1:2379"
+    nats: Annotated[str, Parameter(help="URL of the NATS cluster.")] = "nats://127.0.0.1:4222"
+    namespace: Annotated[str, Parameter(help="Separates fleets that share etcd and NATS.")] = "default"
+    once: Annotated[bool, Parameter(help="Print the table once, on a terminal too.")] = False
+    timeout_s: Annotated[float, Parameter(help="Longest wait for etcd, in seconds.")] = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.timeout_s > 0:
+            raise UnusableSetting("timeout_s", self.timeout_s, "it must be more than 0 seconds")
+
+
+class _Fleet:
+    """The rows, kept current by etcd's watch and by load reports."""
+
+    def __init__(self) -> None:
+        self.registrations: dict[WorkerId, Registration] = {}
+        self.reports: dict[WorkerId, LoadReport] = {}
+
+    def up(self, registration: Registration) -> None:
+        self.registrations[registration.worker] = registration
+
+    def down(self, worker: WorkerId) -> None:
+        self.registrations.pop(worker, None)
+        self.reports.pop(worker, None)
+
+    def reported(self, report: LoadReport) -> None:
+        if report.worker in self.registrations:
+            self.reports[report.worker] = report
+
+    def table(self, namespace: str) -> Table:
+        table = Table(title=f"fleet {namespace!r}: {len(self.registrations)} workers")
+        for column in ("worker", "role", "model", "engine", "state", "address"):
+            table.add_column(column, overflow="fold")
+        for column in ("running", "waiting", "blocks free", "blocks held"):
+            table.add_column(column, justify="right")
+        for worker, entry in sorted(self.registrations.items()):
+            report = self.reports.get(worker)
+            load = ["?"] * 4
+            if report is not None:
+                free = f"{report.free_blocks}/{entry.facts.num_blocks}"
+                load = [str(report.num_running), str(report.num_waiting), free, str(report.num_held)]
+            table.add_row(worker, entry.role, entry.model, entry.engine, entry.state, entry.address, *load)
+        return table
+
+
+async def show(settings: FleetTableSettings) -> int:
+    """Returns the exit status.  Raises:  NoAnswer if etcd does not answer in time."""
+    configure("error")
+    fleet = _Fleet()
+    directory = WorkerDirectory(Etcd(settings.etcd), settings.namespace, on_up=fleet.up, on_down=fleet.down)
+    events = EventPlane(settings.nats, settings.namespace)
+    console = Console()
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(directory.run()), group.create_task(events.run())]
+        try:
+            async with asyncio.timeout(settings.timeout_s):
+                while not directory.is_current:  # noqa: ASYNC110 - asked twenty times once, in a command a person typed
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            raise NoAnswer(f"etcd at {settings.etcd} did not answer within {settings.timeout_s:g} s") from None
+        finally:
+            if not directory.is_current:
+                for task in tasks:
+                    task.cancel()
+        events.subscribe_load(fleet.reported)
+        await asyncio.sleep(_REPORT_WAIT_S)
+        if settings.once or not console.is_terminal:
+            console.print(fleet.table(settings.namespace))
+        else:
+            with Live(fleet.table(settings.namespace), console=console, auto_refresh=False) as live:
+                while True:
+                    await asyncio.sleep(1)
+                    live.update(fleet.table(settings.namespace), refresh=True)
+        for task in tasks:
+            task.cancel()
+    return 0

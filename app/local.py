@@ -1,0 +1,207 @@
+"""`headrace up`: etcd, NATS, workers and a gateway as child processes of one supervisor on this machine.
+
+Order of life: checks that cost nothing → etcd, NATS → workers (side by side) → gateway → ready; then it waits. The end
+goes the other way round, whatever caused it. A worker or gateway that dies after it was ready is started again, with
+growing pauses; one that dies before ends everything with its last words.
+"""
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+from asyncio.subprocess import PIPE
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from app.servers import etcd_server, nats_server, tied_to_parent
+from app.supervisor import Child, ChildFailed, Supervisor, read_line, say
+from planes.messages import HandoverMode, Role
+from planes.settings import UnusableSetting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpSettings:
+    """Everything `headrace up` needs to know. Other settings of gateway and workers come from `HEADRACE_*`."""
+
+    engine: Annotated[Literal["vllm", "sim"], Parameter(help="What computes: a real model or simulated time.")] = "vllm"
+    model: Annotated[
+        str | None, Parameter(help="Directory of a model. Default: the demo model, Gemma 3 270M; for sim, none.")
+    ] = None
+    served_model_name: Annotated[
+        str | None, Parameter(help="Name that clients use. Default: the directory's name.")
+    ] = None
+    prefill: Annotated[int, Parameter(help="Number of prefill workers.")] = 1
+    decode: Annotated[int, Parameter(help="Number of decode workers.")] = 1
+    both: Annotated[int, Parameter(help="Number of workers that do both.")] = 0
+    handover: Annotated[
+        Literal["pull", "push"], Parameter(help="Who moves the KV cache: the decode or the prefill worker.")
+    ] = "pull"
+    host: Annotated[str, Parameter(help="Address that the gateway listens on.")] = "127.0.0.1"
+    port: Annotated[int, Parameter(help="Port that the gateway listens on.")] = 8000
+    etcd: Annotated[str | None, Parameter(help="URL of an etcd cluster. Default: start one here.")] = None
+    nats: Annotated[str | None, Parameter(help="URL of a NATS cluster. Default: start one here.")] = None
+    namespace: Annotated[str, Parameter(help="Separates fleets that share etcd and NATS.")] = "local"
+    state_dir: Annotated[
+        Path | None, Parameter(help="Where etcd, NATS and the logs live. Default: ~/.cache/headrace/run/PORT.")
+    ] = None
+    ready_timeout_s: Annotated[float, Parameter(help="Longest start of one process, in seconds.")] = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("prefill", "decode", "both"):
+            if getattr(self, name) < 0:
+                raise UnusableSetting(name, getattr(self, name), "a number of workers is 0 or more")
+        if self.decode + self.both < 1:
+            raise UnusableSetting(
+                "decode", self.decode, "at least one worker must decode: --decode or --both 1 or more"
+            )
+        if not 1 <= self.port <= 65535:
+            raise UnusableSetting("port", self.port, "a port is 1 to 65535")
+        if self.engine == "vllm" and self.model is not None and not Path(self.model, "config.json").is_file():
+            raise UnusableSetting("model", self.model, "not the directory of a model (it has no config.json)")
+
+
+async def up(settings: UpSettings) -> int:
+    """Run everything until SIGINT or SIGTERM.  Returns the exit status.  Raises:  HeadraceError before it is ready."""
+    _refuse_taken_port(settings.host, settings.port)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    started_at = time.monotonic()
+    state = settings.state_dir or _cache_dir() / "run" / str(settings.port)
+    state.mkdir(parents=True, exist_ok=True)
+    model = await _model_path(settings, stop)
+    if stop.is_set():
+        return 130
+    async with AsyncExitStack() as stack:
+        etcd, nats = await _servers(settings, state, stack)
+        supervisor = Supervisor(settings.ready_timeout_s, stop)
+        stack.push_async_callback(supervisor.stop_all)
+        children = _worker_children(settings, model, etcd, nats, state)
+        children.append(_gateway_child(settings, etcd, nats, state, len(children)))
+        await supervisor.start(children)
+        if not stop.is_set():
+            _announce(settings, _served_name(settings, model), time.monotonic() - started_at, state)
+        await supervisor.watch()
+        say("stopping (the streams that run may finish) …")
+    say("stopped")
+    return 0
+
+
+async def _servers(settings: UpSettings, state: Path, stack: AsyncExitStack) -> tuple[str, str]:
+    """URLs of etcd and NATS, started here where none is given. What an earlier run left behind is thrown away."""
+    urls = []
+    for name, given, server in (("etcd", settings.etcd, etcd_server), ("nats", settings.nats, nats_server)):
+        if given is not None:
+            urls.append(given)
+            continue
+        shutil.rmtree(state / name, ignore_errors=True)
+        handle = await stack.enter_async_context(server(state / name))
+        say(f"{name} is ready at {handle.url}")
+        urls.append(handle.url)
+    return urls[0], urls[1]
+
+
+async def _model_path(settings: UpSettings, stop: asyncio.Event) -> str | None:
+    """The model's directory; fetches and converts the demo model in a process of its own."""
+    if settings.model is not None or settings.engine == "sim":
+        return settings.model
+    argv = [sys.executable, "-m", "workers.demo_model"]
+    process = await asyncio.create_subprocess_exec(*tied_to_parent(argv), stdout=PIPE, stderr=None, limit=1 << 20)
+    if process.stdout is None:
+        return None
+    path = ""
+    while not stop.is_set() and (line := await read_line(process.stdout)):
+        path = line.decode().strip()
+        say(path)
+    if stop.is_set():
+        process.terminate()
+    if await process.wait() and not stop.is_set():
+        raise ChildFailed(f"the demo model cannot be made: {path}")
+    return path
+
+
+def _worker_children(settings: UpSettings, model: str | None, etcd: str, nats: str, state: Path) -> list[Child]:
+    roles = [Role.PREFILL] * settings.prefill + [Role.DECODE] * settings.decode + [Role.BOTH] * settings.both
+    cores = _share_cores(len(roles))
+    counts: dict[Role, int] = {}
+    children = []
+    for role, own_cores in zip(roles, cores, strict=True):
+        counts[role] = counts.get(role, 0) + 1
+        name = f"{role}-{counts[role]}"
+        argv = [sys.executable, "-m", "workers", "--role", role, "--engine", settings.engine, "--worker-id", name]
+        argv += ["--etcd", etcd, "--nats", nats, "--namespace", settings.namespace]
+        argv += ["--host", "127.0.0.1", "--port", "0", "--handover", HandoverMode(settings.handover)]
+        argv += ["--model", model] if model else []
+        argv += ["--served-model-name", _served_name(settings, model)]
+        argv += ["--cores", own_cores] if settings.engine == "vllm" else []
+        children.append(Child(name, argv, state / f"{name}.log"))
+    return children
+
+
+def _gateway_child(settings: UpSettings, etcd: str, nats: str, state: Path, num_workers: int) -> Child:
+    argv = [sys.executable, "-m", "app.cli", "gateway", "--host", settings.host, "--port", str(settings.port)]
+    argv += ["--etcd", etcd, "--nats", nats, "--namespace", settings.namespace]
+    return Child(
+        "gateway", argv, state / "gateway.log", probe=lambda: _serves(settings.host, settings.port, num_workers)
+    )
+
+
+def _share_cores(num_workers: int) -> list[str]:
+    """For each worker the CPU cores it may have, `0,1`: a prefill must not stall a decode by sharing its core."""
+    cores = sorted(os.sched_getaffinity(0))
+    if num_workers >= len(cores):
+        return [str(cores[i % len(cores)]) for i in range(num_workers)]
+    share = len(cores) // num_workers
+    return [",".join(str(c) for c in cores[i * share : (i + 1) * share]) for i in range(num_workers)]
+
+
+def _served_name(settings: UpSettings, model: str | None) -> str:
+    if settings.served_model_name:
+        return settings.served_model_name
+    if model is None:
+        return "sim"
+    return re.sub(r"-v\d+$", "", Path(model).resolve().name)
+
+
+def _refuse_taken_port(host: str, port: int) -> None:
+    """Raises:  UnusableSetting."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as exc:
+            raise UnusableSetting("port", port, f"{host}:{port} cannot be had ({exc.strerror}); take another") from exc
+
+
+async def _serves(host: str, port: int, num_workers: int) -> bool:
+    """Whether the gateway answers and has connected to every worker."""
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1" if host == "0.0.0.0" else host, port)
+    except OSError:
+        return False
+    writer.write(b"GET /health HTTP/1.1\r\nHost: headrace\r\nConnection: close\r\n\r\n")
+    reply = await reader.read()
+    writer.close()
+    return reply.startswith(b"HTTP/1.1 200") and f'"workers":{num_workers}'.encode() in reply
+
+
+def _announce(settings: UpSettings, model: str, seconds: float, state: Path) -> None:
+    url = f"http://{settings.host}:{settings.port}"
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "The capital of France is"}}], '
+    body += '"max_tokens": 32, "stream": true}'
+    say(f"ready after {seconds:.1f} s; logs in {state}; Ctrl-C stops everything")
+    print(f"\nHeadrace listens on {url}\n", flush=True)
+    print(f"  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{body}'\n", flush=True)
+
+
+def _cache_dir() -> Path:
+    return Path(os.environ.get("HEADRACE_CACHE") or Path.home() / ".cache" / "headrace")
