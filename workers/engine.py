@@ -49,7 +49,8 @@ class EngineOutput:
     """What one engine step produced for one choice of one request.
 
     tokens: new token ids, in order.  finish: set on the choice's last output.  stop_reason: the stop token id.
-    The measured seconds are as in `planes.frames.Usage` and set on the last output of choice 0.
+    cached_tokens and the measured seconds are as in `planes.frames.Usage`: what is known by then on the first output of
+    choice 0 (a stop string, which the engine does not know, may end it anywhere), everything on its last.
     """
 
     index: int
@@ -114,7 +115,10 @@ class Engine(Protocol):
         """
 
     def abort(self, request: RequestId) -> None:
-        """Forget the request; `on_output` is not called again. Unknown ids are ignored."""
+        """Forget the request; `on_output` is not called again. Unknown ids are ignored.
+
+        A prefill leg that has just ended with a ticket gives up what the ticket promised, if it still can.
+        """
 
     def load(self) -> EngineLoad:
         """A glance at the queue."""
