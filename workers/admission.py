@@ -98,8 +98,8 @@ def _check_length(prompt_tokens: int, max_tokens: int, facts: EngineFacts) -> No
 def _check_answer(request: Generate, *, num_resumed: int) -> None:
     if request.format.kind not in KINDS:
         raise InvalidRequest(f"format.kind is {request.format.kind!r}; {' or '.join(KINDS)} is possible")
-    if not (math.isfinite(request.timeout_s) and request.timeout_s > 0):
-        raise InvalidRequest(f"timeout_s is {request.timeout_s}; a positive number of seconds is needed")
+    if not (math.isfinite(request.timeout_s) and request.timeout_s >= 0):
+        raise InvalidRequest(f"timeout_s is {request.timeout_s}; a number of seconds is needed")
     if num_resumed and request.sampling.n > 1:
         raise InvalidRequest(f"n is {request.sampling.n}: only a single choice can be resumed", param="n")
     if num_resumed and request.sampling.logprobs is not None and not request.format.is_streaming:

@@ -32,7 +32,7 @@ from planes.frames import (
     Ticket,
     Usage,
 )
-from planes.messages import RequestId, Role
+from planes.messages import HandoverMode, RequestId, Role
 from workers.admission import admit
 from workers.detokenizer import Vocabulary
 from workers.engine import Engine, EngineOutput, EngineRequest
@@ -281,8 +281,14 @@ class WorkerServer:
         answer.held_payload += payload
         answer.held_tokens += tokens
         if formatter.finish_reason is not None:
+            # Nobody will pull; but who is pushed to has begun already and waits for the KV cache.
+            is_engine_done = leg.mode is HandoverMode.PUSH and output.finish is not None
             self._complete(
-                answer, formatter.finish_reason, answer.held_payload, answer.held_tokens, is_engine_done=False
+                answer,
+                formatter.finish_reason,
+                answer.held_payload,
+                answer.held_tokens,
+                is_engine_done=is_engine_done,
             )
         elif output.ticket is not None:
             self._hand_over(answer, output.ticket, is_emitting=leg.emit_first)

@@ -53,7 +53,7 @@ def test_a_good_request_reaches_the_engine_as_it_is():
         (generate(sampling=Sampling(max_tokens=4, logit_bias={260: 1.0})), "logit_bias has token 260"),
         (generate(sampling=Sampling(max_tokens=4, stop=[""])), "empty string"),
         (generate(form=Format("image", "id", "m", 1)), "'image'; chat or completion"),
-        (generate(timeout_s=0.0), "timeout_s is 0.0"),
+        (generate(timeout_s=-1.0), "timeout_s is -1.0"),
         (generate(timeout_s=float("nan")), "timeout_s is nan"),
         (generate(sampling=Sampling(max_tokens=4, n=2), resume=pack_tokens([1])), "n is 2"),
         (generate(sampling=Sampling(max_tokens=4, n=2), leg=PrefillLeg(HandoverMode.PULL)), "n is 2"),
