@@ -12,8 +12,8 @@ tokenizers cut anyway: apart from the user's control token itself, tokens come o
 
 import itertools
 import json
-import random
 import re
+import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +73,6 @@ class ChatTemplate:
         variables: Mapping[str, Json] | None = None,
         limits: TemplateLimits = TemplateLimits(),
         clock: Callable[[], datetime] = datetime.now,
-        rng: random.Random | None = None,
     ) -> None:
         """
         Args:  special_tokens: every control token of the tokenizer.  variables: what the template sees beside the
@@ -85,7 +84,6 @@ class ChatTemplate:
         self._specials = {token.text: token for token in special_tokens if token.text}
         self._special = re.compile(_alternatives(self._specials)) if self._specials else None
         self._limits = limits
-        self._rng = rng or random.SystemRandom()
         # Most templates know only system, user and assistant; developer is OpenAI's newer word for system.
         self._knows_developer = "developer" in source
 
@@ -101,7 +99,7 @@ class ChatTemplate:
             _spells(messages, self._special) or (kwargs and _spells(kwargs, self._special))
         ):
             return [Segment(self._rendered(messages, kwargs), is_trusted=True)]
-        sentinels = _Sentinels(self._rng)
+        sentinels = _Sentinels()
         marked = [_marked(m, self._special, sentinels) for m in messages]
         return self._segments(self._rendered(marked, _marked(kwargs, self._special, sentinels)), sentinels)
 
@@ -151,32 +149,34 @@ class ChatTemplate:
 
 _NOWHERE: Final = (sys.maxsize, sys.maxsize)
 _BUDGET: Final = "_headrace_budget"
-_PRIVATE_USE: Final = range(0xF0000, 0xFFFFE)
+_PRIVATE_USE: Final = 0xF0000
 
 
 class _Sentinels:
     """Two strings of 64 random bits each: a message that held one, to hide a control token in, would have to guess."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self.opening = "".join(map(chr, rng.choices(_PRIVATE_USE, k=4)))
-        self.closing = "".join(map(chr, rng.choices(_PRIVATE_USE, k=4)))
-        self._pair = re.compile(f"{self.opening}|{self.closing}")
+    __slots__ = ("closing", "opening")
+
+    def __init__(self) -> None:
+        drawn = [chr(_PRIVATE_USE + int.from_bytes(secrets.token_bytes(2))) for _ in range(8)]
+        self.opening, self.closing = "".join(drawn[:4]), "".join(drawn[4:])
+
+    def around(self, match: re.Match[str]) -> str:
+        return f"{self.opening}{match[0]}{self.closing}"
 
     def removed(self, marked: str) -> tuple[str, list[tuple[int, int]]]:
         """The text without sentinels, and what stood between pairs of them; a half that lost its other is dropped."""
-        pieces: list[str] = []
+        before, *opened = marked.split(self.opening)
+        pieces = [before.replace(self.closing, "")]
         ranges: list[tuple[int, int]] = []
-        position, length, opened = 0, 0, -1
-        for match in self._pair.finditer(marked):
-            pieces.append(marked[position : match.start()])
-            length += match.start() - position
-            position = match.end()
-            if match[0] == self.opening:
-                opened = length
-            elif opened >= 0:
-                ranges.append((opened, length))
-                opened = -1
-        pieces.append(marked[position:])
+        length = len(pieces[0])
+        for piece in opened:
+            inside, closing, after = piece.partition(self.closing)
+            if closing:
+                ranges.append((length, length + len(inside)))
+            text = inside + after.replace(self.closing, "")
+            pieces.append(text)
+            length += len(text)
         return "".join(pieces), ranges
 
 
@@ -275,7 +275,7 @@ def _spells(value: Json, special: re.Pattern[str]) -> bool:
 def _marked(value: Json, special: re.Pattern[str], sentinels: _Sentinels) -> Json:
     """A copy of a JSON value with each control token in its strings between sentinels."""
     if isinstance(value, str):
-        return special.sub(rf"{sentinels.opening}\g<0>{sentinels.closing}", value)
+        return special.sub(sentinels.around, value)
     if isinstance(value, Mapping):
         return {_marked(k, special, sentinels): _marked(item, special, sentinels) for k, item in value.items()}
     if isinstance(value, list | tuple):

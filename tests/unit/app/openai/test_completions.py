@@ -1,0 +1,100 @@
+import contextlib
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.openai.completions import parse_completion
+from app.openai.schema import CompletionBody, Kind, ParsedRequest
+from planes.errors import InvalidRequest
+
+
+def parse(**fields):
+    return parse_completion(json.dumps({"model": "m", "prompt": "hi", **fields}).encode())
+
+
+def refusal(**fields):
+    with pytest.raises(InvalidRequest) as caught:
+        parse(**fields)
+    return caught.value
+
+
+def test_a_plain_completion_gets_openai_defaults():
+    parsed = parse()
+    assert (parsed.kind, parsed.prompt, parsed.max_tokens, parsed.echo) == (Kind.COMPLETION, "hi", 16, False)
+    assert parsed.sampling.logprobs is None
+
+
+def test_token_ids_become_an_array():
+    parsed = parse(prompt=[1, 2, 4294967295])
+    assert isinstance(parsed.prompt, np.ndarray)
+    assert parsed.prompt.dtype == np.uint32
+    assert parsed.prompt.tolist() == [1, 2, 4294967295]
+
+
+@pytest.mark.parametrize(("prompt", "meant"), [(["hi"], "hi"), ([[5, 6]], [5, 6])])
+def test_a_list_of_one_prompt_is_that_prompt(prompt, meant):
+    parsed = parse(prompt=prompt).prompt
+    assert (parsed if isinstance(parsed, str) else parsed.tolist()) == meant
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (["a", "b"], "2 prompts were given and the limit is 1"),
+        ([[1], [2]], "2 prompts were given and the limit is 1"),
+        ([], "must not be an empty list"),
+        ([[]], "at least one token id"),
+        ([1, "a"], "mixes token ids with"),
+        ([1, [2]], "mixes token ids with"),
+        ([-1], "-1 is out of range"),
+        ([2**32], "out of range"),
+        ([10**40], "out of range"),
+        ([1.5], "got float"),
+        ([True], "got bool"),
+        (None, "got null"),
+        ({"a": 1}, "got object"),
+    ],
+)
+def test_a_prompt_that_cannot_be_run_is_refused(prompt, said):
+    error = refusal(prompt=prompt)
+    assert said in str(error)
+    assert error.param in {"prompt", "prompt[0]"}
+
+
+def test_logprobs_are_a_number_here():
+    assert parse(logprobs=3).sampling.logprobs == 3
+    assert "from 0 to 20" in str(refusal(logprobs=21))
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"best_of": 2}, "best_of"), ({"suffix": "x"}, "suffix"), ({"echo": True, "logprobs": 1}, "echo")],
+)
+def test_what_cannot_be_done_is_refused_by_name(fields, param):
+    error = refusal(**fields)
+    assert (error.param, error.code) == (param, "unsupported_parameter")
+
+
+@pytest.mark.parametrize("fields", [{"best_of": 1}, {"suffix": ""}, {"suffix": None}, {"echo": True}])
+def test_values_that_ask_for_nothing_more_are_accepted(fields):
+    assert isinstance(parse(**fields), ParsedRequest)
+
+
+def test_max_tokens_of_zero_is_refused():
+    assert refusal(max_tokens=0).param == "max_tokens"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(name=st.sampled_from(CompletionBody.__struct_fields__), value=json_values)
+def test_any_value_in_any_field_is_parsed_or_refused(name, value):
+    with contextlib.suppress(InvalidRequest):
+        assert isinstance(parse(**{name: value}), ParsedRequest)

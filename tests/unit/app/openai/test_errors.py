@@ -1,0 +1,65 @@
+import json
+
+import pytest
+
+from app.auth import TooManyConcurrent, Unauthenticated
+from app.openai.errors import BodyTooLarge, ModelNotFound, code_of, response, sse_event
+from planes.errors import HeadraceError, Interrupted, InvalidRequest, Rejected
+
+
+class QueueFull(Rejected):
+    status, code = 429, "queue_full"
+
+
+@pytest.mark.parametrize(
+    ("exc", "status", "kind", "code"),
+    [
+        (InvalidRequest("x", param="n"), 400, "invalid_request_error", "invalid_request"),
+        (InvalidRequest("x", code="context_length_exceeded"), 400, "invalid_request_error", "context_length_exceeded"),
+        (Unauthenticated("x"), 401, "authentication_error", "invalid_api_key"),
+        (ModelNotFound("gpt"), 404, "invalid_request_error", "model_not_found"),
+        (BodyTooLarge(5, 4), 413, "invalid_request_error", "body_too_large"),
+        (QueueFull("x"), 429, "rate_limit_error", "queue_full"),
+        (TooManyConcurrent("t", 3), 429, "rate_limit_error", "concurrency_limit"),
+        (Rejected("x"), 503, "server_overloaded", "rejected"),
+        (Interrupted("x"), 502, "server_error", "interrupted"),
+        (HeadraceError("x"), 500, "server_error", "internal_error"),
+        (RuntimeError("secret prompt"), 500, "server_error", "internal_error"),
+    ],
+)
+def test_each_branch_has_its_status_type_and_code(exc, status, kind, code):
+    answer = response(exc)
+    error = json.loads(answer.body)["error"]
+    assert (answer.status, error["type"], error["code"]) == (status, kind, code)
+    assert set(error) == {"message", "type", "param", "code"}
+    assert answer.headers["content-type"] == "application/json"
+    assert code_of(exc) == code
+
+
+def test_the_field_is_named():
+    assert json.loads(response(InvalidRequest("x", param="n")).body)["error"]["param"] == "n"
+
+
+def test_the_text_of_a_foreign_exception_stays_inside():
+    assert b"secret" not in response(RuntimeError("secret")).body
+    assert b"secret" not in sse_event(RuntimeError("secret"))
+
+
+@pytest.mark.parametrize(
+    ("retry_after_s", "seconds", "milliseconds"), [(0.2, "1", "200"), (2.5, "3", "2500"), (0, "1", "1")]
+)
+def test_retry_after_is_rounded_up_and_never_zero(retry_after_s, seconds, milliseconds):
+    headers = response(Rejected("x", retry_after_s=retry_after_s)).headers
+    assert (headers["retry-after"], headers["retry-after-ms"]) == (seconds, milliseconds)
+
+
+def test_without_a_guess_there_is_no_retry_after():
+    assert "retry-after" not in response(Rejected("x")).headers
+
+
+def test_a_stream_ends_with_one_event_that_holds_the_error():
+    event = sse_event(Interrupted("line\nbreak"))
+    assert event.startswith(b"data: {")
+    assert event.endswith(b"}\n\n")
+    assert event.count(b"\n") == 2
+    assert json.loads(event[6:])["error"]["message"] == "line\nbreak"
