@@ -1,0 +1,203 @@
+"""Real bytes over NIXL, between two agents of one process and between two processes."""
+
+import asyncio
+import itertools
+
+import numpy as np
+import pytest
+
+from planes.errors import InvalidRequest
+from planes.messages import HandoverMode
+from planes.transfer import CountingTransfer, HandoverFailed, KvPool, NixlTransfer, has_nixl
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(not has_nixl(), reason="moves real bytes: needs nixl-cu12"),
+]
+_ids = itertools.count()
+
+
+def make(kind, mode, *, num_blocks=64, size=4096):
+    pool = KvPool(num_blocks, size)
+    return kind(pool, mode=mode, engine_id=f"engine-{next(_ids)}", host="127.0.0.1")
+
+
+@pytest.fixture(params=[NixlTransfer, CountingTransfer])
+def kind(request):
+    return request.param
+
+
+async def stop(*sides):
+    for side in sides:
+        await side.stop()
+
+
+@pytest.fixture
+async def pull(kind):
+    sides = make(kind, HandoverMode.PULL), make(kind, HandoverMode.PULL)
+    for side in sides:
+        await side.start()
+    yield sides
+    await stop(*sides)
+
+
+@pytest.fixture
+async def push(kind):
+    sides = make(kind, HandoverMode.PUSH), make(kind, HandoverMode.PUSH)
+    for side in sides:
+        await side.start()
+    yield sides
+    await stop(*sides)
+
+
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - nobody sets an event for it
+            await asyncio.sleep(0.001)
+
+
+def words(count, start=1000):
+    return np.arange(start, start + count, dtype=np.uint64)
+
+
+async def test_a_pull_brings_the_last_blocks_where_they_belong_and_ends_the_lease(pull):
+    prefill, decode = pull
+    prefill.pool.write([7, 3, 9], words(3))
+    taken = asyncio.Event()
+    params = prefill.offer("r", [7, 3, 9], taken.set)
+    await decode.receive(decode.parse(params), "r", [40, 41], 3, timeout_s=10)
+    assert decode.pool.read([40, 41]).tolist() == [1001, 1002]
+    async with asyncio.timeout(10):
+        await taken.wait()
+
+
+async def test_a_pull_of_nothing_still_ends_the_lease(pull):
+    prefill, decode = pull
+    taken = asyncio.Event()
+    params = prefill.offer("r", [7], taken.set)
+    await decode.receive(decode.parse(params), "r", [], 1, timeout_s=10)
+    async with asyncio.timeout(10):
+        await taken.wait()
+
+
+@pytest.mark.parametrize("is_announced_first", [True, False])
+async def test_a_push_writes_the_announced_blocks_whoever_comes_first(push, is_announced_first):
+    prefill, decode = push
+    prefill.pool.write([1, 2, 3], words(3))
+    taken = asyncio.Event()
+
+    async def announce():
+        await decode.receive(prefill.endpoint, "r", [50, 51], 3, timeout_s=10)
+
+    async with asyncio.TaskGroup() as group:
+        if not is_announced_first:
+            prefill.offer("r", [1, 2, 3], taken.set)
+        group.create_task(announce())
+        if is_announced_first:
+            await until(lambda: prefill._announced)
+            prefill.offer("r", [1, 2, 3], taken.set)
+    assert decode.pool.read([50, 51]).tolist() == [1001, 1002]
+    async with asyncio.timeout(10):
+        await taken.wait()
+
+
+async def test_a_push_of_nothing_is_answered(push):
+    prefill, decode = push
+    taken = asyncio.Event()
+    prefill.offer("r", [1], taken.set)
+    await decode.receive(prefill.endpoint, "r", [], 1, timeout_s=10)
+    assert taken.is_set()
+
+
+async def test_many_handovers_at_once_keep_apart(pull):
+    prefill, decode = pull
+    params = []
+    for i in range(16):
+        prefill.pool.write([i, 16 + i], words(2, start=10 * i))
+        params.append(prefill.offer(f"r{i}", [i, 16 + i], lambda: None))
+    async with asyncio.TaskGroup() as group:
+        for i, offered in enumerate(params):
+            group.create_task(decode.receive(decode.parse(offered), f"r{i}", [32 + 2 * i, 33 + 2 * i], 2, timeout_s=10))
+    for i in range(16):
+        assert decode.pool.read([32 + 2 * i, 33 + 2 * i]).tolist() == [10 * i, 10 * i + 1]
+
+
+async def test_a_prefill_worker_that_has_gone_fails_a_push_at_once(push):
+    prefill, decode = push
+    await prefill.stop()
+    with pytest.raises(HandoverFailed, match="cannot be reached"):
+        await decode.receive(prefill.endpoint, "r", [1], 1, timeout_s=10)
+
+
+async def test_a_prefill_worker_that_goes_away_meanwhile_fails_a_push_at_once(push):
+    prefill, decode = push
+    waiting = asyncio.ensure_future(decode.receive(prefill.endpoint, "r", [1], 1, timeout_s=60))
+    await until(lambda: prefill._announced)
+    await prefill.stop()
+    with pytest.raises(HandoverFailed, match="stops"):
+        await waiting
+
+
+async def test_a_push_that_never_comes_times_out_with_the_request_in_the_message(push):
+    prefill, decode = push
+    with pytest.raises(HandoverFailed, match=r"request r .* within 0.05 s"):
+        await decode.receive(prefill.endpoint, "r", [1], 1, timeout_s=0.05)
+
+
+async def test_a_withdrawn_request_refuses_its_announcement(push):
+    prefill, decode = push
+    waiting = asyncio.ensure_future(decode.receive(prefill.endpoint, "r", [1], 1, timeout_s=60))
+    await until(lambda: prefill._announced)
+    assert prefill.withdraw("r")
+    with pytest.raises(HandoverFailed, match="given up"):
+        await waiting
+
+
+async def test_a_restarted_engine_refuses_what_was_meant_for_the_one_before(push, kind):
+    prefill, decode = push
+    old = prefill.endpoint
+    await prefill.stop()
+    again = kind(KvPool(64, 4096), mode=HandoverMode.PUSH, engine_id="again", host=old.host, port=old.port)
+    await again.start()
+    try:
+        with pytest.raises(HandoverFailed, match="is gone"):
+            await decode.receive(old, "r", [1], 1, timeout_s=10)
+    finally:
+        await again.stop()
+
+
+async def test_blocks_that_do_not_add_up_are_refused(push):
+    prefill, decode = push
+    prefill.offer("r", [1, 2, 3], lambda: None)
+    with pytest.raises(HandoverFailed, match="the prompt has 3"):
+        await decode.receive(prefill.endpoint, "r", [1], 2, timeout_s=10)
+
+
+async def test_a_stopped_prefill_worker_fails_a_pull_with_a_clear_error(pull):
+    prefill, decode = pull
+    offer = decode.parse(prefill.offer("r", [1], lambda: None))
+    await prefill.stop()
+    del prefill
+    with pytest.raises(HandoverFailed):
+        await decode.receive(offer, "r", [1], 1, timeout_s=0.5)
+
+
+async def test_malformed_params_are_the_clients_mistake(pull):
+    prefill, decode = pull
+    params = prefill.offer("r", [1], lambda: None)
+    for broken in (b"", b"\xff", params[:-3], b"\x90"):
+        with pytest.raises(InvalidRequest):
+            decode.parse(broken)
+    other = make(type(decode), HandoverMode.PULL, size=8192)
+    with pytest.raises(InvalidRequest, match="4096 bytes; ours have 8192"):
+        other.parse(params)
+
+
+async def test_polling_ends_when_nothing_is_in_flight():
+    side = make(NixlTransfer, HandoverMode.PULL)
+    await side.start()
+    side.offer("r", [1], lambda: None)
+    assert side._timer is not None
+    side.withdraw("r")
+    await until(lambda: side._timer is None)
+    await side.stop()
