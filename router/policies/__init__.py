@@ -36,6 +36,6 @@ def load_policy(name: str) -> Policy:
         policy = getattr(import_module(module), attribute)()
     except (ImportError, AttributeError, TypeError) as exc:
         raise ValueError(f"policy {name!r} cannot be loaded: {exc}") from exc
-    if not (callable(getattr(policy, "choose", None)) and getattr(policy, "name", "")):
+    if not (callable(getattr(policy, "choose", None)) and hasattr(policy, "name")):
         raise ValueError(f"policy {name!r} has no method `choose` and text `name` (see router/policy.py)")
     return cast(Policy, policy)
