@@ -21,7 +21,7 @@ import structlog
 
 from app.course import Course, Job, drop
 from app.dispatch import Clock, Dispatcher
-from app.http import Answer
+from app.http import Answer, Headers
 from app.legs import Leg, WorkerFailed, WorkerRefused
 from app.metrics import Metrics
 from app.openai import errors
@@ -37,6 +37,7 @@ _log = structlog.get_logger()
 _LegLost = (WorkerUnreachable, WorkerLost, WorkerRefused, WorkerFailed)
 """How a leg can end that may be run elsewhere. All of them name their `worker`."""
 
+_JSON = ("content-type", "application/json")
 _LAST_WORDS_S = 5.0
 """How long a client may take to read the error that ends its request."""
 
@@ -129,7 +130,7 @@ class Relay:
             except _LegLost as exc:
                 self._lost(course, exc)
         if not course.job.format.is_streaming:
-            await course.answer.send_whole(200, course.headers(), done.payload)
+            await course.answer.send_whole(200, [_JSON, *course.headers()], done.payload)
             return
         if not course.answer.is_begun:
             await course.answer.begin(course.headers())
@@ -292,10 +293,8 @@ class Relay:
         self._metrics.retried(exc.code, is_migration=bool(course.tokens))
 
 
-async def _refuse(course: Course, exc: Exception) -> None:
+async def refuse(answer: Answer, exc: Exception, headers: Headers) -> None:
     """Tell the client, in whatever shape there is still room for."""
-    course.code = errors.code_of(exc)
-    answer = course.answer
     try:
         async with asyncio.timeout(_LAST_WORDS_S):
             if answer.is_begun:
@@ -303,6 +302,11 @@ async def _refuse(course: Course, exc: Exception) -> None:
                 await answer.end()
             else:
                 refusal = errors.response(exc)
-                await answer.send_whole(refusal.status, [*refusal.headers.items(), *course.headers()], refusal.body)
+                await answer.send_whole(refusal.status, [*refusal.headers.items(), *headers], refusal.body)
     except TimeoutError:
         answer.abort()
+
+
+async def _refuse(course: Course, exc: Exception) -> None:
+    course.code = errors.code_of(exc)
+    await refuse(course.answer, exc, course.headers())

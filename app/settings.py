@@ -50,6 +50,9 @@ class GatewaySettings:
     api_keys_file: Annotated[
         Path | None, Parameter(help="TOML file with the API keys that may ask. Default: everybody may.")
     ] = None
+    cache_dir: Annotated[Path, Parameter(help="Where tokenizer files are kept between starts.")] = Path(
+        "~/.cache/headrace/assets"
+    )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Parameter(help="Least level to log.")] = "info"
     log_json: Annotated[bool, Parameter(help="Log JSON lines.")] = False
 

@@ -1,0 +1,199 @@
+"""Builds the gateway and runs it: every object once, every task in one TaskGroup."""
+
+import asyncio
+import contextlib
+import random
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Iterator
+
+import structlog
+import uvicorn
+import uvloop
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from app.auth import ApiKeys, KeyFileError
+from app.dispatch import Dispatcher
+from app.fleet import Fleet
+from app.gateway import Gateway
+from app.http import StreamingProtocol
+from app.metrics import Gauge, Metrics
+from app.models import Models
+from app.preprocess import Preprocessor
+from app.relay import Relay
+from app.routes.completions import completion_routes
+from app.routes.operations import operation_routes
+from app.routes.replies import error_reply
+from app.settings import GatewaySettings
+from planes.control import Etcd, WorkerDirectory
+from planes.errors import HeadraceError, InvalidRequest
+from planes.events import EventPlane
+from planes.logs import configure
+from planes.messages import RequestId
+from planes.objects import ObjectStore
+from planes.settings import UnusableSetting
+from router.policies import load_policy
+from router.route import Router
+from router.settings import RouterSettings
+
+_log = structlog.get_logger()
+
+_LAG_PERIOD_S = 0.5
+
+
+def serve(settings: GatewaySettings) -> None:
+    """Run a gateway until SIGINT or SIGTERM.  Raises:  UnusableSetting if it cannot start."""
+    configure(settings.log_level, as_json=settings.log_json)
+    with _listening(settings) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_run(settings, listener))
+
+
+def create_app(gateway: Gateway) -> FastAPI:
+    """The HTTP side of a gateway."""
+    app = FastAPI(title="Headrace", docs_url=None, redoc_url=None)
+    app.include_router(completion_routes(gateway))
+    app.include_router(operation_routes(gateway))
+
+    @app.exception_handler(HeadraceError)
+    async def refused(_: Request, exc: HeadraceError) -> Response:
+        return error_reply(exc)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, exc: HTTPException) -> Response:
+        return error_reply(_no_route(request, exc))
+
+    @app.exception_handler(Exception)
+    async def bug(_: Request, exc: Exception) -> Response:
+        return error_reply(exc)
+
+    return app
+
+
+def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
+    """Everything but the connections to etcd and NATS. Call it with the event loop running.
+
+    Raises:  UnusableSetting.
+    """
+    clock = asyncio.get_running_loop().time
+    metrics = Metrics()
+    router = _router(settings)
+    dispatcher = Dispatcher(router, clock=clock)
+    models = Models(ObjectStore(events), settings.cache_dir.expanduser())
+    fleet = Fleet(router, dispatcher, models, events, clock=clock, rng=random.Random(), limits=settings.stream_limits)
+    relay = Relay(dispatcher, fleet, metrics, clock=clock, max_attempts=settings.max_attempts)
+    metrics.watch(fleet.gauges)
+    metrics.watch(lambda: [Gauge("requests_waiting", "Requests in the gateway's queue.", dispatcher.num_waiting)])
+    return Gateway(
+        settings=settings,
+        keys=_keys(settings),
+        models=models,
+        preprocessor=Preprocessor(),
+        router=router,
+        dispatcher=dispatcher,
+        fleet=fleet,
+        relay=relay,
+        metrics=metrics,
+        clock=clock,
+        wall_clock=time.time,
+        new_request_id=lambda: RequestId(secrets.token_hex(12)),
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its signal handlers, which would end the process before our own tasks have ended."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+    def stop(self) -> None:
+        """Let running answers end, up to the drain limit; said twice: do not."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
+    events = EventPlane(settings.nats, settings.namespace, name="gateway")
+    gateway = create_gateway(settings, events)
+    fleet = gateway.fleet
+    directory = WorkerDirectory(
+        Etcd(settings.etcd), settings.namespace, on_up=fleet.worker_up, on_down=fleet.worker_down
+    )
+    await events.subscribe_kv(fleet.kv_changed)
+    await events.subscribe_load(fleet.load_reported)
+    server = _Server(_uvicorn_config(settings, create_app(gateway)))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, server.stop)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            forever = [
+                tasks.create_task(work)
+                for work in (events.run(), directory.run(), fleet.run(), _watch_loop(gateway.metrics))
+            ]
+            host, port = listener.getsockname()[:2]
+            _log.info("gateway.listening", host=host, port=port, policy=settings.policy)
+            await server.serve(sockets=[listener])
+            if server.server_state.tasks:  # out of patience; they have been cancelled
+                await asyncio.wait(server.server_state.tasks, timeout=1.0)
+            for task in forever:
+                task.cancel()
+    finally:
+        gateway.dispatcher.stop()
+        gateway.preprocessor.close()
+    _log.info("gateway.stopped")
+
+
+async def _watch_loop(metrics: Metrics) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + _LAG_PERIOD_S
+        await asyncio.sleep(_LAG_PERIOD_S)
+        metrics.loop_lagged(max(0.0, loop.time() - due))
+
+
+def _uvicorn_config(settings: GatewaySettings, app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=StreamingProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+    )
+
+
+def _router(settings: GatewaySettings) -> Router:
+    try:
+        policy = load_policy(settings.policy)
+        shadow = load_policy(settings.shadow_policy) if settings.shadow_policy is not None else None
+    except ValueError as exc:
+        raise UnusableSetting("policy", settings.policy, str(exc)) from exc
+    limits = RouterSettings(queue_limit=settings.queue_limit, slo_ttft_s=settings.slo_ttft_s)
+    return Router(limits, policy, shadow=shadow, rng=random.Random())
+
+
+def _keys(settings: GatewaySettings) -> ApiKeys:
+    try:
+        return ApiKeys(settings.api_keys_file)
+    except KeyFileError as exc:
+        raise UnusableSetting("api_keys_file", str(settings.api_keys_file), str(exc)) from exc
+
+
+def _listening(settings: GatewaySettings) -> socket.socket:
+    try:
+        return socket.create_server((settings.host, settings.port), backlog=2048)
+    except OSError as exc:
+        raise UnusableSetting("port", settings.port, f"{settings.host} cannot be listened on: {exc}") from exc
+
+
+def _no_route(request: Request, exc: HTTPException) -> InvalidRequest:
+    code = {404: "not_found", 405: "method_not_allowed"}.get(exc.status_code, "invalid_request")
+    return InvalidRequest(f"{request.method} {request.url.path[:200]}: {exc.detail}", code=code)

@@ -1,0 +1,109 @@
+"""`POST /v1/chat/completions` and `POST /v1/completions`; `GET /v1/models`."""
+
+from collections.abc import Callable
+
+import structlog
+from fastapi import APIRouter, Request, Response
+
+from app.auth import Tenant
+from app.course import Job
+from app.gateway import Gateway
+from app.http import Answer, Streamed, read_body
+from app.metrics import RequestSummary
+from app.openai.chat import parse_chat
+from app.openai.completions import parse_completion
+from app.openai.errors import code_of
+from app.openai.schema import Kind, ParsedRequest
+from app.relay import refuse
+from app.routes.replies import json_reply
+from planes.errors import HeadraceError
+from planes.frames import Format
+from planes.messages import RequestId
+
+_log = structlog.get_logger()
+
+_ID_PREFIX = {Kind.CHAT: "chatcmpl", Kind.COMPLETION: "cmpl"}
+
+Parse = Callable[[bytes], ParsedRequest]
+
+
+def completion_routes(gateway: Gateway) -> APIRouter:
+    """The routes that generate, and the models they generate with."""
+    routes = APIRouter()
+
+    def answered(request: Request, parse: Parse) -> Response:
+        async def produce(answer: Answer) -> None:
+            await _serve(gateway, request, parse, answer)
+
+        return Streamed(
+            produce,
+            max_unsent_bytes=gateway.settings.slow_client_bytes,
+            on_cut_off=gateway.metrics.client_cut_off,
+        )
+
+    @routes.post("/v1/chat/completions", response_model=None)
+    async def chat(request: Request) -> Response:
+        """Continue a conversation (OpenAI's chat completions)."""
+        return answered(request, parse_chat)
+
+    @routes.post("/v1/completions", response_model=None)
+    async def completion(request: Request) -> Response:
+        """Continue a text (OpenAI's completions)."""
+        return answered(request, parse_completion)
+
+    @routes.get("/v1/models", response_model=None)
+    async def models(request: Request) -> Response:
+        """The models that registered workers serve."""
+        gateway.keys.authenticate(request.headers)
+        listed = [
+            {"id": name, "object": "model", "created": created, "owned_by": "headrace"}
+            for name, created in gateway.fleet.models().items()
+        ]
+        return json_reply({"object": "list", "data": listed})
+
+    return routes
+
+
+async def prepared_job(gateway: Gateway, request: Request, tenant: Tenant, request_id: RequestId, parse: Parse) -> Job:
+    """Everything between the socket and the router.  Raises:  HeadraceError."""
+    arrived_at = gateway.clock()
+    parsed = parse(await read_body(request, gateway.settings.max_body_bytes))
+    model = gateway.models.entry(parsed.model)
+    prepared = await gateway.preprocessor.prepare(parsed, model, cache_salt=tenant.salted(parsed.cache_salt))
+    limit_s = gateway.settings.request_timeout_s
+    return Job(
+        request=request_id,
+        model=parsed.model,
+        prompt=prepared.tokens,
+        blocks=prepared.blocks,
+        sampling=prepared.sampling,
+        format=Format(
+            kind=parsed.kind.value,
+            response_id=f"{_ID_PREFIX[parsed.kind]}-{request_id}",
+            model=parsed.model,
+            created=int(gateway.wall_clock()),
+            is_streaming=parsed.is_streaming,
+            include_usage=parsed.include_usage,
+            echo=prepared.echo,
+        ),
+        arrived_at=arrived_at,
+        deadline=arrived_at + min(limit_s, parsed.timeout_s or limit_s),
+        cache_salt=prepared.cache_salt,
+        priority=tenant.priority_of(parsed.priority),
+        tenant=tenant.name,
+        slo_ttft_s=parsed.slo_ttft_s,
+    )
+
+
+async def _serve(gateway: Gateway, request: Request, parse: Parse, answer: Answer) -> None:
+    request_id = gateway.new_request_id()
+    try:
+        tenant = gateway.keys.authenticate(request.headers)
+        with gateway.keys.admitted(tenant):
+            job = await prepared_job(gateway, request, tenant, request_id, parse)
+            await gateway.relay.run(job, answer)
+    except HeadraceError as exc:
+        code = code_of(exc)
+        gateway.metrics.ended(RequestSummary(model="", code=code))
+        _log.info("request.finished", request_id=request_id, outcome=code, reason=str(exc))
+        await refuse(answer, exc, [("x-request-id", request_id)])

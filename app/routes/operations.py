@@ -1,0 +1,65 @@
+"""What operators ask: health, metrics, the fleet, and why a request went where it went."""
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from app.gateway import Gateway
+from app.openai.chat import parse_chat
+from app.routes.completions import prepared_job
+from app.routes.replies import json_reply
+from planes.errors import InvalidRequest
+from planes.messages import RequestId
+
+
+class UnknownRequest(InvalidRequest):
+    """No decision is kept for this request."""
+
+    code = "not_found"
+
+    def __init__(self, request: str) -> None:
+        super().__init__(f"No decision is kept for request {request[:100]!r}: it never was, or is too long ago.")
+
+
+def operation_routes(gateway: Gateway) -> APIRouter:
+    """The routes for operators. Those below /v1 need an API key where one is needed at all."""
+    routes = APIRouter()
+
+    @routes.get("/live", response_model=None)
+    async def live() -> Response:
+        """Whether the process runs."""
+        return json_reply({"status": "ok"})
+
+    @routes.get("/health", response_model=None)
+    async def health() -> Response:
+        """Whether some worker could serve a request now; 503 if not."""
+        body = {"status": "ok" if gateway.fleet.is_serving else "no worker", "workers": gateway.fleet.num_connected}
+        return json_reply(body, 200 if gateway.fleet.is_serving else 503)
+
+    @routes.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        """Metrics for Prometheus."""
+        return Response(gateway.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    @routes.get("/v1/fleet", response_model=None)
+    async def fleet(request: Request) -> Response:
+        """The registered workers: roles, state, load, blocks, connection."""
+        gateway.keys.authenticate(request.headers)
+        return json_reply({"num_waiting": gateway.dispatcher.num_waiting, "workers": gateway.fleet.statuses()})
+
+    @routes.get("/v1/routes/{request_id}", response_model=None)
+    async def explain(request: Request, request_id: str) -> Response:
+        """Why a recent request went where it went, and what came of it."""
+        gateway.keys.authenticate(request.headers)
+        explanation = gateway.router.explain(RequestId(request_id))
+        if explanation is None:
+            raise UnknownRequest(request_id)
+        return json_reply(explanation)
+
+    @routes.post("/v1/routes", response_model=None)
+    async def preview(request: Request) -> Response:
+        """Where a chat body would go now, without running it."""
+        tenant = gateway.keys.authenticate(request.headers)
+        job = await prepared_job(gateway, request, tenant, gateway.new_request_id(), parse_chat)
+        return json_reply(gateway.router.preview(job.routable(), now=gateway.clock()))
+
+    return routes
