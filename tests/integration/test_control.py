@@ -219,10 +219,13 @@ async def test_a_watch_from_before_a_compaction_ends_the_session(etcd_url: str, 
     async def list_as_it_was(start: bytes, end: bytes | None) -> object:
         return old
 
-    with pytest.raises(ControlPlaneUnavailable, match="compacted"):
+    async def watch_from_there() -> None:
         async with Etcd(etcd_url).session() as client:
             client.get_range = list_as_it_was
             await _mirror(client, workers_prefix(namespace), None, lambda _: None, lambda _key, _value: None)
+
+    with pytest.raises(ControlPlaneUnavailable, match="compacted"):
+        await watch_from_there()
 
 
 async def test_the_next_endpoint_is_used_when_one_is_dead(etcd_url: str, namespace: str) -> None:
