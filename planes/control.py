@@ -117,6 +117,8 @@ class Registrar:
         self._changed = asyncio.Event()
         self._scope: asyncio.Timeout | None = None
         self._ended = asyncio.Event()
+        self.registered = asyncio.Event()
+        """Set once etcd has the entry for the first time."""
 
     def update(self, registration: Registration) -> None:
         """Publish this instead, as soon as etcd can be reached. Same worker."""
@@ -155,6 +157,7 @@ class Registrar:
             if published != registration:
                 await client.put(self._key, msgspec.json.encode(registration), lease=self._lease)
                 published = registration
+                self.registered.set()
                 _log.info("worker.registered", worker=registration.worker, state=registration.state)
             healthy()
             with contextlib.suppress(TimeoutError):
