@@ -1,0 +1,578 @@
+"""The real engine: vLLM 0.32, embedded through `AsyncLLM`, one engine process per worker, CPU and CUDA alike.
+
+vLLM is imported when the engine starts and nowhere else but in `vllm_plugin.py`, which runs inside the engine process.
+`vllm_request.py` says what a request looks like to vLLM, `vllm_events.py` reads its KV events.
+"""
+
+import asyncio
+import os
+import random
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from planes.frames import DecodeLeg, FinishReason, PrefillLeg, Ticket
+from planes.messages import (
+    EngineFacts,
+    HandoverEndpoint,
+    HandoverMode,
+    LatencyPrior,
+    RequestId,
+    Role,
+    StepSample,
+    WorkerId,
+)
+from workers.engine import EngineLoad, EngineObserver, EngineOutput, EngineRequest, EngineStartError, TokenLogprob
+from workers.vllm_events import EventReader, EventTranslator
+from workers.vllm_memory import check_memory
+from workers.vllm_request import (
+    KvGroup,
+    TicketExpired,
+    check_tokens,
+    handover_params,
+    is_greedy,
+    sampling_arguments,
+    write_ticket,
+)
+
+_log = structlog.get_logger()
+
+VERSION = "0.32.0"
+"""The plug-in reaches into vLLM: another version needs its tests run and this line changed."""
+
+_CPU_PRIOR = LatencyPrior(
+    prefill_fixed_s=0.03,
+    prefill_per_token_s=1 / 700,
+    prefill_per_pair_s=5e-8,
+    step_fixed_s=0.03,
+    step_per_sequence_s=0.004,
+    step_per_kv_token_s=1e-6,
+    handover_fixed_s=0.02,
+    handover_bytes_per_s=1e9,
+)
+"""A core or two and a small model; the router learns the rest."""
+
+_FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
+
+
+@dataclass(frozen=True, slots=True)
+class VllmOptions:
+    """How to run vLLM. Both ends of a handover need the same model path, dtype, block size and mode."""
+
+    model_path: Path
+    """A directory with `config.json` and safetensors."""
+    model: str
+    """The name that clients use; it salts the block names."""
+    worker: WorkerId
+    role: Role = Role.BOTH
+    handover: HandoverMode | None = HandoverMode.PULL
+    """None: this worker prefills what it decodes."""
+    host: str = "127.0.0.1"
+    """Where other workers reach this engine's handshake."""
+    dtype: str = "bfloat16"
+    max_model_len: int = 2048
+    block_size: int = 32
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 2048
+    kv_cache_bytes: int | None = 256 << 20
+    """None lets vLLM take what is left of the accelerator's memory; on CPU it must be given."""
+    threads: int = 1
+    """OpenMP threads (CPU)."""
+    cores: tuple[int, ...] = ()
+    """Cores for the engine process (CPU); empty: all that this process may use."""
+    tensor_parallel: int = 1
+    lease_s: int = 30
+    """How long a prefilled KV cache waits for its decode worker's first sign of life."""
+    drain_s: int = 10
+    """How long `stop` waits for leased KV caches to be fetched."""
+    push_timeout_s: float = 30.0
+    """How long a decode leg waits for a WRITE: vLLM would wait for ever."""
+    step_timeout_s: float = 120.0
+    """An engine with work that says nothing for so long is given up."""
+    load_format: str = "auto"
+    """`dummy` for random weights."""
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """One request on its way."""
+
+    request: EngineRequest
+    on_output: Callable[[EngineOutput], None]
+    unfinished: set[int]
+    waiting_tokens: int
+    """Prompt tokens that count as not computed; 0 after the first token."""
+    task: asyncio.Task[None] | None = None
+    deadline: asyncio.TimerHandle | None = None
+    handover_s: float = 0.0
+    handover_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Latest:
+    """The engine's last report."""
+
+    num_running: int = 0
+    kv_tokens: int = 0
+    prefilled: int = 0
+    usage: float = 0.0
+    groups: list[KvGroup] = field(default_factory=list)
+
+
+class VllmEngine:
+    """See `workers.engine.Engine`."""
+
+    def __init__(self, options: VllmOptions) -> None:
+        self._options = options
+        self._runs: dict[RequestId, _Run] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        self._latest = _Latest()
+        self._has_reported = asyncio.Event()
+        self._heard_at = 0.0
+        self._is_stopping = False
+        # One thread that lives as long as the engine process: the kernel ties the process to the thread that made it.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vllm")
+        self._scratch = tempfile.TemporaryDirectory(prefix="headrace-vllm-")
+        self._llm: Any = None
+        self._observer: EngineObserver
+        self._facts: EngineFacts
+        self._endpoint: HandoverEndpoint | None = None
+        self._eos: list[int] = []
+        self._reader: EventReader
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def facts(self) -> EngineFacts:
+        return self._facts
+
+    @property
+    def endpoint(self) -> HandoverEndpoint | None:
+        return self._endpoint
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    async def start(self, observer: EngineObserver, *, progress: Callable[[str], None]) -> None:
+        """Raises:  EngineStartError."""
+        options = self._options
+        _check_model_dir(options)
+        check_memory(options.model_path, options.kv_cache_bytes or 0, dtype=options.dtype)
+        self._observer = observer
+        self._eos = eos_tokens(options.model_path)
+        self._reader = EventReader(EventTranslator(options.model), f"ipc://{self._scratch.name}/replay")
+        in_thread = asyncio.get_running_loop().run_in_executor
+        try:
+            progress("importing vLLM")
+            config = await in_thread(self._thread, self._configure)
+            progress(f"loading {options.model_path.name} into the engine process")
+            self._llm = await in_thread(self._thread, self._launch, config)
+            self._heard_at = time.monotonic()
+            self._watch_processes()
+            self._tasks.append(asyncio.create_task(self._reader.run(observer.kv_changed)))
+            progress("computing a first token")
+            await self._warm_up()
+        except EngineStartError:
+            raise
+        except Exception as exc:  # vLLM raises whatever its parts raise
+            raise EngineStartError(f"vLLM could not start: {type(exc).__name__}: {exc}") from exc
+        self._pin()
+        self._facts = self._read_facts(config)
+        self._tasks.append(asyncio.create_task(self._watch_steps()))
+
+    def _configure(self) -> Any:
+        """Import vLLM and make its configuration. The environment must be set first, some of it before torch."""
+        options = self._options
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
+        for name, value in (
+            ("VLLM_NO_USAGE_STATS", "1"),
+            ("HF_HUB_OFFLINE", "1"),
+            ("VLLM_LOGGING_LEVEL", "WARNING"),
+            ("VLLM_LOGGING_STREAM", "ext://sys.stderr"),
+        ):
+            os.environ.setdefault(name, value)
+        if options.handover is not None:
+            os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = options.host
+            os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port(options.host))
+        import vllm  # noqa: PLC0415 - takes seconds and half a gigabyte
+        from vllm.config import KVEventsConfig, KVTransferConfig  # noqa: PLC0415
+        from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
+        from vllm.platforms import current_platform  # noqa: PLC0415
+
+        if vllm.__version__ != VERSION:
+            raise EngineStartError(f"vLLM {vllm.__version__} is installed and this worker is written for {VERSION}")
+        is_cpu = current_platform.is_cpu()
+        if is_cpu:
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the executor then needs no process of its own
+            if options.kv_cache_bytes is None:
+                raise EngineStartError("on CPU the size of the KV cache must be given, e.g. 268435456 bytes")
+        transfer = None
+        if options.handover is not None:
+            transfer = KVTransferConfig(
+                kv_connector="NixlPullConnector" if options.handover is HandoverMode.PULL else "NixlPushConnector",
+                kv_connector_module_path="workers.vllm_plugin",
+                kv_role={Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer", Role.BOTH: "kv_both"}[options.role],
+                engine_id=f"{options.worker}-{time.time_ns():x}",
+                kv_buffer_device="cpu" if is_cpu else None,
+                kv_load_failure_policy="fail",
+                kv_connector_extra_config={
+                    "kv_lease_duration": options.lease_s,
+                    "push_registration_timeout": options.push_timeout_s,
+                },
+            )
+        more = {} if options.kv_cache_bytes is None else {"kv_cache_memory_bytes": options.kv_cache_bytes}
+        config = AsyncEngineArgs(
+            model=str(options.model_path.resolve()),
+            served_model_name=options.model,
+            dtype=options.dtype,
+            load_format=options.load_format,
+            max_model_len=options.max_model_len,
+            block_size=options.block_size,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            tensor_parallel_size=options.tensor_parallel,
+            enforce_eager=is_cpu,
+            skip_tokenizer_init=True,
+            scheduling_policy="priority",
+            enable_prefix_caching=True,
+            prefix_caching_hash_algo="sha256_cbor",
+            prefix_cache_retention_interval=None,
+            kv_transfer_config=transfer,
+            kv_events_config=KVEventsConfig(
+                enable_kv_cache_events=True,
+                publisher="zmq",
+                endpoint=self._reader.endpoint,
+                replay_endpoint=f"ipc://{self._scratch.name}/replay",
+            ),
+            shutdown_timeout=options.drain_s,
+            disable_log_stats=True,
+            **more,
+        ).create_engine_config()
+        scheduler = "AsyncScheduler" if config.scheduler_config.async_scheduling else "Scheduler"
+        config.scheduler_config.scheduler_cls = f"workers.vllm_plugin.{scheduler}"
+        return config
+
+    def _launch(self, config: Any) -> Any:
+        from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
+
+        preloaded = os.environ.get("LD_PRELOAD")
+        try:
+            return AsyncLLM.from_vllm_config(
+                config, stat_loggers=[_stat_logger(self._recorded)], disable_log_stats=True
+            )
+        finally:
+            # vLLM preloads libraries into its engine process through our environment; others are not meant.
+            os.environ.pop("LD_PRELOAD", None)
+            if preloaded is not None:
+                os.environ["LD_PRELOAD"] = preloaded
+
+    async def _warm_up(self) -> None:
+        """One token: pages the weights in, and the engine's first report tells its KV cache groups."""
+        from vllm import SamplingParams  # noqa: PLC0415
+        from vllm.inputs import tokens_input  # noqa: PLC0415
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        async for _ in self._llm.generate(tokens_input([0]), params, "warm-up"):
+            pass
+        await self._has_reported.wait()  # the report follows the token in the same message
+
+    def _read_facts(self, config: Any) -> EngineFacts:
+        from vllm.platforms import current_platform  # noqa: PLC0415
+
+        options, cache = self._options, self._llm.vllm_config.cache_config
+        if options.handover is not None:
+            self._endpoint = HandoverEndpoint(
+                mode=options.handover,
+                engine_id=config.kv_transfer_config.engine_id,
+                host=options.host,
+                port=int(os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"]),
+                tp_size=options.tensor_parallel,
+            )
+        return EngineFacts(
+            block_size=cache.block_size,
+            num_blocks=(cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size) // cache.block_size,
+            context_length=self._llm.model_config.max_model_len,
+            max_batch=options.max_num_seqs,
+            max_step_tokens=config.scheduler_config.max_num_batched_tokens,
+            # Of a window's layers only the last blocks travel: for long prompts this is an upper bound.
+            bytes_per_block=sum(group.block_bytes for group in self._latest.groups),
+            vocab_size=self._llm.model_config.get_vocab_size(),
+            latency=_CPU_PRIOR if current_platform.is_cpu() else LatencyPrior(),
+        )
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the engine process (one per data-parallel rank, so one)."""
+        return [process.pid for process in self._llm.engine_core.resources.engine_manager.processes]
+
+    def _pin(self) -> None:
+        """Move every thread of the engine to its cores."""
+        if not self._options.cores:
+            return
+        for pid in self.process_ids:
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), self._options.cores)
+
+    def _watch_processes(self) -> None:
+        loop = asyncio.get_running_loop()
+        for process in self._llm.engine_core.resources.engine_manager.processes:
+            loop.add_reader(process.sentinel, self._process_ended, process.sentinel)
+
+    def _process_ended(self, sentinel: int) -> None:
+        asyncio.get_running_loop().remove_reader(sentinel)
+        self._died("the engine process ended")
+
+    def _died(self, reason: str) -> None:
+        if not self._is_stopping:
+            self._is_stopping = True
+            self._observer.died(reason)
+
+    async def _watch_steps(self) -> None:
+        """Notice an engine that is alive but does nothing."""
+        limit_s = self._options.step_timeout_s
+        while not self._is_stopping:
+            await asyncio.sleep(limit_s / 8)
+            silent_s = time.monotonic() - self._heard_at
+            if self._runs and silent_s > limit_s:
+                self._died(
+                    f"no engine step for {silent_s:.0f} s with {len(self._runs)} requests; the limit is {limit_s} s"
+                )
+
+    async def stop(self) -> None:
+        self._is_stopping = True
+        tasks = [run.task for run in self._runs.values() if run.task] + [*self._ending] + self._tasks
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._llm is not None:
+            loop = asyncio.get_running_loop()
+            for process in self._llm.engine_core.resources.engine_manager.processes:
+                loop.remove_reader(process.sentinel)
+            await loop.run_in_executor(self._thread, self._llm.shutdown, self._options.drain_s + 10.0)
+        self._reader.close()
+        self._thread.shutdown(wait=False)
+        self._scratch.cleanup()
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def submit(self, request: EngineRequest, on_output: Callable[[EngineOutput], None]) -> None:
+        check_tokens(request, self._facts)
+        options = self._options
+        try:
+            handover = handover_params(
+                request, options.handover, self._latest.groups, self._facts.block_size, now=time.time()
+            )
+            error = ""
+        except TicketExpired as exc:
+            handover, error = None, str(exc)
+        waits = 1 if isinstance(request.leg, DecodeLeg) else len(request.prompt) + len(request.resume)
+        run = _Run(request, on_output, set(range(request.sampling.n)), waits)
+        self._runs[request.request] = run
+        run.task = asyncio.create_task(self._refuse(run, error) if error else self._generate(run, handover))
+        if isinstance(request.leg, DecodeLeg) and options.handover is HandoverMode.PUSH:
+            loop = asyncio.get_running_loop()
+            run.deadline = loop.call_later(options.push_timeout_s, self._push_timed_out, run)
+
+    async def _refuse(self, run: _Run, error: str) -> None:
+        self._fail(run, error)
+
+    def _push_timed_out(self, run: _Run) -> None:
+        if run.waiting_tokens and self._runs.get(run.request.request) is run:
+            self._cancel(run)
+            self._fail(run, f"no KV cache was written within {self._options.push_timeout_s} s")
+
+    async def _generate(self, run: _Run, handover: dict[str, Any] | None) -> None:
+        from vllm import SamplingParams  # noqa: PLC0415
+        from vllm.inputs import tokens_input  # noqa: PLC0415
+        from vllm.sampling_params import RequestOutputKind  # noqa: PLC0415
+        from vllm.v1.engine.exceptions import EngineDeadError  # noqa: PLC0415
+
+        request = run.request
+        try:
+            params = SamplingParams(
+                **sampling_arguments(request, self._eos),
+                output_kind=RequestOutputKind.DELTA,
+                extra_args=None if handover is None else {"kv_transfer_params": handover},
+            )
+            prompt = tokens_input([*request.prompt.tolist(), *request.resume], cache_salt=request.cache_salt or None)
+            async for output in self._llm.generate(prompt, params, request.request, priority=request.priority):
+                self._relay(run, output)
+            if run.unfinished:
+                self._fail(run, "vLLM ended the request without a reason")
+        except EngineDeadError:
+            self._fail(run, "the engine process died")
+            self._died("the engine process died")
+        except Exception as exc:  # noqa: BLE001 - vLLM raises whatever its parts raise; the request must be answered
+            _log.warning("request.failed", request_id=request.request, error=f"{type(exc).__name__}: {exc}")
+            self._fail(run, f"{type(exc).__name__}: {exc}")
+        finally:
+            if self._runs.get(request.request) is run:
+                del self._runs[request.request]
+
+    def _relay(self, run: _Run, output: Any) -> None:
+        run.waiting_tokens = 0
+        if run.deadline is not None:
+            run.deadline.cancel()
+        for choice in output.outputs:
+            indexes = range(run.request.sampling.n) if is_greedy(run.request.sampling) else (choice.index,)
+            for index in indexes:
+                engine_output = self._translate(run, output, choice, index)
+                if engine_output.finish is not None:
+                    run.unfinished.discard(index)
+                run.on_output(engine_output)
+
+    def _translate(self, run: _Run, output: Any, choice: Any, index: int) -> EngineOutput:
+        tokens = tuple(choice.token_ids)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if choice.logprobs:
+            num_top = run.request.sampling.logprobs or 0
+            logprobs = tuple(map(_token_logprob, tokens, choice.logprobs, [num_top] * len(tokens)))
+        if choice.finish_reason is None:
+            return EngineOutput(index, tokens, logprobs)
+        finish = _FINISH.get(choice.finish_reason, FinishReason.ERROR)
+        leg = run.request.leg
+        is_push = isinstance(leg, DecodeLeg) and leg.source is not None
+        stats = output.metrics
+        waited_s = max(stats.scheduled_ts - stats.queued_ts, 0.0)
+        return EngineOutput(
+            index,
+            tokens,
+            logprobs,
+            finish,
+            ticket=self._ticket(run, output, finish),
+            cached_tokens=0 if is_push else output.num_cached_tokens,
+            queue_s=max(waited_s - run.handover_s, 0.0),
+            prefill_s=0.0 if isinstance(leg, DecodeLeg) else max(stats.first_token_ts - stats.scheduled_ts, 0.0),
+            handover_s=run.handover_s,
+            handover_bytes=run.handover_bytes,
+            decode_s=max(stats.last_token_ts - stats.first_token_ts, 0.0),
+            error=f"vLLM ended the request with {choice.finish_reason!r}" if finish is FinishReason.ERROR else "",
+        )
+
+    def _ticket(self, run: _Run, output: Any, finish: FinishReason) -> Ticket | None:
+        """None if the request is complete: its first token ended it, or it was to be one token long."""
+        leg, params, options = run.request.leg, output.kv_transfer_params, self._options
+        if not isinstance(leg, PrefillLeg) or finish is not FinishReason.LENGTH or not params:
+            return None
+        if leg.mode is HandoverMode.PUSH:
+            return Ticket(options.worker, leg.mode, len(run.request.prompt), float(options.lease_s), b"")
+        return write_ticket(
+            options.worker, params, lease_s=options.lease_s, cached_tokens=output.num_cached_tokens, now=time.time()
+        )
+
+    def _fail(self, run: _Run, error: str) -> None:
+        self._runs.pop(run.request.request, None)
+        for index in sorted(run.unfinished):
+            run.on_output(EngineOutput(index, (), finish=FinishReason.ERROR, error=error))
+        run.unfinished.clear()
+
+    def abort(self, request: RequestId) -> None:
+        run = self._runs.pop(request, None)
+        if run is not None:
+            run.unfinished.clear()
+            self._cancel(run)
+
+    def _cancel(self, run: _Run) -> None:
+        """Cancelling the task makes vLLM abort the request; it is kept until it has ended."""
+        if run.deadline is not None:
+            run.deadline.cancel()
+        if run.task is not None and not run.task.done():
+            self._ending.add(run.task)
+            run.task.add_done_callback(self._ending.discard)
+            run.task.cancel()
+
+    # --- what the engine reports --------------------------------------------------------------------------------------
+
+    def _recorded(self, stats: Any) -> None:
+        """vLLM's output task calls this after it has passed on a step's tokens."""
+        self._heard_at = time.monotonic()
+        report = (stats.kv_connector_stats or {}).get("headrace") if stats is not None else None
+        if report is None:
+            return
+        latest = self._latest
+        latest.num_running, latest.usage = stats.num_running_reqs, stats.kv_cache_usage
+        latest.kv_tokens, latest.prefilled = report["kv_tokens"], report["prefilled"]
+        if "groups" in report:
+            latest.groups = msgspec.convert(report["groups"], list[KvGroup])
+            self._has_reported.set()
+        for engine_request, seconds, num_bytes in report["handovers"]:
+            # vLLM appends "-" and eight hexadecimal digits to our id.
+            run = self._runs.get(RequestId(engine_request[:-9]))
+            if run is not None:
+                run.handover_s, run.handover_bytes = seconds, num_bytes
+        if "step" in report:
+            self._observer.stepped(StepSample(*report["step"]))
+
+    def load(self) -> EngineLoad:
+        latest = self._latest
+        waiting = sum(run.waiting_tokens for run in self._runs.values())
+        num_running = min(latest.num_running, len(self._runs))
+        return EngineLoad(
+            num_running=num_running,
+            num_waiting=len(self._runs) - num_running,
+            waiting_prefill_tokens=max(waiting - latest.prefilled, 0) if waiting else 0,
+            free_blocks=int(self._facts.num_blocks * (1.0 - latest.usage)),
+            kv_tokens=latest.kv_tokens if self._runs else 0,
+        )
+
+
+def _stat_logger(record: Callable[[Any], None]) -> type:
+    """A statistics logger class for vLLM. It is a Prometheus logger by descent, so that vLLM makes none of its own."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger  # noqa: PLC0415
+
+    class StepRecorder(PrometheusStatLogger):  # type: ignore[misc]
+        def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
+            del vllm_config
+            self.engine_indexes = engine_indexes or [0]
+
+        def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
+            record(scheduler_stats)
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return StepRecorder
+
+
+def _token_logprob(token: int, ranked: dict[int, Any], num_top: int) -> TokenLogprob:
+    """ranked: token id → vLLM's Logprob, of the sampled token and of the most likely ones."""
+    top = sorted(((other, entry.logprob) for other, entry in ranked.items()), key=lambda pair: -pair[1])
+    return TokenLogprob(token, ranked[token].logprob, tuple(top[:num_top]))
+
+
+def eos_tokens(model_path: Path) -> list[int]:
+    """Token ids that end an answer, from `generation_config.json`, else from `config.json`."""
+    for name in ("generation_config.json", "config.json"):
+        file = model_path / name
+        eos = msgspec.json.decode(file.read_bytes()).get("eos_token_id") if file.is_file() else None
+        if eos is not None:
+            return [eos] if isinstance(eos, int) else list(eos)
+    return []
+
+
+def _check_model_dir(options: VllmOptions) -> None:
+    path = options.model_path
+    if not (path / "config.json").is_file():
+        what = "has no config.json" if path.is_dir() else "is no directory"
+        raise EngineStartError(f"the model {path} {what}: name a directory with config.json and *.safetensors")
+    if options.load_format != "dummy" and not any(path.glob("*.safetensors")):
+        raise EngineStartError(f"the model {path} has no *.safetensors, the only weights that are read")
+
+
+def _free_port(host: str) -> int:
+    """A free port below the range from which the kernel hands out its own, so that nobody gets it by chance."""
+    for _ in range(100):
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return port
+    raise EngineStartError(f"no free port on {host} between 20000 and 32000 for the handover's handshake")

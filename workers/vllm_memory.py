@@ -1,0 +1,35 @@
+"""Whether vLLM will fit, asked before it starts: the kernel's answer comes later and is final."""
+
+from pathlib import Path
+
+from workers.engine import EngineStartError
+
+_OVERHEAD_BYTES = 1_600 << 20
+"""Measured: torch and vLLM in two processes, activations of a small model."""
+
+_BYTES_PER_VALUE = {"bfloat16": 2, "float16": 2, "half": 2, "float": 4, "float32": 4}
+
+
+def check_memory(
+    model: Path, kv_cache_bytes: int, *, dtype: str, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> None:
+    """Raises:  EngineStartError if weights, KV cache and vLLM itself need more than is available."""
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors")) * _BYTES_PER_VALUE.get(dtype, 2) // 2
+    needed = weights + kv_cache_bytes + _OVERHEAD_BYTES
+    available = available_bytes(proc, cgroup)
+    if needed > available:
+        raise EngineStartError(
+            f"the engine needs about {needed >> 20} MiB (weights {weights >> 20}, KV cache {kv_cache_bytes >> 20}, "
+            f"vLLM {_OVERHEAD_BYTES >> 20}) and {available >> 20} MiB are available: "
+            "run fewer workers, a smaller KV cache or a smaller model"
+        )
+
+
+def available_bytes(proc: Path, cgroup: Path) -> int:
+    """What the machine has left, or the container's limit if that is lower."""
+    fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = cgroup / "memory.max", cgroup / "memory.current"
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(used.read_text()))
+    return available

@@ -1,0 +1,233 @@
+"""What runs inside vLLM's engine process: imported there by name, never by the rest of Headrace.
+
+* Two schedulers that add what a step computed to its statistics, and keep quiet while they only poll.
+* NIXL's two connectors under vLLM's own names (vLLM asks for them by name), with their progress thread calmed, the
+  model thread's cores restored, the seconds and bytes of every handover noted, and no lease for a finished request.
+* The engine process ends when the worker does.
+
+Both sides of vLLM 0.32's internal interfaces are touched here and in `vllm_engine.py` only.
+"""
+
+import ctypes
+import importlib
+import importlib.util
+import os
+import signal
+import sys
+import time
+from collections import deque
+from typing import Any
+
+NIXL_PROGRESS_PAUSE_US = 500
+"""NIXL's Python API asks for 0: the progress thread then burns a core. 500 costs 4 ms per 8 MiB over TCP."""
+
+_QUIET_S = 1.0
+"""While requests only wait for their KV cache the engine polls every millisecond; it reports once in this time."""
+
+
+def provide_nixl() -> None:
+    """Let `import nixl` find the CUDA-12 wheel, and calm the progress thread of every agent made from now on."""
+    os.environ.setdefault("UCX_RCACHE_MAX_UNRELEASED", "1024")  # what vLLM sets when it is the first to import NIXL
+    if importlib.util.find_spec("nixl") is None:
+        for module in ("", "._bindings", "._api"):
+            sys.modules[f"nixl{module}"] = importlib.import_module(f"nixl_cu12{module}")
+    binding = importlib.import_module("nixl._api").nixlBind
+    base = binding.nixlAgentConfig
+    if hasattr(base, "is_calm"):
+        return
+
+    class CalmAgentConfig(base):  # type: ignore[misc, valid-type]
+        is_calm = True
+
+        @property
+        def pthrDelay(self) -> int:  # noqa: N802 - NIXL's name
+            return int(base.pthrDelay.__get__(self))
+
+        @pthrDelay.setter
+        def pthrDelay(self, value: int) -> None:  # noqa: N802
+            base.pthrDelay.__set__(self, max(value, NIXL_PROGRESS_PAUSE_US))
+
+    binding.nixlAgentConfig = CalmAgentConfig
+
+
+provide_nixl()
+
+# After the alias: vLLM looks for NIXL while these are imported.
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole  # noqa: E402
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl import connector as nixl  # noqa: E402
+from vllm.v1.core.sched import async_scheduler, scheduler  # noqa: E402
+from vllm.v1.request import RequestStatus  # noqa: E402
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the worker ends, however it ends; Ctrl-C is the worker's to handle."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _Reporting:
+    """Sends `{"headrace": …}` in the place of the connector's statistics, which nobody reads here."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        die_with_parent()
+        self._begun: deque[tuple[Any, float, tuple[int, int, int, int]]] = deque(maxlen=64)
+        self._step: tuple[float, tuple[int, int, int, int]] = (0.0, (0, 0, 0, 0))
+        self._ended_at = 0.0
+        self._reported_at = 0.0
+        self._reported: tuple[Any, ...] = ()
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        begun_at = time.monotonic()
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self._begun.append((output, begun_at, self._composition(output.num_scheduled_tokens)))
+        return output
+
+    def _composition(self, scheduled: dict[str, int]) -> tuple[int, int, int, int]:
+        """prefill_tokens, prefill_pairs, batch, kv_tokens as in `planes.messages.StepSample`."""
+        prefill_tokens = pairs = batch = kv_tokens = 0
+        for request_id, count in scheduled.items():
+            end = self.requests[request_id].num_computed_tokens  # type: ignore[attr-defined] # advanced by schedule()
+            if count == 1:
+                batch += 1
+                kv_tokens += end
+            else:
+                prefill_tokens += count
+                pairs += count * (2 * end - count + 1) // 2
+        return prefill_tokens, pairs, batch, kv_tokens
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        while self._begun:
+            output, begun_at, composition = self._begun.popleft()
+            if output is scheduler_output:
+                self._step = (begun_at, composition)
+                break
+        return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
+        if stats is None:
+            return None
+        now = time.monotonic()
+        (begun_at, composition), self._step = self._step, (0.0, (0, 0, 0, 0))
+        handovers = self._take_handovers()
+        glance = (stats.num_running_reqs, stats.num_waiting_reqs, stats.num_skipped_waiting_reqs, stats.kv_cache_usage)
+        is_empty = not (composition[0] or composition[2])
+        if is_empty and not handovers and glance == self._reported and now - self._reported_at < _QUIET_S:
+            return None
+        report: dict[str, Any] = {"handovers": handovers} | self._running()
+        if not self._reported:
+            report["groups"] = self._groups()
+        if not is_empty:
+            report["step"] = (*composition, now - max(begun_at, self._ended_at))
+            self._ended_at = now
+        self._reported, self._reported_at = glance, now
+        stats.kv_connector_stats = {"headrace": report}
+        return stats
+
+    def _take_handovers(self) -> list[tuple[str, float, int]]:
+        take = getattr(self.connector, "take_handovers", None)  # type: ignore[attr-defined]
+        return [] if take is None else take()
+
+    def _running(self) -> dict[str, int]:
+        """kv_tokens: context of the running sequences.  prefilled: prompt tokens of unfinished prefills, computed."""
+        kv_tokens = prefilled = 0
+        for request in self.running:  # type: ignore[attr-defined]
+            computed = request.num_computed_tokens
+            kv_tokens += computed
+            if computed < request.num_prompt_tokens:
+                prefilled += computed
+        return {"kv_tokens": kv_tokens, "prefilled": prefilled}
+
+    def _groups(self) -> list[tuple[int, int, int]]:
+        """For every KV cache group: bytes per block over all its layers, tokens per block, window (0: everything)."""
+        groups = []
+        for group in self.kv_cache_config.kv_cache_groups:  # type: ignore[attr-defined]
+            spec = group.kv_cache_spec
+            num_pages = 1 if hasattr(spec, "kv_cache_specs") else len(group.layer_names)
+            window = getattr(spec, "sliding_window", None) or 0
+            groups.append((spec.page_size_bytes * num_pages, spec.block_size, window))
+        return groups
+
+
+class Scheduler(_Reporting, scheduler.Scheduler):  # type: ignore[misc]
+    """vLLM's scheduler, which also says what it did."""
+
+
+class AsyncScheduler(_Reporting, async_scheduler.AsyncScheduler):  # type: ignore[misc]
+    """The same where vLLM schedules one step ahead (CUDA)."""
+
+
+class _Handover:
+    """What both NIXL connectors need; see the module's docstring."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        cores = os.sched_getaffinity(0)
+        super().__init__(vllm_config, role, kv_cache_config)  # type: ignore[call-arg]
+        # NIXL's worker pins the model thread to the last core of the node: prefill and decode would share it.
+        os.sched_setaffinity(0, cores)
+        self._started: dict[str, tuple[float, int]] = {}
+        self._finished: list[tuple[str, float, int]] = []
+        self._group_bytes = [
+            group.kv_cache_spec.page_size_bytes
+            * (1 if hasattr(group.kv_cache_spec, "kv_cache_specs") else len(group.layer_names))
+            for group in kv_cache_config.kv_cache_groups
+        ]
+
+    def take_handovers(self) -> list[tuple[str, float, int]]:
+        """(engine's request id, seconds, bytes) of the KV caches that have arrived since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        params = request.kv_transfer_params or {}
+        is_arriving = bool(params.get("do_remote_prefill"))
+        super().update_state_after_alloc(request, blocks, num_external_tokens)  # type: ignore[misc]
+        if not is_arriving:
+            return
+        if not num_external_tokens:  # everything is here already
+            self._finished.append((request.request_id, 0.0, 0))
+            return
+        groups = self.connector_scheduler._reqs_need_recv[request.request_id][1]  # type: ignore[attr-defined] # noqa: SLF001
+        num_bytes = sum(len(group) * size for group, size in zip(groups, self._group_bytes, strict=False))
+        self._started[request.request_id] = (time.monotonic(), num_bytes)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        super().update_connector_output(connector_output)  # type: ignore[misc]
+        for request_id in connector_output.finished_recving or ():
+            started_at, num_bytes = self._started.pop(request_id, (0.0, 0))
+            if started_at:
+                self._finished.append((request_id, time.monotonic() - started_at, num_bytes))
+
+    def request_finished_all_groups(self, request: Any, block_ids: Any) -> Any:
+        self._started.pop(request.request_id, None)
+        params = request.kv_transfer_params or {}
+        if params.get("do_remote_decode") and request.status == RequestStatus.FINISHED_STOPPED and self._may_free():
+            # The first token ended the answer: nobody will come for the blocks, and their lease would pin them.
+            side = self.connector_scheduler  # type: ignore[attr-defined]
+            side._reqs_not_processed.add(request.request_id)  # noqa: SLF001
+            side._reqs_need_save.pop(request.request_id, None)  # noqa: SLF001
+            return False, None
+        return super().request_finished_all_groups(request, block_ids)  # type: ignore[misc]
+
+    def _may_free(self) -> bool:
+        return True
+
+
+class NixlPullConnector(_Handover, nixl.NixlPullConnector):  # type: ignore[misc]
+    """vLLM's pull connector."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+
+
+class NixlPushConnector(_Handover, nixl.NixlPushConnector):  # type: ignore[misc]
+    """vLLM's push connector."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+
+    def _may_free(self) -> bool:
+        return False  # the decode engine has registered already and waits for the WRITE
