@@ -1,7 +1,7 @@
 """From a parsed request to what is sent and routed: the prompt's tokens, its block names, the resolved sampling.
 
-Short prompts are tokenized on the event loop (microseconds); long ones on a small thread pool, whose size bounds how
-many run at once. A prompt that provably cannot fit is refused before any of that.
+Short requests are rendered and tokenized on the event loop (microseconds), long ones on a small thread pool, whose size
+bounds how many run at once. A prompt that provably cannot fit is not tokenized at all.
 """
 
 import asyncio
@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
-import numpy as np
 
 from app.openai.schema import Kind, ParsedRequest
-from app.template import ChatTemplate, Segment
+from app.template import ChatTemplate
 from app.tokenizer import Tokenizer
 from planes import blocks
 from planes.blocks import Hashes, Tokens
 from planes.errors import InvalidRequest, Rejected
 from planes.frames import Sampling
 
-DEFAULT_INLINE_CHARS: Final = 16_384
+DEFAULT_INLINE_BYTES: Final = 16_384
 """Tokenizing this much takes about half a millisecond; a thread costs a tenth of one and leaves the loop free."""
 
 
@@ -72,13 +71,13 @@ class Preprocessor:
     """Prepares requests for all models. Close it when the process ends."""
 
     def __init__(
-        self, *, inline_chars: int = DEFAULT_INLINE_CHARS, num_threads: int = 2, max_waiting: int = 1024
+        self, *, inline_bytes: int = DEFAULT_INLINE_BYTES, num_threads: int = 2, max_waiting: int = 1024
     ) -> None:
         """
-        Args:  inline_chars: longest text that is tokenized on the event loop.  num_threads: long prompts tokenized
-        at once.  max_waiting: long prompts under way, those on the threads included.
+        Args:  inline_bytes: longest body whose prompt is tokenized on the event loop.  num_threads: long prompts
+        tokenized at once.  max_waiting: long prompts under way, those on the threads included.
         """
-        self._inline_chars = inline_chars
+        self._inline_bytes = inline_bytes
         self._max_waiting = max_waiting
         self._num_waiting = 0
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenize")
@@ -89,16 +88,10 @@ class Preprocessor:
         Raises:  InvalidRequest, ContextExceeded among them; TokenizersBusy.
         """
         salt = parsed.cache_salt if cache_salt is None else cache_salt
-        work = _prompt_of(parsed, model)
-        if isinstance(work, np.ndarray):
-            tokens, names = work, _names(work, model, salt)
+        if parsed.num_bytes <= self._inline_bytes or not isinstance(parsed.prompt, str):
+            tokens, names = _tokenized(parsed, model, salt)
         else:
-            num_chars = sum(len(segment.text) for segment in work) if isinstance(work, list) else len(work)
-            _check_provable(num_chars, parsed, model)
-            if num_chars <= self._inline_chars:
-                tokens, names = _tokenized(work, model, salt)
-            else:
-                tokens, names = await self._on_thread(work, model, salt)
+            tokens, names = await self._on_thread(parsed, model, salt)
         max_tokens = _max_tokens(len(tokens), parsed, model)
         _check_ids(parsed.sampling, model)
         return Prepared(
@@ -113,13 +106,13 @@ class Preprocessor:
         """Waits for prompts that are being tokenized; those that wait for a thread are cancelled."""
         self._threads.shutdown(cancel_futures=True)
 
-    async def _on_thread(self, work: list[Segment] | str, model: ModelEntry, salt: str) -> tuple[Tokens, Hashes]:
+    async def _on_thread(self, parsed: ParsedRequest, model: ModelEntry, salt: str) -> tuple[Tokens, Hashes]:
         if self._num_waiting >= self._max_waiting:
             raise TokenizersBusy(self._num_waiting, self._max_waiting)
         self._num_waiting += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, _tokenized, work, model, salt)
+            return await loop.run_in_executor(self._threads, _tokenized, parsed, model, salt)
         finally:
             self._num_waiting -= 1
 
@@ -133,36 +126,29 @@ def chat_template_of(config: Mapping[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _prompt_of(parsed: ParsedRequest, model: ModelEntry) -> list[Segment] | str | Tokens:
-    """A rendered chat, a raw prompt, or checked token ids."""
-    if parsed.kind is Kind.CHAT:
-        if model.template is None:
-            raise InvalidRequest(
-                f"The model '{model.model}' has no chat template; use /v1/completions.",
-                param="messages",
-                code="no_chat_template",
-            )
-        return model.template.render(parsed.messages, parsed.template_kwargs)
-    if isinstance(parsed.prompt, str):
-        return parsed.prompt
-    largest = int(parsed.prompt.max())
-    if largest >= model.vocab_size:
-        raise InvalidRequest(
-            f"Invalid 'prompt': token id {largest} is not in the vocabulary, which ends at {model.vocab_size - 1}.",
-            param="prompt",
-        )
-    return parsed.prompt
-
-
-def _tokenized(work: list[Segment] | str, model: ModelEntry, salt: str) -> tuple[Tokens, Hashes]:
+def _tokenized(parsed: ParsedRequest, model: ModelEntry, salt: str) -> tuple[Tokens, Hashes]:
     """May run on a thread."""
-    tokenizer = model.tokenizer
-    tokens = tokenizer.encode_prompt(work) if isinstance(work, str) else tokenizer.encode_segments(work)
-    return tokens, _names(tokens, model, salt)
+    if parsed.kind is Kind.CHAT:
+        tokens = _chat_tokens(parsed, model)
+    elif isinstance(parsed.prompt, str):
+        _check_provable(len(parsed.prompt), parsed, model)
+        tokens = model.tokenizer.encode_prompt(parsed.prompt)
+    else:
+        tokens = parsed.prompt
+        _check_vocabulary("prompt", int(tokens.max()), model)
+    return tokens, blocks.name_blocks(tokens, model.block_size, blocks.root(model.model, salt))
 
 
-def _names(tokens: Tokens, model: ModelEntry, salt: str) -> Hashes:
-    return blocks.name_blocks(tokens, model.block_size, blocks.root(model.model, salt))
+def _chat_tokens(parsed: ParsedRequest, model: ModelEntry) -> Tokens:
+    if model.template is None:
+        raise InvalidRequest(
+            f"The model '{model.model}' has no chat template; use /v1/completions.",
+            param="messages",
+            code="no_chat_template",
+        )
+    segments = model.template.render(parsed.messages, parsed.template_kwargs)
+    _check_provable(sum(len(segment.text) for segment in segments), parsed, model)
+    return model.tokenizer.encode_segments(segments)
 
 
 def _check_provable(num_chars: int, parsed: ParsedRequest, model: ModelEntry) -> None:
@@ -204,14 +190,18 @@ def _max_tokens(num_tokens: int, parsed: ParsedRequest, model: ModelEntry) -> in
 
 
 def _check_ids(sampling: Sampling, model: ModelEntry) -> None:
-    """Token ids outside the vocabulary would index past the engine's logits."""
     for field, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias)):
-        if ids and (largest := max(ids)) >= model.vocab_size:
-            raise InvalidRequest(
-                f"Invalid '{field}': token id {largest} is not in the vocabulary, which ends at "
-                f"{model.vocab_size - 1}.",
-                param=field,
-            )
+        if ids:
+            _check_vocabulary(field, max(ids), model)
+
+
+def _check_vocabulary(field: str, largest: int, model: ModelEntry) -> None:
+    """Token ids outside the vocabulary would index past the engine's embeddings and logits."""
+    if largest >= model.vocab_size:
+        raise InvalidRequest(
+            f"Invalid '{field}': token id {largest} is not in the vocabulary, which ends at {model.vocab_size - 1}.",
+            param=field,
+        )
 
 
 def _echo(parsed: ParsedRequest, model: ModelEntry) -> str:

@@ -88,8 +88,11 @@ class Tokenizer:
             description = msgspec.json.decode(tokenizer_json, type=_TokenizerJson)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise UnusableTokenizerError(f"tokenizer.json is not valid: {exc}") from exc
-        self._backend = _backend(tokenizer_json.decode(), cache_bytes)
         added = description.added_tokens
+        if plain := _control_tokens(config) & {token.content for token in added if not token.special}:
+            tokenizer_json = _with_special(tokenizer_json, plain)
+            added = msgspec.json.decode(tokenizer_json, type=_TokenizerJson).added_tokens
+        self._backend = _backend(tokenizer_json.decode(), cache_bytes)
         vocab = description.model.vocab
         largest = max(vocab.values(), default=-1) if isinstance(vocab, dict) else len(vocab) - 1
         self.vocab_size = max([largest, *(token.id for token in added)]) + 1
@@ -145,6 +148,8 @@ class Tokenizer:
         plain = self._backend.encode("a", is_trusted=True)
         dressed = self._backend.encode("a", is_trusted=True, adds_special=True)
         width = len(plain)
+        if not width:
+            return plain, plain
         start = next((i for i in range(len(dressed) - width + 1) if np.array_equal(dressed[i : i + width], plain)), 0)
         prefix, suffix = dressed[:start], dressed[start + width :]
         if (bos := by_text.get(self.variables.get("bos_token", ""))) is not None:
@@ -214,6 +219,24 @@ def _special_variables(config: Mapping[str, Any]) -> dict[str, str]:
             if isinstance(text, str):
                 variables[name] = text
     return variables
+
+
+def _control_tokens(config: Mapping[str, Any]) -> set[str]:
+    """Tokens that tokenizer_config.json calls special, whatever tokenizer.json says of them."""
+    declared = config.get("added_tokens_decoder")
+    entries = declared.values() if isinstance(declared, Mapping) else ()
+    listed = config.get("additional_special_tokens")
+    names = [entry.get("content") for entry in entries if isinstance(entry, Mapping) and entry.get("special")]
+    names += [entry.get("content") if isinstance(entry, Mapping) else entry for entry in listed or ()]
+    return {name for name in (*names, *_special_variables(config).values()) if isinstance(name, str)}
+
+
+def _with_special(tokenizer_json: bytes, contents: set[str]) -> bytes:
+    """tokenizer.json with these added tokens marked as special."""
+    description = msgspec.json.decode(tokenizer_json)
+    for token in description["added_tokens"]:
+        token["special"] = token["special"] or token["content"] in contents
+    return msgspec.json.encode(description)
 
 
 def _with(tokens: Tokens, token: int, *, wanted: bool | None) -> Tokens:

@@ -52,6 +52,7 @@ def parse_chat(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedRequest:
         priority=parse_priority(chat.priority),
         cache_salt=parse_cache_salt(chat.cache_salt),
         user=chat.user or "",
+        num_bytes=len(body),
         slo_ttft_s=parse_seconds("slo_ttft_ms", chat.slo_ttft_ms),
         timeout_s=parse_seconds("timeout_ms", chat.timeout_ms),
     )

@@ -50,6 +50,7 @@ def parse_completion(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedReq
         priority=parse_priority(completion.priority),
         cache_salt=parse_cache_salt(completion.cache_salt),
         user=completion.user or "",
+        num_bytes=len(body),
         slo_ttft_s=parse_seconds("slo_ttft_ms", completion.slo_ttft_ms),
         timeout_s=parse_seconds("timeout_ms", completion.timeout_ms),
     )

@@ -63,6 +63,8 @@ class ParsedRequest:
     """Lower is sooner; None: the tenant's default."""
     cache_salt: str = ""
     user: str = ""
+    num_bytes: int = 0
+    """Of the body: a bound on the text in it, for whoever must decide how dear it is."""
     slo_ttft_s: float | None = None
     timeout_s: float | None = None
 

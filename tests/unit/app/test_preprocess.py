@@ -52,7 +52,7 @@ async def test_a_chat_becomes_tokens_blocks_and_the_room_that_is_left(preprocess
 
 
 async def test_a_long_prompt_on_a_thread_gives_the_same_as_on_the_loop(model):
-    on_thread, on_loop = Preprocessor(inline_chars=0), Preprocessor()
+    on_thread, on_loop = Preprocessor(inline_bytes=0), Preprocessor()
     parsed = chat("words " * 40)
     threaded, inline = await on_thread.prepare(parsed, model), await on_loop.prepare(parsed, model)
     assert np.array_equal(threaded.tokens, inline.tokens)
@@ -156,7 +156,7 @@ class SlowTokenizer:
 
 async def test_long_prompts_do_not_block_the_loop_and_their_number_is_bounded(model):
     slow = SlowTokenizer()
-    preprocessor = Preprocessor(inline_chars=0, num_threads=1, max_waiting=2)
+    preprocessor = Preprocessor(inline_bytes=0, num_threads=1, max_waiting=2)
     entry = replace(model, tokenizer=slow)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(preprocessor.prepare(completion("ab"), entry)) for _ in range(2)]
@@ -171,7 +171,7 @@ async def test_long_prompts_do_not_block_the_loop_and_their_number_is_bounded(mo
 
 async def test_a_cancelled_request_gives_its_place_back(model):
     slow = SlowTokenizer()
-    preprocessor = Preprocessor(inline_chars=0, num_threads=1, max_waiting=1)
+    preprocessor = Preprocessor(inline_bytes=0, num_threads=1, max_waiting=1)
     entry = replace(model, tokenizer=slow)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(preprocessor.prepare(completion("ab"), entry))

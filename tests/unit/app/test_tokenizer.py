@@ -110,6 +110,21 @@ def test_plain_added_tokens_match_in_untrusted_segments_too():
     assert little().encode_segments([Segment("a\n\n<s>", is_trusted=False)]).tolist() == [0, 9, 3, 4, 6]
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"eos_token": "\n\n"},
+        {"additional_special_tokens": ["\n\n"]},
+        {"added_tokens_decoder": {"9": {"content": "\n\n", "special": True}}},
+    ],
+)
+def test_what_the_configuration_calls_special_is_a_control_token(config):
+    tokenizer = little(config)
+    assert SpecialToken("\n\n") in tokenizer.special_tokens
+    assert tokenizer.encode_segments([Segment("\n\n", is_trusted=True)]).tolist() == [9]
+    assert tokenizer.encode_segments([Segment("\n\n", is_trusted=False)]).tolist() == [5, 5]
+
+
 def test_merges_reach_across_what_a_user_typed_as_if_the_text_were_encoded_whole():
     tokenizer = little()
     template = ChatTemplate("<s>a{{ messages[0].content }}</s>", tokenizer.special_tokens)

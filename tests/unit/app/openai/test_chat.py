@@ -151,7 +151,7 @@ def test_a_misspelt_field_is_refused_with_the_nearest_name():
         ("top_p", 1.01, "out of range"),
         ("presence_penalty", -2.5, "from -2 to 2"),
         ("frequency_penalty", 3, "from -2 to 2"),
-        ("repetition_penalty", 0, "more than 0 and at most 2"),
+        ("repetition_penalty", 0, "it must be more than 0"),
         ("min_p", 1.5, "from 0 to 1"),
         ("top_k", -2, "-2 is out of range"),
         ("n", 0, "from 1 to 16"),
