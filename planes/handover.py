@@ -123,10 +123,16 @@ class _Offered:
 class Handovers(ABC):
     """One engine's offers and announcements; a `KvTransfer` once the abstract methods say how bytes move."""
 
-    def __init__(self, pool: KvPool, *, mode: HandoverMode, engine_id: str, host: str, port: int = 0) -> None:
-        """`engine_id` must be new at every start.  port: 0 takes a free one."""
+    def __init__(
+        self, pool: KvPool, *, mode: HandoverMode, engine_id: str, host: str, bind_host: str = "", port: int = 0
+    ) -> None:
+        """
+        Args:  engine_id: must be new at every start.  host: where others reach us.  bind_host: where to listen; empty:
+        `host`.  port: 0 takes a free one.
+        """
         self._pool = pool
         self._endpoint = HandoverEndpoint(mode, engine_id, host, port)
+        self._bind_host = bind_host or host
         self._listener = Listener(self._asked, self._hung_up)
         self._offers: dict[str, _Offered] = {}
         self._announced: dict[str, tuple[Announcement, Caller]] = {}
@@ -140,7 +146,7 @@ class Handovers(ABC):
         return self._endpoint
 
     async def start(self) -> None:
-        port = await self._listener.start(self._endpoint.host, self._endpoint.port)
+        port = await self._listener.start(self._bind_host, self._endpoint.port)
         self._endpoint = msgspec.structs.replace(self._endpoint, port=port)
 
     async def stop(self) -> None:

@@ -41,19 +41,23 @@ def has_nixl() -> bool:
     return importlib.util.find_spec("nixl_cu12") is not None
 
 
-def open_transfer(pool: KvPool, *, mode: HandoverMode, engine_id: str, host: str, port: int = 0) -> KvTransfer:
-    """NIXL if it is installed; if not, that is logged."""
+def open_transfer(
+    pool: KvPool, *, mode: HandoverMode, engine_id: str, host: str, bind_host: str = "", port: int = 0
+) -> KvTransfer:
+    """NIXL if it is installed; if not, that is logged. Arguments as `Handovers` takes them."""
     if has_nixl():
-        return NixlTransfer(pool, mode=mode, engine_id=engine_id, host=host, port=port)
+        return NixlTransfer(pool, mode=mode, engine_id=engine_id, host=host, bind_host=bind_host, port=port)
     _log.warning("handover.counted", reason="NIXL is not installed: bytes of KV cache are counted, not moved")
-    return CountingTransfer(pool, mode=mode, engine_id=engine_id, host=host, port=port)
+    return CountingTransfer(pool, mode=mode, engine_id=engine_id, host=host, bind_host=bind_host, port=port)
 
 
 class NixlTransfer(Handovers):
     """READs (pull) and WRITEs (push) between registered pools."""
 
-    def __init__(self, pool: KvPool, *, mode: HandoverMode, engine_id: str, host: str, port: int = 0) -> None:
-        super().__init__(pool, mode=mode, engine_id=engine_id, host=host, port=port)
+    def __init__(
+        self, pool: KvPool, *, mode: HandoverMode, engine_id: str, host: str, bind_host: str = "", port: int = 0
+    ) -> None:
+        super().__init__(pool, mode=mode, engine_id=engine_id, host=host, bind_host=bind_host, port=port)
         from nixl_cu12 import _api as nixl  # noqa: PLC0415 - optional, and half a second to import
 
         if "NIXL_LOG_LEVEL" not in os.environ:

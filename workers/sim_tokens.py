@@ -11,6 +11,8 @@ of KV cache that is not what it should be, changes every token that follows.
 import hashlib
 from collections.abc import Iterable
 
+from workers.engine import TokenLogprob
+
 MASK = (1 << 64) - 1
 LETTERS = (32, *range(97, 123))
 """Token ids of the space and of a to z in the byte-level tokenizer (`workers/sim_model`)."""
@@ -53,3 +55,11 @@ def is_end(bits: int, mean_tokens: int) -> bool:
 def key_of(*parts: object) -> int:
     """A key for `draw` from anything with a stable text: seed, choice index, model."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+def logprob_of(token: int, bits: int, num_top: int) -> TokenLogprob:
+    """Made-up log probabilities, the same for the same context: the token drawn leads, others follow at a distance."""
+    logprob = -((bits >> 16 & 0xFFFF) + 1) / 65536
+    others = (letter for letter in LETTERS if letter != token)
+    ranked = [(token, logprob), *((letter, -2.0 - rank / 4) for rank, letter in enumerate(others))]
+    return TokenLogprob(token, logprob, tuple(ranked[:num_top]))
