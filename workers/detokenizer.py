@@ -80,7 +80,7 @@ class WindowDetokenizer:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What every token id below the model's vocabulary size stands for.
+    """What every token id stands for.
 
     names: bytes of each token, special tokens included.  texts: the same, empty for special tokens, which never
     become text.  fallback: set if the table cannot give text and only serves to name tokens.
@@ -90,6 +90,11 @@ class Vocabulary:
     texts: tuple[bytes, ...]
     fallback: Tokenizer | None = None
 
+    def covering(self, vocab_size: int) -> "Vocabulary":
+        """The same for a model whose vocabulary is larger than its tokenizer's: the ids beyond stand for nothing."""
+        padding = (b"",) * max(0, vocab_size - len(self.names))
+        return Vocabulary(self.names + padding, self.texts + padding, self.fallback)
+
     def detokenizer(self, context: Sequence[int]) -> Detokenizer:
         """For one choice; `context` are the prompt's last tokens."""
         if self.fallback is None:
@@ -97,11 +102,8 @@ class Vocabulary:
         return WindowDetokenizer(self.fallback, context)
 
 
-def load_vocabulary(path: Path, vocab_size: int) -> Vocabulary:
-    """Read a `tokenizer.json`. Ids that it does not know, up to `vocab_size`, stand for nothing.
-
-    Raises:  UnreadableTokenizer.
-    """
+def load_vocabulary(path: Path) -> Vocabulary:
+    """Read a `tokenizer.json`.  Raises:  UnreadableTokenizer."""
     try:
         file = msgspec.json.decode(path.read_bytes(), type=_TokenizerFile)
     except OSError as exc:
@@ -109,8 +111,7 @@ def load_vocabulary(path: Path, vocab_size: int) -> Vocabulary:
     except msgspec.MsgspecError as exc:
         raise UnreadableTokenizer(f"{path} is no tokenizer.json: {exc}") from exc
     words = file.model.words()
-    size = max(vocab_size, 1 + max([*words.values(), *(token.id for token in file.added_tokens)], default=-1))
-    names = [b""] * size
+    names = [b""] * (1 + max([*words.values(), *(token.id for token in file.added_tokens)], default=-1))
     to_bytes = _decoder(file.decoder)
     tokenizer = None if to_bytes else Tokenizer.from_file(str(path))
     for word, token in words.items():

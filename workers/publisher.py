@@ -190,6 +190,7 @@ class Publisher:
                     await self._events.publish_load(message)
 
     async def _report(self) -> None:
+        await self._activity.wait()  # for the first connection: nobody could hear us before
         while True:
             self._activity.clear()
             report = self.report()

@@ -11,7 +11,7 @@ from workers.detokenizer import load_vocabulary
 from workers.engine import EngineOutput, TokenLogprob
 from workers.formatter import Formatter
 
-VOCABULARY = load_vocabulary(Path("workers/sim_model/tokenizer.json"), 260)
+VOCABULARY = load_vocabulary(Path("workers/sim_model/tokenizer.json"))
 END = 259
 USAGE = Usage(prompt_tokens=5, completion_tokens=2, cached_tokens=4)
 

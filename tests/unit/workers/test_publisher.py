@@ -25,12 +25,11 @@ WORKER = WorkerId("decode-1")
 class FakeEvents:
     def __init__(self):
         self.sent = []
-        self.connect = None
         self.take = None
         self.arrived = asyncio.Event()
 
     def on_connect(self, callback):
-        self.connect = callback
+        callback()  # connected
 
     async def publish_kv(self, events):
         self.sent.append(events)
@@ -134,7 +133,7 @@ def test_the_death_of_the_engine_is_passed_on():
     assert reasons == ["gone"]
 
 
-async def test_the_first_report_comes_at_once():
+async def test_the_first_report_comes_with_the_connection():
     events = FakeEvents()
     await running(publisher(events), events, lambda: events.sent)
     assert isinstance(events.sent[0], LoadReport)

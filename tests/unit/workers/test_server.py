@@ -26,7 +26,7 @@ from workers.detokenizer import load_vocabulary
 from workers.engine import EngineOutput
 from workers.server import WorkerServer
 
-VOCABULARY = load_vocabulary(Path("workers/sim_model/tokenizer.json"), 260)
+VOCABULARY = load_vocabulary(Path("workers/sim_model/tokenizer.json"))
 END = 259
 TICKET = Ticket(WorkerId("p"), HandoverMode.PULL, num_tokens=3, lease_s=30.0, params=b"{}")
 

@@ -1,0 +1,31 @@
+"""The worker process: `python -m workers --role decode --engine sim …`."""
+
+import asyncio
+import sys
+from typing import Annotated
+
+import uvloop
+from cyclopts import Parameter
+
+from planes import logs
+from planes.settings import command_line, run
+from workers.process import serve
+from workers.settings import WorkerSettings
+
+app = command_line(
+    "headrace worker",
+    "A serving process: an engine, and what connects it to gateways.",
+)
+
+
+@app.default
+def main(settings: Annotated[WorkerSettings | None, Parameter(name="*")] = None) -> int:
+    """Run a worker until SIGTERM or SIGINT; it then finishes what it has, for --drain-s at most."""
+    settings = settings or WorkerSettings()
+    logs.configure(settings.log_level, as_json=settings.log_json)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(serve(settings))
+
+
+if __name__ == "__main__":  # vLLM's engine process imports this module again
+    sys.exit(run(app))

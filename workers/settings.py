@@ -1,0 +1,181 @@
+"""Everything an operator may set about a worker. Also from `HEADRACE_<FLAG>`; `python -m workers --help` lists it."""
+
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from planes.control import parse_endpoints
+from planes.events import parse_servers
+from planes.messages import HandoverMode, Role
+from planes.names import check_namespace
+from planes.settings import UnusableSetting
+
+SIM_MODEL = Path(__file__).parent / "sim_model"
+"""Tokenizer and chat template of the simulated engine's own model."""
+
+_WORKER_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_ANY_HOST = ("", "0.0.0.0", "::")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """Settings of one worker process. None stands for the engine's own default.
+
+    Raises:  UnusableSetting, naming the setting, its value and what is allowed.
+    """
+
+    role: Annotated[Literal["prefill", "decode", "both"], Parameter(help="What this worker is for.")] = "both"
+    engine: Annotated[Literal["vllm", "sim"], Parameter(help="What computes: a real model or simulated time.")] = "vllm"
+    model: Annotated[
+        Path | None, Parameter(help="Directory of the model. For sim: of its tokenizer; default: a built-in one.")
+    ] = None
+    served_model_name: Annotated[
+        str | None, Parameter(help="Name that clients use. Default: the directory's name, or sim.")
+    ] = None
+    worker_id: Annotated[str | None, Parameter(help="Name in the fleet, unique. Default: ROLE-xxxxxx.")] = None
+    host: Annotated[str, Parameter(help="Address to listen on, for gateways and for handovers.")] = "127.0.0.1"
+    advertise_host: Annotated[
+        str | None, Parameter(help="Address under which others reach this worker. Default: --host.")
+    ] = None
+    port: Annotated[int, Parameter(help="Port to listen on for gateways; 0 takes a free one.")] = 0
+    etcd: Annotated[str, Parameter(help="URL of the etcd cluster, http://host:port[,host:port...].")] = (
+        "http://127.0.0.1:2379"
+    )
+    nats: Annotated[str, Parameter(help="URL of the NATS cluster.")] = "nats://127.0.0.1:4222"
+    namespace: Annotated[str, Parameter(help="Separates fleets that share etcd and NATS.")] = "default"
+    handover: Annotated[
+        Literal["pull", "push", "none"],
+        Parameter(help="Who moves the KV cache: the decode worker, the prefill worker, or nobody."),
+    ] = "pull"
+    context_length: Annotated[
+        int | None,
+        Parameter(help="Most prompt plus completion tokens of a request. Default: 2048 (vllm), 32768 (sim)."),
+    ] = None
+    block_size: Annotated[int | None, Parameter(help="Tokens per KV block. Default: 32 (vllm), 16 (sim).")] = None
+    num_blocks: Annotated[int | None, Parameter(help="KV blocks (sim). Default: 8192.")] = None
+    kv_cache_bytes: Annotated[
+        int | None, Parameter(help="Memory for the KV cache (vllm). Default: 256 MiB on CPU, what is left elsewhere.")
+    ] = None
+    max_batch: Annotated[
+        int | None, Parameter(help="Most sequences running at once. Default: 32 (vllm), 256 (sim).")
+    ] = None
+    max_step_tokens: Annotated[int | None, Parameter(help="Most tokens that one step computes. Default: 2048.")] = None
+    max_queued: Annotated[int, Parameter(help="Most requests taken beyond --max-batch.")] = 1024
+    dtype: Annotated[str, Parameter(help="Number format of the weights (vllm).")] = "bfloat16"
+    load_format: Annotated[str, Parameter(help="How to load the weights (vllm); dummy makes random ones.")] = "auto"
+    tensor_parallel: Annotated[int, Parameter(help="GPUs that share the model (vllm).")] = 1
+    lease_s: Annotated[int, Parameter(help="Seconds a prefilled KV cache waits to be fetched.")] = 30
+    cores: Annotated[str | None, Parameter(help="CPU cores this worker may use, e.g. 0-3,6. Default: all.")] = None
+    speedup: Annotated[float, Parameter(help="How many times faster than real time to simulate (sim).")] = 1.0
+    sim_prefill_tokens_per_s: Annotated[float, Parameter(help="Prompt tokens computed in a second (sim).")] = 8000.0
+    sim_step_s: Annotated[float, Parameter(help="Seconds for a decode step, whatever the batch (sim).")] = 0.008
+    sim_handover_bytes_per_s: Annotated[float, Parameter(help="Speed of handovers (sim).")] = 4e9
+    sim_kv_bytes_per_token: Annotated[
+        int, Parameter(help="Size of the KV cache that handovers move, a multiple of 8 (sim).")
+    ] = 1024
+    sim_answer_tokens: Annotated[
+        int, Parameter(help="Tokens after which an answer ends by itself, on average (sim); 0: never.")
+    ] = 256
+    sim_seed: Annotated[int, Parameter(help="Picks the tokens (sim); the same for workers of one model.")] = 0
+    heartbeat_s: Annotated[float, Parameter(help="Silence on a gateway's stream before a ping, in seconds.")] = 1.0
+    dead_after_s: Annotated[
+        float, Parameter(help="Silence on a gateway's stream after which the gateway counts as gone, in seconds.")
+    ] = 3.0
+    drain_s: Annotated[float, Parameter(help="Longest wait for running requests at shutdown, in seconds.")] = 30.0
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Parameter(help="Least level to log.")] = "info"
+    log_json: Annotated[bool, Parameter(help="Log JSON lines.")] = False
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        _check_model(self)
+        _check_names(self)
+        self.core_numbers()
+
+    @property
+    def worker_role(self) -> Role:
+        return Role(self.role)
+
+    @property
+    def handover_mode(self) -> HandoverMode | None:
+        return None if self.handover == "none" else HandoverMode(self.handover)
+
+    @property
+    def model_path(self) -> Path:
+        """Where the tokenizer is, and for vLLM the weights."""
+        return self.model if self.model is not None else SIM_MODEL
+
+    @property
+    def model_name(self) -> str:
+        if self.served_model_name is not None:
+            return self.served_model_name
+        return "sim" if self.model is None else self.model.resolve().name
+
+    @property
+    def public_host(self) -> str:
+        return self.advertise_host or self.host
+
+    def new_worker_id(self) -> str:
+        """The name given, or a new one at each call."""
+        return self.worker_id or f"{self.role}-{secrets.token_hex(3)}"
+
+    def core_numbers(self) -> tuple[int, ...]:
+        """Cores to run on, in order; empty: all.  Raises:  UnusableSetting."""
+        if self.cores is None:
+            return ()
+        cores: set[int] = set()
+        for part in self.cores.split(","):
+            span = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip())
+            if span is None or int(span[1]) > int(span[2] or span[1]):
+                raise UnusableSetting("cores", self.cores, "it must be core numbers and ranges such as 0-3,6")
+            cores.update(range(int(span[1]), int(span[2] or span[1]) + 1))
+        return tuple(sorted(cores))
+
+
+def _check_numbers(settings: WorkerSettings) -> None:
+    if not 0 <= settings.port <= 65535:
+        raise UnusableSetting("port", settings.port, "a port is 0 to 65535")
+    counts = ("context_length", "block_size", "num_blocks", "kv_cache_bytes", "max_batch", "max_step_tokens")
+    for name in (*counts, "tensor_parallel", "lease_s"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UnusableSetting(name, value, "it must be 1 or more")
+    if settings.sim_kv_bytes_per_token < 8 or settings.sim_kv_bytes_per_token % 8:
+        raise UnusableSetting("sim_kv_bytes_per_token", settings.sim_kv_bytes_per_token, "it must be a multiple of 8")
+    for name in ("max_queued", "drain_s", "sim_answer_tokens"):
+        if not getattr(settings, name) >= 0:
+            raise UnusableSetting(name, getattr(settings, name), "it must be 0 or more")
+    speeds = ("speedup", "sim_prefill_tokens_per_s", "sim_step_s", "sim_handover_bytes_per_s")
+    for name in (*speeds, "heartbeat_s", "dead_after_s"):
+        if not getattr(settings, name) > 0:
+            raise UnusableSetting(name, getattr(settings, name), "it must be more than 0")
+    if settings.dead_after_s <= settings.heartbeat_s:
+        allowed = f"it must exceed --heartbeat-s ({settings.heartbeat_s})"
+        raise UnusableSetting("dead_after_s", settings.dead_after_s, allowed)
+
+
+def _check_model(settings: WorkerSettings) -> None:
+    if settings.model is None:
+        if settings.engine == "vllm":
+            raise UnusableSetting("model", None, "vllm needs the directory of a model (or try --engine sim)")
+        return
+    for name in ("tokenizer.json", *(["config.json"] if settings.engine == "vllm" else [])):
+        if not (settings.model / name).is_file():
+            raise UnusableSetting("model", str(settings.model), f"not the directory of a model (it has no {name})")
+
+
+def _check_names(settings: WorkerSettings) -> None:
+    for name, check in (("etcd", parse_endpoints), ("nats", parse_servers), ("namespace", check_namespace)):
+        try:
+            check(getattr(settings, name))
+        except ValueError as exc:
+            raise UnusableSetting(name, getattr(settings, name), str(exc)) from exc
+    if settings.worker_id is not None and _WORKER_ID.fullmatch(settings.worker_id) is None:
+        raise UnusableSetting("worker_id", settings.worker_id, "it must be 1 to 64 of the characters A-Z a-z 0-9 _ . -")
+    if settings.served_model_name == "":
+        raise UnusableSetting("served_model_name", "", "it must have at least 1 character")
+    if settings.public_host in _ANY_HOST:
+        raise UnusableSetting("advertise_host", settings.advertise_host, "--host is no address that others can reach")
