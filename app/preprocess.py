@@ -89,30 +89,20 @@ class Preprocessor:
         """
         salt = parsed.cache_salt if cache_salt is None else cache_salt
         if parsed.num_bytes <= self._inline_bytes or not isinstance(parsed.prompt, str):
-            tokens, names = _tokenized(parsed, model, salt)
-        else:
-            tokens, names = await self._on_thread(parsed, model, salt)
-        max_tokens = _max_tokens(len(tokens), parsed, model)
-        _check_ids(parsed.sampling, model)
-        return Prepared(
-            tokens=tokens,
-            blocks=names,
-            sampling=msgspec.structs.replace(parsed.sampling, max_tokens=max_tokens),
-            cache_salt=salt,
-            echo=_echo(parsed, model) if parsed.echo else "",
-        )
+            return _prepared(parsed, model, salt)
+        return await self._on_thread(parsed, model, salt)
 
     def close(self) -> None:
         """Waits for prompts that are being tokenized; those that wait for a thread are cancelled."""
         self._threads.shutdown(cancel_futures=True)
 
-    async def _on_thread(self, parsed: ParsedRequest, model: ModelEntry, salt: str) -> tuple[Tokens, Hashes]:
+    async def _on_thread(self, parsed: ParsedRequest, model: ModelEntry, salt: str) -> Prepared:
         if self._num_waiting >= self._max_waiting:
             raise TokenizersBusy(self._num_waiting, self._max_waiting)
         self._num_waiting += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, _tokenized, parsed, model, salt)
+            return await loop.run_in_executor(self._threads, _prepared, parsed, model, salt)
         finally:
             self._num_waiting -= 1
 
@@ -126,8 +116,9 @@ def chat_template_of(config: Mapping[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _tokenized(parsed: ParsedRequest, model: ModelEntry, salt: str) -> tuple[Tokens, Hashes]:
+def _prepared(parsed: ParsedRequest, model: ModelEntry, salt: str) -> Prepared:
     """May run on a thread."""
+    _check_ids(parsed.sampling, model)
     if parsed.kind is Kind.CHAT:
         tokens = _chat_tokens(parsed, model)
     elif isinstance(parsed.prompt, str):
@@ -136,7 +127,14 @@ def _tokenized(parsed: ParsedRequest, model: ModelEntry, salt: str) -> tuple[Tok
     else:
         tokens = parsed.prompt
         _check_vocabulary("prompt", int(tokens.max()), model)
-    return tokens, blocks.name_blocks(tokens, model.block_size, blocks.root(model.model, salt))
+    max_tokens = _max_tokens(len(tokens), parsed, model)
+    return Prepared(
+        tokens=tokens,
+        blocks=blocks.name_blocks(tokens, model.block_size, blocks.root(model.model, salt)),
+        sampling=msgspec.structs.replace(parsed.sampling, max_tokens=max_tokens),
+        cache_salt=salt,
+        echo=_echo(parsed, model) if parsed.echo else "",
+    )
 
 
 def _chat_tokens(parsed: ParsedRequest, model: ModelEntry) -> Tokens:

@@ -53,6 +53,8 @@ class TemplateLimits:
     """Bounds on one rendering."""
 
     iterations: int = 1_000_000
+    spelt_tokens: int = 10_000
+    """Control tokens spelt out by the client; each costs some microseconds."""
     output_chars: int = 64_000_000
 
 
@@ -99,7 +101,7 @@ class ChatTemplate:
             _spells(messages, self._special) or (kwargs and _spells(kwargs, self._special))
         ):
             return [Segment(self._rendered(messages, kwargs), is_trusted=True)]
-        sentinels = _Sentinels()
+        sentinels = _Sentinels(self._limits.spelt_tokens)
         marked = [_marked(m, self._special, sentinels) for m in messages]
         return self._segments(self._rendered(marked, _marked(kwargs, self._special, sentinels)), sentinels)
 
@@ -155,13 +157,20 @@ _PRIVATE_USE: Final = 0xF0000
 class _Sentinels:
     """Two strings of 64 random bits each: a message that held one, to hide a control token in, would have to guess."""
 
-    __slots__ = ("closing", "opening")
+    __slots__ = ("_left", "_limit", "closing", "opening")
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        self._limit = self._left = limit
         drawn = [chr(_PRIVATE_USE + int.from_bytes(secrets.token_bytes(2))) for _ in range(8)]
         self.opening, self.closing = "".join(drawn[:4]), "".join(drawn[4:])
 
     def around(self, match: re.Match[str]) -> str:
+        self._left -= 1
+        if self._left < 0:
+            raise TemplateError(
+                f"The messages spell out more than {self._limit} of the model's control tokens, which is the limit.",
+                param="messages",
+            )
         return f"{self.opening}{match[0]}{self.closing}"
 
     def removed(self, marked: str) -> tuple[str, list[tuple[int, int]]]:

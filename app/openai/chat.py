@@ -14,6 +14,7 @@ from app.openai.sampling import (
     parse_seconds,
 )
 from app.openai.schema import (
+    NULL,
     UNSUPPORTED_CHAT,
     ChatBody,
     Json,
@@ -46,7 +47,7 @@ def parse_chat(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedRequest:
         sampling=parse_sampling(chat, limits, max_tokens=max_tokens, logprobs=_logprobs(chat, limits)),
         max_tokens=max_tokens,
         messages=_messages(chat.messages, limits),
-        template_kwargs=_template_kwargs(chat),
+        template_kwargs=_template_kwargs(chat, limits),
         is_streaming=bool(chat.stream),
         include_usage=parse_stream_options(chat.stream_options, is_streaming=bool(chat.stream)),
         priority=parse_priority(chat.priority),
@@ -97,9 +98,11 @@ def _logprobs(chat: ChatBody, limits: Limits) -> int | None:
     return (chat.top_logprobs or 0) if chat.logprobs else None
 
 
-def _template_kwargs(chat: ChatBody) -> dict[str, Json] | None:
-    kwargs = chat.chat_template_kwargs
-    if kwargs:
+def _template_kwargs(chat: ChatBody, limits: Limits) -> dict[str, Json] | None:
+    kwargs: dict[str, Json] | None = None
+    if chat.chat_template_kwargs != NULL:
+        check_count("chat_template_kwargs", len(chat.chat_template_kwargs), limits.template_kwargs_bytes, "bytes")
+        kwargs = _decoded_kwargs(chat.chat_template_kwargs)
         for name in kwargs:
             if name in _RESERVED or name.endswith("_token") or not name.isidentifier() or name.startswith("_"):
                 raise InvalidRequest(
@@ -109,6 +112,17 @@ def _template_kwargs(chat: ChatBody) -> dict[str, Json] | None:
     if chat.reasoning_effort is not None:
         return {**(kwargs or {}), "reasoning_effort": chat.reasoning_effort}
     return kwargs
+
+
+def _decoded_kwargs(raw: msgspec.Raw) -> dict[str, Json]:
+    try:
+        return msgspec.json.decode(raw, type=dict[str, Json])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise InvalidRequest(
+            f"Invalid type for 'chat_template_kwargs': it must be an object; the value is {shown(raw)}.",
+            param="chat_template_kwargs",
+            code="invalid_type",
+        ) from exc
 
 
 def _messages(messages: list[Message], limits: Limits) -> tuple[dict[str, Json], ...]:
@@ -126,7 +140,7 @@ def _message(message: Message, index: int) -> dict[str, Json]:
             param=f"messages[{index}].role",
         )
     for field in ("audio", "function_call"):
-        if getattr(message, field) is not None:
+        if getattr(message, field) != NULL:
             raise InvalidRequest(
                 f"'messages[{index}].{field}' is not supported here; leave it out.",
                 param=f"messages[{index}].{field}",

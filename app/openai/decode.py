@@ -33,7 +33,7 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
 def shown(value: Any) -> str:
     """A value as an error message quotes it: JSON, cut to a readable length."""
     try:
-        text = msgspec.json.encode(value).decode()
+        text = msgspec.json.encode(value).decode("utf-8", "replace")
     except (TypeError, ValueError, RecursionError):
         text = type(value).__name__
     return text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS - 1]}…"

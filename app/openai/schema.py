@@ -8,7 +8,7 @@ nothing). A field that is none of these is a misspelling and refused by name.
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -18,6 +18,9 @@ from planes.frames import Sampling
 
 Json = Any
 """Any JSON value, decoded."""
+
+NULL: Final = msgspec.Raw(b"null")
+"""A field that was left out. Fields whose value is not looked at stay raw: a large one would be dear to build."""
 
 
 class Kind(StrEnum):
@@ -38,6 +41,7 @@ class Limits:
     num_logprobs: int = 20
     num_logit_bias: int = 1024
     num_messages: int = 16_384
+    template_kwargs_bytes: int = 65_536
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,33 +111,33 @@ class CommonBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     timeout_ms: float | None = None
 
     # harmless
-    metadata: Json = None
-    service_tier: Json = None
-    store: Json = None
-    safety_identifier: Json = None
-    prompt_cache_key: Json = None
-    prompt_cache_retention: Json = None
-    request_id: Json = None
+    metadata: msgspec.Raw = NULL
+    service_tier: msgspec.Raw = NULL
+    store: msgspec.Raw = NULL
+    safety_identifier: msgspec.Raw = NULL
+    prompt_cache_key: msgspec.Raw = NULL
+    prompt_cache_retention: msgspec.Raw = NULL
+    request_id: msgspec.Raw = NULL
 
     # unsupported, see UNSUPPORTED
-    bad_words: Json = None
-    use_beam_search: Json = None
-    length_penalty: Json = None
-    structured_outputs: Json = None
-    guided_json: Json = None
-    guided_regex: Json = None
-    guided_choice: Json = None
-    guided_grammar: Json = None
-    response_format: Json = None
-    prompt_logprobs: Json = None
-    truncate_prompt_tokens: Json = None
-    skip_special_tokens: Json = None
-    spaces_between_special_tokens: Json = None
-    include_stop_str_in_output: Json = None
-    return_token_ids: Json = None
-    return_tokens_as_token_ids: Json = None
-    add_special_tokens: Json = None
-    kv_transfer_params: Json = None
+    bad_words: msgspec.Raw = NULL
+    use_beam_search: msgspec.Raw = NULL
+    length_penalty: msgspec.Raw = NULL
+    structured_outputs: msgspec.Raw = NULL
+    guided_json: msgspec.Raw = NULL
+    guided_regex: msgspec.Raw = NULL
+    guided_choice: msgspec.Raw = NULL
+    guided_grammar: msgspec.Raw = NULL
+    response_format: msgspec.Raw = NULL
+    prompt_logprobs: msgspec.Raw = NULL
+    truncate_prompt_tokens: msgspec.Raw = NULL
+    skip_special_tokens: msgspec.Raw = NULL
+    spaces_between_special_tokens: msgspec.Raw = NULL
+    include_stop_str_in_output: msgspec.Raw = NULL
+    return_token_ids: msgspec.Raw = NULL
+    return_tokens_as_token_ids: msgspec.Raw = NULL
+    add_special_tokens: msgspec.Raw = NULL
+    kv_transfer_params: msgspec.Raw = NULL
 
 
 class FunctionCall(msgspec.Struct, frozen=True):
@@ -159,7 +163,7 @@ class Part(msgspec.Struct, frozen=True):
     refusal: str | None = None
 
 
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One chat message; what an `openai` client sends back from an earlier answer is accepted whole."""
 
     role: str
@@ -170,9 +174,9 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     reasoning_content: str | None = None
     reasoning: str | None = None
     refusal: str | None = None
-    annotations: Json = None
-    audio: Json = None
-    function_call: Json = None
+    annotations: msgspec.Raw = NULL
+    audio: msgspec.Raw = NULL
+    function_call: msgspec.Raw = NULL
 
 
 class ChatBody(CommonBody, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -185,25 +189,25 @@ class ChatBody(CommonBody, frozen=True, forbid_unknown_fields=True, kw_only=True
     reasoning_effort: str | None = None
 
     # extensions
-    chat_template_kwargs: dict[str, Json] | None = None
+    chat_template_kwargs: msgspec.Raw = NULL
 
     # harmless
-    parallel_tool_calls: Json = None
+    parallel_tool_calls: msgspec.Raw = NULL
 
     # unsupported, see UNSUPPORTED
-    tools: Json = None
-    tool_choice: Json = None
-    functions: Json = None
-    function_call: Json = None
-    audio: Json = None
-    modalities: Json = None
-    prediction: Json = None
-    verbosity: Json = None
-    web_search_options: Json = None
-    chat_template: Json = None
-    add_generation_prompt: Json = None
-    continue_final_message: Json = None
-    documents: Json = None
+    tools: msgspec.Raw = NULL
+    tool_choice: msgspec.Raw = NULL
+    functions: msgspec.Raw = NULL
+    function_call: msgspec.Raw = NULL
+    audio: msgspec.Raw = NULL
+    modalities: msgspec.Raw = NULL
+    prediction: msgspec.Raw = NULL
+    verbosity: msgspec.Raw = NULL
+    web_search_options: msgspec.Raw = NULL
+    chat_template: msgspec.Raw = NULL
+    add_generation_prompt: msgspec.Raw = NULL
+    continue_final_message: msgspec.Raw = NULL
+    documents: msgspec.Raw = NULL
 
 
 class CompletionBody(CommonBody, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -214,9 +218,9 @@ class CompletionBody(CommonBody, frozen=True, forbid_unknown_fields=True, kw_onl
     logprobs: int | None = None
 
     # unsupported, see UNSUPPORTED
-    best_of: Json = None
-    suffix: Json = None
-    prompt_embeds: Json = None
+    best_of: msgspec.Raw = NULL
+    suffix: msgspec.Raw = NULL
+    prompt_embeds: msgspec.Raw = NULL
 
 
 UNSUPPORTED: dict[str, tuple[Json, ...]] = {

@@ -143,6 +143,13 @@ def test_a_template_that_loops_too_long_is_stopped(source):
         template(source, limits=TemplateLimits(iterations=5000)).render([user("x" * 100)])
 
 
+def test_more_spelt_out_control_tokens_than_the_limit_are_refused():
+    limited = template(limits=TemplateLimits(spelt_tokens=3))
+    assert limited.render([user("<s>" * 3)])
+    with pytest.raises(TemplateError, match="more than 3 of the model's control tokens"):
+        limited.render([user("<s>" * 4)])
+
+
 def test_a_template_that_writes_too_much_is_stopped():
     source = "{% for i in range(1000) %}{{ messages[0].content }}{% endfor %}"
     with pytest.raises(TemplateError, match="more than 2000 characters"):

@@ -173,6 +173,8 @@ def test_a_misspelt_field_is_refused_with_the_nearest_name():
         ("top_logprobs", 21, "from 0 to 20"),
         ("top_logprobs", 2, "needs 'logprobs': true"),
         ("stream_options", {"include_usage": True}, "only together with 'stream'"),
+        ("chat_template_kwargs", [], "it must be an object; the value is []"),
+        ("chat_template_kwargs", {"x": "y" * 70_000}, "the limit is 65536"),
         ("chat_template_kwargs", {"messages": []}, "no name that a template may be given"),
         ("chat_template_kwargs", {"bos_token": "x"}, "no name that a template may be given"),
     ],
