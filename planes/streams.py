@@ -19,7 +19,7 @@ Everything here is called on the event loop and calls back on it; nothing but `o
 import asyncio
 import ssl
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import msgspec
 import structlog
@@ -141,8 +141,7 @@ class _Peer(asyncio.Protocol):
         raise NotImplementedError
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - asyncio's own promise for a stream socket
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from asyncio's
         self._timer = self._loop.call_later(self._limits.ping_s, self._beat)
 
     def data_received(self, data: bytes) -> None:

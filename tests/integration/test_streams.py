@@ -4,6 +4,7 @@ import asyncio
 import socket
 
 import pytest
+import uvloop
 
 from planes.frames import Delta, Done, FinishReason, Format, Generate, Sampling, StreamId, Usage
 from planes.messages import RequestId, WorkerId
@@ -65,8 +66,10 @@ async def served():
     await server.stop()
 
 
-async def test_many_requests_share_one_connection_and_prompts_may_be_long(served):
-    handler, _, address = served
+async def exchange_many() -> None:
+    handler = Echo()
+    server = StreamServer(handler, worker=WORKER, epoch=7)
+    address = f"127.0.0.1:{await server.listen('127.0.0.1', 0)}"
     connection = await WorkerConnection.open(WORKER, 7, address, deadline=soon())
     sinks = [Collect() for _ in range(50)]
     prompts = [bytes([i]) * (i * 20_000) for i in range(50)]
@@ -77,6 +80,13 @@ async def test_many_requests_share_one_connection_and_prompts_may_be_long(served
     assert [sink.payloads for sink in sinks] == [[prompt] for prompt in prompts]
     connection.close()
     await asyncio.wait_for(handler.is_gone.wait(), 5)
+    await server.stop()
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_many_requests_share_one_connection_and_prompts_may_be_long(new_loop):
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(exchange_many())
 
 
 async def test_a_stopped_server_ends_the_streams(served):
