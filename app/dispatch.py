@@ -11,9 +11,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import structlog
+
 from planes.messages import RequestId
 from router.request import Observed, Outcome, RoutableRequest, Route
 from router.route import Refusal, Router
+
+_log = structlog.get_logger()
 
 Clock = Callable[[], float]
 
@@ -70,7 +74,7 @@ class Dispatcher:
             answer = await waiting
         except asyncio.CancelledError:
             # The route may have come in the very turn in which the caller was cancelled: then it is ours to give back.
-            if waiting.done() and not waiting.cancelled() and isinstance(waiting.result(), Route):
+            if _is_bound(waiting):
                 self._release(request.request, Observed(outcome=Outcome.CANCELLED))
             else:
                 self._router.withdraw(request.request, now=self._clock())
@@ -89,7 +93,13 @@ class Dispatcher:
     def _dispatch(self) -> None:
         self._soon = None
         now = self._clock()
-        for answer in self._router.dispatch(now=now):
+        try:
+            answers = self._router.dispatch(now=now)
+        except Exception as exc:  # noqa: BLE001 - a policy may be a user's own: its bug must not leave requests hanging
+            _log.exception("dispatch.bug")
+            self._give_up(exc, now)
+            return
+        for answer in answers:
             waiting = self._waiting.get(answer.request)
             if waiting is not None and not waiting.done():
                 waiting.set_result(answer)
@@ -98,6 +108,12 @@ class Dispatcher:
                 self._release(answer.request, Observed(outcome=Outcome.CANCELLED))
         self._set_timer(now)
 
+    def _give_up(self, exc: Exception, now: float) -> None:
+        for request, waiting in self._waiting.items():
+            self._router.withdraw(request, now=now)
+            if not waiting.done():
+                waiting.set_exception(exc)
+
     def _set_timer(self, now: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -105,3 +121,8 @@ class Dispatcher:
         wakeup = self._router.wakeup()
         if wakeup is not None:
             self._timer = self._loop.call_later(max(0.001, wakeup - now), self.changed)
+
+
+def _is_bound(waiting: asyncio.Future[Route | Refusal]) -> bool:
+    is_answered = waiting.done() and not waiting.cancelled() and waiting.exception() is None
+    return is_answered and isinstance(waiting.result(), Route)
