@@ -37,6 +37,8 @@ _CHANNEL_OPTIONS = {
     # A silent peer is found within 15 s; etcd refuses pings more often than every 5 s.
     "grpc.keepalive_time_ms": 10_000,
     "grpc.keepalive_timeout_ms": 5_000,
+    "grpc.http2.ping_timeout_ms": 5_000,  # 60 s otherwise, whatever the line above says
+    "grpc.http2.max_pings_without_data": 0,  # no limit: a quiet watch is what must be watched
     # A new connection must not inherit the growing pauses (up to 2 minutes) of the ones before it.
     "grpc.use_local_subchannel_pool": 1,
     "grpc.enable_http_proxy": 0,
@@ -116,7 +118,9 @@ class Registrar:
         self._lease: int | None = None
         self._changed = asyncio.Event()
         self._scope: asyncio.Timeout | None = None
+        self._is_closed = False
         self._ended = asyncio.Event()
+        self._ended.set()
         self.registered = asyncio.Event()
         """Set once etcd has the entry for the first time."""
 
@@ -127,6 +131,9 @@ class Registrar:
 
     async def run(self) -> None:
         """Register, and stay registered until `close` or cancellation; then the entry is removed at once."""
+        if self._is_closed:
+            return
+        self._ended.clear()
         try:
             async with asyncio.timeout(None) as self._scope:
                 await self._etcd.keep("registrar", self._stay_registered)
@@ -139,9 +146,11 @@ class Registrar:
 
     async def close(self) -> None:
         """End `run`; on return the entry is gone, or etcd was out of reach and the lease will run out."""
-        if self._scope is not None:
-            self._scope.reschedule(asyncio.get_running_loop().time())
-            await self._ended.wait()
+        self._is_closed = True
+        scope, self._scope = self._scope, None
+        if scope is not None:
+            scope.reschedule(asyncio.get_running_loop().time())
+        await self._ended.wait()
 
     async def _stay_registered(self, client: Any, healthy: Callable[[], None]) -> None:
         published: Registration | None = None

@@ -120,6 +120,7 @@ class EventPlane:
         self._subscriptions: list[tuple[str, Callable[[Msg], Awaitable[None]]]] = []
         self._on_connect: list[Callable[[], None]] = []
         self._connected = asyncio.Event()
+        self._is_outage_logged = False
         self.counters = EventCounters()
 
     # --- the connection ------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ class EventPlane:
         return self._connected.is_set()
 
     def on_connect(self, callback: Callable[[], None]) -> None:
-        """Call this whenever the connection is there: the first time, and again after each outage."""
+        """Call this whenever the connection is there: the first time, and again after each outage. It must not raise."""
         self._on_connect.append(callback)
 
     async def run(self) -> None:
@@ -160,10 +161,13 @@ class EventPlane:
             ) from None
 
     async def flush(self, timeout_s: float = 2.0) -> None:
-        """Return when NATS has seen everything published and subscribed so far.  Raises:  EventPlaneUnavailable."""
-        with _translated(f"not flushed within {timeout_s} s"):
-            async with asyncio.timeout(timeout_s):
-                await self._require_client().flush()
+        """Return when NATS has seen everything published and subscribed so far.  Raises:  EventPlaneUnavailable.
+
+        nats-py's own flush does not tell: its ping goes out before the commands that wait in its buffer.
+        """
+        async with self.inbox() as inbox:
+            await self.send(inbox.subject)
+            await inbox.next(timeout_s)
 
     async def _connect(self, client: Client, closed: asyncio.Event) -> None:
         async def disconnected() -> None:
@@ -186,7 +190,7 @@ class EventPlane:
             ping_interval=5,
             max_outstanding_pings=2,
             flush_timeout=2.0,
-            error_cb=_log_error,
+            error_cb=self._failed,
             disconnected_cb=disconnected,
             reconnected_cb=reconnected,
             closed_cb=gone,
@@ -198,10 +202,21 @@ class EventPlane:
 
     def _now_connected(self) -> None:
         _log.info("nats.connected")
+        self._is_outage_logged = False
         self.counters.connected += 1
         self._connected.set()
         for callback in self._on_connect:
             callback()
+
+    async def _failed(self, exc: Exception) -> None:
+        """nats-py tells every error here: its own, those of attempts to connect, those of our callbacks."""
+        if not isinstance(exc, nats.errors.Error | OSError):
+            _log.error("events.callback_failed", exc_info=exc)
+        elif not self.is_connected and not self._is_outage_logged:
+            self._is_outage_logged = True
+            _log.warning("nats.unavailable", servers=self._servers, reason=str(exc) or type(exc).__name__)
+        else:
+            _log.debug("nats.error", reason=str(exc) or type(exc).__name__)
 
     def _require_client(self) -> Client:
         if self._client is None or not self._client.is_connected:
@@ -235,7 +250,7 @@ class EventPlane:
     async def store(
         self, subject: str, payload: bytes, *, headers: dict[str, str] | None = None, timeout_s: float = 5.0
     ) -> None:
-        """Publish to a JetStream stream; returns when it is stored.  Raises:  JetStreamRefused, EventPlaneUnavailable."""
+        """Publish to a stream; returns when it is stored.  Raises:  JetStreamRefused, EventPlaneUnavailable."""
         _check(subject, await self.request(subject, payload, timeout_s=timeout_s, headers=headers))
 
     async def jetstream(self, call: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -410,13 +425,6 @@ async def _close(client: Client) -> None:
     with contextlib.suppress(nats.errors.Error, OSError):  # the end of the time is an OSError, too
         async with asyncio.timeout(2.0):
             await client.close()
-
-
-async def _log_error(exc: Exception) -> None:
-    if isinstance(exc, nats.errors.Error | OSError):
-        _log.debug("nats.error", reason=str(exc) or type(exc).__name__)
-    else:  # raised by one of our callbacks
-        _log.error("events.callback_failed", exc_info=exc)
 
 
 def _is_notable(count: int) -> bool:

@@ -129,6 +129,24 @@ async def test_cancelling_the_registrar_removes_the_entry_too(etcd_url: str, nam
     await registrar.close()
 
 
+async def test_a_registrar_closed_twice_or_before_it_ran_never_registers(etcd_url: str, namespace: str) -> None:
+    registrar = Registrar(Etcd(etcd_url), namespace, registration("a"))
+    task = asyncio.create_task(registrar.run())
+    await registrar.close()
+    await registrar.close()
+    await task
+    async with Etcd(etcd_url).session() as client:
+        assert not await client.get_prefix(workers_prefix(namespace))
+
+
+async def test_closing_without_etcd_does_not_wait_for_it(namespace: str) -> None:
+    registrar = Registrar(Etcd("http://127.0.0.1:9"), namespace, registration("a"))
+    task = asyncio.create_task(registrar.run())
+    await asyncio.sleep(0.5)
+    await registrar.close()
+    await task
+
+
 KILLED = """
 import asyncio, sys
 import msgspec

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -148,6 +150,26 @@ async def test_nats_restarts_and_events_flow_again(tmp_path: Path, namespace: st
             await seen.until(lambda: len(seen.messages) == 3)
     assert seen.messages == [batch(1), batch(3), report(3)]
     assert connected == [True]
+
+
+async def test_a_nats_that_stalls_neither_blocks_nor_fills_the_publisher(tmp_path: Path, namespace: str) -> None:
+    async with nats_server(tmp_path / "nats") as server, plane(server.url, namespace) as worker:
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            large = KvEvents(WORKER, 1, 1, [BlocksStored(bytes(100_000))])
+            async with asyncio.timeout(10):
+                for _ in range(400):  # 40 MB
+                    await worker.publish_kv(large)
+                    await asyncio.sleep(0)
+            assert worker.counters.dropped > 200
+            assert worker._client is not None
+            assert worker._client.pending_data_size <= 1024 * 1024
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        await worker.flush(10)
+        published = worker.counters.published
+        await worker.publish_kv(large)
+        assert worker.counters.published == published + 1
 
 
 async def test_a_process_that_starts_before_nats_connects_when_it_comes(tmp_path: Path, namespace: str) -> None:
