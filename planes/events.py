@@ -130,7 +130,7 @@ class EventPlane:
         return self._connected.is_set()
 
     def on_connect(self, callback: Callable[[], None]) -> None:
-        """Call this whenever the connection is there: the first time, and again after each outage. It must not raise."""
+        """Call this whenever there is a connection: the first time, and after each outage. It must not raise."""
         self._on_connect.append(callback)
 
     async def run(self) -> None:
