@@ -20,10 +20,13 @@ class SloMissed(Rejected):
 
     status, code = 429, "slo_missed"
 
-    def __init__(self, predicted_ttft_s: float, slo_ttft_s: float, *, retry_after_s: float) -> None:
+    def __init__(self, predicted_ttft_s: float, slo_ttft_s: float, *, retry_after_s: float | None) -> None:
+        """`retry_after_s`: None if waiting would not help, because the prompt alone takes longer."""
+        advice = (
+            "send a shorter prompt or allow more" if retry_after_s is None else f"try again in {retry_after_s:.1f} s"
+        )
         super().__init__(
-            f"the first token is predicted after {predicted_ttft_s:.2f} s and the limit is {slo_ttft_s:.2f} s; "
-            f"try again in {retry_after_s:.0f} s",
+            f"first token predicted after {predicted_ttft_s:.2f} s and the limit is {slo_ttft_s:.2f} s; {advice}",
             retry_after_s=retry_after_s,
         )
 

@@ -16,18 +16,20 @@ moves it on by its predicted seconds, each report sets it anew.
 """
 
 import math
+import random
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from planes.blocks import Hashes
-from planes.messages import HandoverMode, LoadReport, Registration, RequestId, WorkerId, WorkerState
+from planes.messages import HandoverMode, LatencyPrior, LoadReport, Registration, RequestId, WorkerId, WorkerState
+from router.explain import WorkerStatus
 from router.index import BlockIndex
 from router.latency import LatencyModel, LinkModel
-from router.policy import WorkerView
-from router.request import Candidate, RoutableRequest
+from router.policy import FleetView, WorkerView
+from router.request import Candidate, Observed, RoutableRequest
 
 _WINDOW_S = 60.0  # over which utilisation is averaged
 _LATE_SHARE = 0.1  # of outstanding prompt work still to come when it has taken longer than predicted
@@ -60,7 +62,7 @@ class Worker:
     def __init__(self, registration: Registration) -> None:
         self.registration = registration
         self.state = registration.state
-        self.latency = LatencyModel(registration.facts.latency)
+        self.latency = LatencyModel(registration.facts.latency, registration.facts.max_step_tokens)
         self.reported_at: float | None = None
         self.num_running = 0
         self.num_waiting = 0
@@ -69,13 +71,15 @@ class Worker:
         self.free_blocks = registration.facts.num_blocks
         self.busy_until = 0.0
         self.utilisation = Utilisation()
+        self.has_steps = False
+        """Its reports tell of engine steps; if not, whole prefills have to teach the latency model."""
         self.computing: dict[RequestId, Reservation] = {}
         self.decoding: dict[RequestId, Reservation] = {}
         self._sent: deque[Reservation] = deque()
         self._arrived: deque[Reservation] = deque()
         self.unseen_prefills = self.unseen_prefill_tokens = 0
         self.unseen_decodes = self.unseen_kv_tokens = self.unseen_blocks = 0
-        self.seen_tokens = 0
+        self.seen_tokens = self.seen_prompt_tokens = 0
         self.seen_s = 0.0
 
     @property
@@ -122,6 +126,7 @@ class Worker:
         if reservation.prefill_seen:
             self.waiting_prefill_tokens = max(0, self.waiting_prefill_tokens - reservation.uncached_tokens)
             self.seen_tokens -= reservation.uncached_tokens
+            self.seen_prompt_tokens -= reservation.prompt_tokens
             self.seen_s = self.seen_s - reservation.prefill_s if self.seen_tokens else 0.0
         else:
             self.unseen_prefills -= 1
@@ -152,6 +157,8 @@ class Worker:
             self._see_prefill(self._sent.popleft())
         while self._arrived and self._arrived[0].arrived_at <= counted:
             self._see_decode(self._arrived.popleft())
+        self.latency.learn(report.steps)
+        self.has_steps = self.has_steps or bool(report.steps)
         self.state = report.state
         self.num_running, self.num_waiting = report.num_running, report.num_waiting
         self.waiting_prefill_tokens = report.waiting_prefill_tokens
@@ -167,6 +174,7 @@ class Worker:
             self.unseen_prefills -= 1
             self.unseen_prefill_tokens -= reservation.uncached_tokens
             self.seen_tokens += reservation.uncached_tokens
+            self.seen_prompt_tokens += reservation.prompt_tokens
             self.seen_s += reservation.prefill_s
 
     def _see_decode(self, reservation: Reservation) -> None:
@@ -177,12 +185,18 @@ class Worker:
             self.unseen_blocks -= self._blocks(reservation)
 
     def _reported_work_s(self, report: LoadReport) -> float:
-        """Seconds of prompt work in a report: our own part of it at its predicted cost, the rest by the token."""
+        """Seconds of prompt work in a report: our own part of it at its predicted cost, the rest by the token.
+
+        An engine that has not looked a prompt up in its cache yet reports all of it, so our part is anything between
+        our uncached tokens and our prompts' tokens.
+        """
         tokens = report.waiting_prefill_tokens
-        if tokens <= self.seen_tokens:
-            return self.seen_s * tokens / self.seen_tokens if self.seen_tokens else 0.0
-        others = tokens - self.seen_tokens
-        return self.seen_s + self.latency.prefill_s(others, others)
+        own_s = self.seen_s * min(1.0, tokens / self.seen_tokens) if self.seen_tokens else 0.0
+        others = tokens - max(self.seen_prompt_tokens, self.seen_tokens)
+        if others <= 0:
+            return own_s
+        mean = others // max(1, report.num_waiting - len(self.computing)) or 1
+        return own_s + self.latency.prefill_s(mean, mean) * others / mean
 
     # --- answers -------------------------------------------------------------------------------------------------
 
@@ -256,19 +270,43 @@ def _share(part_s: float, whole_s: float) -> float:
     return min(1.0, max(0.0, part_s / whole_s)) if math.isfinite(part_s) else 0.0
 
 
-@dataclass(slots=True)
 class LinkTable:
-    """Handover speeds per pair. An unknown pair answers with the prefill worker's prior."""
+    """Handover speeds: a model for each pair that has handed over, and one per prefill worker for all other pairs."""
 
-    fleet: "Fleet"
-    models: dict[tuple[WorkerId, WorkerId], LinkModel] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._pairs: dict[tuple[WorkerId, WorkerId], LinkModel] = {}
+        self._senders: dict[WorkerId, LinkModel] = {}
+        self._priors: dict[WorkerId, LatencyPrior] = {}
+
+    def add(self, prefill: WorkerId, prior: LatencyPrior) -> None:
+        self._priors[prefill] = prior
+        self._senders[prefill] = LinkModel(prior)
+
+    def drop(self, worker: WorkerId) -> None:
+        self._priors.pop(worker, None)
+        self._senders.pop(worker, None)
+        for pair in [pair for pair in self._pairs if worker in pair]:
+            del self._pairs[pair]
 
     def link(self, prefill: WorkerId, decode: WorkerId) -> LinkModel:
-        model = self.models.get((prefill, decode))
-        if model is None:
-            model = LinkModel(self.fleet.workers[prefill].registration.facts.latency)
-            self.models[prefill, decode] = model
-        return model
+        model = self._pairs.get((prefill, decode)) or self._senders.get(prefill)
+        return model if model is not None else LinkModel(LatencyPrior())
+
+    def learn(self, prefill: WorkerId, decode: WorkerId, num_bytes: int, seconds: float) -> None:
+        """Take in a handover between two workers; ignored if the sender is gone."""
+        prior = self._priors.get(prefill)
+        if prior is None:
+            return
+        pair = self._pairs.get((prefill, decode))
+        if pair is None:
+            pair = self._pairs[prefill, decode] = LinkModel(prior)
+        pair.learn(num_bytes, seconds)
+        self._senders[prefill].learn(num_bytes, seconds)
+
+    def error_ratio(self) -> float:
+        """Mean over the prefill workers that have handed anything over."""
+        errors = [model.error_ratio for model in self._senders.values() if model.error_ratio]
+        return sum(errors) / len(errors) if errors else 0.0
 
 
 class Fleet:
@@ -277,7 +315,9 @@ class Fleet:
     def __init__(self) -> None:
         self.workers: dict[WorkerId, Worker] = {}
         self.index = BlockIndex()
-        self.links = LinkTable(self)
+        self.links = LinkTable()
+        self.version = 0
+        """Grows when workers come, go or change."""
         self._departed: dict[WorkerId, Worker] = {}
         self._computing: dict[int, dict[RequestId, Reservation]] = {}
 
@@ -294,6 +334,9 @@ class Fleet:
             else:
                 known = Worker(registration)
             self.workers[name] = known
+            self.links.drop(name)
+            self.links.add(name, registration.facts.latency)
+        self.version += 1
         known.registration = registration
         known.state = registration.state
         self.index.add(name, registration.epoch, registration.facts.num_blocks)
@@ -302,17 +345,19 @@ class Fleet:
         worker = self.workers.pop(name, None)
         if worker is None:
             return
+        self.version += 1
         self.index.drop(name)
+        self.links.drop(name)
         if worker.has_reservations:
             self._departed[name] = worker
-        for pair in [pair for pair in self.links.models if name in pair]:
-            del self.links.models[pair]
 
     def apply_load(self, report: LoadReport, *, now: float, report_delay_s: float) -> None:
         worker = self.workers.get(report.worker)
         if worker is None or report.epoch != worker.registration.epoch:
             return
         self.index.check(report)
+        if report.state is not worker.state:
+            self.version += 1
         worker.apply_load(report, now=now, report_delay_s=report_delay_s)
 
     # --- reservations --------------------------------------------------------------------------------------------
@@ -386,23 +431,58 @@ class Fleet:
                         cached[name] = depth
         return cached
 
-    def views(
-        self, request: RoutableRequest, ahead: dict[WorkerId, float], now: float
-    ) -> tuple[list[WorkerView], list[WorkerView]]:
-        """Prefill and decode views for one request; a `both` worker is one view in both."""
+    def view(
+        self, request: RoutableRequest, ahead: Mapping[WorkerId, float], now: float, rng: random.Random
+    ) -> FleetView | None:
+        """The workers that may serve a request; None if no one can decode. A `both` worker is one view in both lists.
+
+        ahead: seconds of work per worker that the gateway's queue holds before this request.
+        """
         cached = self.cached_blocks(request)
         prefill: list[WorkerView] = []
         decode: list[WorkerView] = []
         for worker in self.eligible(request):
             registration = worker.registration
-            size = registration.facts.block_size
-            depth = min(cached.get(registration.worker, 0), (request.prompt_tokens - 1) // size)
-            view = worker.view(depth * size, ahead.get(registration.worker, 0.0), now)
-            if registration.role.can_prefill and not request.is_local_only:
+            name, role, size = registration.worker, registration.role, registration.facts.block_size
+            depth = min(cached.get(name, 0), (request.prompt_tokens - 1) // size)
+            view = worker.view(depth * size, ahead.get(name, 0.0), now)
+            if role.can_prefill and not request.is_local_only:
                 prefill.append(view)
-            if registration.role.can_decode:
+            if role.can_decode:
                 decode.append(view)
-        return prefill, decode
+        return FleetView(prefill, decode, self.links, now, rng) if decode else None
+
+    def learn(self, reservation: Reservation, observed: Observed) -> None:
+        """Take in what happened to a request. Where steps are reported they teach more than whole prefills do."""
+        computing, decoding = reservation.computing, reservation.decoding
+        if observed.prefill_s is not None and not computing.has_steps:
+            uncached = reservation.prompt_tokens - (observed.cached_tokens or 0)
+            computing.latency.learn_prefill(uncached, reservation.prompt_tokens, observed.prefill_s)
+        if computing is not decoding and observed.handover_s is not None and observed.handover_bytes:
+            self.links.learn(computing.worker, decoding.worker, observed.handover_bytes, observed.handover_s)
+
+    def statuses(self, now: float) -> list[WorkerStatus]:
+        return [
+            WorkerStatus(
+                worker=name,
+                role=worker.registration.role,
+                model=worker.registration.model,
+                state=WorkerState.READY if worker.is_ready else WorkerState.DRAINING,
+                num_running=worker.num_running + worker.unseen_decodes,
+                num_waiting=worker.num_waiting + worker.unseen_prefills,
+                waiting_prefill_tokens=worker.waiting_prefill_tokens + worker.unseen_prefill_tokens,
+                queue_s=worker.backlog_s(now),
+                kv_tokens=worker.kv_tokens + worker.unseen_kv_tokens,
+                free_blocks=max(0, worker.free_blocks - worker.unseen_blocks),
+                num_blocks=worker.registration.facts.num_blocks,
+                indexed_blocks=self.index.num_held(name),
+                is_exact=self.index.is_exact(name),
+                utilisation=worker.utilisation.computing,
+                speed=worker.latency.speed,
+                reported_s=None if worker.reported_at is None else now - worker.reported_at,
+            )
+            for name, worker in self.workers.items()
+        ]
 
 
 def _last(reservations: Iterable[Reservation]) -> list[Reservation]:

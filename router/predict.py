@@ -1,86 +1,141 @@
 """What it costs, in seconds, to serve a request in one given way. Used by `headrace` and to judge other rules.
 
-    own  = queue + prefill(uncached) + handover(blocks missing at the decode worker) + first step + decoding
-    total = own + inflicted
-    inflicted = prefill x sequences that decode there              (each stands still meanwhile)
-              + prefill x (1 / (1 - utilisation) - 1)              (congestion: everybody still to come waits longer)
-              + expected_tokens x batch x (step with it - step without)
+    total = queue + prefill(uncached) + handover(blocks missing at the decode worker) + first step + its own decoding
+            + inflicted
 
-The congestion price is the mean wait that a second of work causes in a busy queue (M/G/1: work / (1 - utilisation)).
+    inflicted = prefill * sequences that decode there                (each stands still meanwhile)
+              + prefill * utilisation / (1 - utilisation)            (congestion: those still to come wait longer)
+              + expected_tokens * batch * (step with it - step without)
+
+The congestion price is what a second of work adds to the waits of those behind it in a queue that is busy for a share
+`utilisation` of the time: one second of work costs 1 / (1 - utilisation) in all.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from planes.messages import WorkerId
+from router.latency import LinkModel
 from router.policy import FleetView, WorkerView
 from router.request import Candidate, RoutableRequest
 
 _MAX_UTILISATION = 0.95
 
 
-def prefill_s(worker: WorkerView, prompt_tokens: int) -> float:
-    """Seconds to compute a prompt there, sharing every step with the sequences that decode there."""
-    uncached = prompt_tokens - worker.cached_tokens
-    seconds = worker.latency.prefill_s(uncached, prompt_tokens)
-    if worker.num_running and worker.role.can_decode:
-        steps = -(-uncached // max(1, worker.facts.max_step_tokens))
-        shared = worker.latency.step_s(worker.num_running, worker.kv_tokens) - worker.latency.step_s(0, 0)
-        seconds += steps * shared
-    return seconds
+@dataclass(slots=True)
+class PrefillLeg:
+    """Computing the prompt on one worker. `cost_s` is all that this leg adds to the total."""
+
+    worker: WorkerView
+    queue_s: float
+    prefill_s: float
+    inflicted_s: float
+    cost_s: float
 
 
-def prefill_inflicted_s(worker: WorkerView, seconds: float) -> float:
-    """Slowdown that `seconds` of prompt work there mean for others, now and soon."""
+@dataclass(slots=True)
+class DecodeLeg:
+    """Decoding on one worker. `first_step_s` counts the wait for room; `cost_s` has everything but the handover."""
+
+    worker: WorkerView
+    first_step_s: float
+    decode_s: float
+    inflicted_s: float
+    cost_s: float
+    missing_bytes: int
+    has_room: bool
+
+
+def prefill_leg(request: RoutableRequest, worker: WorkerView) -> PrefillLeg:
+    uncached = request.prompt_tokens - worker.cached_tokens
+    seconds = worker.latency.prefill_s(uncached, request.prompt_tokens)
+    queue = worker.queue_s
     busy = min(worker.prefill_utilisation, _MAX_UTILISATION)
-    inflicted = seconds * busy / (1 - busy)
-    if worker.role.can_decode:
-        inflicted += seconds * max(worker.num_running, worker.mean_running)
-    return inflicted
+    price = busy / (1 - busy)
+    if worker.role.can_decode and (worker.num_running or worker.mean_running):
+        if worker.num_running:  # every step of the prompt carries the batch along, and begins when the current one ends
+            step = worker.latency.step_s(worker.num_running, worker.kv_tokens)
+            steps = -(-uncached // max(1, worker.facts.max_step_tokens))
+            seconds += steps * max(0.0, step - worker.latency.step_s(0, 0))
+            queue += step / 2
+        price += max(worker.num_running, worker.mean_running)
+    inflicted = seconds * price
+    return PrefillLeg(worker, queue, seconds, inflicted, queue + seconds + inflicted)
 
 
-def decode_s(worker: WorkerView, request: RoutableRequest) -> tuple[float, float, float]:
-    """First step, the request's own decoding, and the slowdown it inflicts on the batch."""
-    batch, kv_tokens = worker.num_running, worker.kv_tokens
+def decode_leg(request: RoutableRequest, worker: WorkerView) -> DecodeLeg:
+    batch, kv_tokens, facts = worker.num_running, worker.kv_tokens, worker.facts
+    expected = request.expected_tokens
     before = worker.latency.step_s(batch, kv_tokens)
     after = worker.latency.step_s(batch + 1, kv_tokens + request.prompt_tokens)
-    expected = request.expected_tokens
-    return after, after * expected, max(0.0, after - before) * batch * expected
+    slowdown = max(0.0, after - before) * batch * expected
+    decoding = after * expected
+    first = after
+    needed = -(-(request.prompt_tokens + expected) // facts.block_size)
+    has_room = not batch or (batch < facts.max_batch and needed <= worker.free_blocks)
+    if not has_room:  # somebody has to finish first: on average one does so every `decoding / batch`
+        first += decoding / batch
+    missing = -(-(request.prompt_tokens - worker.cached_tokens) // facts.block_size) * facts.bytes_per_block
+    return DecodeLeg(worker, first, decoding, slowdown, first + decoding + slowdown, missing, has_room)
 
 
-def missing_bytes(decode: WorkerView, prompt_tokens: int) -> int:
-    """What a handover to `decode` must move."""
-    size = decode.facts.block_size
-    return -(-(prompt_tokens - decode.cached_tokens) // size) * decode.facts.bytes_per_block
-
-
-def local(request: RoutableRequest, worker: WorkerView) -> Candidate:
-    """Prefill and decode on one worker."""
-    seconds = prefill_s(worker, request.prompt_tokens)
-    _, own, slowdown = decode_s(worker, request)
-    inflicted = prefill_inflicted_s(worker, seconds) + slowdown
-    total = worker.queue_s + seconds + own + inflicted
-    cached = worker.cached_tokens
-    return Candidate(None, worker.worker, cached, cached, worker.queue_s, seconds, 0.0, 0.0, inflicted, total)
-
-
-def pair(request: RoutableRequest, prefill: WorkerView, decode: WorkerView, view: FleetView) -> Candidate:
-    """Prefill on one worker, decode on another."""
-    seconds = prefill_s(prefill, request.prompt_tokens)
-    first, own, slowdown = decode_s(decode, request)
-    link = view.links.link(prefill.worker, decode.worker)
-    handover = link.handover_s(missing_bytes(decode, request.prompt_tokens))
-    inflicted = prefill_inflicted_s(prefill, seconds) + slowdown
-    total = prefill.queue_s + seconds + handover + first + own + inflicted
+def local(prefill: PrefillLeg, decode: DecodeLeg) -> Candidate:
+    """Both legs on one worker: the prompt's last step gives the first token."""
+    worker = decode.worker
+    wait = 0.0 if decode.has_room else decode.first_step_s
     return Candidate(
-        prefill.worker,
-        decode.worker,
-        prefill.cached_tokens,
-        decode.cached_tokens,
+        None,
+        worker.worker,
+        worker.cached_tokens,
+        worker.cached_tokens,
         prefill.queue_s,
-        seconds,
+        prefill.prefill_s,
+        0.0,
+        wait,
+        prefill.inflicted_s + decode.inflicted_s,
+        prefill.cost_s + wait + decode.decode_s + decode.inflicted_s,
+    )
+
+
+def pair(request: RoutableRequest, prefill: PrefillLeg, decode: DecodeLeg, link: LinkModel) -> Candidate:
+    """The legs on two workers, and the handover between them."""
+    handover = link.handover_s(decode.missing_bytes)
+    return Candidate(
+        prefill.worker.worker,
+        decode.worker.worker,
+        prefill.worker.cached_tokens,
+        decode.worker.cached_tokens,
+        prefill.queue_s,
+        prefill.prefill_s,
         handover,
-        first,
-        inflicted,
-        total,
+        decode.first_step_s,
+        prefill.inflicted_s + decode.inflicted_s,
+        prefill.cost_s + handover + decode.cost_s,
+        request.is_first_token_exact,
     )
 
 
 def can_hand_over(prefill: WorkerView, decode: WorkerView) -> bool:
     return prefill.worker != decode.worker and prefill.handover is not None and prefill.handover == decode.handover
+
+
+def judge(request: RoutableRequest, chosen: Candidate, view: FleetView) -> Candidate:
+    """Another rule's choice, with our predictions. A pair that cannot hand over is served by its decode worker alone.
+
+    Raises:  ValueError if a worker it names is not in `view`.
+    """
+    decode = _named(view.decode, chosen.decode)
+    leg = decode_leg(request, decode)
+    if chosen.prefill is not None and chosen.prefill != chosen.decode:
+        prefill = _named(view.prefill, chosen.prefill)
+        if can_hand_over(prefill, decode):
+            link = view.links.link(prefill.worker, decode.worker)
+            return pair(request, prefill_leg(request, prefill), leg, link)
+    return local(prefill_leg(request, decode), leg)
+
+
+def _named(workers: Sequence[WorkerView], name: WorkerId) -> WorkerView:
+    for worker in workers:
+        if worker.worker == name:
+            return worker
+    raise ValueError(f"the policy chose worker {name!r}, which is not among those offered")

@@ -30,6 +30,8 @@ class RoutableRequest:
     """Workers that were just lost to this request (migration, retry)."""
     is_local_only: bool = False
     """Must be prefilled where it decodes (`n > 1`, resumed streams)."""
+    is_first_token_exact: bool = True
+    """The client gets the prefill worker's first token at once, before the handover."""
 
 
 @dataclass(slots=True)
@@ -51,10 +53,13 @@ class Candidate:
     inflicted_s: float
     """Slowdown of requests already there and still to come."""
     total_s: float
+    is_first_early: bool = False
+    """The first token does not wait for the handover."""
 
     @property
     def ttft_s(self) -> float:
-        return self.queue_s + self.prefill_s + self.handover_s + self.first_step_s
+        rest = 0.0 if self.is_first_early else self.handover_s + self.first_step_s
+        return self.queue_s + self.prefill_s + rest
 
 
 @dataclass(frozen=True, slots=True)

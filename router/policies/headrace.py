@@ -1,15 +1,26 @@
-"""Headrace: the way of serving a request that costs everybody the least, in predicted seconds; bound late.
+"""Headrace: serve a request in the way that costs everybody the least, in predicted seconds; bind it late.
 
-No weights: `router/predict.py` has the cost. A request whose cheapest worker has more to do than the next round trip
-and step need is held in the gateway: binding it now could not start it sooner, and by then another may be cheaper.
+`router/predict.py` has the cost of one way; there are no weights to set. Conditional disaggregation falls out: a short
+or cached prompt costs less where it decodes than a handover would, unless many sequences would have to stand still.
+
+The cheapest of P x D pairs is found in O(P + D): for the cheapest prefill worker take the best decode worker, for that
+one the best prefill worker, and so on until nothing changes. Where links are equally fast the first round is exact;
+otherwise the pair found is one that no exchange of a single worker improves.
+
+A request whose cheapest worker has more to do than the next round trip and step need is held in the gateway: binding
+it now could not start it sooner, and by the time it can start another worker may be cheaper. So is one whose decode
+worker has no room for it: its KV cache would only wait in the prefill worker's memory.
 """
 
-from router import predict
-from router.policy import Choice, FleetView, WorkerView
+from collections.abc import Sequence
+
+from planes.messages import HandoverMode
+from router.policy import Choice, FleetView, Links, WorkerView
+from router.predict import DecodeLeg, PrefillLeg, decode_leg, local, pair, prefill_leg
 from router.request import Candidate, RoutableRequest
 
 _ROUND_TRIP_S = 0.01
-_NEAR = 1.005  # costs this close are equal, and a random one wins: several gateways must not all pick the same worker
+_NEAR = 1.003  # costs this close are equal, and a random one wins: several gateways must not all pick the same worker
 
 
 class Headrace:
@@ -18,24 +29,87 @@ class Headrace:
     name = "headrace"
 
     def choose(self, request: RoutableRequest, view: FleetView) -> Choice:
-        options = [predict.local(request, worker) for worker in view.decode]
-        options += [
-            predict.pair(request, prefill, decode, view)
-            for prefill in view.prefill
-            for decode in view.decode
-            if predict.can_hand_over(prefill, decode) and not request.is_local_only
-        ]
-        least = min(option.total_s for option in options)
+        decodes = [decode_leg(request, worker) for worker in view.decode]
+        locals_ = [prefill_leg(request, worker) for worker in view.decode]
+        options = [local(prefill, decode) for prefill, decode in zip(locals_, decodes, strict=True)]
+        if not request.is_local_only:
+            known = {leg.worker.worker: leg for leg in locals_}
+            prefills = [known.get(worker.worker) or prefill_leg(request, worker) for worker in view.prefill]
+            for mode in HandoverMode:
+                options += _pairs(
+                    request,
+                    [leg for leg in prefills if leg.worker.handover is mode],
+                    [leg for leg in decodes if leg.worker.handover is mode],
+                    view.links,
+                )
+        least = min([option.total_s for option in options])
         near = [option for option in options if option.total_s <= least * _NEAR]
-        chosen = view.rng.choice(near)
-        computing = _computing(chosen, view)
-        room_s = _ROUND_TRIP_S + computing.latency.step_s(computing.num_running, computing.kv_tokens)
-        if computing.queue_s > room_s:
-            return Choice(chosen, tuple(options), True, f"{computing.worker} is busy", room_s)
-        return Choice(chosen, tuple(options))
+        chosen = near[0] if len(near) == 1 else view.rng.choice(near)
+        return _bound_or_held(chosen, tuple(options), view, decodes)
 
 
-def _computing(candidate: Candidate, view: FleetView) -> WorkerView:
-    if candidate.prefill is None:
-        return next(worker for worker in view.decode if worker.worker == candidate.decode)
-    return next(worker for worker in view.prefill if worker.worker == candidate.prefill)
+def _pairs(
+    request: RoutableRequest, prefills: Sequence[PrefillLeg], decodes: Sequence[DecodeLeg], links: Links
+) -> list[Candidate]:
+    """The pairs worth weighing: every prefill worker with the best decode worker, and the other way round."""
+    if not prefills or not decodes or (len(decodes) == 1 and _is_alone(prefills, decodes[0])):
+        return []
+    prefill = min(prefills, key=_cost)
+    if len(decodes) == 1 and prefill.worker.worker == decodes[0].worker.worker:
+        prefill = min([leg for leg in prefills if leg is not prefill], key=_cost)
+    best: Candidate | None = None
+    weighed: dict[tuple[str | None, str], Candidate] = {}
+    decode = decodes[0]
+    by_name = {leg.worker.worker: leg for leg in prefills}
+    decode_by_name = {leg.worker.worker: leg for leg in decodes}
+    while True:
+        found = [
+            pair(request, prefill, leg, links.link(prefill.worker.worker, leg.worker.worker))
+            for leg in decodes
+            if leg.worker.worker != prefill.worker.worker
+        ]
+        decode = decode_by_name[min(found, key=_total).decode]
+        found += [
+            pair(request, leg, decode, links.link(leg.worker.worker, decode.worker.worker))
+            for leg in prefills
+            if leg.worker.worker != decode.worker.worker and leg is not prefill
+        ]
+        weighed.update({(option.prefill, option.decode): option for option in found})
+        cheapest = min(found, key=_total)
+        if best is not None and cheapest.total_s >= best.total_s:
+            return list(weighed.values())
+        if cheapest.prefill is None or cheapest.prefill == prefill.worker.worker:
+            return list(weighed.values())
+        best, prefill = cheapest, by_name[cheapest.prefill]
+
+
+def _is_alone(prefills: Sequence[PrefillLeg], decode: DecodeLeg) -> bool:
+    return all(leg.worker.worker == decode.worker.worker for leg in prefills)
+
+
+def _bound_or_held(
+    chosen: Candidate, options: tuple[Candidate, ...], view: FleetView, decodes: Sequence[DecodeLeg]
+) -> Choice:
+    decode = next(leg for leg in decodes if leg.worker.worker == chosen.decode)
+    computing = decode.worker
+    if chosen.prefill is not None:
+        computing = next(worker for worker in view.prefill if worker.worker == chosen.prefill)
+    room_s = _room_s(computing)
+    if computing.queue_s > room_s:
+        return Choice(chosen, options, True, f"{computing.worker} has {computing.queue_s:.2f} s to compute", room_s)
+    if not decode.has_room:
+        return Choice(chosen, options, True, f"{chosen.decode} has no room to decode", room_s)
+    return Choice(chosen, options, room_s=room_s)
+
+
+def _room_s(worker: WorkerView) -> float:
+    """Prompt work that must lie ready at a worker so that it never idles: a round trip and a step."""
+    return _ROUND_TRIP_S + worker.latency.step_s(worker.num_running, worker.kv_tokens)
+
+
+def _cost(leg: PrefillLeg) -> float:
+    return leg.cost_s
+
+
+def _total(option: Candidate) -> float:
+    return option.total_s
