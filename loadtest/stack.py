@@ -1,0 +1,56 @@
+"""A whole local Headrace for a benchmark: `headrace up` in a child process, on a free port, in a scratch folder."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtest.processes import Process, descendants
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A running stack. `etcd` and `nats` are URLs."""
+
+    port: int
+    pid: int
+    state: Path
+    model: str
+
+    def processes(self) -> list[Process]:
+        return descendants(self.pid)
+
+
+@contextlib.asynccontextmanager
+async def stack(*flags: str, environment: dict[str, str] | None = None, timeout_s: float = 300) -> AsyncIterator[Stack]:
+    """`headrace up` with these flags, ready to serve.  Raises:  RuntimeError with what it printed instead."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="headrace-stack-") as folder:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "app.cli", "up", "--port", str(port), "--state-dir", folder, *flags),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=os.environ | (environment or {}),
+        )
+        said: list[str] = []
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not any("Headrace listens" in line for line in said):
+                    line = await process.stdout.readline()
+                    if not line:
+                        raise RuntimeError("headrace up ended:\n" + "".join(said))
+                    said.append(line.decode())
+            body = (await process.stdout.readuntil(b'"model": "') + await process.stdout.readuntil(b'"')).decode()
+            yield Stack(port, process.pid, Path(folder), body.rpartition('"model": "')[2].rstrip('"'))
+        finally:
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+            await process.communicate()
