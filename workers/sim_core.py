@@ -33,7 +33,7 @@ from workers.sim_request import KvMemory, SimLeg, SimOutput, SimReport, SimReque
 from workers.sim_scheduler import EngineQueueFull, Scheduler
 from workers.sim_sequence import Sequence, State, corruption
 from workers.sim_steps import Steps
-from workers.sim_tokens import key_of
+from workers.sim_tokens import key_of, word_of
 
 __all__ = ["EngineQueueFull", "KvMemory", "SimCore", "SimLeg", "SimOutput", "SimReport", "SimRequest"]
 
@@ -145,7 +145,7 @@ class SimCore:
         if self._memory is not None and sequence.has_tokens:
             expected = sequence.names[: remote // self._size]
             if remote % self._size:
-                expected.append(sequence.state_at(remote, self._size))
+                expected.append(word_of(sequence.state_at(remote, self._size)))
             sequence.corruption = self._corruption(self._memory, sequence, expected)
         matched, full = sequence.computed // self._size, min(remote // self._size, len(sequence.names))
         if full > matched:
@@ -159,7 +159,10 @@ class SimCore:
         return corruption(words, np.array(expected, dtype=np.uint64))
 
     def abort(self, request: RequestId, *, now: float) -> None:
-        """Forget a request; a lease of that id ends as well. Unknown ids are ignored."""
+        """Forget a request; a lease of that id ends as well. Unknown ids are ignored.
+
+        Nothing more comes out of it, tokens of a run in progress included.
+        """
         self.release_lease(request, now=now)
         sequence = self._scheduler.sequences.get(request)
         if sequence is None or sequence in self._aborted:
@@ -348,7 +351,7 @@ class SimCore:
             sequence.corruption = self._corruption(memory, sequence, sequence.names[:full])
         sequence.start_chain(self._size)
         if memory is not None and sequence.request.leg is SimLeg.PREFILL and sequence.length % self._size:
-            memory.write(sequence.blocks[-1:], np.array([sequence.chain], dtype=np.uint64))
+            memory.write(sequence.blocks[-1:], np.array([word_of(sequence.chain or 0)], dtype=np.uint64))
 
     def _store(self, blocks: list[int], names: list[int]) -> None:
         if self._memory is not None:

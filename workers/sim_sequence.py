@@ -7,7 +7,7 @@ import numpy as np
 from planes.blocks import Hashes
 from planes.frames import FinishReason
 from workers.sim_request import SimLeg, SimReport, SimRequest
-from workers.sim_tokens import EOS, advance, advance_all, choice, draw, is_end
+from workers.sim_tokens import EOS, advance, advance_all, draw, is_end
 
 
 class State(Enum):
@@ -105,9 +105,8 @@ class Sequence:
     def next_token(self) -> tuple[int]:
         """Draw the next token and go on behind it."""
         chain = self.chain or 0
-        self.entropy = bits = draw(chain, self.key)
-        tokens = choice(bits)
-        if self.has_stops and self._ends_naturally(bits):
+        self.entropy, tokens = draw(chain, self.key)
+        if self.has_stops and self._ends_naturally(self.entropy):
             tokens = (EOS,)
         self.chain = advance(chain, tokens[0])
         self.tail.append(tokens[0])
