@@ -30,7 +30,18 @@ class WorkerFailed(Interrupted):
 class Leg:
     """The sink of one leg (`planes/streams.py`): passes payloads on, notes tokens, remembers the end."""
 
-    __slots__ = ("_connection", "_is_quiet", "_on_first", "_stream", "_tokens", "_write", "ended", "ended_at", "news")
+    __slots__ = (
+        "_connection",
+        "_is_over",
+        "_is_quiet",
+        "_on_first",
+        "_stream",
+        "_tokens",
+        "_write",
+        "ended",
+        "ended_at",
+        "news",
+    )
 
     def __init__(
         self,
@@ -46,6 +57,7 @@ class Leg:
         self._write = write
         self._on_first = on_first
         self._is_quiet = True
+        self._is_over = False
         self._stream: StreamId | None = None
         self.news: asyncio.Future[None] = loop.create_future()
         """Done at the first payload, or at the end."""
@@ -58,13 +70,14 @@ class Leg:
 
     def fail(self, error: HeadraceError) -> None:
         """End this leg because of something else; its worker is told to stop."""
-        if not self.ended.done():
+        if not self._is_over:
             self._stop_worker()
             self._end(error)
 
     def cancel(self) -> None:
         """Nobody waits for this leg any more; nothing happens if it has ended."""
-        if not self.ended.done():
+        if not self._is_over:  # `ended` does not tell: whoever is cancelled while awaiting it cancels it too
+            self._is_over = True
             self._stop_worker()
             self.ended.cancel()
 
@@ -111,6 +124,7 @@ class Leg:
                 self.news.set_result(None)
 
     def _end(self, outcome: Done | HeadraceError) -> None:
+        self._is_over = True
         self.ended_at = asyncio.get_running_loop().time()
         if not self.ended.done():
             self.ended.set_result(outcome)

@@ -1,0 +1,199 @@
+"""Fakes that several tests share."""
+
+from planes.frames import Generate
+from planes.messages import (
+    EngineFacts,
+    HandoverEndpoint,
+    HandoverMode,
+    Registration,
+    RequestId,
+    Role,
+    WorkerId,
+    WorkerState,
+)
+from planes.streams import WorkerUnreachable
+from router.request import Candidate, RoutableRequest, Route
+
+FACTS = EngineFacts(
+    block_size=16,
+    num_blocks=1000,
+    context_length=4096,
+    max_batch=8,
+    max_step_tokens=2048,
+    bytes_per_block=1000,
+    vocab_size=300,
+)
+
+
+def registration(
+    worker: str,
+    role: Role = Role.BOTH,
+    *,
+    epoch: int = 1,
+    mode: HandoverMode | None = HandoverMode.PULL,
+    state: WorkerState = WorkerState.READY,
+    address: str = "127.0.0.1:1",
+    card_digest: str = "0" * 64,
+    model: str = "sim",
+) -> Registration:
+    endpoint = None if mode is None else HandoverEndpoint(mode, f"{worker}-{epoch}", "127.0.0.1", 5600)
+    return Registration(
+        WorkerId(worker), epoch, role, model, address, "sim", FACTS, card_digest, handover=endpoint, state=state
+    )
+
+
+def route(request: str, decode: str, prefill: str | None = None) -> Route:
+    giver = None if prefill is None else WorkerId(prefill)
+    candidate = Candidate(giver, WorkerId(decode), 0, 0, 0.0, 0.1, 0.0, 0.01, 0.0, 0.11)
+    return Route(RequestId(request), giver, WorkerId(decode), 0, 0, candidate, "fake")
+
+
+class FakeRouter:
+    """Records what it is told and answers what the test has put into `answers`."""
+
+    def __init__(self):
+        self.waiting: dict[RequestId, RoutableRequest] = {}
+        self.submitted: list[RoutableRequest] = []
+        self.bound: set[RequestId] = set()
+        self.released: list = []
+        self.withdrawn: list[RequestId] = []
+        self.prefills: list[RequestId] = []
+        self.up: dict[WorkerId, Registration] = {}
+        self.log: list = []
+        self.answers: list = []
+        self.wakes_at: float | None = None
+        self.refuses: Exception | None = None
+        self.raises: Exception | None = None
+        self.stale: list[WorkerId] = []
+
+    def submit(self, request, *, now):
+        if self.refuses is not None:
+            raise self.refuses
+        assert request.request not in self.waiting
+        assert request.request not in self.bound
+        self.waiting[request.request] = request
+        self.submitted.append(request)
+
+    def dispatch(self, *, now):
+        self.log.append("dispatch")
+        if self.raises is not None:
+            raise self.raises
+        ready = []
+        for answer in list(self.answers):
+            if answer.request in self.waiting:
+                ready.append(answer)
+                self.answers.remove(answer)
+                del self.waiting[answer.request]
+                if isinstance(answer, Route):
+                    self.bound.add(answer.request)
+        return ready
+
+    def wakeup(self):
+        return self.wakes_at
+
+    def withdraw(self, request, *, now):
+        self.waiting.pop(request, None)
+        self.withdrawn.append(request)
+
+    def prefilled(self, request, *, now):
+        assert request in self.bound
+        self.prefills.append(request)
+
+    def release(self, request, observed, *, now):
+        self.bound.remove(request)
+        self.released.append((request, observed))
+
+    def worker_up(self, registration, *, now):
+        self.up[registration.worker] = registration
+
+    def worker_down(self, worker, *, now):
+        del self.up[worker]
+
+    def apply_events(self, batch, *, now):
+        self.log.append(batch)
+
+    def apply_load(self, report, *, now):
+        self.log.append(report)
+
+    def apply_snapshot(self, snapshot, *, now):
+        self.log.append(snapshot)
+        self.stale.remove(snapshot.worker)
+
+    def workers_to_snapshot(self):
+        return self.stale
+
+
+class FakeConnection:
+    """The gateway's end of a stream; the test speaks for the worker through `sinks`."""
+
+    def __init__(self, worker: str):
+        self.worker = WorkerId(worker)
+        self.started: list[Generate] = []
+        self.sinks: list = []
+        self.cancelled: list[int] = []
+        self.refuses = False
+        self.script = None
+        """Called with each request and its sink, in the same turn."""
+
+    def start(self, request, sink):
+        if self.refuses:
+            raise WorkerUnreachable(self.worker, "gone")
+        self.started.append(request)
+        self.sinks.append(sink)
+        if self.script is not None:
+            self.script(request, sink)
+        return len(self.started)
+
+    def cancel(self, stream):
+        self.cancelled.append(stream)
+
+
+class FakeWorkers:
+    """What the relay asks of the fleet."""
+
+    def __init__(self, *registrations: Registration):
+        self.registrations = {each.worker: each for each in registrations}
+        self.connections = {each.worker: FakeConnection(each.worker) for each in registrations}
+
+    def connection(self, worker):
+        return self.connections[worker]
+
+    def registration(self, worker):
+        return self.registrations[worker]
+
+
+class FakeAnswer:
+    """Keeps what the client gets."""
+
+    def __init__(self):
+        self.payloads: list[bytes] = []
+        self.headers: dict[str, str] = {}
+        self.status: int | None = None
+        self.body: bytes | None = None
+        self.is_begun = self.is_gone = self.is_ended = self.is_aborted = False
+
+    @property
+    def has_news(self):
+        return bool(self.payloads)
+
+    def write(self, payload):
+        assert payload
+        assert not self.is_ended
+        self.payloads.append(payload)
+
+    async def begin(self, headers):
+        assert not self.is_begun
+        self.is_begun, self.status, self.headers = True, 200, dict(headers)
+
+    async def end(self):
+        assert self.is_begun
+        assert not self.is_ended
+        self.is_ended = True
+
+    async def send_whole(self, status, headers, body):
+        assert not self.is_begun
+        self.is_begun = self.is_ended = True
+        self.status, self.headers, self.body = status, dict(headers), body
+
+    def abort(self):
+        self.is_aborted = True
