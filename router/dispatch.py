@@ -26,7 +26,7 @@ from router.policy import Choice
 from router.request import Candidate, RoutableRequest
 
 _MAX_WALK = 256
-_MAX_ASKED = 32
+_MAX_ASKED_WORKERS = 256  # a walk asks about as many requests as give this many workers to weigh, and about 4
 _MAX_REFRESHED = 4
 _MAX_BLOCKED = 16
 _STALE_S = 0.5
@@ -91,10 +91,11 @@ class Dispatch:
         queue_s = np.array([worker.backlog_s(now) for worker in self._fleet.workers.values()])
         walk = _Walk(now, queue_s, set(np.flatnonzero(queue_s <= self._room_s).tolist()))
         self._wakeup = now + _POLL_S
+        max_asked = max(4, _MAX_ASKED_WORKERS // max(1, len(self._names)))
         for waiting in list(islice(self._queue.walk(), _MAX_WALK)):
             if not walk.room or walk.num_blocked >= _MAX_BLOCKED:
                 break
-            if walk.num_asked >= _MAX_ASKED:
+            if walk.num_asked >= max_asked:
                 self._wakeup = now
                 return
             if self._is_to_ask(waiting, walk):
@@ -169,15 +170,18 @@ class Dispatch:
 
     def shortest(self, request: RoutableRequest) -> tuple[int, float]:
         """Uncached tokens and prefill seconds of a request where most of it is cached."""
-        cached = self._fleet.cached_blocks(request)
-        best = (request.prompt_tokens, math.inf)
-        for worker in self._fleet.eligible(request):
-            size = worker.registration.facts.block_size
-            depth = min(cached.get(worker.worker, 0), (request.prompt_tokens - 1) // size)
-            if depth or best[1] == math.inf:
-                uncached = request.prompt_tokens - depth * size
-                best = min(best, (uncached, worker.latency.prefill_s(uncached, request.prompt_tokens)))
-        return best if best[1] < math.inf else (request.prompt_tokens, 0.0)
+        tokens, seconds = request.prompt_tokens, math.inf
+        for name, depth in self._fleet.cached_blocks(request).items():
+            worker = self._fleet.workers.get(name)
+            if worker is not None and name not in request.excluded:
+                size = worker.facts.block_size
+                uncached = request.prompt_tokens - min(depth, (request.prompt_tokens - 1) // size) * size
+                if uncached < tokens:
+                    tokens, seconds = uncached, worker.latency.prefill_s(uncached, request.prompt_tokens)
+        if seconds == math.inf:
+            worker = next(iter(self._fleet.eligible(request)), None)
+            seconds = worker.latency.prefill_s(tokens, tokens) if worker is not None else 0.0
+        return tokens, seconds
 
     def wait_s(self, request: RoutableRequest, now: float, *, aging: float) -> float:
         """Predicted wait in the gateway's queue of a request that came now."""

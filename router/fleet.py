@@ -60,8 +60,8 @@ class Worker:
     """One worker: registration, last report, own dispatches."""
 
     def __init__(self, registration: Registration) -> None:
-        self.registration = registration
-        self.state = registration.state
+        self.worker = registration.worker
+        self.register(registration)
         self.latency = LatencyModel(registration.facts.latency, registration.facts.max_step_tokens)
         self.reported_at: float | None = None
         self.num_running = 0
@@ -82,14 +82,13 @@ class Worker:
         self.seen_tokens = self.seen_prompt_tokens = 0
         self.seen_s = 0.0
 
-    @property
-    def worker(self) -> WorkerId:
-        return self.registration.worker
-
-    @property
-    def handover(self) -> HandoverMode | None:
-        endpoint = self.registration.handover
-        return endpoint.mode if endpoint is not None else None
+    def register(self, registration: Registration) -> None:
+        """Take over a changed registration of the same epoch."""
+        self.registration = registration
+        self.role, self.facts = registration.role, registration.facts
+        endpoint = registration.handover
+        self.handover: HandoverMode | None = endpoint.mode if endpoint is not None else None
+        self.state = registration.state
 
     @property
     def is_ready(self) -> bool:
@@ -208,11 +207,12 @@ class Worker:
         return max(0.0, backlog)
 
     def view(self, cached_tokens: int, ahead_s: float, now: float) -> WorkerView:
-        registration = self.registration
+        used = self.utilisation
+        free_blocks = self.free_blocks - self.unseen_blocks
         return WorkerView(
-            registration.worker,
-            registration.role,
-            registration.facts,
+            self.worker,
+            self.role,
+            self.facts,
             self.latency,
             cached_tokens,
             self.num_running + self.unseen_decodes,
@@ -220,20 +220,23 @@ class Worker:
             self.waiting_prefill_tokens + self.unseen_prefill_tokens,
             self.backlog_s(now) + ahead_s,
             self.kv_tokens + self.unseen_kv_tokens,
-            max(0, self.free_blocks - self.unseen_blocks),
-            self.utilisation.computing,
+            free_blocks if free_blocks > 0 else 0,  # noqa: FURB136 - max() takes three times as long here
+            used.computing,
             self.handover,
-            self.utilisation.prefilling,
-            self.utilisation.running,
+            used.prefilling,
+            used.running,
         )
 
 
 class Utilisation:
-    """How busy a worker was over about the last minute; starts as if it had been idle for ten seconds."""
+    """How busy a worker was over about the last minute; starts as if it had been idle for ten seconds.
+
+    computing, prefilling: shares of the time, 0.0 to 1.0.  running: mean number of sequences.
+    """
 
     def __init__(self) -> None:
+        self.computing = self.prefilling = self.running = 0.0
         self._weight = 1 - math.exp(-10 / _WINDOW_S)
-        self._computing = self._prefilling = self._running = 0.0
 
     def add(self, report: LoadReport, latency: LatencyModel, elapsed_s: float) -> None:
         if elapsed_s <= 0:
@@ -247,23 +250,12 @@ class Utilisation:
         if not report.steps and report.num_running:
             computing = elapsed_s
         old = math.exp(-elapsed_s / _WINDOW_S)
-        new = 1 - old
-        self._weight = self._weight * old + new
-        self._computing = self._computing * old + new * _share(computing, elapsed_s)
-        self._prefilling = self._prefilling * old + new * _share(prefilling, elapsed_s)
-        self._running = self._running * old + new * min(report.num_running, 1 << 20)
-
-    @property
-    def computing(self) -> float:
-        return self._computing / self._weight
-
-    @property
-    def prefilling(self) -> float:
-        return self._prefilling / self._weight
-
-    @property
-    def running(self) -> float:
-        return self._running / self._weight
+        weight = self._weight * old + 1 - old
+        new = (1 - old) / weight
+        self._weight = weight
+        self.computing += new * (_share(computing, elapsed_s) - self.computing)
+        self.prefilling += new * (_share(prefilling, elapsed_s) - self.prefilling)
+        self.running += new * (min(report.num_running, 1 << 20) - self.running)
 
 
 def _share(part_s: float, whole_s: float) -> float:
@@ -319,6 +311,8 @@ class Fleet:
         self.version = 0
         """Grows when workers come, go or change."""
         self._departed: dict[WorkerId, Worker] = {}
+        self._ready: dict[str, list[Worker]] = {}
+        self._ready_version = -1
         self._computing: dict[int, dict[RequestId, Reservation]] = {}
 
     def up(self, registration: Registration) -> None:
@@ -337,8 +331,7 @@ class Fleet:
             self.links.drop(name)
             self.links.add(name, registration.facts.latency)
         self.version += 1
-        known.registration = registration
-        known.state = registration.state
+        known.register(registration)
         self.index.add(name, registration.epoch, registration.facts.num_blocks)
 
     def down(self, name: WorkerId) -> None:
@@ -408,13 +401,17 @@ class Fleet:
     # --- views ---------------------------------------------------------------------------------------------------
 
     def eligible(self, request: RoutableRequest) -> list[Worker]:
-        return [
-            worker
-            for worker in self.workers.values()
-            if worker.registration.model == request.model
-            and worker.is_ready
-            and worker.registration.worker not in request.excluded
-        ]
+        """Workers that may take the request: ready, of its model, not excluded."""
+        if self._ready_version != self.version:
+            self._ready_version = self.version
+            self._ready = {}
+            for worker in self.workers.values():
+                if worker.is_ready:
+                    self._ready.setdefault(worker.registration.model, []).append(worker)
+        ready = self._ready.get(request.model, [])
+        if request.excluded:
+            return [worker for worker in ready if worker.worker not in request.excluded]
+        return ready
 
     def cached_blocks(self, request: RoutableRequest) -> dict[WorkerId, int]:
         """Leading blocks held, or soon held because a prompt with the same beginning is being computed there."""
@@ -442,10 +439,11 @@ class Fleet:
         prefill: list[WorkerView] = []
         decode: list[WorkerView] = []
         for worker in self.eligible(request):
-            registration = worker.registration
-            name, role, size = registration.worker, registration.role, registration.facts.block_size
-            depth = min(cached.get(name, 0), (request.prompt_tokens - 1) // size)
-            view = worker.view(depth * size, ahead.get(name, 0.0), now)
+            name, role, cached_tokens = worker.worker, worker.role, 0
+            if name in cached:
+                size = worker.facts.block_size
+                cached_tokens = min(cached[name], (request.prompt_tokens - 1) // size) * size
+            view = worker.view(cached_tokens, ahead.get(name, 0.0), now)
             if role.can_prefill and not request.is_local_only:
                 prefill.append(view)
             if role.can_decode:

@@ -71,6 +71,16 @@ class BlockIndex:
         """Names in the map, those that still wait for the sweep included."""
         return len(self._masks)
 
+    @property
+    def is_sweeping(self) -> bool:
+        """Whether names of forgotten workers are left in the map."""
+        return bool(self._retired)
+
+    @property
+    def num_bits(self) -> int:
+        """Bits that masks can have: live workers, retired and free ones."""
+        return len(self._owners)
+
     # --- workers -------------------------------------------------------------------------------------------------
 
     def add(self, worker: WorkerId, epoch: int, limit: int) -> None:

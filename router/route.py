@@ -134,11 +134,11 @@ class Router:
         limit = self._settings.queue_limit
         if len(self._queue) >= limit:
             raise QueueFull(len(self._queue), limit, retry_after_s=self._bind_rate.seconds_for(limit / 10, now))
-        view = self._fleet.view(request, {}, now, self._rng)
-        if view is None:
+        if not any(worker.role.can_decode for worker in self._fleet.eligible(request)):
             raise NoWorker(request.model, num_workers=len(self._fleet.workers))
         slo = self._slo(request)
-        if slo is not None:
+        view = self._fleet.view(request, {}, now, self._rng) if slo is not None else None
+        if slo is not None and view is not None:
             waiting_s = self._dispatch.wait_s(request, now, aging=self._settings.aging)
             chosen = predict.judge(request, self._policy.choose(request, view).chosen, view)
             self._check_slo(chosen, waiting_s, slo)
