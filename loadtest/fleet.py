@@ -16,18 +16,16 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final
 
+import numpy as np
+
 from loadtest.workloads import Session, Turn, Workload
-from planes.blocks import digest, pack, unpack
 from planes.errors import Rejected
 from planes.messages import (
-    AllCleared,
-    BlocksRemoved,
-    BlocksStored,
     EngineFacts,
     HandoverEndpoint,
     HandoverMode,
@@ -42,14 +40,20 @@ from planes.messages import (
     WorkerId,
     WorkerState,
 )
+from router.policies import load_policy
 from router.request import Observed, Outcome, RoutableRequest, Route
 from router.route import Refusal, Router
+from router.settings import RouterSettings
+from workers.publisher import HeldBlocks
 from workers.sim_core import SimCore, SimLeg, SimOutput, SimReport, SimRequest
 
 MODEL: Final = "simulated"
 _EPOCH: Final = 1
 _BUSY_REPORT_S: Final = 0.1
 _IDLE_REPORT_S: Final = 1.0
+_LEAST_SLEEP_S: Final = 0.001
+_HORIZON_S: Final = 0.5
+"""Longest run of steps computed as one: load reports get their samples at its end."""
 
 
 def engine_facts(*, block_size: int, num_blocks: int, link_gbps: float) -> EngineFacts:
@@ -85,8 +89,6 @@ class Scenario:
     """KV events and load reports under way."""
     drain_s: float = 3600.0
     """The run ends this long after the last session's start; what is not finished by then counts as unfinished."""
-    make_router: "Callable[[Scenario, int], Router] | None" = None
-    """Scenario and gateway number → its router; None: the gateway's default."""
 
 
 class Ending(StrEnum):
@@ -136,6 +138,17 @@ class Gaps:
 
     def add(self, gap_s: float, times: int = 1) -> None:
         self._counts[int(math.log(max(gap_s, self._LEAST_S) / self._LEAST_S) / self._STEP)] += times
+
+    def add_between(self, instants: Sequence[float], times: int) -> None:
+        """The gaps between neighbours, each `times` times."""
+        if len(instants) < 8:  # not worth an array
+            for sooner, later in itertools.pairwise(instants):
+                self.add(later - sooner, times)
+            return
+        gaps = np.maximum(np.diff(instants), self._LEAST_S)
+        bins, counts = np.unique((np.log(gaps / self._LEAST_S) / self._STEP).astype(np.int64), return_counts=True)
+        for bin_, count in zip(bins.tolist(), counts.tolist(), strict=True):
+            self._counts[bin_] += count * times
 
     def quantile(self, q: float) -> float | None:
         """Upper edge of the bin in which the quantile lies; None if there are no gaps."""
@@ -221,7 +234,8 @@ class Worker:
         self.peers: dict[WorkerId, Worker] = {}
         self._clock, self._scenario, self._gaps = clock, scenario, gaps
         self._events: list[KvEvent] = []
-        self._seq = self._digest = self._num_held = 0
+        self._held = HeldBlocks()
+        self._seq = 0
         self._flows: dict[RequestId, Flow] = {}
         self._nic_free_at = 0.0
         self._wake_at: float | None = None
@@ -272,7 +286,7 @@ class Worker:
         self._start_handovers()
         while core.busy_until is None:
             self._begun_at = now
-            if core.begin_step(now=now, horizon=math.inf) is None and not self._start_handovers():
+            if core.begin_step(now=now, horizon=now + _HORIZON_S) is None and not self._start_handovers():
                 break
         self._start_handovers()
         if core.busy_until != self._wake_at:
@@ -289,10 +303,8 @@ class Worker:
         self.totals.busy_s += self._clock.now - self._begun_at
         outputs = self.core.end_step(now=self._clock.now)
         ends = self.core.step_ends
-        whole = [output for output in outputs if output.num_tokens == len(ends)]
         if len(ends) > 1:
-            for sooner, later in itertools.pairwise(ends):
-                self._gaps.add(later - sooner, len(whole))
+            self._gaps.add_between(ends, sum(output.num_tokens == len(ends) for output in outputs))
         for output in outputs:
             self._token(output, ends)
         self._advance()
@@ -302,9 +314,8 @@ class Worker:
         instants = ends[-output.num_tokens :]
         if flow.token_at is not None:
             self._gaps.add(instants[0] - flow.token_at)
-        if len(instants) < len(ends):
-            for sooner, later in itertools.pairwise(instants):
-                self._gaps.add(later - sooner)
+        if len(instants) < len(ends):  # otherwise counted with all others of the run
+            self._gaps.add_between(instants, 1)
         is_first = flow.num_tokens == 0
         flow.num_tokens += output.num_tokens
         flow.token_at = instants[-1]
@@ -357,26 +368,12 @@ class Worker:
     def _publish(self) -> None:
         events = self._events[:]
         self._events.clear()
-        self._account(events)
+        for event in events:
+            self._held.apply(event)
         self._seq += 1
         batch = KvEvents(self.id, _EPOCH, self._seq, events)
         for gateway in self.gateways:
             self._clock.after(self._scenario.publish_s, gateway.apply_events, batch)
-
-    def _account(self, events: list[KvEvent]) -> None:
-        """Keep count and digest of what is held, as a publisher does."""
-        for event in events:
-            match event:
-                case BlocksStored(hashes):
-                    names = unpack(hashes)
-                    self._num_held += len(names)
-                    self._digest ^= digest(names)
-                case BlocksRemoved(hashes):
-                    names = unpack(hashes)
-                    self._num_held -= len(names)
-                    self._digest ^= digest(names)
-                case AllCleared():
-                    self._num_held = self._digest = 0
 
     def _report_in(self, seconds: float) -> None:
         self._report_at = self._clock.now + seconds
@@ -397,8 +394,8 @@ class Worker:
             free_blocks=load.free_blocks,
             kv_tokens=load.kv_tokens,
             seq=self._seq,
-            num_held=self._num_held,
-            digest=self._digest,
+            num_held=len(self._held),
+            digest=self._held.digest,
             steps=self.core.take_samples(),
         )
         for gateway in self.gateways:
@@ -411,7 +408,7 @@ class Worker:
         self._clock.at(at, self.report, at)
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(self.id, _EPOCH, self._seq, pack(self.core.held()))
+        return Snapshot(self.id, _EPOCH, self._seq, self._held.packed())
 
 
 class Gateway:
@@ -458,7 +455,10 @@ class Gateway:
             else:
                 self._bind(flow, answer)
         wakeup = self.router.wakeup()
-        if wakeup is not None and (self._wakeup is None or wakeup < self._wakeup):
+        if wakeup is None:
+            return
+        wakeup = max(wakeup, self._clock.now + _LEAST_SLEEP_S)
+        if self._wakeup is None or wakeup < self._wakeup:
             self._wakeup = wakeup
             self._clock.at(wakeup, self._woken, wakeup)
 
@@ -540,8 +540,9 @@ class Gateway:
 
 
 def default_router(scenario: Scenario, number: int) -> Router:
-    """A gateway's router, as the gateway itself would build it."""
-    raise NotImplementedError(f"{scenario.policy} {number}")
+    """A gateway's router; its queue has no limit, so that all policies serve the same requests."""
+    settings = RouterSettings(queue_limit=10**6, history=1)
+    return Router(settings, load_policy(scenario.policy), rng=random.Random(f"{scenario.seed}/{number}"))
 
 
 @dataclass(slots=True)
@@ -551,10 +552,13 @@ class Run:
     scenario: Scenario
     workload: Workload
     on_progress: Callable[[int, int], None] = lambda _ended, _all: None
+    make_router: Callable[[Scenario, int], Router] = default_router
+    """Scenario and number of the gateway → its router."""
     clock: Clock = field(default_factory=Clock)
     gaps: Gaps = field(default_factory=Gaps)
     records: list[Record] = field(default_factory=list)
     num_ended: int = 0
+    num_requests: int = 0
 
     def simulate(self) -> Result:
         """Serve it all, or as much as ends within `drain_s`."""
@@ -562,7 +566,7 @@ class Run:
         for number, session in enumerate(self.workload.sessions):
             gateway = gateways[number % len(gateways)]
             self.clock.at(session.start_s, self._send, gateway, session, 0)
-        total = self.workload.num_requests
+        total = self.num_requests = self.workload.num_requests
         last = max((session.start_s for session in self.workload.sessions), default=0.0)
         self.clock.run(until=last + self.scenario.drain_s, is_over=lambda: self.num_ended == total)
         for record in self.records:
@@ -575,10 +579,10 @@ class Run:
         roles = [Role.PREFILL] * scenario.num_prefill + [Role.DECODE] * scenario.num_decode
         roles += [Role.BOTH] * scenario.num_both
         workers = [Worker(number, role, scenario, self.clock, self.gaps) for number, role in enumerate(roles)]
-        workers[0].core.slowdown = scenario.slow_worker
-        make = scenario.make_router or default_router
+        workers[0].core.set_slowdown(scenario.slow_worker, now=0.0)
         owners: dict[RequestId, Gateway] = {}
-        gateways = [Gateway(make(scenario, n), scenario, self.clock, owners) for n in range(scenario.num_gateways)]
+        numbers = range(scenario.num_gateways)
+        gateways = [Gateway(self.make_router(scenario, n), scenario, self.clock, owners) for n in numbers]
         by_id = {worker.id: worker for worker in workers}
         rng = random.Random(scenario.seed)
         for gateway in gateways:
@@ -598,7 +602,7 @@ class Run:
 
         def ended() -> None:
             self.num_ended += 1
-            self.on_progress(self.num_ended, self.workload.num_requests)
+            self.on_progress(self.num_ended, self.num_requests)
             if number + 1 < len(session.turns) and record.ending is Ending.FINISHED:
                 self.clock.after(session.turns[number + 1].think_s, self._send, gateway, session, number + 1)
             elif number + 1 < len(session.turns):

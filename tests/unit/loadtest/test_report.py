@@ -1,0 +1,122 @@
+import msgspec
+import pytest
+
+from loadtest.fleet import Ending, Gaps, Record, Result, WorkerTotals
+from loadtest.report import Report, Row, Slo, is_good, markdown, page, plots, quantile, slug, summarise, table, write
+from planes.messages import Role, WorkerId
+
+
+def record(sent_at, ttft_s, tpot_s=0.01, ending=Ending.FINISHED, **more):
+    fields = {"prompt_tokens": 100, "completion_tokens": 11} | more
+    first = sent_at + ttft_s
+    return Record(sent_at, ending=ending, first_at=first, last_at=first + 10 * tpot_s, **fields)
+
+
+@pytest.fixture
+def result():
+    gaps = Gaps()
+    gaps.add(0.01, 99)
+    gaps.add(0.3)
+    records = [
+        record(0.0, 1.0, cached_tokens=50, is_handed_over=True),
+        record(1.0, 2.0),
+        record(2.0, 9.0),
+        record(3.0, 1.0, tpot_s=0.5),
+        Record(4.0, 100, 11, ending=Ending.REJECTED),
+        Record(5.0, 100, 11, ending=Ending.UNFINISHED),
+    ]
+    workers = [
+        WorkerTotals(WorkerId("p0"), Role.PREFILL, busy_s=6.0, sent_bytes=1 << 30),
+        WorkerTotals(WorkerId("p1"), Role.PREFILL, busy_s=2.0),
+        WorkerTotals(WorkerId("d0"), Role.DECODE, busy_s=5.0),
+    ]
+    return Result(records, gaps, workers, duration_s=10.0, num_dispatches=7)
+
+
+@pytest.fixture
+def row(result):
+    return summarise(result, load="small x1", fleet="2 prefill + 1 decode", policy="headrace", slo=Slo())
+
+
+def test_a_row_counts_every_ending(row):
+    assert (row.num_requests, row.num_finished, row.num_rejected, row.num_unfinished) == (6, 4, 1, 1)
+
+
+def test_a_row_has_the_means_and_quantiles_of_its_records(row):
+    assert row.ttft_mean_s == pytest.approx(13 / 4)
+    assert (row.ttft_p50_s, row.ttft_p99_s) == (1.0, 9.0)
+    assert row.itl_p50_s == pytest.approx(0.01, rel=0.011)
+    assert row.tpot_p99_s == pytest.approx(0.5)
+    assert row.hit_rate == 50 / 400
+    assert row.handed_over_share == 0.25
+
+
+def test_goodput_counts_rejected_and_unfinished_requests_as_bad(row):
+    assert row.goodput_share == 2 / 6
+    assert row.goodput_per_s == 2 / 5  # arrivals span five seconds
+
+
+def test_imbalance_is_that_of_the_workers_that_prefill(row):
+    assert row.imbalance == 1.5
+    assert (row.prefill_utilisation, row.decode_utilisation) == (0.4, 0.5)
+
+
+def test_a_run_without_requests_has_a_row_too():
+    row = summarise(Result([], Gaps(), [], 0.0, 0), load="l", fleet="f", policy="p", slo=Slo())
+    assert row.ttft_mean_s is None
+    assert "-" in table([row])
+
+
+def test_good_means_within_both_limits():
+    assert is_good(record(0.0, 5.0), Slo())
+    assert not is_good(record(0.0, 5.1), Slo())
+    assert not is_good(record(0.0, 1.0, tpot_s=0.06), Slo())
+    assert is_good(record(0.0, 1.0, completion_tokens=1), Slo())
+
+
+def test_a_quantile_is_one_of_the_values():
+    assert [quantile([1.0, 2.0, 3.0, 4.0], q) for q in (0.0, 0.25, 0.5, 0.99)] == [1.0, 1.0, 2.0, 4.0]
+
+
+@pytest.fixture
+def rows(row):
+    return [row, msgspec.structs.replace(row, policy="dynamo", ttft_mean_s=9.0, ttft_p50_s=row.ttft_p50_s)]
+
+
+def test_the_best_of_a_column_is_bold_where_there_is_one(rows):
+    lines = markdown(rows).splitlines()
+    assert "### small x1, 2 prefill + 1 decode" in lines
+    assert "| headrace | **3.25** | 1.00 |" in next(line for line in lines if line.startswith("| headrace"))
+
+
+def test_the_terminal_table_is_aligned(rows):
+    lines = table(rows).strip().splitlines()
+    assert len({len(line) for line in lines[1:]}) == 1
+
+
+def test_plots_and_page_hold_every_load(rows):
+    images = plots([*rows, msgspec.structs.replace(rows[0], load="other x2")])
+    assert set(images) == {
+        "goodput.png",
+        "ttft-small-x1-2-prefill-1-decode.png",
+        "ttft-other-x2-2-prefill-1-decode.png",
+    }
+    assert all(image.startswith(b"\x89PNG") for image in images.values())
+    text = page(Report({"seed": 1}, {"python": "3"}, Slo(), rows), images)
+    assert text.count("<table>") == 1
+    assert 'src="http' not in text
+
+
+def test_a_report_survives_its_json(rows, tmp_path):
+    report = Report({"seed": 1}, {"python": "3"}, Slo(), rows)
+    write(report, json=tmp_path / "deep" / "out.json", folder=tmp_path / "html")
+    assert msgspec.json.decode((tmp_path / "deep" / "out.json").read_bytes(), type=Report) == report
+    assert (tmp_path / "html" / "index.html").exists()
+
+
+def test_names_of_files_are_plain():
+    assert slug("a (x1.2), 8 prefill + 4 decode") == "a-x1-2-8-prefill-4-decode"
+
+
+def test_a_row_knows_all_its_columns():
+    assert len(Row.__struct_fields__) == len(set(Row.__struct_fields__))

@@ -1,0 +1,99 @@
+import shlex
+
+import msgspec
+import pytest
+
+from loadtest.fleet import engine_facts
+from loadtest.report import Slo
+from loadtest.simulate import MATRIX, QUICK, Case, Comparison, Progress, app, write_docs
+from router.policies import POLICIES
+
+FACTS = engine_facts(block_size=512, num_blocks=1000, link_gbps=100)
+CASES = [Case("uniform", 2.0, 2, 1, limit=30), Case("uniform", 2.0, 0, 0, 3, limit=30)]
+
+
+def compare(policies=("round_robin", "mooncake"), seed=1):
+    comparison = Comparison(policies, FACTS, seed, Slo())
+    return comparison.report(CASES, comparison.run(CASES))
+
+
+def test_the_same_seed_gives_the_same_json(capsys):
+    first, second, other = (msgspec.json.encode(compare(seed=seed)) for seed in (1, 1, 2))
+    assert first == second != other
+    assert "4 runs in" in capsys.readouterr().err
+
+
+def test_every_case_and_policy_gets_a_row():
+    rows = compare().rows
+    assert [(row.fleet, row.policy) for row in rows] == [
+        ("2 prefill + 1 decode", "round_robin"),
+        ("2 prefill + 1 decode", "mooncake"),
+        ("3 both", "round_robin"),
+        ("3 both", "mooncake"),
+    ]
+    assert all(row.num_requests == row.num_finished == 30 for row in rows)
+
+
+def test_every_policy_survives_a_run():
+    assert [row.policy for row in compare(tuple(POLICIES)).rows] == [*POLICIES, *POLICIES]
+
+
+def test_progress_tells_what_is_left(capsys):
+    instants = iter([0.0, 0.0, 20.0, 20.0])
+    progress = Progress(2, clock=lambda: next(instants))
+    progress.start("a run")(5, 10)
+    assert "25%  about 60 s left  a run: 5/10" in capsys.readouterr().err
+
+
+def test_the_command_writes_json_and_a_page(tmp_path, capsys):
+    arguments = shlex.split(
+        "--trace uniform --policies random,dynamo --prefill 2 --decode 1 --rate-scale 1 2 --limit 20"
+    )
+    app(
+        [*arguments, "--json", str(tmp_path / "out.json"), "--html", str(tmp_path / "page")],
+        result_action="return_value",
+    )
+    rows = msgspec.json.decode((tmp_path / "out.json").read_bytes())["rows"]
+    assert [(row["load"], row["policy"]) for row in rows] == [
+        ("uniform x1", "random"),
+        ("uniform x1", "dynamo"),
+        ("uniform x2", "random"),
+        ("uniform x2", "dynamo"),
+    ]
+    assert "dynamo" in capsys.readouterr().out
+    assert (tmp_path / "page" / "index.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policies", "nothing"], "policy is 'nothing'"),
+        (["--trace", "nothing"], "no trace 'nothing'"),
+        (["--prefill", "2"], "cannot decode"),
+        (["--block-size", "48", "--blocks", "10000"], "block size 48 does not divide"),
+        (["--rate-scale", "0"], "rate scale is 0"),
+    ],
+)
+def test_a_wrong_value_ends_with_one_line(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        app(arguments, result_action="return_value")
+
+
+def test_results_replace_what_stands_between_the_marks(tmp_path):
+    page = tmp_path / "routing.md"
+    report = compare(("random",))
+    write_docs(report, tmp_path)
+    page.write_text(page.read_text().replace("# Routing rules compared", "# Ours\n\nwords"))
+    write_docs(report, tmp_path)
+    text = page.read_text()
+    assert text.startswith("# Ours\n\nwords")
+    assert text.count("| random |") == 2
+    assert (tmp_path / "img" / "goodput.png").exists()
+    assert (tmp_path / "routing.json").exists()
+
+
+def test_the_matrix_covers_three_loads_and_both_kinds_of_fleet():
+    assert len({case.load for case in MATRIX if case.workload == "conversation" and case.num_prefill}) >= 3
+    equal = {(case.load, case.num_prefill + case.num_decode) for case in MATRIX if not case.num_both}
+    assert {(case.load, case.num_both) for case in MATRIX if case.num_both} <= equal
+    assert all(case.limit for case in QUICK)
