@@ -9,8 +9,7 @@ etcd and NATS may both be away: who is connected stays connected, and the router
 
 import asyncio
 import random
-import ssl
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,12 +20,14 @@ from app.dispatch import Clock, Dispatcher
 from app.metrics import Gauge
 from planes.errors import HeadraceError
 from planes.messages import EngineFacts, KvEvents, LoadReport, Registration, Role, Snapshot, WorkerId, WorkerState
-from planes.streams import StreamLimits, WorkerConnection, WorkerUnreachable
+from planes.streams import WorkerConnection, WorkerUnreachable
 from router.route import Router
 
 _log = structlog.get_logger()
 
-_CONNECT_TIMEOUT_S = 3.0
+Connect = Callable[[Registration], Awaitable[WorkerConnection]]
+"""Opens the stream to a registered worker.  Raises:  WorkerUnreachable."""
+
 _SNAPSHOT_PAUSE_S = 0.5
 """Between two snapshots of one worker."""
 _SNAPSHOTS_AT_ONCE = 4
@@ -88,19 +89,17 @@ class Fleet:
         models: ModelLoader,
         snapshots: SnapshotSource,
         *,
+        connect: Connect,
         clock: Clock,
         rng: random.Random,
-        limits: StreamLimits,
-        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._router = router
         self._dispatcher = dispatcher
         self._models = models
         self._snapshots = snapshots
+        self._connect = connect
         self._clock = clock
         self._rng = rng
-        self._limits = limits
-        self._tls = tls
         self._members: dict[WorkerId, _Member] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._stale = asyncio.Event()
@@ -250,7 +249,8 @@ class Fleet:
         pause_s = 0.1
         while member.is_registered:
             try:
-                connection = await self._connect(member)
+                await self._models.load(member.registration)
+                connection = await self._connect(member.registration)
             except HeadraceError as exc:
                 _log.warning("worker.unreachable", worker=member.registration.worker, reason=str(exc))
                 await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.0))
@@ -258,18 +258,6 @@ class Fleet:
                 continue
             pause_s = 0.1
             await self._hold(member, connection)
-
-    async def _connect(self, member: _Member) -> WorkerConnection:
-        registration = member.registration
-        await self._models.load(registration)
-        return await WorkerConnection.open(
-            registration.worker,
-            registration.epoch,
-            registration.address,
-            deadline=asyncio.get_running_loop().time() + _CONNECT_TIMEOUT_S,
-            limits=self._limits,
-            tls=self._tls,
-        )
 
     async def _hold(self, member: _Member, connection: WorkerConnection) -> None:
         """Let the router use a connection until it ends."""

@@ -32,9 +32,10 @@ from planes.control import Etcd, WorkerDirectory
 from planes.errors import HeadraceError, InvalidRequest
 from planes.events import EventPlane
 from planes.logs import configure
-from planes.messages import RequestId
+from planes.messages import Registration, RequestId
 from planes.objects import ObjectStore
 from planes.settings import UnusableSetting
+from planes.streams import WorkerConnection
 from router.policies import load_policy
 from router.route import Router
 from router.settings import RouterSettings
@@ -42,6 +43,7 @@ from router.settings import RouterSettings
 _log = structlog.get_logger()
 
 _LAG_PERIOD_S = 0.5
+_CONNECT_TIMEOUT_S = 3.0
 
 
 def serve(settings: GatewaySettings) -> None:
@@ -82,7 +84,14 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
     router = _router(settings)
     dispatcher = Dispatcher(router, clock=clock)
     models = Models(ObjectStore(events), settings.cache_dir.expanduser())
-    fleet = Fleet(router, dispatcher, models, events, clock=clock, rng=random.Random(), limits=settings.stream_limits)
+
+    async def connect(worker: Registration) -> WorkerConnection:
+        limits, deadline = settings.stream_limits, clock() + _CONNECT_TIMEOUT_S
+        return await WorkerConnection.open(
+            worker.worker, worker.epoch, worker.address, deadline=deadline, limits=limits
+        )
+
+    fleet = Fleet(router, dispatcher, models, events, connect=connect, clock=clock, rng=random.Random())
     relay = Relay(dispatcher, fleet, metrics, clock=clock, max_attempts=settings.max_attempts)
     metrics.watch(fleet.gauges)
     metrics.watch(lambda: [Gauge("requests_waiting", "Requests in the gateway's queue.", dispatcher.num_waiting)])

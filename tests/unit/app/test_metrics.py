@@ -1,0 +1,45 @@
+from app.metrics import Gauge, Metrics, RequestSummary
+
+
+def exposed(metrics, start):
+    return [line for line in metrics.exposition().decode().splitlines() if line.startswith(start)]
+
+
+def test_a_request_adds_up_at_its_end():
+    metrics = Metrics()
+    metrics.ended(RequestSummary("m", "ok", 20, 3, 16, ttft_s=0.2, itl_s=0.01, prefill_s=0.1, handover_bytes=100))
+    metrics.ended(RequestSummary("m", "deadline"))
+    assert exposed(metrics, "headrace_requests_total") == [
+        'headrace_requests_total{code="ok",model="m"} 1.0',
+        'headrace_requests_total{code="deadline",model="m"} 1.0',
+    ]
+    assert exposed(metrics, "headrace_completion_tokens_total") == ['headrace_completion_tokens_total{model="m"} 3.0']
+    assert exposed(metrics, "headrace_ttft_seconds_count") == ['headrace_ttft_seconds_count{model="m"} 1.0']
+    assert exposed(metrics, "headrace_handover_seconds_count") == []
+
+
+def test_retries_and_migrations_are_told_apart():
+    metrics = Metrics()
+    metrics.retried("worker_lost", is_migration=True)
+    metrics.retried("worker_busy", is_migration=False)
+    metrics.fell_back("worker_lost")
+    metrics.client_cut_off()
+    metrics.loop_lagged(0.02)
+    assert exposed(metrics, "headrace_migrations_total") == ['headrace_migrations_total{code="worker_lost"} 1.0']
+    assert exposed(metrics, "headrace_retries_total") == ['headrace_retries_total{code="worker_busy"} 1.0']
+    assert exposed(metrics, "headrace_fallbacks_total") == ['headrace_fallbacks_total{code="worker_lost"} 1.0']
+    assert exposed(metrics, "headrace_clients_cut_off_total") == ["headrace_clients_cut_off_total 1.0"]
+
+
+def test_gauges_are_asked_at_each_scrape():
+    metrics, count = Metrics(), iter(range(10))
+    metrics.watch(lambda: [Gauge("queue", "Waiting.", next(count)), Gauge("w", "W.", 2, (("role", "decode"),))])
+    assert exposed(metrics, "headrace_queue") == ["headrace_queue 0.0"]
+    assert exposed(metrics, "headrace_queue") == ["headrace_queue 1.0"]
+    assert exposed(metrics, "headrace_w") == ['headrace_w{role="decode"} 2.0']
+
+
+def test_two_gateways_in_one_process_share_nothing():
+    one, other = Metrics(), Metrics()
+    one.client_cut_off()
+    assert exposed(other, "headrace_clients_cut_off_total") == ["headrace_clients_cut_off_total 0.0"]
