@@ -57,17 +57,23 @@ class NixlTransfer(Handovers):
     def __init__(
         self, pool: KvPool, *, mode: HandoverMode, engine_id: str, host: str, bind_host: str = "", port: int = 0
     ) -> None:
+        """Raises:  OSError if NIXL cannot start."""
         super().__init__(pool, mode=mode, engine_id=engine_id, host=host, bind_host=bind_host, port=port)
         from nixl_cu12 import _api as nixl  # noqa: PLC0415 - optional, and half a second to import
 
         if "NIXL_LOG_LEVEL" not in os.environ:
             logging.getLogger("nixl").setLevel(logging.WARNING)
         bindings = vars(nixl.nixlBind).values()
-        self._errors = tuple(value for value in bindings if isinstance(value, type) and issubclass(value, Exception))
+        self._errors: tuple[type[Exception], ...] = tuple(
+            value for value in bindings if isinstance(value, type) and issubclass(value, Exception)
+        )
         config = nixl.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
-        self._agent: Any = nixl.nixl_agent(engine_id, config)
         self._base = pool.data.ctypes.data
-        self._registered = self._agent.register_memory([(self._base, pool.data.nbytes, 0, "")], "DRAM")
+        try:
+            self._agent: Any = nixl.nixl_agent(engine_id, config)
+            self._registered = self._agent.register_memory([(self._base, pool.data.nbytes, 0, "")], "DRAM")
+        except (RuntimeError, *self._errors) as exc:
+            raise OSError(f"NIXL cannot start: {exc}") from exc
         self._self = Peer(self._agent.get_agent_metadata(), self._base, pool.num_blocks)
         self._peers: OrderedDict[str, str] = OrderedDict()
         self._moving: dict[asyncio.Future[None], Any] = {}

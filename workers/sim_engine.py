@@ -9,6 +9,7 @@ One timer runs the steps. An idle engine has none.
 """
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,8 @@ from workers.engine import EngineLoad, EngineObserver, EngineOutput, EngineReque
 from workers.sim_core import EngineQueueFull, SimCore, SimLeg, SimOutput, SimRequest
 from workers.sim_options import SimOptions, faster
 from workers.sim_tokens import key_of, logprob_of
+
+__all__ = ["SimEngine", "SimOptions"]
 
 _log = structlog.get_logger()
 
@@ -79,8 +82,7 @@ class SimEngine:
         self._make_transfer = make_transfer
         self._facts = msgspec.structs.replace(options.facts, latency=faster(options.facts.latency, options.speedup))
         self._speed = faster(options.speed or options.facts.latency, options.speedup)
-        self._engine_id = options.engine_id or f"{options.worker}-{id(self):x}"
-        self._pool: KvPool | None = None
+        self._engine_id = f"{options.worker}-{secrets.token_hex(4)}"  # new at every start
         self._transfer: KvTransfer | None = None
         self._runs: dict[RequestId, _Run] = {}
         self._choices: dict[RequestId, _Choice] = {}
@@ -106,9 +108,12 @@ class SimEngine:
         self._loop = asyncio.get_running_loop()
         self._observer = observer
         try:
-            if options.handover is not None:
-                progress("connecting NIXL")
-                pool = KvPool(facts.num_blocks, facts.bytes_per_block)
+            pool = None if options.handover is None else KvPool(facts.num_blocks, facts.bytes_per_block)
+            self._core = SimCore(
+                facts, self._speed, model=options.model, on_events=observer.kv_changed, seed=options.seed, memory=pool
+            )
+            if pool is not None and options.handover is not None:
+                progress("opening the KV cache for handovers")
                 self._transfer = self._make_transfer(
                     pool,
                     mode=options.handover,
@@ -117,15 +122,7 @@ class SimEngine:
                     bind_host=options.bind_host,
                 )
                 await self._transfer.start()
-            self._core = SimCore(
-                facts,
-                self._speed,
-                model=options.model,
-                on_events=observer.kv_changed,
-                seed=options.seed,
-                memory=None if self._transfer is None else self._transfer.pool,
-            )
-        except (ValueError, OSError) as exc:
+        except (ValueError, OSError, MemoryError) as exc:
             raise EngineStartError(f"the simulated engine cannot start: {exc}") from exc
 
     async def stop(self) -> None:

@@ -17,8 +17,6 @@ class SimOptions:
     speed: LatencyPrior | None = None
     speedup: float = 1.0
     handover: HandoverMode | None = HandoverMode.PULL
-    engine_id: str = ""
-    """New at every start; empty: made from `worker` and the object's creation."""
     host: str = "127.0.0.1"
     """Where other engines reach the handover endpoint."""
     bind_host: str = ""

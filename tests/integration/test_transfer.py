@@ -1,14 +1,21 @@
 """Real bytes over NIXL, between two agents of one process and between two processes."""
 
 import asyncio
+import contextlib
 import itertools
+import os
+import sys
+from asyncio.subprocess import PIPE
 
 import numpy as np
 import pytest
 
 from planes.errors import InvalidRequest
-from planes.messages import HandoverMode
+from planes.frames import DecodeLeg, LocalLeg, PrefillLeg, Sampling
+from planes.messages import EngineFacts, HandoverEndpoint, HandoverMode, RequestId, WorkerId
 from planes.transfer import CountingTransfer, HandoverFailed, KvPool, NixlTransfer, has_nixl
+from workers.engine import EngineRequest
+from workers.sim_engine import SimEngine, SimOptions
 
 pytestmark = [
     pytest.mark.integration,
@@ -201,3 +208,141 @@ async def test_polling_ends_when_nothing_is_in_flight():
     side.withdraw("r")
     await until(lambda: side._timer is None)
     await side.stop()
+
+
+PREFILL_PROCESS = """
+import asyncio, sys
+import numpy as np
+from planes.messages import HandoverMode
+from planes.transfer import KvPool, NixlTransfer
+
+async def main():
+    transfer = NixlTransfer(KvPool(512, 4096), mode=HandoverMode(sys.argv[1]), engine_id="child", host="127.0.0.1")
+    await transfer.start()
+    transfer.pool.write(list(range(512)), np.arange(512, dtype=np.uint64) + 7)
+    taken = asyncio.Event()
+    params = transfer.offer("r", list(range(300)), taken.set)
+    print(transfer.endpoint.port, params.hex(), flush=True)
+    await taken.wait()
+    print("taken", flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    await transfer.stop()
+
+asyncio.run(main())
+"""
+
+
+@contextlib.asynccontextmanager
+async def prefill_process(mode, transports):
+    env = os.environ | ({"UCX_TLS": transports} if transports else {})
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", PREFILL_PROCESS, mode, stdin=PIPE, stdout=PIPE, env=env, limit=1 << 20
+    )
+    try:
+        async with asyncio.timeout(30):
+            port, params = (await process.stdout.readline()).split()
+        yield process, HandoverEndpoint(mode, "child", "127.0.0.1", int(port)), bytes.fromhex(params.decode())
+    finally:
+        if process.returncode is None:
+            process.stdin.close()
+            async with asyncio.timeout(30):
+                assert await process.wait() == 0
+        process._transport.close()
+
+
+@pytest.mark.parametrize("mode", list(HandoverMode))
+@pytest.mark.parametrize("transports", ["", "tcp,self"])
+async def test_real_bytes_cross_between_processes(mode, transports):
+    decode = make(NixlTransfer, mode, num_blocks=400)
+    await decode.start()
+    async with prefill_process(mode, transports) as (process, endpoint, params):
+        source = decode.parse(params) if mode is HandoverMode.PULL else endpoint
+        await decode.receive(source, "r", list(range(100, 390)), 300, timeout_s=20)
+        assert decode.pool.read(list(range(100, 390))).tolist() == list(range(17, 307))
+        async with asyncio.timeout(20):
+            assert await process.stdout.readline() == b"taken\n"
+    await decode.stop()
+
+
+@pytest.mark.parametrize("mode", list(HandoverMode))
+async def test_a_killed_prefill_process_fails_the_handover(mode):
+    decode = make(NixlTransfer, mode, num_blocks=400)
+    await decode.start()
+    async with prefill_process(mode, "") as (process, endpoint, params):
+        source = decode.parse(params) if mode is HandoverMode.PULL else endpoint
+        process.kill()
+        await process.wait()
+        with pytest.raises(HandoverFailed):
+            await decode.receive(source, "r", list(range(300)), 300, timeout_s=5)
+    await decode.stop()
+
+
+# --- whole engines -----------------------------------------------------------------------------------------------
+
+FACTS = EngineFacts(
+    block_size=4,
+    num_blocks=256,
+    context_length=256,
+    max_batch=32,
+    max_step_tokens=256,
+    bytes_per_block=4096,
+    vocab_size=320,
+)
+
+
+class Observer:
+    def kv_changed(self, events):
+        pass
+
+    def stepped(self, sample):
+        pass
+
+    def died(self, reason):
+        pytest.fail(reason)
+
+
+async def run(engine, request, prompt, leg):
+    ended = asyncio.get_running_loop().create_future()
+    tokens = []
+
+    def take(output):
+        tokens.extend(output.tokens)
+        if output.finish is not None:
+            ended.set_result(output)
+
+    sampling = Sampling(max_tokens=10, ignore_eos=True)
+    engine.submit(EngineRequest(RequestId(request), prompt, sampling, leg), take)
+    async with asyncio.timeout(30):
+        return tokens, await ended
+
+
+@pytest.mark.parametrize("mode", list(HandoverMode))
+async def test_disaggregated_answers_equal_local_ones_over_real_nixl(mode):
+    prefill, decode = (
+        SimEngine(SimOptions(worker=WorkerId(name), model="m", facts=FACTS, handover=mode, speedup=100.0))
+        for name in ("p", "d")
+    )
+    for engine in (prefill, decode):
+        await engine.start(Observer(), progress=lambda _: None)
+    rng = np.random.default_rng(1)
+
+    async def one(i):
+        prompt = rng.integers(97, 123, 3 + 2 * i).astype(np.uint32)
+        if mode is HandoverMode.PULL:
+            first, last = await run(prefill, f"r{i}", prompt, PrefillLeg(mode))
+            second, done = await run(decode, f"r{i}", prompt, DecodeLeg(ticket=last.ticket))
+        else:
+            (first, _), (second, done) = await asyncio.gather(
+                run(prefill, f"r{i}", prompt, PrefillLeg(mode)),
+                run(decode, f"r{i}", prompt, DecodeLeg(source=prefill.endpoint)),
+            )
+        alone, _ = await run(prefill, f"alone{i}", prompt, LocalLeg())
+        assert second == alone
+        assert first == alone[:1]
+        assert done.handover_bytes == -(-len(prompt) // 4) * 4096
+
+    await asyncio.gather(*(one(i) for i in range(20)))
+    await prefill.stop()  # waits until every lease is taken
+    await decode.stop()
+    assert prefill.load().free_blocks == FACTS.num_blocks
+    assert decode.load().free_blocks == FACTS.num_blocks
