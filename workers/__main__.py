@@ -1,6 +1,7 @@
 """The worker process: `python -m workers --role decode --engine sim …`."""
 
 import asyncio
+import signal
 import sys
 from typing import Annotated
 
@@ -9,7 +10,7 @@ from cyclopts import Parameter
 
 from planes import logs
 from planes.settings import command_line, run
-from workers.process import serve
+from workers.process import Ending, serve
 from workers.settings import WorkerSettings
 
 app = command_line(
@@ -24,7 +25,14 @@ def main(settings: Annotated[WorkerSettings | None, Parameter(name="*")] = None)
     settings = settings or WorkerSettings()
     logs.configure(settings.log_level, as_json=settings.log_json)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(serve(settings))
+        return runner.run(_serve(settings))
+
+
+async def _serve(settings: WorkerSettings) -> int:
+    ending = Ending()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ending.asked)
+    return await serve(settings, ending)
 
 
 if __name__ == "__main__":  # vLLM's engine process imports this module again

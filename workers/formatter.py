@@ -41,6 +41,7 @@ class Formatter:
         self._has_logprobs = sampling.logprobs is not None
         self._end_tokens = end_tokens | frozenset(sampling.stop_token_ids)
         self._choices = [_Choice(index, self._events, vocabulary, sampling, context) for index in range(sampling.n)]
+        self._num_open = sampling.n
 
     @property
     def completion_tokens(self) -> int:
@@ -49,13 +50,11 @@ class Formatter:
     @property
     def finish_reason(self) -> FinishReason | None:
         """Why choice 0 ended, once all choices have; None before."""
-        if any(choice.finish is None for choice in self._choices):
-            return None
-        return self._choices[0].finish
+        return None if self._num_open else self._choices[0].finish
 
     def fold(self, tokens: Sequence[int]) -> None:
         """Take choice 0's first tokens, which the client has got already: nothing is written for them."""
-        self._choices[0].advance(tokens, ())
+        self._num_open -= self._choices[0].advance(tokens, ())
         self._choices[0].take()
 
     def feed(self, output: EngineOutput) -> tuple[bytes, Sequence[int]]:
@@ -75,6 +74,7 @@ class Formatter:
         elif output.finish is not None:
             choice.num_tokens += bool(is_end_token)  # counted, though no part of the text
             choice.end(output.finish)
+        self._num_open -= choice.finish is not None
         counted = choice.num_tokens - before
         return choice.take(), tokens if counted == len(tokens) else tokens[:counted]
 
@@ -85,6 +85,7 @@ class Formatter:
                 choice.end(finish)
             else:
                 choice.close()
+        self._num_open = 0
         return b"".join(choice.take() for choice in self._choices)
 
     def finish(self, usage: Usage) -> bytes:

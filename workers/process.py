@@ -14,12 +14,11 @@ import asyncio
 import contextlib
 import gc
 import os
-import signal
 import socket
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -78,16 +77,19 @@ class Ending:
             await asyncio.gather(working, waiting, return_exceptions=True)
 
 
-async def serve(settings: WorkerSettings) -> int:
-    """Run a worker until it is asked to end or its engine dies.
+class EngineFactory(Protocol):
+    """What `workers.engines.make_engine` is."""
+
+    def __call__(self, settings: WorkerSettings, worker: WorkerId, *, vocab_size: int) -> Engine: ...
+
+
+async def serve(settings: WorkerSettings, ending: Ending, *, make_engine: EngineFactory = make_engine) -> int:
+    """Run a worker until `ending` is asked for, or its engine dies.
 
     Returns:  the exit status.  Raises:  HeadraceError if it cannot start.
     """
     started_at = time.monotonic()
-    worker, ending = WorkerId(settings.new_worker_id()), Ending()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ending.asked)
+    worker = WorkerId(settings.new_worker_id())
     if cores := settings.core_numbers():
         _take_cores(settings, cores)
     _refuse_taken_port(settings)

@@ -9,15 +9,18 @@ class StopFinder:
     Everything let go can no longer be part of a stop string, so what is held is shorter than the longest of them.
     """
 
-    __slots__ = ("_held", "_stops", "has_found")
+    __slots__ = ("_held", "_starts", "_stops", "has_found")
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
+        self._starts = frozenset(stop[0] for stop in stops)
         self._held = ""
         self.has_found = False
 
     def advance(self, text: str) -> str:
         """Add `text`. Returns what may leave now; with `has_found`, that is all up to the stop string."""
+        if not self._held and self._starts.isdisjoint(text):
+            return text  # the common case
         held = self._held + text
         ends = [start for stop in self._stops if (start := held.find(stop)) >= 0]
         if ends:

@@ -32,9 +32,21 @@ from planes.frames import (
     StreamId,
     pack_tokens,
 )
-from planes.messages import BlocksRemoved, BlocksStored, HandoverMode, Registration, RequestId, Role, WorkerState
+from planes.messages import (
+    BlocksRemoved,
+    BlocksStored,
+    EngineFacts,
+    HandoverMode,
+    Registration,
+    RequestId,
+    Role,
+    WorkerState,
+)
 from planes.objects import ObjectStore
 from planes.streams import WorkerConnection
+from workers.process import Ending, serve
+from workers.settings import WorkerSettings
+from workers.sim_engine import SimEngine, SimOptions
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(90)]
 
@@ -112,14 +124,20 @@ class Fleet:
         where = ["--etcd", self.etcd_url, "--nats", self.nats_url, "--namespace", self.namespace, "--worker-id", name]
         async with started(*where, "--speedup", str(speedup), *flags) as worker:
             await worker.line_with("event=worker.ready")
-            await self.until(lambda: name in self.workers)
-            found = self.workers[name]
-            deadline = asyncio.get_running_loop().time() + 10
-            connection = await WorkerConnection.open(found.worker, found.epoch, found.address, deadline=deadline)
-            try:
+            async with self.connection(name) as connection:
                 yield worker, connection
-            finally:
-                connection.close()
+
+    @asynccontextmanager
+    async def connection(self, name: str) -> AsyncIterator[WorkerConnection]:
+        """To a worker, once it is registered."""
+        await self.until(lambda: name in self.workers)
+        found = self.workers[name]
+        deadline = asyncio.get_running_loop().time() + 10
+        connection = await WorkerConnection.open(found.worker, found.epoch, found.address, deadline=deadline)
+        try:
+            yield connection
+        finally:
+            connection.close()
 
 
 @pytest.fixture
@@ -365,6 +383,34 @@ async def test_a_killed_worker_is_noticed_at_once_by_its_streams(fleet):
         worker.process.kill()
         async with asyncio.timeout(5):
             assert "both-1" in str(await running.ended)
+
+
+class MortalEngine(SimEngine):
+    async def start(self, observer, *, progress):
+        await super().start(observer, progress=progress)
+        self.observer = observer
+
+
+async def test_a_worker_whose_engine_dies_interrupts_its_streams_and_ends_with_status_1(fleet):
+    engines = []
+
+    def make(settings, worker, *, vocab_size):
+        facts = EngineFacts(16, 64, 512, 8, 512, 1024, vocab_size)
+        engines.append(MortalEngine(SimOptions(worker=worker, model="sim", facts=facts, handover=None)))
+        return engines[0]
+
+    settings = WorkerSettings(
+        engine="sim", etcd=fleet.etcd_url, nats=fleet.nats_url, namespace=fleet.namespace, worker_id="both-1"
+    )
+    life = asyncio.create_task(serve(settings, Ending(), make_engine=make))
+    async with fleet.connection("both-1") as connection:
+        running = ask(connection, max_tokens=400)
+        await running.spoke.wait()
+        engines[0].observer.died("out of memory")
+        failed = await running.ended
+    assert (failed.kind, failed.code, failed.message) == (FailureKind.INTERRUPTED, "engine_died", "out of memory")
+    assert await life == 1
+    await fleet.until(lambda: not fleet.workers)
 
 
 async def test_a_worker_waits_for_an_etcd_that_is_away_and_can_be_stopped_meanwhile(nats_url, namespace):
