@@ -119,12 +119,10 @@ class Answer:
         """Close a streamed answer; the connection stays open for the next request."""
         await self._send({"type": "http.response.body", "body": b""})
 
-    async def send_whole(
-        self, status: int, headers: Headers, body: bytes, media_type: str = "application/json"
-    ) -> None:
+    async def send_whole(self, status: int, headers: Headers, body: bytes) -> None:
         """Answer in one piece; what has been held back is dropped."""
         self.is_begun = True
-        head = [("content-type", media_type), ("content-length", str(len(body))), *headers]
+        head = [("content-length", str(len(body))), *headers]
         await self._send({"type": "http.response.start", "status": status, "headers": _encoded(head)})
         await self._send({"type": "http.response.body", "body": body})
 
