@@ -4,6 +4,8 @@ On a terminal the table stays and follows every change until Ctrl-C; elsewhere i
 """
 
 import asyncio
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -19,8 +21,10 @@ from planes.logs import configure
 from planes.messages import LoadReport, Registration, WorkerId
 from planes.settings import UnusableSetting
 
-_REPORT_WAIT_S = 1.2
+_REPORT_WAIT_S = 1.5
 """Idle workers report every second."""
+_REFRESH_S = 1.0
+_POLL_S = 0.05
 
 
 class NoAnswer(HeadraceError):  # noqa: N818 - names the outcome
@@ -84,28 +88,34 @@ async def show(settings: FleetTableSettings) -> int:
     fleet = _Fleet()
     directory = WorkerDirectory(Etcd(settings.etcd), settings.namespace, on_up=fleet.up, on_down=fleet.down)
     events = EventPlane(settings.nats, settings.namespace)
-    console = Console()
+    await events.subscribe_load(fleet.reported)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(directory.run()), group.create_task(events.run())]
-        try:
-            async with asyncio.timeout(settings.timeout_s):
-                while not directory.is_current:  # noqa: ASYNC110 - asked twenty times once, in a command a person typed
-                    await asyncio.sleep(0.05)
-        except TimeoutError:
-            raise NoAnswer(f"etcd at {settings.etcd} did not answer within {settings.timeout_s:g} s") from None
-        finally:
-            if not directory.is_current:
-                for task in tasks:
-                    task.cancel()
-        events.subscribe_load(fleet.reported)
-        await asyncio.sleep(_REPORT_WAIT_S)
-        if settings.once or not console.is_terminal:
-            console.print(fleet.table(settings.namespace))
-        else:
-            with Live(fleet.table(settings.namespace), console=console, auto_refresh=False) as live:
-                while True:
-                    await asyncio.sleep(1)
-                    live.update(fleet.table(settings.namespace), refresh=True)
+        is_known = await _within(settings.timeout_s, lambda: directory.is_current)
+        if is_known:
+            await _within(_REPORT_WAIT_S, lambda: len(fleet.reports) == len(fleet.registrations))
+            await _print(fleet, settings)
         for task in tasks:
             task.cancel()
+    if not is_known:
+        raise NoAnswer(f"etcd at {settings.etcd} did not answer within {settings.timeout_s:g} s")
     return 0
+
+
+async def _print(fleet: _Fleet, settings: FleetTableSettings) -> None:
+    console = Console()
+    if settings.once or not console.is_terminal:
+        console.print(fleet.table(settings.namespace))
+        return
+    with Live(fleet.table(settings.namespace), console=console, auto_refresh=False) as live:
+        while True:
+            await asyncio.sleep(_REFRESH_S)
+            live.update(fleet.table(settings.namespace), refresh=True)
+
+
+async def _within(seconds: float, is_so: Callable[[], bool]) -> bool:
+    """Whether it becomes so in time."""
+    deadline = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < deadline:  # noqa: ASYNC110 - a person waits, once
+        await asyncio.sleep(_POLL_S)
+    return is_so()
