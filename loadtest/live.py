@@ -1,0 +1,257 @@
+"""Measurements on live fleets.
+
+    python -m loadtest.live agree     # the simulator against a live simulated fleet, and predictions against outcomes
+    python -m loadtest.live mix       # real vLLM on two cores: long prompts among chats, disaggregated and plain
+
+Arrivals are drawn from a seed before the run and do not wait for answers (open loop); variants are compared in one run,
+on one machine, alternating, with the same arrivals.
+"""
+
+import asyncio
+import json
+import random
+import statistics
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import uvloop
+from cyclopts import App, Parameter
+
+from loadtest.client import Client, Sample
+from loadtest.fleet import Run, Scenario
+from loadtest.stack import Stack, stack
+from loadtest.workloads import Turn, Workload, load
+from planes.messages import EngineFacts
+
+app = App(help=__doc__, version_flags=[])
+_Out = Annotated[Path | None, Parameter(name="--json", help="Write everything there too.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request of an open loop. kind: `chat` or `long`, or whatever the result is split by."""
+
+    at_s: float
+    kind: str
+    path: str
+    body: dict[str, Any]
+
+
+async def replay(running: Stack, arrivals: Sequence[Arrival], headers: dict[str, str] | None = None) -> list[Sample]:
+    """Send every request at its instant, whatever became of those before. Samples in the order of `arrivals`."""
+    loop = asyncio.get_running_loop()
+    started_at = loop.time()
+
+    async def one(arrival: Arrival) -> Sample:
+        await asyncio.sleep(started_at + arrival.at_s - loop.time())
+        client = Client("127.0.0.1", running.port)
+        try:
+            return await client.post(arrival.path, arrival.body, headers)
+        finally:
+            client.close()
+
+    return await asyncio.gather(*(one(arrival) for arrival in arrivals))
+
+
+def ask(running: Stack, path: str) -> Any:
+    """A JSON answer of the gateway."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{running.port}{path}") as answer:
+        return json.load(answer)
+
+
+# --- the simulator against a live fleet ----------------------------------------------------------------------------
+
+
+def completion_of(turn: Turn, model: str, facts: EngineFacts, rng: random.Random) -> dict[str, Any]:
+    """A completion whose prompt has the turn's blocks in common with others, and nothing else."""
+    held = [np.random.default_rng(int(name)).integers(97, 123, facts.block_size) for name in turn.blocks]
+    tokens = [int(token) for block in held for token in block]
+    tokens += [rng.randrange(97, 123) for _ in range(turn.prompt_tokens - len(tokens))]
+    return {
+        "model": model,
+        "prompt": tokens,
+        "max_tokens": turn.completion_tokens,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+@app.command
+def agree(
+    *,
+    trace: str = "conversation",
+    rate: float = 0.25,
+    limit: int = 120,
+    prefill: int = 2,
+    decode: int = 2,
+    seed: int = 0,
+    out: _Out = None,
+) -> None:
+    """One small trace through a live simulated fleet and through the simulator, with the same policy and facts."""
+    _write(uvloop.run(_agree(trace, rate, limit, prefill, decode, seed)), out)
+
+
+async def _agree(trace: str, rate: float, limit: int, prefill: int, decode: int, seed: int) -> dict[str, Any]:
+    environment = {"HEADRACE_BLOCK_SIZE": "512", "HEADRACE_NUM_BLOCKS": "1000", "HEADRACE_CONTEXT_LENGTH": "200000"}
+    flags = ("--engine", "sim", "--prefill", str(prefill), "--decode", str(decode))
+    print("starting the live fleet …", flush=True)
+    async with stack(*flags, environment=environment) as running:
+        listed = (await asyncio.to_thread(ask, running, "/v1/fleet"))["workers"]
+        facts = msgspec.convert(listed[0]["facts"], EngineFacts)
+        workload = load(trace, block_size=facts.block_size, seed=seed).scaled(rate).limited(limit)
+        turns = [(session.start_s, session.turns[0]) for session in workload.sessions]
+        turns = [(at, turn) for at, turn in turns if turn.prompt_tokens + turn.completion_tokens < facts.context_length]
+        rng = random.Random(seed)
+        arrivals = [
+            Arrival(at, "completion", "/v1/completions", completion_of(turn, running.model, facts, rng))
+            for at, turn in turns
+        ]
+        print(f"{len(arrivals)} requests within {turns[-1][0]:.0f} s …", flush=True)
+        samples = await replay(running, arrivals)
+        explained = [
+            await asyncio.to_thread(ask, running, f"/v1/routes/{sample.headers['x-request-id']}")
+            for sample in samples
+            if not sample.error
+        ]
+    simulated = _simulate(workload, facts, prefill, decode, seed)
+    live = _quantiles([sample.ttft_s for sample in samples if not sample.error])
+    errors = [
+        abs(_ttft(entry["chosen"]) + entry["held_s"] - entry["observed"]["ttft_s"]) / entry["observed"]["ttft_s"]
+        for entry in explained
+    ]
+    difference = live["p50"] / simulated["p50"] - 1
+    print(f"TTFT s, live:      {_line(live)}")
+    print(f"TTFT s, simulated: {_line(simulated)}")
+    print(f"p50 differs by {difference:+.1%} (aim: within 15 %)")
+    print(f"predicted against observed TTFT, median error: {statistics.median(errors):.1%} (aim: at most 20 %)")
+    return {
+        "live": live,
+        "simulated": simulated,
+        "p50_difference": difference,
+        "median_prediction_error": statistics.median(errors),
+        "failed": sum(bool(sample.error) for sample in samples),
+    }
+
+
+def _simulate(workload: Workload, facts: EngineFacts, prefill: int, decode: int, seed: int) -> dict[str, float]:
+    scenario = Scenario("headrace", prefill, decode, 0, facts, seed=seed)
+    records = Run(scenario, workload).simulate().records
+    return _quantiles([record.ttft_s for record in records if record.ttft_s is not None])
+
+
+def _ttft(candidate: dict[str, float]) -> float:
+    return sum(candidate[part] for part in ("queue_s", "prefill_s", "handover_s", "first_step_s"))
+
+
+# --- long prompts among chats, real vLLM -----------------------------------------------------------------------------
+
+
+def mixed_arrivals(model: str, seconds: float, seed: int) -> list[Arrival]:
+    """Poisson: prompts of 900 words, 0.5/s, 32 tokens out, among chats of 60 words, 0.8/s, 80 tokens out."""
+    rng = random.Random(seed)
+    words = [
+        f"{a}{b}" for a in ("ri", "wa", "mi", "sto", "we", "ga", "flo", "ra") for b in ("ver", "ter", "ll", "ne", "ir")
+    ]
+
+    def stream(rate: float, kind: str, num_words: int, num_tokens: int) -> list[Arrival]:
+        found = []
+        at = rng.expovariate(rate)
+        while at < seconds:
+            text = " ".join(rng.choices(words, k=num_words))
+            body = {
+                "model": model,
+                "messages": [{"role": "user", "content": text}],
+                "max_tokens": num_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+            found.append(Arrival(at, kind, "/v1/chat/completions", body))
+            at += rng.expovariate(rate)
+        return found
+
+    return sorted(stream(0.5, "long", 900, 32) + stream(0.8, "chat", 60, 80), key=lambda arrival: arrival.at_s)
+
+
+@app.command
+def mix(*, seconds: float = 60.0, rounds: int = 2, seed: int = 0, out: _Out = None) -> None:
+    """Long prompts among chats on vLLM and two cores: plain servers, always handed over, and as the router likes."""
+    _write(uvloop.run(_mix(seconds, rounds, seed)), out)
+
+
+async def _mix(seconds: float, rounds: int, seed: int) -> dict[str, Any]:
+    plain_settings = {"HEADRACE_POLICY": "round_robin", "HEADRACE_HANDOVER": "none"}
+    async with AsyncExitStack() as running:
+        print("starting two plain workers …", flush=True)
+        flags = ("--prefill", "0", "--decode", "0", "--both", "2", "--namespace", "plain")
+        plain = await running.enter_async_context(stack(*flags, environment=plain_settings))
+        print("starting one prefill and one decode worker …", flush=True)
+        split = await running.enter_async_context(stack("--namespace", "split"))
+        variants: dict[str, Callable[[list[Arrival]], Any]] = {
+            "plain, round robin": lambda arrivals: replay(plain, arrivals),
+            "headrace": lambda arrivals: replay(split, arrivals),
+            "always handed over": lambda arrivals: replay(split, arrivals, {"x-headrace-handover": "always"}),
+        }
+        for variant, send in variants.items():
+            print(f"warming up: {variant} …", flush=True)
+            await send(mixed_arrivals(plain.model, 8.0, seed=-1))
+        samples: dict[str, list[tuple[Arrival, Sample]]] = {variant: [] for variant in variants}
+        for number in range(rounds):
+            arrivals = mixed_arrivals(plain.model, seconds, seed + number)
+            for variant, send in variants.items():
+                print(f"round {number + 1} of {rounds}: {variant}, {seconds:g} s …", flush=True)
+                samples[variant] += zip(arrivals, await send(arrivals), strict=True)
+    results = {variant: _mix_result(found) for variant, found in samples.items()}
+    for variant, result in results.items():
+        print(f"{variant:20} " + ", ".join(f"{name} {value:.0f}" for name, value in result.items()))
+    base, ours = results["plain, round robin"], results["headrace"]
+    for name, aim in (("chat_ttft_p50_ms", 1.1), ("chat_itl_p99_ms", 0.1), ("long_ttft_p50_ms", 1.2)):
+        print(f"{name}: {ours[name] / base[name]:.2f} of the plain servers' (aim: at most {aim})")
+    return results
+
+
+def _mix_result(found: list[tuple[Arrival, Sample]]) -> dict[str, float]:
+    good = [(arrival.kind, sample) for arrival, sample in found if not sample.error]
+    chats = [sample for kind, sample in good if kind == "chat"]
+    longs = [sample for kind, sample in good if kind == "long"]
+    gaps = sorted(gap for sample in chats for gap in sample.gaps_s)
+    return {
+        "chat_ttft_p50_ms": statistics.median(sample.ttft_s for sample in chats) * 1e3,
+        "chat_ttft_p99_ms": _quantiles([sample.ttft_s for sample in chats])["p99"] * 1e3,
+        "chat_itl_p50_ms": gaps[len(gaps) // 2] * 1e3,
+        "chat_itl_p99_ms": gaps[int(len(gaps) * 0.99)] * 1e3,
+        "chat_itl_max_ms": gaps[-1] * 1e3,
+        "long_ttft_p50_ms": statistics.median(sample.ttft_s for sample in longs) * 1e3,
+        "requests": len(found),
+        "failed": len(found) - len(good),
+    }
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    at = {name: ordered[min(len(ordered) - 1, int(len(ordered) * q))] for name, q in _POINTS.items()}
+    return {"mean": statistics.fmean(ordered)} | at
+
+
+_POINTS = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+
+
+def _line(quantiles: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in quantiles.items())
+
+
+def _write(result: dict[str, Any], out: Path | None) -> None:
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    app()
