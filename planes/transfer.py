@@ -64,15 +64,14 @@ class NixlTransfer(Handovers):
         if "NIXL_LOG_LEVEL" not in os.environ:
             logging.getLogger("nixl").setLevel(logging.WARNING)
         bindings = vars(nixl.nixlBind).values()
-        self._errors: tuple[type[Exception], ...] = tuple(
-            value for value in bindings if isinstance(value, type) and issubclass(value, Exception)
-        )
+        known = (value for value in bindings if isinstance(value, type) and issubclass(value, Exception))
+        self._errors: tuple[type[Exception], ...] = (RuntimeError, *known)
         config = nixl.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
         self._base = pool.data.ctypes.data
         try:
             self._agent: Any = nixl.nixl_agent(engine_id, config)
             self._registered = self._agent.register_memory([(self._base, pool.data.nbytes, 0, "")], "DRAM")
-        except (RuntimeError, *self._errors) as exc:
+        except self._errors as exc:
             raise OSError(f"NIXL cannot start: {exc}") from exc
         self._self = Peer(self._agent.get_agent_metadata(), self._base, pool.num_blocks)
         self._peers: OrderedDict[str, str] = OrderedDict()

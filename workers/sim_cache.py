@@ -86,14 +86,14 @@ class SimCache:
     def _evict(self, count: int) -> None:
         if count > len(self._idle):
             raise IndexError(f"{count} more blocks are needed and {len(self._idle)} can be evicted")
-        names = self._names
         if self._stored:
             self.flush()  # events say what happened in the order in which it did
+        names, by_name, idle = self._names, self._by_name, self._idle
         for _ in range(count):
-            block, _none = self._idle.popitem(last=False)
+            block, _none = idle.popitem(last=False)
             name = names[block]
             if name is not None:
-                del self._by_name[name]
+                del by_name[name]
                 self._removed.append(name)
             names[block] = None
             self._free.append(block)

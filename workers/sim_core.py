@@ -20,6 +20,7 @@ computed again later. Step seconds follow `LatencyPrior`, which for the simulate
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -36,6 +37,17 @@ from workers.sim_steps import Steps
 from workers.sim_tokens import key_of, word_of
 
 __all__ = ["EngineQueueFull", "KvMemory", "SimCore", "SimLeg", "SimOutput", "SimReport", "SimRequest"]
+
+
+@dataclass(slots=True)
+class _Harvest:
+    """What a run of steps gave."""
+
+    now: float
+    outputs: list[SimOutput] = field(default_factory=list)
+    finished: list[Sequence] = field(default_factory=list)
+    filled: list[Sequence] = field(default_factory=list)
+    """Those whose last block is full of tokens now."""
 
 
 class SimCore:
@@ -260,19 +272,17 @@ class SimCore:
             self._scheduler.reserve(num_steps)
         if self._aborted:
             self._drop_aborted()
-        outputs: list[SimOutput] = []
-        finished: list[Sequence] = []
-        drawn: list[Sequence] = []
-        self._decode(num_steps, now, outputs, finished, drawn)
+        harvest = _Harvest(now)
+        self._decode(num_steps, harvest)
         for sequence, tokens in self._chunks:
             self._compute(sequence, tokens)
             if sequence.computed == sequence.length:
-                self._draw_first(sequence, now, outputs, finished, drawn)
-        self._name(drawn)
-        self._finish(finished)
+                self._draw_first(sequence, harvest)
+        self._name(harvest.filled)
+        self._finish(harvest.finished)
         self._chunks = []
         self._cache.flush()
-        return outputs
+        return harvest.outputs
 
     def _drop_aborted(self) -> None:
         aborted, self._aborted = self._aborted, []
@@ -280,29 +290,19 @@ class SimCore:
             self._scheduler.remove(sequence)
         self._chunks = [chunk for chunk in self._chunks if chunk[0].state is State.RUNNING]
 
-    def _decode(
-        self, steps: int, now: float, outputs: list[SimOutput], finished: list[Sequence], drawn: list[Sequence]
-    ) -> None:
+    def _decode(self, steps: int, harvest: _Harvest) -> None:
         """Each decoding sequence has computed its last token's KV `steps` times, and drawn as many tokens."""
         scheduler, full = self._scheduler, []
         for sequence in scheduler.decoding:
             sequence.computed += steps
             if sequence.computed == sequence.capacity and sequence.has_tokens:
                 full.append(sequence)
-            self._draw(sequence, steps, now, outputs, finished, drawn)
+            self._draw(sequence, steps, harvest)
         scheduler.kv_tokens += steps * len(scheduler.decoding)
         if full:
             self._store([s.blocks[-1] for s in full], [s.names[s.capacity // self._size - 1] for s in full])
 
-    def _draw(
-        self,
-        sequence: Sequence,
-        steps: int,
-        now: float,
-        outputs: list[SimOutput],
-        finished: list[Sequence],
-        drawn: list[Sequence],
-    ) -> None:
+    def _draw(self, sequence: Sequence, steps: int, harvest: _Harvest) -> None:
         sequence.length += steps
         sequence.left -= steps
         finish: FinishReason | None = None
@@ -312,15 +312,15 @@ class SimCore:
             if sequence.has_stops or not sequence.left:
                 finish = sequence.finish_after(tokens[0])
             if finish is None and len(sequence.tail) == self._size:
-                drawn.append(sequence)
+                harvest.filled.append(sequence)
         elif not sequence.left:
             finish = FinishReason.LENGTH
         report = None
         if finish is not None:
-            report = sequence.report(now)
+            report = sequence.report(harvest.now)
             sequence.has_ended_early = finish is FinishReason.STOP
-            finished.append(sequence)
-        outputs.append(SimOutput(sequence.request.request, steps, tokens, finish, report, sequence.entropy))
+            harvest.finished.append(sequence)
+        harvest.outputs.append(SimOutput(sequence.request.request, steps, tokens, finish, report, sequence.entropy))
 
     def _compute(self, sequence: Sequence, tokens: int) -> None:
         first = sequence.computed // self._size
@@ -329,20 +329,13 @@ class SimCore:
         if end > first:
             self._store(sequence.blocks[first:end], sequence.names[first:end])
 
-    def _draw_first(
-        self,
-        sequence: Sequence,
-        now: float,
-        outputs: list[SimOutput],
-        finished: list[Sequence],
-        drawn: list[Sequence],
-    ) -> None:
+    def _draw_first(self, sequence: Sequence, harvest: _Harvest) -> None:
         """All tokens so far are computed: the first draw, or the first after a preemption."""
         if sequence.first_token_at < 0:
-            sequence.first_token_at = now
+            sequence.first_token_at = harvest.now
         if sequence.has_tokens and sequence.chain is None:
             self._start_chain(sequence)
-        self._draw(sequence, 1, now, outputs, finished, drawn)
+        self._draw(sequence, 1, harvest)
         self._scheduler.decode(sequence)
 
     def _start_chain(self, sequence: Sequence) -> None:
@@ -358,14 +351,14 @@ class SimCore:
             self._memory.write(blocks, np.array(names, dtype=np.uint64))
         self._cache.store(blocks, names)
 
-    def _name(self, drawn: list[Sequence]) -> None:
+    def _name(self, filled: list[Sequence]) -> None:
         """Name the blocks that the tokens just drawn fill up; they are stored when their last token is computed."""
-        if not drawn:
+        if not filled:
             return
-        parents = np.array([s.names[-1] if s.names else s.request.root for s in drawn], dtype=np.uint64)
-        depths = np.array([len(s.names) for s in drawn])
-        tails = np.array([s.tail for s in drawn], dtype=np.uint32)
-        for sequence, name in zip(drawn, continue_each(parents, depths, tails).tolist(), strict=True):
+        parents = np.array([s.names[-1] if s.names else s.request.root for s in filled], dtype=np.uint64)
+        depths = np.array([len(s.names) for s in filled])
+        tails = np.array([s.tail for s in filled], dtype=np.uint32)
+        for sequence, name in zip(filled, continue_each(parents, depths, tails).tolist(), strict=True):
             sequence.named(name)
 
     def _finish(self, finished: list[Sequence]) -> None:

@@ -234,6 +234,7 @@ class SimEngine:
         run = self._runs.pop(request, None)
         if run is None:
             return
+        self._give_up(run.request)
         for sequence in run.choices:
             del self._choices[sequence]
             if run.handover is not None:  # bytes may be on their way: the blocks are free when that has ended
@@ -322,7 +323,10 @@ class SimEngine:
 
     def _ticket(self, request: EngineRequest, output: SimOutput) -> Ticket | None:
         transfer, options = self._transfer, self._options
-        if not isinstance(request.leg, PrefillLeg) or transfer is None or output.finish is not FinishReason.LENGTH:
+        if not isinstance(request.leg, PrefillLeg) or transfer is None:
+            return None
+        if output.finish is not FinishReason.LENGTH:
+            self._give_up(request)
             return None
         self._end_lease(request.request)
         timer = self._loop.call_later(options.lease_s, self._expire, request.request)
@@ -331,6 +335,11 @@ class SimEngine:
         params = transfer.offer(request.request, blocks, partial(self._release, request.request))
         num_tokens = len(request.prompt) + len(request.resume)
         return Ticket(options.worker, transfer.endpoint.mode, num_tokens, options.lease_s, params)
+
+    def _give_up(self, request: EngineRequest) -> None:
+        """There will be no KV cache of a prefill leg: tell a decode worker that may be waiting for a push."""
+        if isinstance(request.leg, PrefillLeg) and self._transfer is not None:
+            self._transfer.withdraw(request.request)
 
     def _expire(self, request: RequestId) -> None:
         _log.warning("lease.expired", request_id=request, lease_s=self._options.lease_s)

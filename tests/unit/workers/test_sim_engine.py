@@ -40,7 +40,7 @@ class Wire:
     """Where the fake transfers of one test meet."""
 
     offers: dict = field(default_factory=dict)
-    announced: dict = field(default_factory=dict)
+    withdrawn: list = field(default_factory=list)
     failure: str = ""
     is_open: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -62,6 +62,7 @@ class FakeTransfer:
 
     def withdraw(self, request):
         self.wire.offers.pop(request, None)
+        self.wire.withdrawn.append(request)
         return True
 
     def parse(self, params):
@@ -353,6 +354,13 @@ async def test_an_abort_gives_up_what_a_ticket_promised(make_engine, wire):
     prefill.abort(RequestId("r"))
     assert wire.offers == {}
     assert prefill.load().free_blocks == FACTS.num_blocks
+
+
+async def test_a_prefill_leg_aborted_halfway_is_given_up_for_whoever_waits_for_its_push(make_engine, wire):
+    prefill = await make_engine(HandoverMode.PUSH)
+    Client(prefill, "r", leg=PrefillLeg(HandoverMode.PUSH))
+    prefill.abort(RequestId("r"))
+    assert wire.withdrawn == ["r"]
 
 
 async def test_a_lease_runs_out(make_engine, wire):
