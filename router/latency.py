@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from planes.messages import LatencyPrior, StepSample
 
 _FORGET = 0.99
+_FORGET_FAR_OFF = 0.6  # a few samples in a row that are off by the whole clip leave little of what was learned before
 _ANCHOR = 1e-3  # weight of the prior's proportions, against that of the samples
 _SPEED_GAIN = 0.15
 _SPEED_LEAK = 0.998  # per sample; the rest moves over into the coefficients
@@ -63,11 +64,12 @@ class Fit:
         log_ratio = max(-_MAX_LOG_RATIO, min(_MAX_LOG_RATIO, math.log(seconds / predicted)))
         seconds = predicted * math.exp(log_ratio)
         weight = min(1.0, 0.7 / max(abs(log_ratio), 1e-9)) / (seconds * max(seconds, predicted))
+        forget = _FORGET if abs(log_ratio) < _MAX_LOG_RATIO else _FORGET_FAR_OFF
         for i in self._indices:
             row, xi = self._a[i], weight * x[i]
             for j in self._indices:
-                row[j] = row[j] * _FORGET + xi * x[j]
-            self._b[i] = self._b[i] * _FORGET + xi * seconds
+                row[j] = row[j] * forget + xi * x[j]
+            self._b[i] = self._b[i] * forget + xi * seconds
 
     def rescale(self, ratio: float) -> None:
         """Everything measured so far, and the fit, as if it had taken `ratio` times as long."""

@@ -1,0 +1,204 @@
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planes.messages import EngineFacts, HandoverMode, LatencyPrior, RequestId, Role, WorkerId
+from router.latency import LatencyModel, LinkModel
+from router.policies.headrace import Headrace
+from router.policy import FleetView, WorkerView
+from router.predict import can_hand_over, decode_leg, judge, local, pair, prefill_leg
+from router.request import Candidate, RoutableRequest
+
+FACTS = EngineFacts(
+    block_size=16,
+    num_blocks=10_000,
+    context_length=100_000,
+    max_batch=64,
+    max_step_tokens=2048,
+    bytes_per_block=1 << 20,
+    vocab_size=9,
+)
+
+
+class Links:
+    def __init__(self, slow=(), bytes_per_s=4e9):
+        self.slow = slow
+        self.fast = LinkModel(LatencyPrior(handover_bytes_per_s=bytes_per_s))
+        self.crawling = LinkModel(LatencyPrior(handover_bytes_per_s=bytes_per_s / 1000))
+
+    def link(self, prefill, decode):
+        return self.crawling if (prefill, decode) in self.slow else self.fast
+
+
+def worker(name, role, **load):
+    fields = {
+        "cached_tokens": 0,
+        "num_running": 0,
+        "num_waiting": 0,
+        "waiting_prefill_tokens": 0,
+        "queue_s": 0.0,
+        "kv_tokens": 0,
+        "free_blocks": 10_000,
+        "utilisation": 0.0,
+    }
+    fields.update(load)
+    return WorkerView(
+        worker=WorkerId(name), role=role, facts=FACTS, latency=LatencyModel(FACTS.latency, 2048), **fields
+    )
+
+
+def fleet(*workers, links=None, seed=0):
+    prefill = [each for each in workers if each.role.can_prefill]
+    decode = [each for each in workers if each.role.can_decode]
+    return FleetView(prefill, decode, links or Links(), 0.0, random.Random(seed))
+
+
+def request(tokens=4000, expected=100, **fields):
+    return RoutableRequest(RequestId("r"), "m", np.empty(0, dtype=np.uint64), tokens, expected, 1e9, **fields)
+
+
+def choose(*workers, routable=None, links=None, seed=0):
+    return Headrace().choose(routable or request(), fleet(*workers, links=links, seed=seed))
+
+
+BUSY = {"num_running": 20, "kv_tokens": 40_000, "mean_running": 20.0}
+
+
+def test_a_long_prompt_is_handed_over_when_many_decode():
+    chosen = choose(worker("p", Role.PREFILL), worker("d", Role.DECODE, **BUSY)).chosen
+    assert (chosen.prefill, chosen.decode) == ("p", "d")
+
+
+def test_a_cached_prompt_stays_where_it_decodes():
+    chosen = choose(worker("p", Role.PREFILL), worker("d", Role.DECODE, cached_tokens=3984, num_running=1)).chosen
+    assert chosen.prefill is None
+
+
+def test_a_short_prompt_stays_local_when_the_prefill_worker_has_a_queue():
+    busy = worker("p", Role.PREFILL, queue_s=3.0)
+    chosen = choose(busy, worker("d", Role.DECODE, num_running=4, kv_tokens=4000), routable=request(100)).chosen
+    assert chosen.prefill is None
+
+
+def test_a_queue_outweighs_a_cached_prefix_and_the_other_way_round():
+    cached = worker("p1", Role.PREFILL, cached_tokens=3200, queue_s=0.2)
+    empty = worker("p2", Role.PREFILL)
+    decode = worker("d", Role.DECODE, **BUSY)
+    assert choose(cached, empty, decode).chosen.prefill == "p1"
+    assert choose(replace(cached, queue_s=2.0), empty, decode).chosen.prefill == "p2"
+
+
+def test_congestion_makes_cached_prefixes_count_for_more():
+    cached = worker("p1", Role.PREFILL, cached_tokens=2000, queue_s=0.4)
+    empty = worker("p2", Role.PREFILL)
+    decode = worker("d", Role.DECODE, **BUSY)
+    assert choose(cached, empty, decode).chosen.prefill == "p2"
+    cached, empty = replace(cached, prefill_utilisation=0.9), replace(empty, prefill_utilisation=0.9)
+    assert choose(cached, empty, decode).chosen.prefill == "p1"
+
+
+def test_the_decode_workers_own_blocks_reduce_what_must_move():
+    links = Links(bytes_per_s=1e8)
+    d1, d2 = worker("d1", Role.DECODE, **BUSY), worker("d2", Role.DECODE, cached_tokens=2000, **BUSY)
+    chosen = choose(worker("p", Role.PREFILL), d1, d2, links=links, routable=request(4000)).chosen
+    assert chosen.decode == "d2"
+    assert chosen.handover_s == pytest.approx(0.005 + 125 * (1 << 20) / 1e8)
+
+
+def test_a_slow_link_is_avoided():
+    links = Links(slow={("p1", "d1"), ("p1", "d2")})
+    workers = [worker("p1", Role.PREFILL), worker("p2", Role.PREFILL, queue_s=0.01)]
+    workers += [worker("d1", Role.DECODE, **BUSY), worker("d2", Role.DECODE, **BUSY)]
+    assert choose(*workers, links=links).chosen.prefill == "p2"
+
+
+def test_workers_that_hand_over_differently_are_not_paired():
+    pull = worker("p", Role.PREFILL, handover=HandoverMode.PULL)
+    push = worker("d", Role.DECODE, handover=HandoverMode.PUSH, **BUSY)
+    assert choose(pull, push).chosen.prefill is None
+    assert choose(replace(pull, handover=None), replace(push, handover=None)).chosen.prefill is None
+
+
+def test_one_worker_that_does_both_serves_alone():
+    chosen = choose(worker("b", Role.BOTH)).chosen
+    assert (chosen.prefill, chosen.decode) == (None, "b")
+
+
+def test_a_request_that_must_stay_local_does():
+    workers = worker("p", Role.PREFILL), worker("d", Role.DECODE, **BUSY)
+    assert choose(*workers, routable=request(is_local_only=True)).chosen.prefill is None
+
+
+def test_a_busy_worker_holds_the_request_and_says_until_when():
+    choice = choose(worker("p", Role.PREFILL, queue_s=0.5), worker("d", Role.DECODE, **BUSY))
+    assert choice.is_held
+    assert "p has 0.50 s" in choice.held_because
+    assert 0 < choice.room_s < 0.1
+
+
+def test_a_decode_worker_without_room_holds_the_request():
+    full = worker("d", Role.DECODE, **BUSY | {"free_blocks": 10})
+    choice = choose(worker("p", Role.PREFILL), full)
+    assert choice.is_held
+    assert choice.held_because == "d has no room to decode"
+    other = worker("e", Role.DECODE, **BUSY)
+    choice = choose(worker("p", Role.PREFILL), full, other)
+    assert (choice.is_held, choice.chosen.decode) == (False, "e")
+
+
+def test_an_idle_decode_worker_takes_even_what_seems_not_to_fit():
+    assert not choose(worker("d", Role.BOTH, free_blocks=1)).is_held
+
+
+def test_equally_good_workers_share_the_load():
+    workers = [worker(f"p{k}", Role.PREFILL) for k in range(4)] + [worker("d", Role.DECODE, **BUSY)]
+    chosen = {choose(*workers, seed=seed).chosen.prefill for seed in range(60)}
+    assert chosen == {"p0", "p1", "p2", "p3"}
+
+
+def test_another_rules_choice_is_judged_in_seconds():
+    view = fleet(worker("p", Role.PREFILL, queue_s=1.0), worker("d", Role.DECODE, **BUSY))
+    bare = Candidate(WorkerId("p"), WorkerId("d"), 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 42.0)
+    judged = judge(request(), bare, view)
+    assert judged.queue_s == 1.0
+    assert judged.ttft_s == pytest.approx(1.0 + judged.prefill_s)
+    with pytest.raises(ValueError, match="'x'"):
+        judge(request(), replace(bare, decode=WorkerId("x")), view)
+
+
+LOADS = st.fixed_dictionaries(
+    {
+        "cached_tokens": st.integers(0, 249).map(lambda blocks: blocks * 16),
+        "num_running": st.integers(0, 60),
+        "queue_s": st.floats(0, 5),
+        "kv_tokens": st.integers(0, 100_000),
+        "free_blocks": st.integers(0, 10_000),
+        "prefill_utilisation": st.floats(0, 1),
+        "mean_running": st.floats(0, 60),
+        "handover": st.sampled_from([HandoverMode.PULL, HandoverMode.PULL, HandoverMode.PUSH, None]),
+    }
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(list(Role)), LOADS), min_size=1, max_size=7), st.integers(1, 5000))
+def test_nothing_is_cheaper_than_the_choice_where_links_are_equal(kinds, expected):
+    workers = [worker(f"w{k}", role, **load) for k, (role, load) in enumerate(kinds)]
+    if not any(each.role.can_decode for each in workers):
+        return
+    view, routable = fleet(*workers), request(4000, expected)
+    choice = Headrace().choose(routable, view)
+    every = [local(prefill_leg(routable, d), decode_leg(routable, d)) for d in view.decode]
+    every += [
+        pair(routable, prefill_leg(routable, p), decode_leg(routable, d), view.links.link(p.worker, d.worker))
+        for p in view.prefill
+        for d in view.decode
+        if can_hand_over(p, d)
+    ]
+    assert choice.chosen.total_s <= min(option.total_s for option in every) * 1.0031
+    assert choice.chosen in choice.candidates
+    assert all(option in every for option in choice.candidates)

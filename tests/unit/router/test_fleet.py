@@ -1,0 +1,232 @@
+import math
+import random
+
+import numpy as np
+import pytest
+
+from planes.blocks import pack
+from planes.messages import (
+    BlocksStored,
+    EngineFacts,
+    HandoverEndpoint,
+    HandoverMode,
+    KvEvents,
+    LatencyPrior,
+    LoadReport,
+    Registration,
+    RequestId,
+    Role,
+    StepSample,
+    WorkerId,
+    WorkerState,
+)
+from router.fleet import Fleet
+from router.request import Candidate, Observed, RoutableRequest
+
+FACTS = EngineFacts(
+    block_size=10,
+    num_blocks=1000,
+    context_length=9000,
+    max_batch=8,
+    max_step_tokens=2000,
+    bytes_per_block=100,
+    vocab_size=9,
+)
+P, D = WorkerId("p"), WorkerId("d")
+
+
+def registration(name, role=Role.BOTH, *, epoch=1, model="m", state=WorkerState.READY):
+    endpoint = HandoverEndpoint(HandoverMode.PULL, f"{name}{epoch}", "h", 1)
+    return Registration(WorkerId(name), epoch, role, model, "h:1", "sim", FACTS, "", endpoint, state)
+
+
+def report(name, *, epoch=1, running=0, waiting=0, tokens=0, free=1000, kv=0, state=WorkerState.READY, steps=()):
+    return LoadReport(WorkerId(name), epoch, state, running, waiting, tokens, free, kv, 0, 0, 0, list(steps))
+
+
+def request(name="r", *, blocks=(), tokens=100, expected=20, **fields):
+    names = np.array(blocks, dtype=np.uint64)
+    return RoutableRequest(RequestId(name), "m", names, tokens, expected, 1e9, **fields)
+
+
+def candidate(prefill, decode, *, cached=0, seconds=1.0):
+    return Candidate(prefill, decode, cached, 0, 0.0, seconds, 0.0, 0.0, 0.0, 1.0)
+
+
+def fleet_of(*registrations):
+    fleet = Fleet()
+    for each in registrations:
+        fleet.up(each)
+    return fleet
+
+
+def view(fleet, name, *, now=0.0, routable=None, ahead=None):
+    seen = fleet.view(routable or request(), ahead or {}, now, random.Random(0))
+    return next(worker for worker in [*seen.prefill, *seen.decode] if worker.worker == name)
+
+
+def test_dispatches_count_at_once_and_are_gone_after_the_release():
+    fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
+    reservation = fleet.reserve(request(), candidate(P, D), 0.0)
+    assert (view(fleet, P).num_waiting, view(fleet, P).waiting_prefill_tokens, view(fleet, P).queue_s) == (1, 100, 1.0)
+    assert (view(fleet, D).num_running, view(fleet, D).kv_tokens, view(fleet, D).free_blocks) == (1, 100, 988)
+    fleet.prefilled(reservation, 0.5)
+    assert (view(fleet, P, now=0.5).num_waiting, view(fleet, P, now=0.5).queue_s) == (0, 0.0)
+    fleet.release(reservation, 20, 1.0)
+    assert (view(fleet, D).num_running, view(fleet, D).kv_tokens, view(fleet, D).free_blocks) == (0, 0, 1000)
+
+
+def test_a_report_that_counts_a_dispatch_does_not_count_it_twice():
+    fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
+    fleet.reserve(request("old"), candidate(P, D), 0.0)
+    fleet.reserve(request("new"), candidate(P, D), 0.99)
+    fleet.apply_load(report("p", waiting=1, tokens=100), now=1.0, report_delay_s=0.02)
+    assert view(fleet, P, now=1.0).num_waiting == 2
+    assert view(fleet, P, now=1.0).waiting_prefill_tokens == 200
+    assert view(fleet, P, now=1.0).queue_s == pytest.approx(2.0)
+    fleet.apply_load(report("p", waiting=2, tokens=200), now=1.1, report_delay_s=0.02)
+    assert view(fleet, P, now=1.1).num_waiting == 2
+    assert view(fleet, P, now=1.1).waiting_prefill_tokens == 200
+
+
+def test_a_decode_leg_is_in_reports_only_once_it_has_arrived():
+    fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
+    reservation = fleet.reserve(request(), candidate(P, D), 0.0)
+    fleet.apply_load(report("d"), now=5.0, report_delay_s=0.02)
+    assert view(fleet, D).num_running == 1
+    fleet.prefilled(reservation, 5.0)
+    fleet.apply_load(report("d", running=1, kv=100, free=988), now=5.2, report_delay_s=0.02)
+    assert (view(fleet, D).num_running, view(fleet, D).kv_tokens, view(fleet, D).free_blocks) == (1, 100, 988)
+    fleet.release(reservation, 20, 6.0)
+    assert (view(fleet, D).num_running, view(fleet, D).kv_tokens, view(fleet, D).free_blocks) == (0, 0, 1000)
+
+
+def test_other_gateways_requests_are_in_the_reports():
+    fleet = fleet_of(registration("d"))
+    fleet.apply_load(report("d", running=3, waiting=1, tokens=800, kv=500, free=900), now=1.0, report_delay_s=0.02)
+    fleet.reserve(request(), candidate(None, D), 1.0)
+    seen = view(fleet, D, now=1.0)
+    assert (seen.num_running, seen.num_waiting, seen.waiting_prefill_tokens) == (4, 2, 900)
+    assert seen.queue_s == pytest.approx(0.01 + 800 / 8000 + 2e-9 * 800 * 400 + 1.0)
+
+
+def test_prompt_work_drains_between_reports():
+    fleet = fleet_of(registration("d"))
+    fleet.apply_load(report("d", waiting=1, tokens=8000), now=1.0, report_delay_s=0.02)
+    first = view(fleet, D, now=1.0).queue_s
+    assert view(fleet, D, now=1.4).queue_s == pytest.approx(first - 0.4)
+    assert view(fleet, D, now=99.0).queue_s == 0.0
+
+
+def test_a_worker_that_is_late_is_not_taken_for_idle():
+    fleet = fleet_of(registration("d"))
+    fleet.reserve(request(), candidate(None, D, seconds=2.0), 0.0)
+    assert view(fleet, D, now=10.0).queue_s == pytest.approx(0.2)
+
+
+def test_a_prompt_under_way_counts_as_cached_where_it_is_computed():
+    fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
+    reservation = fleet.reserve(request("first", blocks=range(1, 9)), candidate(P, D), 0.0)
+    second = request("second", blocks=[1, 2, 3, 4, 50, 60])
+    assert view(fleet, P, routable=second).cached_tokens == 40
+    assert view(fleet, D, routable=second).cached_tokens == 0
+    fleet.prefilled(reservation, 1.0)
+    assert view(fleet, P, routable=second).cached_tokens == 0
+
+
+def test_a_fully_cached_prompt_leaves_its_last_token_to_compute():
+    fleet = fleet_of(registration("d"))
+    fleet.index.apply(KvEvents(D, 1, 1, [BlocksStored(pack(np.arange(1, 11, dtype=np.uint64)))]))
+    assert view(fleet, D, routable=request(blocks=range(1, 11), tokens=100)).cached_tokens == 90
+    assert view(fleet, D, routable=request(blocks=range(1, 11), tokens=101)).cached_tokens == 100
+
+
+def test_only_ready_workers_of_the_model_that_are_not_excluded_are_offered():
+    fleet = fleet_of(
+        registration("a"),
+        registration("b", model="other"),
+        registration("c", state=WorkerState.DRAINING),
+        registration("d"),
+        registration("e"),
+    )
+    fleet.apply_load(report("e", state=WorkerState.DRAINING), now=0.0, report_delay_s=0.02)
+    seen = fleet.view(request(excluded=frozenset({D})), {}, 0.0, random.Random(0))
+    assert [worker.worker for worker in seen.decode] == ["a"]
+
+
+def test_without_a_worker_that_decodes_there_is_no_view():
+    fleet = fleet_of(registration("p", Role.PREFILL))
+    assert fleet.view(request(), {}, 0.0, random.Random(0)) is None
+
+
+def test_a_local_request_is_offered_no_prefill_worker():
+    fleet = fleet_of(registration("p", Role.PREFILL), registration("d"))
+    seen = fleet.view(request(is_local_only=True), {}, 0.0, random.Random(0))
+    assert (list(seen.prefill), len(seen.decode)) == ([], 1)
+
+
+def test_a_restarted_worker_starts_empty_and_old_reservations_do_not_touch_it():
+    fleet = fleet_of(registration("d"))
+    reservation = fleet.reserve(request(), candidate(None, D), 0.0)
+    fleet.up(registration("d", epoch=2))
+    assert view(fleet, D).num_running == 0
+    fleet.release(reservation, 5, 1.0)
+    assert (view(fleet, D).num_running, view(fleet, D).free_blocks, view(fleet, D).queue_s) == (0, 1000, 0.0)
+    fleet.up(registration("d", epoch=1))
+    assert fleet.workers[D].registration.epoch == 2
+
+
+def test_a_worker_whose_lease_ran_out_comes_back_with_its_reservations():
+    fleet = fleet_of(registration("d"))
+    reservation = fleet.reserve(request(), candidate(None, D), 0.0)
+    fleet.down(D)
+    assert fleet.view(request(), {}, 0.0, random.Random(0)) is None
+    fleet.up(registration("d"))
+    assert view(fleet, D).num_running == 1
+    fleet.release(reservation, 5, 1.0)
+    assert view(fleet, D).num_running == 0
+
+
+def test_reports_of_another_epoch_are_ignored():
+    fleet = fleet_of(registration("d", epoch=3))
+    fleet.apply_load(report("d", epoch=2, running=7), now=0.0, report_delay_s=0.02)
+    assert view(fleet, D).num_running == 0
+
+
+def test_utilisation_follows_the_steps_reported():
+    fleet = fleet_of(registration("d"))
+    fleet.apply_load(report("d"), now=0.0, report_delay_s=0.02)
+    for k in range(1, 1200):
+        steps = [StepSample(400, 80_000, 0, 0, 0.06)]
+        fleet.apply_load(report("d", running=2, steps=steps), now=k / 10, report_delay_s=0.02)
+    seen = view(fleet, D)
+    assert seen.utilisation == pytest.approx(0.6, abs=0.08)
+    assert seen.prefill_utilisation == pytest.approx(0.6, abs=0.08)
+    assert seen.mean_running == pytest.approx(2.0, abs=0.3)
+
+
+def test_links_are_learned_per_pair_and_per_sender():
+    fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE), registration("e", Role.DECODE))
+    reservation = fleet.reserve(request(), candidate(P, D), 0.0)
+    for _ in range(100):
+        fleet.learn(reservation, Observed(handover_s=2.0, handover_bytes=1000))
+    assert fleet.links.link(P, D).handover_s(1000) == pytest.approx(2.0, rel=0.1)
+    assert fleet.links.link(P, WorkerId("e")).handover_s(1000) == pytest.approx(2.0, rel=0.1)
+    assert fleet.links.link(D, P).handover_s(0) == LatencyPrior().handover_fixed_s
+    fleet.down(P)
+    assert fleet.links.link(P, D).handover_s(0) == LatencyPrior().handover_fixed_s
+    fleet.learn(reservation, Observed(handover_s=2.0, handover_bytes=1000))
+
+
+def test_whole_prefills_teach_only_where_no_steps_are_reported():
+    fleet = fleet_of(registration("d"))
+    reservation = fleet.reserve(request(tokens=1000), candidate(None, D), 0.0)
+    before = view(fleet, D).latency.prefill_s(1000, 1000)
+    fleet.learn(reservation, Observed(prefill_s=4.0, cached_tokens=0))
+    after = view(fleet, D).latency.prefill_s(1000, 1000)
+    assert after > before
+    fleet.apply_load(report("d", steps=[StepSample(0, 0, 1, 1, 0.01)]), now=0.0, report_delay_s=0.02)
+    learned = view(fleet, D).latency.prefill_s(1000, 1000)
+    fleet.learn(reservation, Observed(prefill_s=40.0, cached_tokens=0))
+    assert view(fleet, D).latency.prefill_s(1000, 1000) == learned
+    assert math.isfinite(learned)
