@@ -413,6 +413,10 @@ class Fleet:
             return [worker for worker in ready if worker.worker not in request.excluded]
         return ready
 
+    def can_serve(self, request: RoutableRequest) -> bool:
+        """Whether any worker that may take the request can decode."""
+        return any(worker.role.can_decode for worker in self.eligible(request))
+
     def cached_blocks(self, request: RoutableRequest) -> dict[WorkerId, int]:
         """Leading blocks held, or soon held because a prompt with the same beginning is being computed there."""
         cached = self.index.match(request.blocks)

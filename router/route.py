@@ -60,6 +60,7 @@ class Router:
         self._fleet = Fleet()
         self._queue = Queue(self._settings)
         self._dispatch = Dispatch(self._fleet, self._queue)
+        self._fleet_version = -1
         self._bound: dict[RequestId, tuple[Reservation, Candidate]] = {}
         self._history = History(self._settings.history)
         self._counts = Counts()
@@ -134,7 +135,7 @@ class Router:
         limit = self._settings.queue_limit
         if len(self._queue) >= limit:
             raise QueueFull(len(self._queue), limit, retry_after_s=self._bind_rate.seconds_for(limit / 10, now))
-        if not any(worker.role.can_decode for worker in self._fleet.eligible(request)):
+        if not self._fleet.can_serve(request):
             raise NoWorker(request.model, num_workers=len(self._fleet.workers))
         slo = self._slo(request)
         view = self._fleet.view(request, {}, now, self._rng) if slo is not None else None
@@ -150,9 +151,21 @@ class Router:
             for waiting in self._queue.expired(now)
         ]
         if len(self._queue):
+            answers += self._refuse_unservable()
             self._queue.promote(now)
             self._dispatch.run(lambda waiting, ahead: self._decide(waiting, ahead, now, answers), now)
         return answers
+
+    def _refuse_unservable(self) -> list[Refusal]:
+        """Those that waited for workers which are gone: looked for only when the fleet has changed."""
+        if self._fleet_version == self._fleet.version:
+            return []
+        self._fleet_version = self._fleet.version
+        lost = [waiting for waiting in self._queue.all() if not self._fleet.can_serve(waiting.request)]
+        return [
+            self._turn_away(waiting, NoWorker(waiting.request.model, num_workers=len(self._fleet.workers)))
+            for waiting in lost
+        ]
 
     def _decide(
         self, waiting: Waiting, ahead: dict[WorkerId, float], now: float, answers: list[Route | Refusal]
