@@ -107,8 +107,11 @@ class Publisher:
 
     async def run(self) -> None:
         """Publish until cancelled: KV events at once, load reports at their pace, snapshots when asked."""
+        connected = asyncio.Event()
+        self._events.on_connect(connected.set)
         self._events.on_connect(self._activity.set)
         await self._events.serve_snapshots(self._worker, self.snapshot)
+        await connected.wait()  # nobody could hear us before
         async with asyncio.TaskGroup() as group:
             group.create_task(self._send())
             group.create_task(self._report())
@@ -190,7 +193,6 @@ class Publisher:
                     await self._events.publish_load(message)
 
     async def _report(self) -> None:
-        await self._activity.wait()  # for the first connection: nobody could hear us before
         while True:
             self._activity.clear()
             report = self.report()
