@@ -1,0 +1,122 @@
+"""The arrows of the house: who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("app", "router", "workers", "planes")
+MAY_IMPORT = {
+    "app": {"app", "router", "planes"},
+    "router": {"router", "planes"},
+    "workers": {"workers", "planes"},
+    "planes": {"planes"},
+}
+ROUTER_PLANES = {"planes.messages", "planes.blocks", "planes.errors", "planes.frames"}
+IMPURE = set(
+    "aiofiles anyio asyncio concurrent datetime http io logging multiprocessing os pathlib requests secrets selectors "
+    "signal socket ssl structlog subprocess threading time urllib".split()
+)
+ONLY_IN = {
+    "vllm": {"workers/vllm_"},
+    "nixl": {"planes/transfer"},
+    "nixl_cu12": {"planes/transfer"},
+    "aetcd": {"planes/control"},
+    "nats": {"planes/events"},
+    "torch": {"workers/"},
+    "transformers": {"workers/"},
+}
+
+
+def modules():
+    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imports(path):
+    """Full names of what a module imports anywhere, with line numbers; `from a import b` counts as a and a.b."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                package = path.relative_to(ROOT).parts[: -node.level]
+                base = ".".join([*package, node.module] if node.module else package)
+            else:
+                base = node.module
+            yield base, node.lineno
+            for alias in node.names:
+                yield f"{base}.{alias.name}", node.lineno
+
+
+def test_the_packages_are_there():
+    assert len(modules()) > 40
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_along_the_arrows(package):
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for name, line in imports(path)
+        if (top := name.split(".")[0]) in {*PACKAGES, "loadtest", "tests"} and top not in MAY_IMPORT[package]
+    ]
+    assert not wrong
+
+
+def test_the_router_sees_only_messages_blocks_errors_and_frames_of_the_planes():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in sorted((ROOT / "router").rglob("*.py"))
+        for name, line in imports(path)
+        if name.startswith("planes")
+        and not any(name == allowed or name.startswith(f"{allowed}.") for allowed in ROUTER_PLANES)
+    ]
+    assert not wrong
+
+
+def test_the_router_is_pure():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in sorted((ROOT / "router").rglob("*.py"))
+        for name, line in imports(path)
+        if name.split(".")[0] in IMPURE
+    ]
+    wrong += [
+        f"{path.relative_to(ROOT)}:{node.lineno} has {type(node).__name__}"
+        for path in sorted((ROOT / "router").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.AsyncFunctionDef | ast.Await | ast.Global)
+        or (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in {"open", "print", "input"}
+        )
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_each_foreign_library_has_one_home(library):
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in modules()
+        for name, line in imports(path)
+        if name.split(".")[0] == library
+        and not any(str(path.relative_to(ROOT)).startswith(home) for home in ONLY_IN[library])
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("module", ["app.main", "app.cli", "router.route", "loadtest.simulate"])
+def test_heavy_libraries_are_not_loaded_with(module):
+    code = (
+        f"import sys, {module}\n"
+        "heavy = {'torch', 'transformers', 'vllm', 'nixl', 'nixl_cu12'} & sys.modules.keys()\n"
+        "sys.exit(', '.join(sorted(heavy)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
