@@ -16,10 +16,30 @@ MAY_IMPORT = {
     "planes": {"planes"},
 }
 ROUTER_PLANES = {"planes.messages", "planes.blocks", "planes.errors", "planes.frames"}
-IMPURE = set(
-    "aiofiles anyio asyncio concurrent datetime http io logging multiprocessing os pathlib requests secrets selectors "
-    "signal socket ssl structlog subprocess threading time urllib".split()
-)
+IMPURE = {
+    "aiofiles",
+    "anyio",
+    "asyncio",
+    "concurrent",
+    "datetime",
+    "http",
+    "io",
+    "logging",
+    "multiprocessing",
+    "os",
+    "pathlib",
+    "requests",
+    "secrets",
+    "selectors",
+    "signal",
+    "socket",
+    "ssl",
+    "structlog",
+    "subprocess",
+    "threading",
+    "time",
+    "urllib",
+}
 ONLY_IN = {
     "vllm": {"workers/vllm_"},
     "nixl": {"planes/transfer"},
