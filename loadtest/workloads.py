@@ -195,10 +195,10 @@ def prefix_repetition(block_size: int, rng: random.Random) -> Iterator[Session]:
 def agentic(block_size: int, rng: random.Random) -> Iterator[Session]:
     """Agents: 20,000 tokens common to all, 10,000 of the session's own, 2048 more with every turn; 900 out; 30 turns.
 
-    48 sessions start as a Poisson process, one per 4 s; a turn follows the last answer after a think time (a tool's
+    32 sessions start as a Poisson process, one per 4 s; a turn follows the last answer after a think time (a tool's
     run), exponential with mean 2 s. The prompt of a turn holds all earlier prompts and answers.
     """
-    sessions, num_turns, start = 48, 30, 0.0
+    sessions, num_turns, start = 32, 30, 0.0
     ids = itertools.count(1)
     for _ in range(sessions):
         start += rng.expovariate(1 / 4)
