@@ -16,6 +16,7 @@ import mmap
 import os
 import shutil
 import struct
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -389,3 +390,17 @@ def merges(tokens: list[str], scores: list[float], kinds: list[int]) -> list[str
         for cut in range(1, len(token))
         if token[:cut] in normal and token[cut:] in normal
     ]
+
+
+def _main() -> int:
+    """Print progress, and the directory on the last line. Returns the exit status."""
+    try:
+        print(ensure_demo_model(progress=lambda line: print(line, flush=True)))  # noqa: T201 - its output is its answer
+    except DemoModelError as exc:
+        print(exc)  # noqa: T201
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
