@@ -25,6 +25,7 @@ class Job:
     model: str
     prompt: Tokens
     blocks: Hashes
+    block_size: int
     sampling: Sampling
     format: Format
     arrived_at: float
@@ -38,6 +39,21 @@ class Job:
     def is_resumable(self) -> bool:
         """Whether another worker can go on from the tokens; else it starts over, if the client has got nothing."""
         return self.sampling.n == 1 and (self.format.is_streaming or self.sampling.logprobs is None)
+
+    @property
+    def is_first_token_early(self) -> bool:
+        """Whether the prefill worker's token may go to the client before the handover.
+
+        It must be the token that the decode worker would go on from. Seeds and penalties tell generated tokens from
+        the prompt's, and a resumed leg counts it among the latter. After a prompt of whole blocks the decode engine
+        would need a block that the prefill engine does not have. With one token in all there is nothing to hand over.
+        """
+        s = self.sampling
+        if s.max_tokens == 1 or not self.format.is_streaming:
+            return s.max_tokens == 1
+        is_plain = (s.presence_penalty, s.frequency_penalty, s.repetition_penalty, s.min_tokens) == (0, 0, 1, 0)
+        has_no_seed = s.seed is None or s.temperature == 0
+        return s.n == 1 and is_plain and has_no_seed and len(self.prompt) % self.block_size != 0
 
     def routable(self, *, num_tokens: int = 0, excluded: frozenset[WorkerId] = frozenset()) -> RoutableRequest:
         """What the router may know, after `num_tokens` have been generated."""
@@ -53,6 +69,7 @@ class Job:
             slo_ttft_s=None if num_tokens or excluded else self.slo_ttft_s,
             excluded=excluded,
             is_local_only=self.sampling.n > 1 or num_tokens > 0,
+            is_first_token_exact=self.is_first_token_early,
         )
 
 
@@ -95,20 +112,6 @@ class Course:
         """The name of this attempt's legs: an engine may still be busy forgetting the attempt before."""
         number = len(self.attempts)
         return self.job.request if number == 1 else RequestId(f"{self.job.request}.{number}")
-
-    def is_first_token_early(self, block_size: int) -> bool:
-        """Whether the prefill worker's token may go to the client before the handover.
-
-        It must be the token that the decode worker would go on from. Seeds and penalties tell generated tokens from
-        the prompt's, and a resumed leg counts it among the latter. After a prompt of whole blocks the decode engine
-        would need a block that the prefill engine does not have. With one token in all there is nothing to hand over.
-        """
-        s = self.job.sampling
-        if s.max_tokens == 1 or not self.job.format.is_streaming:
-            return s.max_tokens == 1
-        is_plain = (s.presence_penalty, s.frequency_penalty, s.repetition_penalty, s.min_tokens) == (0, 0, 1, 0)
-        has_no_seed = s.seed is None or s.temperature == 0
-        return s.n == 1 and is_plain and has_no_seed and len(self.job.prompt) % block_size != 0
 
     def bound(self, route: Route, *, now: float) -> Attempt:
         """A new attempt begins."""

@@ -153,9 +153,11 @@ class Streamed(Response):
         self._on_cut_off = on_cut_off
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
-        client: Client = scope["extensions"][_EXTENSION]
+        client: Client | None = scope.get("extensions", {}).get(_EXTENSION)
         task = asyncio.current_task()
-        if client.is_gone or task is None:
+        if client is None or task is None:
+            raise RuntimeError("a Streamed response needs a server that runs StreamingProtocol")
+        if client.is_gone:
             return
         client.watch(task.cancel)
         answer = Answer(client, scope, send, max_unsent_bytes=self._max_unsent_bytes, on_cut_off=self._on_cut_off)

@@ -20,7 +20,8 @@ from app.dispatch import Dispatcher
 from app.fleet import Fleet
 from app.gateway import Gateway
 from app.http import StreamingProtocol
-from app.metrics import Gauge, Metrics
+from app.live import LiveConfig, LiveRouting, Routing, routing
+from app.metrics import Metrics, router_gauges
 from app.models import Models
 from app.preprocess import Preprocessor
 from app.relay import Relay
@@ -28,7 +29,7 @@ from app.routes.completions import completion_routes
 from app.routes.operations import operation_routes
 from app.routes.replies import error_reply
 from app.settings import GatewaySettings
-from planes.control import Etcd, WorkerDirectory
+from planes.control import Etcd, WorkerDirectory, watch_config
 from planes.errors import HeadraceError, InvalidRequest
 from planes.events import EventPlane
 from planes.logs import configure
@@ -36,9 +37,7 @@ from planes.messages import Registration, RequestId
 from planes.objects import ObjectStore
 from planes.settings import UnusableSetting
 from planes.streams import WorkerConnection
-from router.policies import load_policy
 from router.route import Router
-from router.settings import RouterSettings
 
 _log = structlog.get_logger()
 
@@ -94,7 +93,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
     fleet = Fleet(router, dispatcher, models, events, connect=connect, clock=clock, rng=random.Random())
     relay = Relay(dispatcher, fleet, metrics, clock=clock, max_attempts=settings.max_attempts)
     metrics.watch(fleet.gauges)
-    metrics.watch(lambda: [Gauge("requests_waiting", "Requests in the gateway's queue.", dispatcher.num_waiting)])
+    metrics.watch(lambda: router_gauges(router.stats(now=clock())))
     return Gateway(
         settings=settings,
         keys=_keys(settings),
@@ -132,6 +131,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
     directory = WorkerDirectory(
         Etcd(settings.etcd), settings.namespace, on_up=fleet.worker_up, on_down=fleet.worker_down
     )
+    live = LiveRouting(settings, lambda changed: _reconfigure(gateway, changed))
     await events.subscribe_kv(fleet.kv_changed)
     await events.subscribe_load(fleet.load_reported)
     server = _Server(_uvicorn_config(settings, create_app(gateway)))
@@ -141,8 +141,11 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
     try:
         async with asyncio.TaskGroup() as tasks:
             forever = [
-                tasks.create_task(work)
-                for work in (events.run(), directory.run(), fleet.run(), _watch_loop(gateway.metrics))
+                tasks.create_task(events.run()),
+                tasks.create_task(directory.run()),
+                tasks.create_task(watch_config(Etcd(settings.etcd), settings.namespace, live.take)),
+                tasks.create_task(fleet.run()),
+                tasks.create_task(_watch_loop(gateway.metrics)),
             ]
             host, port = listener.getsockname()[:2]
             _log.info("gateway.listening", host=host, port=port, policy=settings.policy)
@@ -155,6 +158,11 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
         gateway.dispatcher.stop()
         gateway.preprocessor.close()
     _log.info("gateway.stopped")
+
+
+def _reconfigure(gateway: Gateway, changed: Routing) -> None:
+    gateway.router.configure(changed.settings, changed.policy, shadow=changed.shadow, now=gateway.clock())
+    gateway.dispatcher.changed()
 
 
 async def _watch_loop(metrics: Metrics) -> None:
@@ -181,12 +189,10 @@ def _uvicorn_config(settings: GatewaySettings, app: FastAPI) -> uvicorn.Config:
 
 def _router(settings: GatewaySettings) -> Router:
     try:
-        policy = load_policy(settings.policy)
-        shadow = load_policy(settings.shadow_policy) if settings.shadow_policy is not None else None
+        start = routing(settings, LiveConfig())
     except ValueError as exc:
         raise UnusableSetting("policy", settings.policy, str(exc)) from exc
-    limits = RouterSettings(queue_limit=settings.queue_limit, slo_ttft_s=settings.slo_ttft_s)
-    return Router(limits, policy, shadow=shadow, rng=random.Random())
+    return Router(start.settings, start.policy, shadow=start.shadow, rng=random.Random())
 
 
 def _keys(settings: GatewaySettings) -> ApiKeys:
@@ -198,7 +204,8 @@ def _keys(settings: GatewaySettings) -> ApiKeys:
 
 def _listening(settings: GatewaySettings) -> socket.socket:
     try:
-        return socket.create_server((settings.host, settings.port), backlog=2048)
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as exc:
         raise UnusableSetting("port", settings.port, f"{settings.host} cannot be listened on: {exc}") from exc
 

@@ -1,10 +1,12 @@
 """What the gateway measures, in one registry of its own. Per token nothing is counted: a request adds up at its end."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
+
+from router.explain import RouterStats
 
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _ITL_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
@@ -122,6 +124,34 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"headrace_{name}", text, ("model",), buckets=buckets, registry=self._registry)
+
+
+def router_gauges(stats: RouterStats) -> Iterator[Gauge]:
+    """What the router counts of itself."""
+    for priority, count in (stats.waiting or {0: 0}).items():
+        yield Gauge("requests_waiting", "Requests in the gateway's queue.", count, (("priority", str(priority)),))
+    yield Gauge("oldest_wait_seconds", "Age of the oldest request in the queue.", stats.oldest_wait_s)
+    yield Gauge("requests_bound", "Requests that hold a reservation.", stats.bound)
+    yield Gauge("requests_held", "Requests ever held back for a worker with room.", stats.held)
+    yield Gauge("index_blocks", "Names in the block index.", stats.index_blocks)
+    yield Gauge("inexact_workers", "Workers whose blocks need a snapshot.", stats.inexact_workers)
+    yield Gauge("local_decisions", "Requests bound without a handover.", stats.local_decisions)
+    for policy, count in stats.decisions.items():
+        yield Gauge("decisions", "Requests bound.", count, (("policy", policy),))
+    for code, count in stats.refusals.items():
+        yield Gauge("refusals", "Requests refused by the router.", count, (("code", code),))
+    for what, ratio in (
+        ("prefill", stats.prefill_error_ratio),
+        ("step", stats.step_error_ratio),
+        ("handover", stats.handover_error_ratio),
+        ("ttft", stats.ttft_error_ratio),
+    ):
+        yield Gauge("prediction_error_ratio", "Mean relative error of predictions.", ratio, (("of", what),))
+    if stats.shadow is not None:
+        label = (("policy", stats.shadow.policy),)
+        yield Gauge("shadow_decided", "Decisions of the shadow policy.", stats.shadow.decided, label)
+        yield Gauge("shadow_differed", "Those with other workers.", stats.shadow.differed, label)
+        yield Gauge("shadow_faster_seconds", "Predicted seconds they would have saved.", stats.shadow.faster_s, label)
 
 
 class _Gauges:

@@ -168,24 +168,23 @@ class Relay:
         return done
 
     async def _disaggregated(self, course: Course, prefill: WorkerId, decode: WorkerId) -> Done:
-        registration = self._workers.registration(prefill)
-        endpoint = registration.handover
+        endpoint = self._workers.registration(prefill).handover
         if endpoint is None:
             raise WorkerUnreachable(prefill, "it is registered without a handover endpoint")
         num_tokens = len(course.tokens)
         try:
             if endpoint.mode is HandoverMode.PUSH:
                 return await self._push(course, prefill, decode, endpoint)
-            return await self._pull(course, prefill, decode, registration.facts.block_size)
+            return await self._pull(course, prefill, decode)
         except WorkerFailed as exc:
             if exc.worker == decode and len(course.tokens) <= num_tokens + 1:
                 # A taker that fails before its first token as a rule could not get the KV cache: the giver is suspect.
                 raise WorkerFailed(prefill, exc.code, f"handover to {decode}: {exc}") from exc
             raise
 
-    async def _pull(self, course: Course, prefill: WorkerId, decode: WorkerId, block_size: int) -> Done:
+    async def _pull(self, course: Course, prefill: WorkerId, decode: WorkerId) -> Done:
         attempt = course.attempts[-1]
-        is_early = course.is_first_token_early(block_size)
+        is_early = course.job.is_first_token_early
         kind = PrefillLeg(HandoverMode.PULL, emit_first=is_early)
         tokens: list[int] = course.tokens if is_early else []
         write, first = (course.write, self._first(course)) if is_early else (drop, None)

@@ -76,6 +76,7 @@ async def prepared_job(gateway: Gateway, request: Request, tenant: Tenant, reque
         model=parsed.model,
         prompt=prepared.tokens,
         blocks=prepared.blocks,
+        block_size=model.block_size,
         sampling=prepared.sampling,
         format=Format(
             kind=parsed.kind.value,

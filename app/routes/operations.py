@@ -42,9 +42,15 @@ def operation_routes(gateway: Gateway) -> APIRouter:
 
     @routes.get("/v1/fleet", response_model=None)
     async def fleet(request: Request) -> Response:
-        """The registered workers: roles, state, load, blocks, connection."""
+        """The registered workers: roles, state, load, blocks, connection; and how the router sees those it may use."""
         gateway.keys.authenticate(request.headers)
-        return json_reply({"num_waiting": gateway.dispatcher.num_waiting, "workers": gateway.fleet.statuses()})
+        return json_reply(
+            {
+                "num_waiting": gateway.dispatcher.num_waiting,
+                "workers": gateway.fleet.statuses(),
+                "router": gateway.router.workers(now=gateway.clock()),
+            }
+        )
 
     @routes.get("/v1/routes/{request_id}", response_model=None)
     async def explain(request: Request, request_id: str) -> Response:

@@ -63,6 +63,7 @@ class Scene:
             model="sim",
             prompt=prompt,
             blocks=np.empty(0, np.uint64),
+            block_size=16,
             sampling=Sampling(**{"max_tokens": 10, "temperature": 0.0, **sampling}),
             format=Format("chat", "id", "sim", 0, is_streaming=is_streaming),
             arrived_at=now,

@@ -1,0 +1,174 @@
+import asyncio
+import random
+
+import httpx
+import pytest
+
+from app.auth import ApiKeys
+from app.dispatch import Dispatcher
+from app.fleet import Fleet
+from app.gateway import Gateway
+from app.main import create_app
+from app.metrics import Metrics, router_gauges
+from app.models import Models
+from app.preprocess import Preprocessor
+from app.relay import Relay
+from app.settings import GatewaySettings
+from planes.messages import RequestId
+from planes.settings import UnusableSetting
+from router.route import Router
+from tests.fakes import registration
+
+
+class NoStore:
+    async def has(self, name):
+        return False
+
+    async def put(self, name, data): ...
+
+    async def get(self, name):
+        raise AssertionError
+
+
+class Still:
+    """A connection that nothing happens on."""
+
+    num_streams = num_bytes_received = num_bytes_sent = 0
+
+    def __init__(self):
+        self.closed = asyncio.get_running_loop().create_future()
+
+    def close(self): ...
+
+
+async def connect(worker):
+    return Still()
+
+
+async def load(worker): ...
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return GatewaySettings(cache_dir=tmp_path)
+
+
+@pytest.fixture
+async def gateway(settings, tmp_path):
+    clock = asyncio.get_running_loop().time
+    router, metrics = Router(), Metrics()
+    dispatcher, models = Dispatcher(router, clock=clock), Models(NoStore(), tmp_path)
+    models.load = load
+    fleet = Fleet(router, dispatcher, models, models, connect=connect, clock=clock, rng=random.Random(0))
+    relay = Relay(dispatcher, fleet, metrics, clock=clock, max_attempts=3)
+    metrics.watch(fleet.gauges)
+    metrics.watch(lambda: router_gauges(router.stats(now=clock())))
+    preprocessor = Preprocessor()
+    yield Gateway(
+        settings=settings,
+        keys=ApiKeys(),
+        models=models,
+        preprocessor=preprocessor,
+        router=router,
+        dispatcher=dispatcher,
+        fleet=fleet,
+        relay=relay,
+        metrics=metrics,
+        clock=clock,
+        wall_clock=lambda: 1_700_000_000.0,
+        new_request_id=lambda: RequestId("r"),
+    )
+    dispatcher.stop()
+    preprocessor.close()
+
+
+@pytest.fixture
+async def client(gateway):
+    transport = httpx.ASGITransport(create_app(gateway), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        yield client
+
+
+async def test_health_needs_a_worker_and_life_does_not(gateway, client):
+    assert (await client.get("/live")).status_code == 200
+    health = await client.get("/health")
+    assert (health.status_code, health.json()) == (503, {"status": "no worker", "workers": 0})
+    running = asyncio.create_task(gateway.fleet.run())
+    gateway.fleet.worker_up(registration("d0"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    health = await client.get("/health")
+    assert (health.status_code, health.json()) == (200, {"status": "ok", "workers": 1})
+    running.cancel()
+
+
+async def test_the_fleet_lists_what_is_registered(gateway, client):
+    gateway.fleet.worker_up(registration("d0", epoch=7 * 10**9))
+    listed = (await client.get("/v1/fleet")).json()
+    (worker,) = listed["workers"]
+    assert (worker["worker"], worker["role"], worker["is_connected"], worker["load"]) == ("d0", "both", False, None)
+    assert worker["facts"]["block_size"] == 16
+    assert listed["router"] == []
+    (model,) = (await client.get("/v1/models")).json()["data"]
+    assert model == {"id": "sim", "object": "model", "created": 7, "owned_by": "headrace"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nowhere", 404, "not_found"),
+        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("GET", "/v1/routes/never-was", 404, "not_found"),
+        ("POST", "/v1/routes", 400, "invalid_json"),
+    ],
+)
+async def test_every_refusal_has_openai_s_shape(client, method, path, status, code):
+    refusal = await client.request(method, path)
+    assert refusal.status_code == status
+    assert set(refusal.json()["error"]) == {"message", "type", "param", "code"}
+    assert refusal.json()["error"]["code"] == code
+
+
+async def test_a_bug_of_ours_has_it_too_and_tells_nothing(gateway, client):
+    def broken(**_):
+        raise ZeroDivisionError("secret")
+
+    gateway.fleet.statuses = broken
+    refusal = await client.get("/v1/fleet")
+    assert (refusal.status_code, refusal.json()["error"]["code"]) == (500, "internal_error")
+    assert "secret" not in refusal.text
+
+
+async def test_metrics_are_there_before_the_first_request(client):
+    text = (await client.get("/metrics")).text
+    for name in ("headrace_requests_waiting", "headrace_index_blocks", "headrace_stream_bytes", "headrace_loop_lag"):
+        assert name in text
+
+
+async def test_keys_guard_all_that_is_below_v1(settings, gateway, tmp_path):
+    (tmp_path / "keys.toml").write_text('[[keys]]\ntenant = "t"\nkey = "sk-1"\n')
+    gateway.keys.__init__(tmp_path / "keys.toml")
+    transport = httpx.ASGITransport(create_app(gateway))
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        for path in ("/v1/models", "/v1/fleet", "/v1/routes/r"):
+            assert (await client.get(path)).status_code == 401
+        assert (await client.get("/v1/models", headers={"authorization": "Bearer sk-1"})).status_code == 200
+        assert (await client.get("/live")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"port": 70_000}, "--port is 70000: a port is 0 to 65535"),
+        ({"queue_limit": 0}, "--queue-limit is 0: it must be 1 or more"),
+        ({"request_timeout_s": 0.0}, "--request-timeout-s is 0.0: it must be more than 0"),
+        ({"slo_ttft_s": -1.0}, "--slo-ttft-s is -1.0"),
+        ({"drain_s": float("nan")}, "--drain-s is nan"),
+        ({"dead_after_s": 1.0}, "--dead-after-s is 1.0: it must exceed --heartbeat-s"),
+        ({"etcd": "ftp://x"}, "--etcd is 'ftp://x'"),
+        ({"namespace": "a/b"}, "--namespace is 'a/b'"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named_with_its_value(changed, message):
+    with pytest.raises(UnusableSetting, match=message.replace("(", r"\(")):
+        GatewaySettings(**changed)
