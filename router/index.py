@@ -198,8 +198,12 @@ class BlockIndex:
             return
         self.version += 1
         keys = names.tolist()
-        known = list(map(self._masks.get, keys))
-        distinct = set(known)
+        if self._masks.keys().isdisjoint(keys):  # most news is new to everybody
+            known: list[int | None] = []
+            distinct: set[int | None] = {None}
+        else:
+            known = list(map(self._masks.get, keys))
+            distinct = set(known)
         for mask in distinct:
             if mask is not None and mask & copy.bit:
                 continue
@@ -286,7 +290,11 @@ class BlockIndex:
         found: dict[WorkerId, int] = {}
         alive, depth = self._live, 0
         for start in range(0, len(names), _MATCH_NAMES):
-            for mask, run in groupby(map(self._masks.get, names[start : start + _MATCH_NAMES].tolist())):
+            known = list(map(self._masks.get, names[start : start + _MATCH_NAMES].tolist()))
+            if known.count(known[0]) == len(known) and (known[0] or 0) & alive == alive:
+                depth += len(known)  # one run, which nobody drops out of: several times as fast
+                continue
+            for mask, run in groupby(known):
                 still = alive & (mask or 0)
                 if still != alive:
                     if depth:
