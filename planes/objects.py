@@ -27,6 +27,15 @@ class ObjectMissing(HeadraceError):  # noqa: N818 - names the outcome, as the st
     code = "object_missing"
 
 
+class StoreFull(HeadraceError):  # noqa: N818 - names the outcome, as the style guide asks
+    """The objects of this namespace are as many bytes as we allow them."""
+
+    code = "store_full"
+
+    def __init__(self, name: str, size: int, held: int, limit: int) -> None:
+        super().__init__(f"no room for object {name} of {size} bytes: {held} of {limit} are in use; delete old ones")
+
+
 class _Record(msgspec.Struct, frozen=True):
     """What the store says about an object. `nuid` names its chunks."""
 
@@ -70,9 +79,10 @@ class ObjectStore:
         return bytes(data)
 
     async def put(self, name: str, data: bytes) -> None:
-        """Store it, unless there is one of that name already; several may do so at once."""
+        """Store it, unless there is one of that name already; several may do so at once.  Raises:  StoreFull."""
         if await self.has(name):
             return
+        await self._check_room(name, len(data))
         nuid = uuid.uuid4().hex
         offsets = range(0, len(data), _CHUNK_BYTES)
         for offset in offsets:
@@ -86,6 +96,13 @@ class ObjectStore:
             if exc.err_code != _WRITTEN_BEFORE:
                 raise
             await self._plane.jetstream(f"STREAM.PURGE.{self._stream}", {"filter": self._chunks(nuid)})
+
+    async def _check_room(self, name: str, size: int) -> None:
+        """The limit is ours to keep: JetStream would take one off the disk at once, for every namespace."""
+        info = await self._plane.jetstream(f"STREAM.INFO.{self._stream}")
+        held = int(info["state"]["bytes"])
+        if held + size > self._max_bytes:
+            raise StoreFull(name, size, held, self._max_bytes)
 
     async def _record(self, name: str) -> _Record:
         await self._ensure_bucket()
@@ -113,7 +130,7 @@ class ObjectStore:
                 "retention": "limits",
                 "discard": "new",
                 "storage": "file",
-                "max_bytes": self._max_bytes,
+                "max_bytes": -1,
                 "allow_rollup_hdrs": True,
                 "allow_direct": True,
             }

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import httpx
 import pytest
@@ -121,7 +122,7 @@ class Site:
 
     def start_worker(self, name: str, *flags: str, speedup: float = 10) -> Process:
         """`name` begins with its role. Not yet ready."""
-        own = ["--role", name.split("-")[0], "--worker-id", name, "--engine", "sim", "--speedup", str(speedup)]
+        own = ["--role", name.partition("-")[0], "--worker-id", name, "--engine", "sim", "--speedup", str(speedup)]
         return self.start(name, ["workers", *own, *self.flags, *flags])
 
     def start_gateway(self, *flags: str) -> Gateway:
@@ -197,7 +198,7 @@ class Api:
         self.get = self._http.get
         self.post = self._http.post
 
-    async def __aenter__(self) -> "Api":
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -239,6 +240,14 @@ class Api:
         """For each decode worker: how much of the prompt the gateway thinks it holds."""
         preview = (await self.post("/v1/routes", json=self.body(prompt, **fields))).json()
         return {option["decode"]: option["decode_cached_tokens"] for option in preview["candidates"]}
+
+    async def is_idle(self) -> bool:
+        """Whether no worker has anything to do, as it says itself and as this gateway counts."""
+        return all(
+            (worker["num_streams"], worker["load"]["num_running"], worker["load"]["num_waiting"]) == (0, 0, 0)
+            for worker in (await self.fleet()).values()
+            if worker["load"]
+        )
 
 
 @dataclass

@@ -12,7 +12,7 @@ from nats.aio.client import Client
 
 from planes.assets import fetch_card, make_card, publish_card
 from planes.events import EventPlane
-from planes.objects import ObjectMissing, ObjectStore
+from planes.objects import ObjectMissing, ObjectStore, StoreFull
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
 
@@ -63,6 +63,16 @@ async def test_an_empty_object_is_an_object(nats_url: str, namespace: str) -> No
     async with store(nats_url, namespace) as worker:
         await worker.put("x", b"")
         assert await worker.get("x") == b""
+
+
+async def test_a_store_has_a_limit_and_takes_no_more_of_the_disk_than_it_holds(nats_url: str, namespace: str) -> None:
+    async with store(nats_url, namespace) as worker:
+        small = ObjectStore(worker._plane, max_bytes=10_000)
+        await small.put("x", bytes(6_000))
+        with pytest.raises(StoreFull, match="10000"):
+            await small.put("y", bytes(6_000))
+        await small.put("x", bytes(6_000))
+        assert (await worker._plane.jetstream("INFO"))["reserved_storage"] == 0
 
 
 async def test_other_clients_of_the_object_store_can_read_ours(nats_url: str, namespace: str) -> None:

@@ -96,7 +96,7 @@ async def test_a_client_that_goes_leaves_nothing_behind(api, pairing, unique, un
             await stream.read(5)
             worker = stream.headers["x-headrace-decode"]
             assert (await asked.fleet())[worker]["num_streams"] == 1
-        await _until_idle(asked, until)
+        await until(asked.is_idle)
         assert await asked.metric("headrace_requests_total", code="cancelled") >= 1
 
 
@@ -110,18 +110,7 @@ async def test_a_client_that_goes_during_the_prefill_leaves_nothing_behind(pairi
     await until(is_computing)
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
-    await _until_idle(pairing, until)
-
-
-async def _until_idle(api, until):
-    async def is_idle():
-        fleet = (await api.fleet()).values()
-        return all(
-            (worker["num_streams"], worker["load"]["num_running"], worker["load"]["num_waiting"]) == (0, 0, 0)
-            for worker in fleet
-        )
-
-    await until(is_idle, "the fleet is idle")
+    await until(pairing.is_idle)
 
 
 async def test_a_deadline_of_the_client_ends_its_request(api, unique):
