@@ -65,7 +65,9 @@ class WorkerSettings:
     ] = None
     max_step_tokens: Annotated[int | None, Parameter(help="Most tokens that one step computes. Default: 2048.")] = None
     max_queued: Annotated[int, Parameter(help="Most requests taken beyond --max-batch.")] = 1024
-    dtype: Annotated[str, Parameter(help="Number format of the weights (vllm).")] = "bfloat16"
+    dtype: Annotated[
+        str, Parameter(help="Number format of the weights (vllm); auto takes what this machine computes fastest.")
+    ] = "auto"
     load_format: Annotated[str, Parameter(help="How to load the weights (vllm); dummy makes random ones.")] = "auto"
     tensor_parallel: Annotated[int, Parameter(help="GPUs that share the model (vllm).")] = 1
     lease_s: Annotated[int, Parameter(help="Seconds a prefilled KV cache waits to be fetched.")] = 30
