@@ -42,6 +42,7 @@ from router.route import Router
 _log = structlog.get_logger()
 
 _LAG_PERIOD_S = 0.5
+_LAST_WORDS_S = 1.0
 _CONNECT_TIMEOUT_S = 3.0
 
 
@@ -123,6 +124,15 @@ class _Server(uvicorn.Server):
         self.force_exit = self.should_exit
         self.should_exit = True
 
+    async def cut_off(self) -> None:
+        """Let the answers that are left tell their clients, while the workers' streams are still there."""
+        answers = list(self.server_state.tasks)
+        if self.force_exit:  # out of patience, uvicorn has cancelled them; told to exit, it leaves them alone
+            for answer in answers:
+                answer.cancel()
+        if answers:
+            await asyncio.wait(answers, timeout=_LAST_WORDS_S)
+
 
 async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
     events = EventPlane(settings.nats, settings.namespace, name="gateway")
@@ -150,8 +160,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
             host, port = listener.getsockname()[:2]
             _log.info("gateway.listening", host=host, port=port, policy=settings.policy)
             await server.serve(sockets=[listener])
-            if server.server_state.tasks:  # out of patience; they have been cancelled
-                await asyncio.wait(server.server_state.tasks, timeout=1.0)
+            await server.cut_off()
             for task in forever:
                 task.cancel()
     finally:
@@ -182,6 +191,7 @@ def _uvicorn_config(settings: GatewaySettings, app: FastAPI) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here looks at the address of a client
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
     )
