@@ -43,6 +43,19 @@ class NoWorker(Rejected):
         )
 
 
+class NoPair(Rejected):
+    """The client wants a handover and the fleet has no two workers for it."""
+
+    status, code = 503, "no_pair"
+
+    def __init__(self, model: str, *, num_workers: int) -> None:
+        super().__init__(
+            f"none of {num_workers} registered workers can hand a KV cache of model {model!r} over to another; start a "
+            "prefill and a decode worker with the same handover mode, or do not insist on a handover",
+            retry_after_s=2.0,
+        )
+
+
 class DeadlineExceeded(Rejected):
     """The request's deadline passed while it waited in the gateway's queue."""
 

@@ -29,7 +29,7 @@ from router.explain import WorkerStatus
 from router.index import BlockIndex
 from router.latency import LatencyModel, LinkModel
 from router.policy import FleetView, WorkerView
-from router.request import Candidate, Observed, RoutableRequest
+from router.request import Candidate, HandoverWish, Observed, RoutableRequest
 
 _WINDOW_S = 60.0  # over which utilisation is averaged
 _LATE_SHARE = 0.1  # of outstanding prompt work still to come when it has taken longer than predicted
@@ -414,7 +414,9 @@ class Fleet:
         return ready
 
     def can_serve(self, request: RoutableRequest) -> bool:
-        """Whether any worker that may take the request can decode."""
+        """Whether any worker that may take the request can decode; as the client wants it, with a handover."""
+        if request.handover is HandoverWish.ALWAYS:
+            return bool(_pairable(self.eligible(request)))
         return any(worker.role.can_decode for worker in self.eligible(request))
 
     def cached_blocks(self, request: RoutableRequest) -> dict[WorkerId, int]:
@@ -433,26 +435,35 @@ class Fleet:
         return cached
 
     def view(
-        self, request: RoutableRequest, ahead: Mapping[WorkerId, float], now: float, rng: random.Random
+        self,
+        request: RoutableRequest,
+        ahead: Mapping[WorkerId, float],
+        now: float,
+        rng: random.Random,
+        num_waiting: int = 0,
     ) -> FleetView | None:
-        """The workers that may serve a request; None if no one can decode. A `both` worker is one view in both lists.
+        """The workers that may serve a request; None if `can_serve` says no. A `both` worker is one view in both lists.
 
         ahead: seconds of work per worker that the gateway's queue holds before this request.
         """
         cached = self.cached_blocks(request)
         prefill: list[WorkerView] = []
         decode: list[WorkerView] = []
-        for worker in self.eligible(request):
+        workers = self.eligible(request)
+        if request.handover is HandoverWish.ALWAYS:
+            workers = _pairable(workers)
+        is_local = request.is_local_only or request.handover is HandoverWish.NEVER
+        for worker in workers:
             name, role, cached_tokens = worker.worker, worker.role, 0
             if name in cached:
                 size = worker.facts.block_size
                 cached_tokens = min(cached[name], (request.prompt_tokens - 1) // size) * size
             view = worker.view(cached_tokens, ahead.get(name, 0.0), now)
-            if role.can_prefill and not request.is_local_only:
+            if role.can_prefill and not is_local:
                 prefill.append(view)
             if role.can_decode:
                 decode.append(view)
-        return FleetView(prefill, decode, self.links, now, rng) if decode else None
+        return FleetView(prefill, decode, self.links, now, rng, num_waiting) if decode else None
 
     def learn(self, reservation: Reservation, observed: Observed) -> None:
         """Take in what happened to a request. Where steps are reported they teach more than whole prefills do."""
@@ -485,6 +496,18 @@ class Fleet:
             )
             for name, worker in self.workers.items()
         ]
+
+
+def _pairable(workers: Iterable[Worker]) -> list[Worker]:
+    """Those that can hand over to another one of them, or take from one."""
+    found: list[Worker] = []
+    for mode in HandoverMode:
+        able = [worker for worker in workers if worker.handover is mode]
+        givers = [worker for worker in able if worker.role.can_prefill]
+        takers = [worker for worker in able if worker.role.can_decode]
+        if givers and takers and len({worker.worker for worker in givers + takers}) > 1:
+            found += able
+    return found
 
 
 def _last(reservations: Iterable[Reservation]) -> list[Reservation]:

@@ -53,6 +53,8 @@ class FleetView:
     links: "Links"
     now: float
     rng: random.Random
+    num_waiting: int = 0
+    """Requests in this gateway's queue, this one included."""
 
 
 class Links(Protocol):

@@ -46,12 +46,13 @@ class DecodeLeg:
     has_room: bool
 
 
-def prefill_leg(request: RoutableRequest, worker: WorkerView) -> PrefillLeg:
+def prefill_leg(request: RoutableRequest, worker: WorkerView, waiting: float = 0.0) -> PrefillLeg:
+    """`waiting`: requests in the gateway's queue per worker that could take them."""
     uncached = request.prompt_tokens - worker.cached_tokens
     seconds = worker.latency.prefill_s(uncached, request.prompt_tokens)
     queue = worker.queue_s
     busy = min(worker.prefill_utilisation, _MAX_UTILISATION)
-    price = busy / (1 - busy)
+    price = max(busy / (1 - busy), waiting)
     if worker.role.can_decode and (worker.num_running or worker.mean_running):
         if worker.num_running:  # every step of the prompt carries the batch along, and begins when the current one ends
             step = worker.latency.step_s(worker.num_running, worker.kv_tokens)
@@ -61,6 +62,11 @@ def prefill_leg(request: RoutableRequest, worker: WorkerView) -> PrefillLeg:
         price += max(worker.num_running, worker.mean_running)
     inflicted = seconds * price
     return PrefillLeg(worker, queue, seconds, inflicted, queue + seconds + inflicted)
+
+
+def waiting_per_worker(view: FleetView) -> float:
+    """Requests in the gateway's queue that a second of prompt work on one worker keeps waiting for a second more."""
+    return max(0, view.num_waiting - 1) / max(1, len(view.prefill) or len(view.decode))
 
 
 def decode_leg(request: RoutableRequest, worker: WorkerView) -> DecodeLeg:
@@ -125,13 +131,13 @@ def judge(request: RoutableRequest, chosen: Candidate, view: FleetView) -> Candi
     Raises:  ValueError if a worker it names is not in `view`.
     """
     decode = _named(view.decode, chosen.decode)
-    leg = decode_leg(request, decode)
+    leg, waiting = decode_leg(request, decode), waiting_per_worker(view)
     if chosen.prefill is not None and chosen.prefill != chosen.decode:
         prefill = _named(view.prefill, chosen.prefill)
         if can_hand_over(prefill, decode):
             link = view.links.link(prefill.worker, decode.worker)
-            return pair(request, prefill_leg(request, prefill), leg, link)
-    return local(prefill_leg(request, decode), leg)
+            return pair(request, prefill_leg(request, prefill, waiting), leg, link)
+    return local(prefill_leg(request, decode, waiting), leg)
 
 
 def _named(workers: Sequence[WorkerView], name: WorkerId) -> WorkerView:

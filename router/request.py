@@ -7,6 +7,16 @@ from planes.blocks import Hashes
 from planes.messages import RequestId, WorkerId
 
 
+class HandoverWish(StrEnum):
+    """What a client asks for in place of the cheapest way; honoured whatever the policy (`router/wish.py`)."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    """By two different workers, or not at all."""
+    NEVER = "never"
+    """By the worker that decodes alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class RoutableRequest:
     """All that routing may know of a request.
@@ -32,6 +42,7 @@ class RoutableRequest:
     """Must be prefilled where it decodes (`n > 1`, resumed streams)."""
     is_first_token_exact: bool = True
     """The client gets the prefill worker's first token at once, before the handover."""
+    handover: HandoverWish = HandoverWish.AUTO
 
 
 @dataclass(slots=True)
@@ -75,6 +86,8 @@ class Route:
     policy: str
     held_s: float = 0.0
     """How long the request waited in the gateway's queue before it was bound."""
+    num_candidates: int = 0
+    """Ways to serve it that the policy weighed."""
 
 
 class Outcome(StrEnum):
@@ -115,3 +128,4 @@ class Explanation:
     refused_because: str = ""
     observed: Observed | None = None
     shadow: Candidate | None = field(default=None)
+    handover: HandoverWish = HandoverWish.AUTO

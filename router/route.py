@@ -20,13 +20,14 @@ from planes.messages import KvEvents, LoadReport, Registration, RequestId, Snaps
 from router import predict
 from router.admission import Queue, Waiting
 from router.dispatch import Dispatch
-from router.errors import DeadlineExceeded, DuplicateRequest, NoWorker, QueueFull, SloMissed
+from router.errors import DeadlineExceeded, DuplicateRequest, NoPair, NoWorker, QueueFull, SloMissed
 from router.explain import Counts, History, RouterStats, ShadowStats, WorkerStatus
 from router.fleet import Fleet, Reservation
 from router.policies.headrace import Headrace
 from router.policy import Choice, FleetView, Policy
-from router.request import Candidate, Explanation, Observed, Outcome, RoutableRequest, Route
+from router.request import Candidate, Explanation, HandoverWish, Observed, Outcome, RoutableRequest, Route
 from router.settings import RouterSettings
+from router.wish import honoured
 
 _LENGTH_GAIN = 0.02
 _LEAST_SHARE = 0.01
@@ -113,14 +114,14 @@ class Router:
     def submit(self, request: RoutableRequest, *, now: float) -> None:
         """Queue a request; call `dispatch` next.
 
-        Raises:  QueueFull, SloMissed, NoWorker, DuplicateRequest (all Rejected): the request is not queued.
+        Raises:  QueueFull, SloMissed, NoWorker, NoPair, DuplicateRequest (all Rejected): the request is not queued.
         """
         if request.request in self._queue or request.request in self._bound:
             raise DuplicateRequest(request.request)
         share = self._length_shares.get(request.model, 1.0)
         if share < 1.0:
             request = replace(request, expected_tokens=max(1, round(request.expected_tokens * share)))
-        explanation = Explanation(request.request, self._policy.name, request.prompt_tokens, now)
+        explanation = self._explanation(request, now)
         try:
             self._check(request, now)
         except Rejected as exc:
@@ -136,12 +137,12 @@ class Router:
         if len(self._queue) >= limit:
             raise QueueFull(len(self._queue), limit, retry_after_s=self._bind_rate.seconds_for(limit / 10, now))
         if not self._fleet.can_serve(request):
-            raise NoWorker(request.model, num_workers=len(self._fleet.workers))
+            raise self._nobody(request)
         slo = self._slo(request)
-        view = self._fleet.view(request, {}, now, self._rng) if slo is not None else None
+        view = self._fleet.view(request, {}, now, self._rng, len(self._queue) + 1) if slo is not None else None
         if slo is not None and view is not None:
             waiting_s = self._dispatch.wait_s(request, now, aging=self._settings.aging)
-            chosen = predict.judge(request, self._policy.choose(request, view).chosen, view)
+            chosen = predict.judge(request, _choose(self._policy, request, view).chosen, view)
             self._check_slo(chosen, waiting_s, slo)
 
     def dispatch(self, *, now: float) -> list[Route | Refusal]:
@@ -162,21 +163,23 @@ class Router:
             return []
         self._fleet_version = self._fleet.version
         lost = [waiting for waiting in self._queue.all() if not self._fleet.can_serve(waiting.request)]
-        return [
-            self._turn_away(waiting, NoWorker(waiting.request.model, num_workers=len(self._fleet.workers)))
-            for waiting in lost
-        ]
+        return [self._turn_away(waiting, self._nobody(waiting.request)) for waiting in lost]
+
+    def _nobody(self, request: RoutableRequest) -> Rejected:
+        """Why `Fleet.can_serve` says no."""
+        error = NoPair if request.handover is HandoverWish.ALWAYS else NoWorker
+        return error(request.model, num_workers=len(self._fleet.workers))
 
     def _decide(
         self, waiting: Waiting, ahead: dict[WorkerId, float], now: float, answers: list[Route | Refusal]
     ) -> Choice | None:
         """Ask the policy about one request, and bind it unless it is held. None: it was refused."""
         request = waiting.request
-        view = self._fleet.view(request, ahead, now, self._rng)
+        view = self._fleet.view(request, ahead, now, self._rng, len(self._queue))
         if view is None:
-            answers.append(self._turn_away(waiting, NoWorker(request.model, num_workers=len(self._fleet.workers))))
+            answers.append(self._turn_away(waiting, self._nobody(request)))
             return None
-        choice = self._policy.choose(request, view)
+        choice = _choose(self._policy, request, view)
         explanation = waiting.explanation
         explanation.policy = self._policy.name
         explanation.candidates, explanation.chosen = choice.candidates, choice.chosen
@@ -206,7 +209,7 @@ class Router:
         self._counts.decisions[self._policy.name] += 1
         self._counts.local += chosen.prefill is None
         if self._shadow is not None:
-            other = predict.judge(request, self._shadow.choose(request, view).chosen, view)
+            other = predict.judge(request, _choose(self._shadow, request, view).chosen, view)
             waiting.explanation.shadow = other
             self._counts.compare(chosen, other)
         return Route(
@@ -218,6 +221,7 @@ class Router:
             chosen,
             self._policy.name,
             held_s,
+            len(waiting.explanation.candidates),
         )
 
     def _turn_away(self, waiting: Waiting, error: Rejected) -> Refusal:
@@ -288,13 +292,13 @@ class Router:
 
     def preview(self, request: RoutableRequest, *, now: float) -> Explanation:
         """What would be decided now. Changes nothing."""
-        explanation = Explanation(request.request, self._policy.name, request.prompt_tokens, now)
+        explanation = self._explanation(request, now)
         # A policy may keep what it decided, and draws numbers: neither is to be felt by real requests.
-        view = self._fleet.view(request, {}, now, random.Random(0))
+        view = self._fleet.view(request, {}, now, random.Random(0), len(self._queue) + 1)
         try:
             if view is None:
-                raise NoWorker(request.model, num_workers=len(self._fleet.workers))
-            choice = self._policy.choose(request, view)
+                raise self._nobody(request)
+            choice = _choose(self._policy, request, view)
             explanation.candidates = choice.candidates
             explanation.chosen = predict.judge(request, choice.chosen, view)
             explanation.held_because = choice.held_because
@@ -305,6 +309,9 @@ class Router:
         except Rejected as exc:
             explanation.refused_because = str(exc)
         return explanation
+
+    def _explanation(self, request: RoutableRequest, now: float) -> Explanation:
+        return Explanation(request.request, self._policy.name, request.prompt_tokens, now, handover=request.handover)
 
     def stats(self, *, now: float) -> RouterStats:
         """Everything that metrics show of the router."""
@@ -335,6 +342,10 @@ class Router:
     def workers(self, *, now: float) -> list[WorkerStatus]:
         """Every registered worker as the router sees it."""
         return self._fleet.statuses(now)
+
+
+def _choose(policy: Policy, request: RoutableRequest, view: FleetView) -> Choice:
+    return honoured(request, policy.choose(request, view), view)
 
 
 class BindRate:
