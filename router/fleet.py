@@ -435,7 +435,12 @@ class Fleet:
         return cached
 
     def view(
-        self, request: RoutableRequest, ahead: Mapping[WorkerId, float], now: float, rng: random.Random
+        self,
+        request: RoutableRequest,
+        ahead: Mapping[WorkerId, float],
+        now: float,
+        rng: random.Random,
+        num_waiting: int = 0,
     ) -> FleetView | None:
         """The workers that may serve a request; None if `can_serve` says no. A `both` worker is one view in both lists.
 
@@ -458,7 +463,7 @@ class Fleet:
                 prefill.append(view)
             if role.can_decode:
                 decode.append(view)
-        return FleetView(prefill, decode, self.links, now, rng) if decode else None
+        return FleetView(prefill, decode, self.links, now, rng, num_waiting) if decode else None
 
     def learn(self, reservation: Reservation, observed: Observed) -> None:
         """Take in what happened to a request. Where steps are reported they teach more than whole prefills do."""

@@ -139,7 +139,7 @@ class Router:
         if not self._fleet.can_serve(request):
             raise self._nobody(request)
         slo = self._slo(request)
-        view = self._fleet.view(request, {}, now, self._rng) if slo is not None else None
+        view = self._fleet.view(request, {}, now, self._rng, len(self._queue) + 1) if slo is not None else None
         if slo is not None and view is not None:
             waiting_s = self._dispatch.wait_s(request, now, aging=self._settings.aging)
             chosen = predict.judge(request, _choose(self._policy, request, view).chosen, view)
@@ -175,7 +175,7 @@ class Router:
     ) -> Choice | None:
         """Ask the policy about one request, and bind it unless it is held. None: it was refused."""
         request = waiting.request
-        view = self._fleet.view(request, ahead, now, self._rng)
+        view = self._fleet.view(request, ahead, now, self._rng, len(self._queue))
         if view is None:
             answers.append(self._turn_away(waiting, self._nobody(request)))
             return None
@@ -294,7 +294,7 @@ class Router:
         """What would be decided now. Changes nothing."""
         explanation = self._explanation(request, now)
         # A policy may keep what it decided, and draws numbers: neither is to be felt by real requests.
-        view = self._fleet.view(request, {}, now, random.Random(0))
+        view = self._fleet.view(request, {}, now, random.Random(0), len(self._queue) + 1)
         try:
             if view is None:
                 raise self._nobody(request)
