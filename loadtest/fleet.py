@@ -211,6 +211,7 @@ class Flow:
     record: Record
     on_end: Callable[[], None]
     route: Route | None = None
+    bound_at: float = 0.0
     reports: list[SimReport] = field(default_factory=list)
     """One a leg, in order."""
     token_at: float | None = None
@@ -468,7 +469,7 @@ class Gateway:
             self._pump()
 
     def _bind(self, flow: Flow, route: Route) -> None:
-        flow.route = route
+        flow.route, flow.bound_at = route, self._clock.now
         flow.record.held_s = route.held_s
         flow.record.predicted_ttft_s = route.held_s + route.predicted.ttft_s
         is_alone = route.prefill is None or flow.turn.completion_tokens == 1  # nothing to hand over after one token
@@ -497,7 +498,7 @@ class Gateway:
         record.cached_tokens = computed.cached_tokens
         record.num_preemptions = sum(report.num_preemptions for report in reports)
         observed = Observed(
-            ttft_s=record.ttft_s,
+            ttft_s=None if record.first_at is None else record.first_at - flow.bound_at,
             queue_s=computed.queue_s,
             prefill_s=computed.prefill_s,
             cached_tokens=computed.cached_tokens,
