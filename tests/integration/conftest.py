@@ -244,9 +244,9 @@ class Api:
     async def is_idle(self) -> bool:
         """Whether no worker has anything to do, as it says itself and as this gateway counts."""
         return all(
-            (worker["num_streams"], worker["load"]["num_running"], worker["load"]["num_waiting"]) == (0, 0, 0)
+            worker["load"]
+            and (worker["num_streams"], worker["load"]["num_running"], worker["load"]["num_waiting"]) == (0, 0, 0)
             for worker in (await self.fleet()).values()
-            if worker["load"]
         )
 
 
