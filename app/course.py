@@ -6,11 +6,12 @@ from typing import Any
 
 from app.http import Answer, Headers
 from app.metrics import RequestSummary
+from app.wishes import ROUTE, Wishes, route_header
 from planes.blocks import Hashes, Tokens
 from planes.errors import HeadraceError
 from planes.frames import Done, Format, Sampling, Usage
 from planes.messages import RequestId, WorkerId
-from router.request import Observed, Outcome, RoutableRequest, Route
+from router.request import HandoverWish, Observed, Outcome, RoutableRequest, Route
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +35,7 @@ class Job:
     priority: int = 0
     tenant: str = ""
     slo_ttft_s: float | None = None
+    wishes: Wishes = field(default_factory=Wishes)
 
     @property
     def is_resumable(self) -> bool:
@@ -56,7 +58,13 @@ class Job:
         return s.n == 1 and is_plain and has_no_seed and len(self.prompt) % self.block_size != 0
 
     def routable(self, *, num_tokens: int = 0, excluded: frozenset[WorkerId] = frozenset()) -> RoutableRequest:
-        """What the router may know, after `num_tokens` have been generated."""
+        """What the router may know, after `num_tokens` have been generated.
+
+        A handover that failed once need not be tried again, whatever the client wishes.
+        """
+        handover = self.wishes.handover
+        if handover is HandoverWish.ALWAYS and (num_tokens or excluded):
+            handover = HandoverWish.AUTO
         return RoutableRequest(
             request=self.request,
             model=self.model,
@@ -70,6 +78,7 @@ class Job:
             excluded=excluded,
             is_local_only=self.sampling.n > 1 or num_tokens > 0,
             is_first_token_exact=self.is_first_token_early,
+            handover=handover,
         )
 
 
@@ -162,6 +171,8 @@ class Course:
             route = self.attempts[-1].route
             headers += [("x-headrace-prefill", route.prefill or route.decode), ("x-headrace-decode", route.decode)]
             headers.append(("x-headrace-policy", route.policy))
+            if self.job.wishes.is_explained:
+                headers.append((ROUTE, route_header(route)))
         if self.fallback:
             headers.append(("x-headrace-fallback", self.fallback))
         return headers

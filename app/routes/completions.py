@@ -16,6 +16,7 @@ from app.openai.errors import code_of
 from app.openai.schema import Kind, ParsedRequest
 from app.relay import refuse
 from app.routes.replies import json_reply
+from app.wishes import parse_wishes
 from planes.errors import HeadraceError
 from planes.frames import Format
 from planes.messages import RequestId
@@ -70,6 +71,7 @@ async def prepared_job(gateway: Gateway, request: Request, tenant: Tenant, reque
     parsed = parse(await read_body(request, gateway.settings.max_body_bytes))
     model = gateway.models.entry(parsed.model)
     prepared = await gateway.preprocessor.prepare(parsed, model, cache_salt=tenant.salted(parsed.cache_salt))
+    wishes = parse_wishes(request.headers, n=prepared.sampling.n)
     limit_s = gateway.settings.request_timeout_s
     return Job(
         request=request_id,
@@ -93,6 +95,7 @@ async def prepared_job(gateway: Gateway, request: Request, tenant: Tenant, reque
         priority=tenant.priority_of(parsed.priority),
         tenant=tenant.name,
         slo_ttft_s=parsed.slo_ttft_s,
+        wishes=wishes,
     )
 
 

@@ -8,6 +8,7 @@ from app.course import Job
 from app.dispatch import Dispatcher
 from app.metrics import Metrics
 from app.relay import Relay
+from app.wishes import Wishes
 from planes.errors import Rejected
 from planes.frames import (
     DecodeLeg,
@@ -26,7 +27,7 @@ from planes.frames import (
 )
 from planes.messages import HandoverMode, RequestId, Role, WorkerId
 from planes.streams import WorkerLost
-from router.request import Outcome
+from router.request import HandoverWish, Outcome
 from tests.fakes import FakeAnswer, FakeRouter, FakeWorkers, registration, route
 
 PROMPT = np.arange(1, 21, dtype=np.uint32)  # not a multiple of the block size
@@ -56,7 +57,7 @@ class Scene:
         self.answer = FakeAnswer()
         self.task = None
 
-    def job(self, *, is_streaming=True, timeout_s=100.0, prompt=PROMPT, **sampling):
+    def job(self, *, is_streaming=True, timeout_s=100.0, prompt=PROMPT, wishes=None, **sampling):
         now = self.loop.time()
         return Job(
             request=RequestId("r"),
@@ -68,6 +69,7 @@ class Scene:
             format=Format("chat", "id", "sim", 0, is_streaming=is_streaming),
             arrived_at=now,
             deadline=now + timeout_s,
+            wishes=wishes or Wishes(),
         )
 
     async def start(self, *routes, **job):
@@ -449,3 +451,27 @@ async def test_a_prefill_worker_without_an_endpoint_is_not_used(scene):
     scene.leg("d0")[1].on_done(done(b"x", [1]))
     answer = await scene.finished()
     assert answer.headers["x-headrace-fallback"] == "worker_unreachable"
+
+
+async def test_a_failed_handover_is_not_insisted_on(scene):
+    wishes = Wishes(HandoverWish.ALWAYS, is_explained=True)
+    await scene.start(("p0", "d0"), (None, "d1"), wishes=wishes)
+    assert scene.router.submitted[0].handover is HandoverWish.ALWAYS
+    _, sink = scene.leg("p0")
+    sink.on_failed(Failed(StreamId(1), FailureKind.INTERRUPTED, "engine_error", "out of luck"))
+    await settle()
+    assert scene.router.submitted[1].handover is HandoverWish.AUTO
+    _, sink = scene.leg("d1")
+    sink.on_done(done(b"all", [7]))
+    answer = await scene.finished()
+    assert answer.headers["x-headrace-fallback"] == "engine_error"
+    assert '"prefill":null,"decode":"d1"' in answer.headers["x-headrace-route"]
+
+
+async def test_a_request_that_wants_no_handover_never_gets_one(scene):
+    await scene.start((None, "d0"), (None, "d1"), wishes=Wishes(HandoverWish.NEVER))
+    scene.leg("d0")[1].on_lost(WorkerLost(WorkerId("d0"), "gone"))
+    await settle()
+    assert [each.handover for each in scene.router.submitted] == [HandoverWish.NEVER] * 2
+    scene.leg("d1")[1].on_done(done(b"all", [7]))
+    assert "x-headrace-route" not in (await scene.finished()).headers
