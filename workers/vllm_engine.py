@@ -5,9 +5,8 @@ vLLM is imported when the engine starts and nowhere else but in `vllm_plugin.py`
 """
 
 import asyncio
+import multiprocessing
 import os
-import random
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,13 +25,11 @@ from planes.messages import (
     HandoverMode,
     LatencyPrior,
     RequestId,
-    Role,
     StepSample,
-    WorkerId,
 )
 from workers.engine import EngineLoad, EngineObserver, EngineOutput, EngineRequest, EngineStartError, TokenLogprob
+from workers.vllm_config import CPU_PRIOR, VllmOptions, check_model_dir, engine_config, eos_tokens
 from workers.vllm_events import EventReader, EventTranslator
-from workers.vllm_memory import check_memory
 from workers.vllm_request import (
     KvGroup,
     TicketExpired,
@@ -45,60 +42,7 @@ from workers.vllm_request import (
 
 _log = structlog.get_logger()
 
-VERSION = "0.32.0"
-"""The plug-in reaches into vLLM: another version needs its tests run and this line changed."""
-
-_CPU_PRIOR = LatencyPrior(
-    prefill_fixed_s=0.03,
-    prefill_per_token_s=1 / 700,
-    prefill_per_pair_s=5e-8,
-    step_fixed_s=0.03,
-    step_per_sequence_s=0.004,
-    step_per_kv_token_s=1e-6,
-    handover_fixed_s=0.02,
-    handover_bytes_per_s=1e9,
-)
-"""A core or two and a small model; the router learns the rest."""
-
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
-
-
-@dataclass(frozen=True, slots=True)
-class VllmOptions:
-    """How to run vLLM. Both ends of a handover need the same model path, dtype, block size and mode."""
-
-    model_path: Path
-    """A directory with `config.json` and safetensors."""
-    model: str
-    """The name that clients use; it salts the block names."""
-    worker: WorkerId
-    role: Role = Role.BOTH
-    handover: HandoverMode | None = HandoverMode.PULL
-    """None: this worker prefills what it decodes."""
-    host: str = "127.0.0.1"
-    """Where other workers reach this engine's handshake."""
-    dtype: str = "bfloat16"
-    max_model_len: int = 2048
-    block_size: int = 32
-    max_num_seqs: int = 32
-    max_num_batched_tokens: int = 2048
-    kv_cache_bytes: int | None = 256 << 20
-    """None lets vLLM take what is left of the accelerator's memory; on CPU it must be given."""
-    threads: int = 1
-    """OpenMP threads (CPU)."""
-    cores: tuple[int, ...] = ()
-    """Cores for the engine process (CPU); empty: all that this process may use."""
-    tensor_parallel: int = 1
-    lease_s: int = 30
-    """How long a prefilled KV cache waits for its decode worker's first sign of life."""
-    drain_s: int = 10
-    """How long `stop` waits for leased KV caches to be fetched."""
-    push_timeout_s: float = 30.0
-    """How long a decode leg waits for a WRITE: vLLM would wait for ever."""
-    step_timeout_s: float = 120.0
-    """An engine with work that says nothing for so long is given up."""
-    load_format: str = "auto"
-    """`dummy` for random weights."""
 
 
 @dataclass(slots=True, eq=False)
@@ -146,7 +90,7 @@ class VllmEngine:
         self._facts: EngineFacts
         self._endpoint: HandoverEndpoint | None = None
         self._eos: list[int] = []
-        self._reader: EventReader
+        self._reader: EventReader | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -162,15 +106,16 @@ class VllmEngine:
     async def start(self, observer: EngineObserver, *, progress: Callable[[str], None]) -> None:
         """Raises:  EngineStartError."""
         options = self._options
-        _check_model_dir(options)
-        check_memory(options.model_path, options.kv_cache_bytes or 0, dtype=options.dtype)
+        check_model_dir(options)
         self._observer = observer
         self._eos = eos_tokens(options.model_path)
-        self._reader = EventReader(EventTranslator(options.model), f"ipc://{self._scratch.name}/replay")
+        replay_endpoint = f"ipc://{self._scratch.name}/replay"
+        self._reader = EventReader(EventTranslator(options.model), replay_endpoint)
+        events = {"endpoint": self._reader.endpoint, "replay_endpoint": replay_endpoint}
         in_thread = asyncio.get_running_loop().run_in_executor
         try:
             progress("importing vLLM")
-            config = await in_thread(self._thread, self._configure)
+            config = await in_thread(self._thread, engine_config, options, events)
             progress(f"loading {options.model_path.name} into the engine process")
             self._llm = await in_thread(self._thread, self._launch, config)
             self._heard_at = time.monotonic()
@@ -186,81 +131,11 @@ class VllmEngine:
         self._facts = self._read_facts(config)
         self._tasks.append(asyncio.create_task(self._watch_steps()))
 
-    def _configure(self) -> Any:
-        """Import vLLM and make its configuration. The environment must be set first, some of it before torch."""
-        options = self._options
-        os.environ["OMP_NUM_THREADS"] = str(options.threads)
-        for name, value in (
-            ("VLLM_NO_USAGE_STATS", "1"),
-            ("HF_HUB_OFFLINE", "1"),
-            ("VLLM_LOGGING_LEVEL", "WARNING"),
-            ("VLLM_LOGGING_STREAM", "ext://sys.stderr"),
-        ):
-            os.environ.setdefault(name, value)
-        if options.handover is not None:
-            os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = options.host
-            os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port(options.host))
-        import vllm  # noqa: PLC0415 - takes seconds and half a gigabyte
-        from vllm.config import KVEventsConfig, KVTransferConfig  # noqa: PLC0415
-        from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
-        from vllm.platforms import current_platform  # noqa: PLC0415
-
-        if vllm.__version__ != VERSION:
-            raise EngineStartError(f"vLLM {vllm.__version__} is installed and this worker is written for {VERSION}")
-        is_cpu = current_platform.is_cpu()
-        if is_cpu:
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the executor then needs no process of its own
-            if options.kv_cache_bytes is None:
-                raise EngineStartError("on CPU the size of the KV cache must be given, e.g. 268435456 bytes")
-        transfer = None
-        if options.handover is not None:
-            transfer = KVTransferConfig(
-                kv_connector="NixlPullConnector" if options.handover is HandoverMode.PULL else "NixlPushConnector",
-                kv_connector_module_path="workers.vllm_plugin",
-                kv_role={Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer", Role.BOTH: "kv_both"}[options.role],
-                engine_id=f"{options.worker}-{time.time_ns():x}",
-                kv_buffer_device="cpu" if is_cpu else None,
-                kv_load_failure_policy="fail",
-                kv_connector_extra_config={
-                    "kv_lease_duration": options.lease_s,
-                    "push_registration_timeout": options.push_timeout_s,
-                },
-            )
-        more = {} if options.kv_cache_bytes is None else {"kv_cache_memory_bytes": options.kv_cache_bytes}
-        config = AsyncEngineArgs(
-            model=str(options.model_path.resolve()),
-            served_model_name=options.model,
-            dtype=options.dtype,
-            load_format=options.load_format,
-            max_model_len=options.max_model_len,
-            block_size=options.block_size,
-            max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-            tensor_parallel_size=options.tensor_parallel,
-            enforce_eager=is_cpu,
-            skip_tokenizer_init=True,
-            scheduling_policy="priority",
-            enable_prefix_caching=True,
-            prefix_caching_hash_algo="sha256_cbor",
-            prefix_cache_retention_interval=None,
-            kv_transfer_config=transfer,
-            kv_events_config=KVEventsConfig(
-                enable_kv_cache_events=True,
-                publisher="zmq",
-                endpoint=self._reader.endpoint,
-                replay_endpoint=f"ipc://{self._scratch.name}/replay",
-            ),
-            shutdown_timeout=options.drain_s,
-            disable_log_stats=True,
-            **more,
-        ).create_engine_config()
-        scheduler = "AsyncScheduler" if config.scheduler_config.async_scheduling else "Scheduler"
-        config.scheduler_config.scheduler_cls = f"workers.vllm_plugin.{scheduler}"
-        return config
-
     def _launch(self, config: Any) -> Any:
         from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
 
+        if self._is_stopping:
+            raise EngineStartError("stopped while starting")
         preloaded = os.environ.get("LD_PRELOAD")
         try:
             return AsyncLLM.from_vllm_config(
@@ -303,7 +178,7 @@ class VllmEngine:
             # Of a window's layers only the last blocks travel: for long prompts this is an upper bound.
             bytes_per_block=sum(group.block_bytes for group in self._latest.groups),
             vocab_size=self._llm.model_config.get_vocab_size(),
-            latency=_CPU_PRIOR if current_platform.is_cpu() else LatencyPrior(),
+            latency=CPU_PRIOR if current_platform.is_cpu() else LatencyPrior(),
         )
 
     @property
@@ -350,12 +225,16 @@ class VllmEngine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._llm is not None:
+        if self._llm is None:
+            for child in multiprocessing.active_children():  # `start` was cancelled or failed
+                child.kill()
+        else:
             loop = asyncio.get_running_loop()
             for process in self._llm.engine_core.resources.engine_manager.processes:
                 loop.remove_reader(process.sentinel)
             await loop.run_in_executor(self._thread, self._llm.shutdown, self._options.drain_s + 10.0)
-        self._reader.close()
+        if self._reader is not None:
+            self._reader.close()
         self._thread.shutdown(wait=False)
         self._scratch.cleanup()
 
@@ -372,6 +251,8 @@ class VllmEngine:
         except TicketExpired as exc:
             handover, error = None, str(exc)
         waits = 1 if isinstance(request.leg, DecodeLeg) else len(request.prompt) + len(request.resume)
+        if not self._runs:
+            self._heard_at = time.monotonic()  # it had nothing to say
         run = _Run(request, on_output, set(range(request.sampling.n)), waits)
         self._runs[request.request] = run
         run.task = asyncio.create_task(self._refuse(run, error) if error else self._generate(run, handover))
@@ -544,35 +425,3 @@ def _token_logprob(token: int, ranked: dict[int, Any], num_top: int) -> TokenLog
     """ranked: token id → vLLM's Logprob, of the sampled token and of the most likely ones."""
     top = sorted(((other, entry.logprob) for other, entry in ranked.items()), key=lambda pair: -pair[1])
     return TokenLogprob(token, ranked[token].logprob, tuple(top[:num_top]))
-
-
-def eos_tokens(model_path: Path) -> list[int]:
-    """Token ids that end an answer, from `generation_config.json`, else from `config.json`."""
-    for name in ("generation_config.json", "config.json"):
-        file = model_path / name
-        eos = msgspec.json.decode(file.read_bytes()).get("eos_token_id") if file.is_file() else None
-        if eos is not None:
-            return [eos] if isinstance(eos, int) else list(eos)
-    return []
-
-
-def _check_model_dir(options: VllmOptions) -> None:
-    path = options.model_path
-    if not (path / "config.json").is_file():
-        what = "has no config.json" if path.is_dir() else "is no directory"
-        raise EngineStartError(f"the model {path} {what}: name a directory with config.json and *.safetensors")
-    if options.load_format != "dummy" and not any(path.glob("*.safetensors")):
-        raise EngineStartError(f"the model {path} has no *.safetensors, the only weights that are read")
-
-
-def _free_port(host: str) -> int:
-    """A free port below the range from which the kernel hands out its own, so that nobody gets it by chance."""
-    for _ in range(100):
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind((host, port))
-            except OSError:
-                continue
-            return port
-    raise EngineStartError(f"no free port on {host} between 20000 and 32000 for the handover's handshake")

@@ -11,6 +11,7 @@ Both sides of vLLM 0.32's internal interfaces are touched here and in `vllm_engi
 import ctypes
 import importlib
 import importlib.util
+import multiprocessing
 import os
 import signal
 import sys
@@ -18,8 +19,9 @@ import time
 from collections import deque
 from typing import Any
 
-NIXL_PROGRESS_PAUSE_US = 500
-"""NIXL's Python API asks for 0: the progress thread then burns a core. 500 costs 4 ms per 8 MiB over TCP."""
+NIXL_PROGRESS_PAUSE_US = 5000
+"""NIXL's Python API asks for 0: the progress thread then burns a core. At 5 ms it takes less than 1 % of one. Handovers
+are no slower: the engine itself drives NIXL while a transfer or a lease is open (docs/adr/0006-pull-by-default.md)."""
 
 _QUIET_S = 1.0
 """While requests only wait for their KV cache the engine polls every millisecond; it reports once in this time."""
@@ -29,6 +31,8 @@ def provide_nixl() -> None:
     """Let `import nixl` find the CUDA-12 wheel, and calm the progress thread of every agent made from now on."""
     os.environ.setdefault("UCX_RCACHE_MAX_UNRELEASED", "1024")  # what vLLM sets when it is the first to import NIXL
     if importlib.util.find_spec("nixl") is None:
+        if importlib.util.find_spec("nixl_cu12") is None:
+            return  # an engine without handovers needs none
         for module in ("", "._bindings", "._api"):
             sys.modules[f"nixl{module}"] = importlib.import_module(f"nixl_cu12{module}")
     binding = importlib.import_module("nixl._api").nixlBind
@@ -64,7 +68,18 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent() -> None:
     """Have the kernel kill this process when the worker ends, however it ends; Ctrl-C is the worker's to handle."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is None or os.getppid() != parent.pid:  # it ended before we asked
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class BeforeLoading:
+    """Empty: vLLM imports this module for this worker extension's sake, before it loads the model."""
+
+
+if multiprocessing.current_process().name.startswith("EngineCore"):
+    die_with_parent()
 
 
 class _Reporting:
@@ -72,7 +87,7 @@ class _Reporting:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        die_with_parent()
+        ctypes.CDLL(None).malloc_trim(0)  # the model is loaded: 5 % of the process are buffers that nobody needs now
         self._begun: deque[tuple[Any, float, tuple[int, int, int, int]]] = deque(maxlen=64)
         self._step: tuple[float, tuple[int, int, int, int]] = (0.0, (0, 0, 0, 0))
         self._ended_at = 0.0
