@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from app import fleet_table, local, servers
+from app import fleet_table, live_config, local, servers
 from app.settings import GatewaySettings
 from planes.settings import command_line, run
 
@@ -66,6 +66,15 @@ def nats(*, host: _Host = "127.0.0.1", port: _Port = 4222, data_dir: _DataDir = 
 def fleet(settings: Annotated[fleet_table.FleetTableSettings | None, _FLAGS] = None) -> int:
     """Show which workers are registered, and what they are doing."""
     return asyncio.run(fleet_table.show(settings or fleet_table.FleetTableSettings()))
+
+
+@app.command
+def config(*changes: str, settings: Annotated[live_config.ConfigSettings | None, _FLAGS] = None) -> None:
+    """Show the routing settings that gateways follow while they run, or change them: headrace config policy=dynamo.
+
+    NAME=null goes back to what each gateway was started with.
+    """
+    print(asyncio.run(live_config.config(changes, settings or live_config.ConfigSettings())))
 
 
 def _scratch(name: str) -> Path:

@@ -294,6 +294,19 @@ async def watch_config(etcd: Etcd, namespace: str, on_change: Callable[[bytes | 
     await etcd.keep("config", follow)
 
 
+async def get_config(etcd: Etcd, namespace: str) -> bytes | None:
+    """The live settings of all gateways, unchecked; None: there are none.  Raises:  ControlPlaneUnavailable."""
+    async with etcd.session() as client:
+        found = await client.get_range(config_key(namespace), None)
+        return next((bytes(entry.value) for entry in found), None)
+
+
+async def delete_config(etcd: Etcd, namespace: str) -> None:
+    """Remove the live settings of all gateways, if there are any.  Raises:  ControlPlaneUnavailable."""
+    async with etcd.session() as client:
+        await client.delete(config_key(namespace))
+
+
 async def put_config(etcd: Etcd, namespace: str, value: bytes) -> None:
     """Set the live settings of all gateways.  Raises:  ControlPlaneUnavailable."""
     async with etcd.session() as client:

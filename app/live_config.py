@@ -1,0 +1,83 @@
+"""`headrace config`: the routing settings that all gateways of a namespace follow while they run (`app/live.py`)."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+from cyclopts import Parameter
+
+from app.live import LiveConfig, routing
+from app.settings import GatewaySettings
+from planes.control import Etcd, delete_config, get_config, parse_endpoints, put_config
+from planes.errors import HeadraceError
+from planes.names import check_namespace
+from planes.settings import UnusableSetting
+
+
+class UnusableConfig(HeadraceError):  # noqa: N818 - names what is wrong
+    """Settings that gateways would refuse."""
+
+    code = "unusable_config"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigSettings:
+    """Where the settings are, and whether to take them away."""
+
+    etcd: Annotated[str, Parameter(help="URL of the etcd cluster.")] = "http://127.0.0.1:2379"
+    namespace: Annotated[str, Parameter(help="Separates fleets that share etcd and NATS.")] = "default"
+    clear: Annotated[
+        bool, Parameter(help="Remove all: gateways go back to what they were started with.", negative="")
+    ] = False
+
+    def __post_init__(self) -> None:
+        for name, check in (("etcd", parse_endpoints), ("namespace", check_namespace)):
+            try:
+                check(getattr(self, name))
+            except ValueError as exc:
+                raise UnusableSetting(name, getattr(self, name), str(exc)) from exc
+
+
+async def config(changes: tuple[str, ...], settings: ConfigSettings) -> str:
+    """Make the changes, each `name=value`.
+
+    Returns:  what etcd holds now, as JSON.  Raises:  UnusableConfig; ControlPlaneUnavailable.
+    """
+    etcd, namespace = Etcd(settings.etcd), settings.namespace
+    if settings.clear and changes:
+        raise UnusableConfig(f"--clear takes no settings, and there is {changes[0]!r}")
+    if settings.clear:
+        await delete_config(etcd, namespace)
+        return "{}"
+    changed(None, changes)  # whoever misspells is told even without etcd
+    content = await get_config(etcd, namespace)
+    if changes:
+        content = changed(content, changes)
+        await put_config(etcd, namespace, content)
+    return content.decode(errors="replace") if content is not None else "{}"
+
+
+def changed(content: bytes | None, changes: tuple[str, ...]) -> bytes:
+    """The settings with the changes, fit for every gateway.  Raises:  UnusableConfig naming what is wrong."""
+    try:
+        current = LiveConfig() if content is None else msgspec.json.decode(content, type=LiveConfig)
+    except (ValueError, UnicodeDecodeError) as exc:
+        raise UnusableConfig(
+            f"what etcd holds is refused by gateways ({exc}); headrace config --clear removes it"
+        ) from exc
+    named = msgspec.to_builtins(current)
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise UnusableConfig(f"{change!r} must look like name=value, e.g. policy=dynamo")
+        if name not in LiveConfig.__struct_fields__:
+            raise UnusableConfig(f"{name!r} is no live setting; there are {', '.join(LiveConfig.__struct_fields__)}")
+        named.pop(name, None)
+        if value != "null":
+            named[name] = value
+    try:
+        live = msgspec.convert(named, LiveConfig, strict=False)
+        routing(GatewaySettings(), live)
+    except ValueError as exc:
+        raise UnusableConfig(str(exc)) from exc
+    return msgspec.json.encode(live)
