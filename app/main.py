@@ -148,6 +148,8 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop)
+    if not gateway.keys.is_open:
+        loop.add_signal_handler(signal.SIGHUP, _reload_keys, gateway.keys)
     try:
         async with asyncio.TaskGroup() as tasks:
             forever = [
@@ -210,6 +212,15 @@ def _keys(settings: GatewaySettings) -> ApiKeys:
         return ApiKeys(settings.api_keys_file)
     except KeyFileError as exc:
         raise UnusableSetting("api_keys_file", str(settings.api_keys_file), str(exc)) from exc
+
+
+def _reload_keys(keys: ApiKeys) -> None:
+    try:
+        keys.reload()
+    except KeyFileError as exc:
+        _log.warning("keys.refused", reason=str(exc))
+    else:
+        _log.info("keys.reloaded")
 
 
 def _listening(settings: GatewaySettings) -> socket.socket:
