@@ -66,8 +66,8 @@ lint: $(VENV)/.dev ## ruff and mypy
 format: $(VENV)/.dev ## Let ruff mend what it can
 	$(RUN) -m ruff check --fix . ; $(RUN) -m ruff format .
 
-docs: $(VENV)/.dev ## Write docs/reference/ anew from the code
-	$(RUN) -m docs.reference
+docs: $(VENV)/.dev ## Write docs/reference.md anew from the code
+	$(RUN) docs/reference.py
 
 bench: $(VENV)/.dev ## CPU per token and request, added TTFT, memory, with the sim engine
 	$(RUN) -m loadtest.bench $(ARGS)
