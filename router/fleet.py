@@ -468,6 +468,11 @@ class Fleet:
     def learn(self, reservation: Reservation, observed: Observed) -> None:
         """Take in what happened to a request. Where steps are reported they teach more than whole prefills do."""
         computing, decoding = reservation.computing, reservation.decoding
+        if observed.prefill is not None:
+            taken_by = self.workers.get(observed.prefill)
+            if taken_by is None:
+                return
+            computing = taken_by
         if observed.prefill_s is not None and not computing.has_steps:
             uncached = reservation.prompt_tokens - (observed.cached_tokens or 0)
             computing.latency.learn_prefill(uncached, reservation.prompt_tokens, observed.prefill_s)

@@ -4,11 +4,14 @@
             + inflicted
 
     inflicted = prefill * sequences that decode there                (each stands still meanwhile)
-              + prefill * utilisation / (1 - utilisation)            (congestion: those still to come wait longer)
+              + prefill * max(utilisation / (1 - utilisation),       (congestion: those still to come wait longer,
+                              requests waiting / workers)             and so do those who wait already)
               + expected_tokens * batch * (step with it - step without)
 
-The congestion price is what a second of work adds to the waits of those behind it in a queue that is busy for a share
-`utilisation` of the time: one second of work costs 1 / (1 - utilisation) in all.
+The congestion price is what a second of work adds to the waits of others. In a queue that is busy for a share
+`utilisation` of the time, one second of work costs 1 / (1 - utilisation) in all; where requests are waiting it delays
+each of those that this worker would serve by a second. Utilisation is averaged over a minute and knows of no burst yet;
+the queue does at once.
 """
 
 from collections.abc import Sequence
@@ -20,6 +23,9 @@ from router.policy import FleetView, WorkerView
 from router.request import Candidate, RoutableRequest
 
 _MAX_UTILISATION = 0.95
+_STALL_BOTH = 0.2
+"""What a second of standing still counts for a stream on a worker that is there for both, against a second of waiting
+for a first token: the stream has tokens to show meanwhile. On a worker kept for decoding it counts in full."""
 
 
 @dataclass(slots=True)
@@ -42,6 +48,8 @@ class DecodeLeg:
     decode_s: float
     inflicted_s: float
     cost_s: float
+    stall_s: float
+    """Prompt work there that its decoding has to share steps with."""
     missing_bytes: int
     has_room: bool
 
@@ -59,7 +67,8 @@ def prefill_leg(request: RoutableRequest, worker: WorkerView, waiting: float = 0
             steps = -(-uncached // max(1, worker.facts.max_step_tokens))
             seconds += steps * max(0.0, step - worker.latency.step_s(0, 0))
             queue += step / 2
-        price += max(worker.num_running, worker.mean_running)
+        weight = _STALL_BOTH if worker.role.can_prefill else 1.0
+        price += weight * max(worker.num_running, worker.mean_running)
     inflicted = seconds * price
     return PrefillLeg(worker, queue, seconds, inflicted, queue + seconds + inflicted)
 
@@ -75,14 +84,14 @@ def decode_leg(request: RoutableRequest, worker: WorkerView) -> DecodeLeg:
     before = worker.latency.step_s(batch, kv_tokens)
     after = worker.latency.step_s(batch + 1, kv_tokens + request.prompt_tokens)
     slowdown = max(0.0, after - before) * batch * expected
-    decoding = after * expected
+    decoding = after * expected / (1 - min(worker.prefill_utilisation, _MAX_UTILISATION))
     first = after
     needed = -(-(request.prompt_tokens + expected) // facts.block_size)
     has_room = not batch or (batch < facts.max_batch and needed <= worker.free_blocks)
     if not has_room:  # somebody has to finish first: on average one does so every `decoding / batch`
         first += decoding / batch
     missing = -(-(request.prompt_tokens - worker.cached_tokens) // facts.block_size) * facts.bytes_per_block
-    return DecodeLeg(worker, first, decoding, slowdown, first + decoding + slowdown, missing, has_room)
+    return DecodeLeg(worker, first, decoding, slowdown, first + decoding + slowdown, worker.queue_s, missing, has_room)
 
 
 def local(prefill: PrefillLeg, decode: DecodeLeg) -> Candidate:
@@ -106,6 +115,7 @@ def local(prefill: PrefillLeg, decode: DecodeLeg) -> Candidate:
 def pair(request: RoutableRequest, prefill: PrefillLeg, decode: DecodeLeg, link: LinkModel) -> Candidate:
     """The legs on two workers, and the handover between them."""
     handover = link.handover_s(decode.missing_bytes)
+    stall = max(0.0, decode.stall_s - prefill.queue_s - prefill.prefill_s - handover)
     return Candidate(
         prefill.worker.worker,
         decode.worker.worker,
@@ -116,7 +126,7 @@ def pair(request: RoutableRequest, prefill: PrefillLeg, decode: DecodeLeg, link:
         handover,
         decode.first_step_s,
         prefill.inflicted_s + decode.inflicted_s,
-        prefill.cost_s + handover + decode.cost_s,
+        prefill.cost_s + handover + stall + decode.cost_s,
         request.is_first_token_exact,
     )
 

@@ -111,6 +111,8 @@ class Observed:
     handover_bytes: int | None = None
     completion_tokens: int = 0
     outcome: Outcome = Outcome.FINISHED
+    prefill: WorkerId | None = None
+    """Who computed the prompt, if not who the route names: another worker may have taken it from the queue."""
 
 
 @dataclass(slots=True)

@@ -4,8 +4,8 @@
 or cached prompt costs less where it decodes than a handover would, unless many sequences would have to stand still.
 
 The cheapest of P x D pairs is found in O(P + D): for the cheapest prefill worker take the best decode worker, for that
-one the best prefill worker, and so on until nothing changes. Where links are equally fast the first round is exact;
-otherwise the pair found is one that no exchange of a single worker improves.
+one the best prefill worker, and so on until nothing changes. Where links are equally fast, and decode workers have no
+prompts to compute, that is exact; otherwise the pair found is one that no exchange of a single worker improves.
 
 A request whose cheapest worker has more to do than the next round trip and step need is held in the gateway: binding
 it now could not start it sooner, and by the time it can start another worker may be cheaper. So is one whose decode
