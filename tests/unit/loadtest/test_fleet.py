@@ -99,7 +99,7 @@ def test_a_turn_follows_the_answer_after_its_think_time():
 
 def test_the_queue_waits_as_an_m_d_1_queue_does():
     # A prompt of 2048 tokens fills a step, so service is one step long; one token is all that is asked for.
-    service_s, utilisation, count = prefill_step_s(2048, 0), 0.6, 6000
+    service_s, utilisation, count = prefill_step_s(2048, 0), 0.6, 3000
     rng, at, sessions = random.Random(5), 0.0, []
     for segment in range(count):
         at += rng.expovariate(utilisation / service_s)
@@ -113,9 +113,9 @@ def test_the_queue_waits_as_an_m_d_1_queue_does():
 @pytest.mark.parametrize("workers", [{"prefill": 4, "decode": 2}, {"both": 6}, {"prefill": 2, "decode": 1, "both": 3}])
 @pytest.mark.parametrize("gateways", [1, 2])
 def test_every_request_ends_exactly_once(policy, workers, gateways):
-    load_ = load("conversation", block_size=512, seed=2).scaled(3.0).limited(60)
+    load_ = load("conversation", block_size=512, seed=2).scaled(3.0).limited(40)
     result = Run(fleet(policy, **workers, num_gateways=gateways), load_).simulate()
-    assert len(result.records) == 60
+    assert len(result.records) == 40
     assert all(record.ending is Ending.FINISHED for record in result.records)
     assert all(record.first_at <= record.last_at for record in result.records)
 
