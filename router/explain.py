@@ -3,11 +3,22 @@
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from heapq import nsmallest
 
 from planes.messages import RequestId, Role, WorkerId, WorkerState
 from router.request import Candidate, Explanation, Observed
 
 _ERROR_GAIN = 0.05
+
+
+_MAX_CANDIDATES = 32
+
+
+def worth_keeping(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+    """All, or the cheapest ones: with hundreds of workers and thousands of requests the others would fill the memory."""
+    if len(candidates) <= _MAX_CANDIDATES:
+        return candidates
+    return tuple(nsmallest(_MAX_CANDIDATES, candidates, key=lambda candidate: candidate.total_s))
 
 
 class History:

@@ -21,7 +21,7 @@ from router import predict
 from router.admission import Queue, Waiting
 from router.dispatch import Dispatch
 from router.errors import DeadlineExceeded, DuplicateRequest, NoPair, NoWorker, QueueFull, SloMissed
-from router.explain import Counts, History, RouterStats, ShadowStats, WorkerStatus
+from router.explain import Counts, History, RouterStats, ShadowStats, WorkerStatus, worth_keeping
 from router.fleet import Fleet, Reservation
 from router.policies.headrace import Headrace
 from router.policy import Choice, FleetView, Policy
@@ -182,7 +182,7 @@ class Router:
         choice = _choose(self._policy, request, view)
         explanation = waiting.explanation
         explanation.policy = self._policy.name
-        explanation.candidates, explanation.chosen = choice.candidates, choice.chosen
+        explanation.candidates, explanation.chosen = worth_keeping(choice.candidates), choice.chosen
         explanation.held_s = now - waiting.submitted_at
         if choice.is_held:
             self._counts.held += not explanation.held_because
@@ -299,7 +299,7 @@ class Router:
             if view is None:
                 raise self._nobody(request)
             choice = _choose(self._policy, request, view)
-            explanation.candidates = choice.candidates
+            explanation.candidates = worth_keeping(choice.candidates)
             explanation.chosen = predict.judge(request, choice.chosen, view)
             explanation.held_because = choice.held_because
             slo = self._slo(request)
