@@ -11,11 +11,11 @@ A payload written while the answer still waits is held back until `begin`, which
 """
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -138,31 +138,35 @@ class Answer:
             self._transport.abort()
 
 
-class Streamed(Response):
-    """A response that `produce` writes; `produce` is cancelled when the client goes.
+class Streamed:
+    """An ASGI application whose answers `produce` writes; `produce` is cancelled when the client goes.
 
     `produce` must turn its errors into an answer itself. Needs a server that runs `StreamingProtocol`.
     """
 
     def __init__(
-        self, produce: Callable[[Answer], Awaitable[None]], *, max_unsent_bytes: int, on_cut_off: Callable[[], None]
+        self,
+        produce: Callable[[Request, Answer], Awaitable[None]],
+        *,
+        max_unsent_bytes: int,
+        on_cut_off: Callable[[], None],
     ) -> None:
-        super().__init__()
+        functools.update_wrapper(self, produce)
         self._produce = produce
         self._max_unsent_bytes = max_unsent_bytes
         self._on_cut_off = on_cut_off
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client: Client | None = scope.get("extensions", {}).get(_EXTENSION)
         task = asyncio.current_task()
         if client is None or task is None:
-            raise RuntimeError("a Streamed response needs a server that runs StreamingProtocol")
+            raise RuntimeError("a Streamed answer needs a server that runs StreamingProtocol")
         if client.is_gone:
             return
         client.watch(task.cancel)
         answer = Answer(client, scope, send, max_unsent_bytes=self._max_unsent_bytes, on_cut_off=self._on_cut_off)
         try:
-            await self._produce(answer)
+            await self._produce(Request(scope, receive), answer)
         except asyncio.CancelledError:
             # Gone client or stopping server: `produce` has cleaned up, and this is the root of the request's task.
             task.uncancel()
@@ -179,15 +183,19 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise BodyTooLarge(int(announced), max_bytes)
-    body = bytearray()
-    try:
-        async for piece in request.stream():
-            body += piece
-            if len(body) > max_bytes:
-                raise BodyTooLarge(len(body), max_bytes)
-    except ClientDisconnect as exc:
-        raise InvalidRequest(f"the connection ended after {len(body)} bytes of the body") from exc
-    return bytes(body)
+    pieces: list[bytes] = []
+    num_bytes = 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise InvalidRequest(f"the connection ended after {num_bytes} bytes of the body")
+        piece: bytes = message.get("body", b"")
+        num_bytes += len(piece)
+        if num_bytes > max_bytes:
+            raise BodyTooLarge(num_bytes, max_bytes)
+        if not message.get("more_body", False):
+            return b"".join((*pieces, piece)) if pieces else piece
+        pieces.append(piece)
 
 
 def _encoded(headers: Headers) -> list[tuple[bytes, bytes]]:

@@ -14,15 +14,18 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from app.auth import ApiKeys, KeyFileError
 from app.dispatch import Dispatcher
 from app.fleet import Fleet
 from app.gateway import Gateway
-from app.http import StreamingProtocol
+from app.http import Streamed, StreamingProtocol
 from app.live import LiveConfig, LiveRouting, Routing, routing
 from app.metrics import Metrics, router_gauges
 from app.models import Models
+from app.prefills import QueuedPrefills
 from app.preprocess import Preprocessor
 from app.relay import Relay
 from app.routes.completions import completion_routes
@@ -32,6 +35,7 @@ from app.settings import GatewaySettings
 from planes.control import Etcd, WorkerDirectory, watch_config
 from planes.errors import HeadraceError, InvalidRequest
 from planes.events import EventPlane
+from planes.jobs import PrefillQueue
 from planes.logs import configure
 from planes.messages import Registration, RequestId
 from planes.objects import ObjectStore
@@ -53,11 +57,25 @@ def serve(settings: GatewaySettings) -> None:
         runner.run(_run(settings, listener))
 
 
+class _App(FastAPI):
+    """FastAPI, but that streamed answers come before its layers: those would cost as much as routing and relaying."""
+
+    def hasten(self) -> None:
+        """Look for streamed answers among the routes; call it when all are there."""
+        endpoints = {route.path: route.endpoint for route in self.routes if isinstance(route, Route)}
+        self._streamed = {path: found for path, found in endpoints.items() if isinstance(found, Streamed)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        streamed = self._streamed.get(scope["path"]) if scope.get("method") == "POST" else None
+        await (streamed or super().__call__)(scope, receive, send)
+
+
 def create_app(gateway: Gateway) -> FastAPI:
     """The HTTP side of a gateway."""
-    app = FastAPI(title="Headrace", docs_url=None, redoc_url=None)
+    app = _App(title="Headrace", docs_url=None, redoc_url=None)
     app.include_router(completion_routes(gateway))
     app.include_router(operation_routes(gateway))
+    app.hasten()
 
     @app.exception_handler(HeadraceError)
     async def refused(_: Request, exc: HeadraceError) -> Response:
@@ -92,7 +110,11 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         )
 
     fleet = Fleet(router, dispatcher, models, events, connect=connect, clock=clock, rng=random.Random())
-    relay = Relay(dispatcher, fleet, metrics, clock=clock, max_attempts=settings.max_attempts)
+    prefills = None
+    if settings.prefill_dispatch == "queue":
+        prefills = QueuedPrefills(PrefillQueue(events), events, fleet, gateway=secrets.token_hex(8))
+        metrics.watch(prefills.gauges)
+    relay = Relay(dispatcher, fleet, metrics, clock=clock, max_attempts=settings.max_attempts, prefills=prefills)
     metrics.watch(fleet.gauges)
     metrics.watch(lambda: router_gauges(router.stats(now=clock())))
     return Gateway(
@@ -104,6 +126,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         dispatcher=dispatcher,
         fleet=fleet,
         relay=relay,
+        prefills=prefills,
         metrics=metrics,
         clock=clock,
         wall_clock=time.time,
@@ -159,6 +182,8 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
                 tasks.create_task(fleet.run()),
                 tasks.create_task(_watch_loop(gateway.metrics)),
             ]
+            if gateway.prefills is not None:
+                forever.append(tasks.create_task(gateway.prefills.run()))
             host, port = listener.getsockname()[:2]
             _log.info("gateway.listening", host=host, port=port, policy=settings.policy)
             await server.serve(sockets=[listener])

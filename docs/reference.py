@@ -6,6 +6,7 @@ python docs/reference.py --check   # exit status 1 if it is stale
 
 import ast
 import sys
+import types
 import typing
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -52,7 +53,8 @@ def _flag(settings: type, field: "typing.Any") -> str:
 
 
 def _routes() -> list[tuple[str, str, str]]:
-    app = create_app(typing.cast("typing.Any", None))
+    gateway = types.SimpleNamespace(settings=GatewaySettings(), metrics=Metrics())
+    app = create_app(typing.cast("typing.Any", gateway))
     found = []
     for route in app.routes:
         methods = sorted(getattr(route, "methods", None) or ())

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import structlog
 from fastapi import APIRouter, Request, Response
+from starlette.routing import Route
 
 from app.auth import Tenant
 from app.course import Job
@@ -32,25 +33,21 @@ def completion_routes(gateway: Gateway) -> APIRouter:
     """The routes that generate, and the models they generate with."""
     routes = APIRouter()
 
-    def answered(request: Request, parse: Parse) -> Response:
-        async def produce(answer: Answer) -> None:
-            await _serve(gateway, request, parse, answer)
+    async def chat(request: Request, answer: Answer) -> None:
+        """Continue a conversation (OpenAI's chat completions)."""
+        await _serve(gateway, request, parse_chat, answer)
 
-        return Streamed(
+    async def completion(request: Request, answer: Answer) -> None:
+        """Continue a text (OpenAI's completions)."""
+        await _serve(gateway, request, parse_completion, answer)
+
+    for path, produce in (("/v1/chat/completions", chat), ("/v1/completions", completion)):
+        streamed = Streamed(
             produce,
             max_unsent_bytes=gateway.settings.slow_client_bytes,
             on_cut_off=gateway.metrics.client_cut_off,
         )
-
-    @routes.post("/v1/chat/completions", response_model=None)
-    async def chat(request: Request) -> Response:
-        """Continue a conversation (OpenAI's chat completions)."""
-        return answered(request, parse_chat)
-
-    @routes.post("/v1/completions", response_model=None)
-    async def completion(request: Request) -> Response:
-        """Continue a text (OpenAI's completions)."""
-        return answered(request, parse_completion)
+        routes.routes.append(Route(path, streamed, methods=["POST"]))
 
     @routes.get("/v1/models", response_model=None)
     async def models(request: Request) -> Response:
@@ -110,4 +107,7 @@ async def _serve(gateway: Gateway, request: Request, parse: Parse, answer: Answe
         code = code_of(exc)
         gateway.metrics.ended(RequestSummary(model="", code=code))
         _log.info("request.finished", request_id=request_id, outcome=code, reason=str(exc))
+        await refuse(answer, exc, [("x-request-id", request_id)])
+    except Exception as exc:  # noqa: BLE001 - our own bug: it is logged, and the client gets an answer all the same
+        _log.exception("request.bug", request_id=request_id)
         await refuse(answer, exc, [("x-request-id", request_id)])

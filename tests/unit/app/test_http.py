@@ -3,7 +3,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import uvicorn
-from fastapi import FastAPI, Request
+from starlette.requests import Request
 
 from app.http import Answer, Streamed, StreamingProtocol, read_body
 from app.openai.errors import BodyTooLarge
@@ -30,21 +30,17 @@ def recorder():
 
 @pytest.fixture
 async def connect(recorder):
-    """Connections to a uvicorn of ours whose one route answers with `recorder.produce`."""
-    app = FastAPI()
+    """Connections to a uvicorn of ours that answers everything with `recorder.produce`."""
 
-    @app.api_route("/", methods=["POST", "HEAD"], response_model=None)
-    async def route(request: Request) -> Streamed:
-        async def produce(answer: Answer) -> None:
-            try:
-                await recorder.produce(request, answer)
-                recorder.ended.put_nowait("done")
-            except asyncio.CancelledError:
-                recorder.ended.put_nowait("cancelled")
-                raise
+    async def produce(request: Request, answer: Answer) -> None:
+        try:
+            await recorder.produce(request, answer)
+            recorder.ended.put_nowait("done")
+        except asyncio.CancelledError:
+            recorder.ended.put_nowait("cancelled")
+            raise
 
-        return Streamed(produce, max_unsent_bytes=MAX_UNSENT, on_cut_off=recorder.count_cut_off)
-
+    app = Streamed(produce, max_unsent_bytes=MAX_UNSENT, on_cut_off=recorder.count_cut_off)
     config = uvicorn.Config(app, http=StreamingProtocol, ws="none", lifespan="off", log_config=None)
     config.load()
     state = uvicorn.Server(config).server_state
