@@ -62,7 +62,7 @@ class VllmOptions:
     lease_s: int = 30
     """How long a prefilled KV cache waits for its decode worker's first sign of life."""
     drain_s: int = 10
-    """How long `stop` waits for leased KV caches to be fetched."""
+    """How long `stop` waits for leased KV caches to be fetched and for vLLM to end; then it is killed."""
     push_timeout_s: float = 30.0
     """How long a decode leg waits for a WRITE: vLLM would wait for ever."""
     step_timeout_s: float = 120.0

@@ -232,7 +232,7 @@ class VllmEngine:
             loop = asyncio.get_running_loop()
             for process in self._llm.engine_core.resources.engine_manager.processes:
                 loop.remove_reader(process.sentinel)
-            await loop.run_in_executor(self._thread, self._llm.shutdown, self._options.drain_s + 10.0)
+            await loop.run_in_executor(self._thread, self._llm.shutdown, float(self._options.drain_s))
         if self._reader is not None:
             self._reader.close()
         self._thread.shutdown(wait=False)

@@ -1,0 +1,165 @@
+"""Real engines for the end-to-end tests, one process each, shared by a module: a start takes half a minute of CPU."""
+
+import asyncio
+import base64
+import contextlib
+import itertools
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import pytest
+import pytest_asyncio
+
+from planes.frames import Sampling, Ticket
+from planes.messages import HandoverEndpoint
+from workers.demo_model import ensure_demo_model
+
+DRIVER = Path(__file__).parent / "engine_driver.py"
+ROOT = DRIVER.parents[2]
+MODEL = "demo"
+PATIENCE_S = 240.0
+
+
+@pytest.fixture(scope="session")
+def demo_model():
+    return ensure_demo_model()
+
+
+@dataclass
+class Answer:
+    """Everything the engine said about one request. invalid: its refusal instead."""
+
+    tokens: list[int] = field(default_factory=list)
+    by_choice: dict[int, list[int]] = field(default_factory=dict)
+    last: dict = field(default_factory=dict)
+    outputs: list[dict] = field(default_factory=list)
+    invalid: dict | None = None
+
+    @property
+    def ticket(self):
+        packed = self.last["ticket"]
+        return packed and msgspec.msgpack.decode(base64.b64decode(packed), type=Ticket)
+
+
+class EngineProcess:
+    """Talks to `engine_driver.py`."""
+
+    def __init__(self, process):
+        self.process = process
+        self.said = []
+        self.held = set()
+        self.heard = asyncio.Condition()
+        self.answers = {}
+        self.ready = None
+        self._ids = itertools.count()
+
+    @classmethod
+    async def start(cls, **options):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            str(DRIVER),
+            msgspec.json.encode(options).decode(),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            limit=1 << 22,
+        )
+        engine = cls(process)
+        engine.reading = asyncio.create_task(engine._read())
+        await engine.until(lambda: engine.kinds() & {"ready", "refused", "gone"})
+        engine.ready = next((news for news in engine.said if news["kind"] == "ready"), None)
+        return engine
+
+    def kinds(self):
+        return {news["kind"] for news in self.said}
+
+    @property
+    def endpoint(self):
+        return msgspec.convert(self.ready["endpoint"], HandoverEndpoint)
+
+    async def _read(self):
+        async for line in self.process.stdout:
+            news = msgspec.json.decode(line)
+            match news["kind"]:
+                case "held":
+                    self.held = set(map(int, news["names"]))
+                case "output":
+                    self._output(self.answers[news["id"]], news)
+                case "invalid":
+                    self.answers[news["id"]].invalid = news
+                case _:
+                    self.said.append(news)
+            async with self.heard:
+                self.heard.notify_all()
+        self.said.append({"kind": "gone"})
+        async with self.heard:
+            self.heard.notify_all()
+
+    @staticmethod
+    def _output(answer, news):
+        answer.outputs.append(news)
+        answer.by_choice.setdefault(news["index"], []).extend(news["tokens"])
+        if news["index"] == 0:
+            answer.tokens += news["tokens"]
+            if news["finish"]:
+                answer.last = news
+
+    async def until(self, happened):
+        async with asyncio.timeout(PATIENCE_S), self.heard:
+            await self.heard.wait_for(happened)
+
+    def send(self, kind, **fields):
+        self.process.stdin.write(msgspec.json.encode({"type": kind} | fields) + b"\n")
+
+    def begin(self, prompt, sampling=None, leg=None, *, resume=(), salt="", name=None):
+        """Start a request; greedy unless `sampling` says otherwise."""
+        name = name or f"r{next(self._ids)}"
+        answer = self.answers[name] = Answer()
+        sampling = Sampling(**({"max_tokens": 8, "temperature": 0.0} | (sampling or {})))
+        leg = {"type": "local"} if leg is None else leg
+        self.send("run", id=name, prompt=prompt, sampling=sampling, leg=leg, resume=list(resume), salt=salt)
+        return name, answer
+
+    async def run(self, *args, **kwargs):
+        """The whole answer to a request."""
+        _, answer = self.begin(*args, **kwargs)
+        num_choices = ((args[1:] and args[1]) or {}).get("n", 1)
+        await self.until(
+            lambda: answer.invalid or sum(bool(output["finish"]) for output in answer.outputs) == num_choices
+        )
+        return answer
+
+    async def stop(self):
+        if self.process.returncode is None:
+            with contextlib.suppress(ConnectionError):
+                self.send("stop")
+        async with asyncio.timeout(PATIENCE_S):
+            await self.process.wait()
+            await self.reading
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def start_engine(demo_model):
+    """Starts engines of the demo model in float32, small and cheap, and stops them after the module's last test."""
+    engines = []
+
+    async def start(worker, **options):
+        small = {
+            "dtype": "float32",
+            "max_model_len": 1024,
+            "max_num_seqs": 8,
+            "kv_cache_bytes": 96 << 20,
+            "lease_s": 12,
+        }
+        engine = await EngineProcess.start(
+            **({"model_path": str(demo_model), "model": MODEL, "worker": worker} | small | options)
+        )
+        engines.append(engine)
+        return engine
+
+    yield start
+    await asyncio.gather(*(engine.stop() for engine in engines))

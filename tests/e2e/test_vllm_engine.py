@@ -1,0 +1,214 @@
+"""VllmEngine on real weights: two engine processes and NIXL; float32 and greedy, so that tokens can be compared."""
+
+import asyncio
+import os
+import signal
+
+import msgspec
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from planes.blocks import name_blocks, root
+from planes.frames import DecodeLeg, PrefillLeg
+from planes.messages import HandoverMode
+
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
+
+BLOCK = 32
+ELSEWHERE = "another tenant"  # a salt: nothing cached under it
+
+
+def prompt(seed, num_tokens):
+    return [2, *np.random.default_rng(seed).integers(1000, 200_000, num_tokens - 1).tolist()]
+
+
+def blocks_of(tokens, salt=""):
+    return set(name_blocks(np.array(tokens, dtype=np.uint32), BLOCK, root("demo", salt)).tolist())
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=list(HandoverMode), ids=str)
+async def pair(request, start_engine):
+    """A prefill and a decode engine that hand over in one mode."""
+    mode = request.param
+    cores = sorted(os.sched_getaffinity(0))
+    prefill, decode = await asyncio.gather(
+        start_engine(f"p-{mode}", role="prefill", handover=mode, cores=cores[:1]),
+        start_engine(f"d-{mode}", role="decode", handover=mode, cores=cores[-1:]),
+    )
+    return mode, prefill, decode
+
+
+async def hand_over(pair, tokens, sampling=None, *, forward_first=False, name):
+    """The relay's work: both legs of one request. Returns the prefill leg's answer and the decode leg's."""
+    mode, prefill, decode = pair
+    leg = PrefillLeg(mode)
+    if mode is HandoverMode.PUSH:
+        decode_leg = DecodeLeg(source=prefill.endpoint)
+        return await asyncio.gather(
+            prefill.run(tokens, sampling, tagged(leg), name=name),
+            decode.run(tokens, sampling, tagged(decode_leg), name=name),
+        )
+    first = await prefill.run(tokens, sampling, tagged(leg), name=name)
+    resume = first.tokens if forward_first else []
+    decode_leg = DecodeLeg(ticket=first.ticket)
+    return first, await decode.run(tokens, sampling, tagged(decode_leg), resume=resume, name=name)
+
+
+def tagged(leg):
+    return msgspec.to_builtins(leg)
+
+
+async def test_a_handed_over_answer_equals_one_engine_s_token_for_token(pair):
+    mode, prefill, _ = pair
+    for seed, num_tokens in ((1, 150), (2, 641), (3, 256)):
+        tokens = prompt(seed, num_tokens)
+        alone = await prefill.run(tokens, {"max_tokens": 16}, salt=ELSEWHERE)
+        first, rest = await hand_over(pair, tokens, {"max_tokens": 16}, name=f"equal-{seed}")
+        assert rest.tokens == alone.tokens
+        assert rest.last["finish"] == "length"
+        assert first.tokens == alone.tokens[:1]
+        assert first.ticket.mode is mode
+        assert rest.last["handover_bytes"] > 0
+        assert rest.last["handover_s"] > 0
+
+
+async def test_the_first_token_may_be_forwarded_and_resumed(pair):
+    mode, prefill, decode = pair
+    if mode is HandoverMode.PUSH:
+        return  # both legs have begun when it comes
+    tokens = prompt(4, 333)
+    alone = await prefill.run(tokens, {"max_tokens": 12}, salt=ELSEWHERE)
+    first, rest = await hand_over(pair, tokens, {"max_tokens": 12}, forward_first=True, name="forward")
+    assert first.tokens + rest.tokens == alone.tokens
+    refused = await decode.run(
+        prompt(5, 320), None, tagged(DecodeLeg(ticket=first.ticket)), resume=first.tokens, name="boundary"
+    )
+    assert refused.invalid["code"] == "malformed_handover"
+
+
+async def test_a_repeated_prompt_is_cached_and_its_blocks_have_the_gateway_s_names(pair):
+    _, prefill, decode = pair
+    tokens = prompt(6, 300)
+    first, rest = await hand_over(pair, tokens, name="cold")
+    again, _ = await hand_over(pair, tokens, name="warm")
+    assert first.last["cached_tokens"] == 0
+    assert again.last["cached_tokens"] == 300 // BLOCK * BLOCK
+    await prefill.until(lambda: blocks_of(tokens) <= prefill.held)
+    await decode.until(lambda: blocks_of(tokens + rest.tokens[:-1]) <= decode.held)
+    salted = await prefill.run(tokens, None, salt="tenant")
+    assert salted.last["cached_tokens"] == 0
+    await prefill.until(lambda: blocks_of(tokens, "tenant") <= prefill.held)
+
+
+async def test_malformed_handover_parameters_are_refused_and_the_engine_lives(pair):
+    mode, _, decode = pair
+    if mode is HandoverMode.PUSH:
+        return  # a push leg has no ticket; its source is checked in the unit tests
+    tokens = prompt(7, 100)
+    good = (await pair[1].run(tokens, None, tagged(PrefillLeg(mode)))).ticket
+    params = msgspec.msgpack.decode(good.params)
+    for change in ({"remote_block_ids": []}, {"remote_block_ids": [[]] * 6}, {"remote_port": "x"}, {"tp_size": 0}):
+        bad = msgspec.structs.replace(good, params=msgspec.msgpack.encode(params | change))
+        answer = await decode.run(tokens, None, tagged(DecodeLeg(ticket=bad)))
+        assert answer.invalid["code"] == "malformed_handover"
+    late = msgspec.structs.replace(good, params=msgspec.msgpack.encode(params | {"written_at": 1.0}))
+    expired = await decode.run(tokens, None, tagged(DecodeLeg(ticket=late)))
+    assert expired.last["finish"] == "error"
+    assert "old" in expired.last["error"]
+    assert (await decode.run(tokens, None, tagged(DecodeLeg(ticket=good)))).last["finish"] == "length"
+
+
+async def test_a_prefill_worker_that_is_gone_fails_the_request_and_not_the_engine(pair):
+    mode, prefill, decode = pair
+    if mode is HandoverMode.PUSH:
+        return  # vLLM waits for ever there: ADR 6
+    tokens = prompt(8, 100)
+    good = (await prefill.run(tokens, None, tagged(PrefillLeg(mode)))).ticket
+    params = msgspec.msgpack.decode(good.params) | {"remote_port": 9, "remote_engine_id": "nobody"}
+    nowhere = msgspec.structs.replace(good, params=msgspec.msgpack.encode(params))
+    failed = await decode.run(tokens, None, tagged(DecodeLeg(ticket=nowhere)))
+    assert failed.last["finish"] == "error"
+    assert (await decode.run(tokens)).last["finish"] == "length"
+
+
+async def test_a_first_token_that_ends_the_answer_leaves_no_ticket(pair):
+    mode, prefill, _ = pair
+    tokens = prompt(9, 90)
+    first = (await prefill.run(tokens, {"max_tokens": 1}, tagged(PrefillLeg(mode)))).tokens[0]
+    if mode is HandoverMode.PULL:
+        stopped = await prefill.run(tokens, {"stop_token_ids": [first]}, tagged(PrefillLeg(mode)))
+        assert stopped.last["finish"] == "stop"
+        assert stopped.ticket is None
+    only = await prefill.run(tokens, {"max_tokens": 1}, tagged(PrefillLeg(mode)))
+    assert only.last["finish"] == "length"
+    assert only.ticket is None
+
+
+async def test_sampling_parameters_reach_the_model(pair):
+    mode, prefill, _ = pair
+    if mode is HandoverMode.PUSH:
+        return  # the same code
+    tokens = prompt(10, 40)
+    greedy = await prefill.run(tokens, {"logprobs": 3, "n": 2})
+    assert greedy.by_choice[0] == greedy.by_choice[1]
+    first = greedy.outputs[0]["logprobs"][0]
+    assert len(first["top"]) == 3
+    assert first["top"][0][0] == first["token"]
+    assert first["top"][0][1] == first["logprob"] <= 0
+    warm = {"temperature": 1.5, "seed": 7, "n": 3, "max_tokens": 6}
+    sampled, repeated = await prefill.run(tokens, warm), await prefill.run(tokens, warm)
+    assert sampled.by_choice == repeated.by_choice
+    assert len({tuple(choice) for choice in sampled.by_choice.values()}) > 1
+    biased = await prefill.run(tokens, {"logit_bias": {4242: 100.0}, "max_tokens": 2})
+    assert biased.tokens == [4242, 4242]
+    ended = await prefill.run(tokens, {"logit_bias": {1: 100.0}})
+    assert (ended.tokens, ended.last["finish"]) == ([1], "stop")
+    ignoring = await prefill.run(tokens, {"logit_bias": {1: 100.0}, "ignore_eos": True, "max_tokens": 3})
+    assert ignoring.tokens == [1, 1, 1]
+
+
+async def test_requests_together_and_aborted_ones_leave_nothing_behind(pair):
+    _, prefill, _ = pair
+    started = [prefill.begin(prompt(20 + i, 60 + i), {"max_tokens": 40}) for i in range(4)]
+    aborted, silent = prefill.begin(prompt(30, 64), {"max_tokens": 900})
+    await prefill.until(lambda: silent.outputs)
+    prefill.send("abort", id=aborted)
+    await prefill.until(lambda: all(answer.last for _, answer in started))
+    before = len(silent.outputs)
+    prefill.said = [news for news in prefill.said if news["kind"] == "step"]
+    prefill.send("load")
+    await prefill.until(lambda: "load" in prefill.kinds())
+    load = next(news for news in prefill.said if news["kind"] == "load")
+    assert (load["num_running"], load["num_waiting"], load["waiting_prefill_tokens"]) == (0, 0, 0)
+    assert len(silent.outputs) == before
+    assert not silent.last
+    samples = [news["sample"] for news in prefill.said if news["kind"] == "step"]
+    prefill_tokens, pairs, batch, kv_tokens, duration_s = max(samples, key=lambda sample: sample[2])
+    assert batch >= 4
+    assert kv_tokens >= 4 * 60
+    assert duration_s > 0
+    assert prefill_tokens >= 0 <= pairs
+
+
+async def test_the_engine_process_ends_with_its_worker_and_the_worker_hears_of_its_engine_s_end(pair):
+    _, prefill, decode = pair
+    orphan, has_ended = os.pidfd_open(prefill.ready["pids"][0]), asyncio.Event()
+    asyncio.get_running_loop().add_reader(orphan, has_ended.set)
+    prefill.process.kill()
+    async with asyncio.timeout(60):
+        await has_ended.wait()
+    asyncio.get_running_loop().remove_reader(orphan)
+    os.close(orphan)
+    (engine,) = decode.ready["pids"]
+    name, answer = decode.begin(prompt(40, 50), {"max_tokens": 900})
+    await decode.until(lambda: answer.outputs)
+    os.kill(engine, signal.SIGKILL)
+    await decode.until(lambda: answer.last and "died" in decode.kinds())
+    assert answer.last["finish"] == "error", name
+
+
+async def test_a_start_that_cannot_be_is_refused_with_a_clear_line(start_engine, tmp_path):
+    missing = await start_engine("nowhere", model_path=str(tmp_path / "nothing"))
+    (refused,) = [news for news in missing.said if news["kind"] == "refused"]
+    assert "is no directory: name a directory with config.json" in refused["message"]
