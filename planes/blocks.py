@@ -23,13 +23,17 @@ Tokens = npt.NDArray[np.uint32]
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _M1_INVERSE, _M2_INVERSE = np.uint64(pow(int(_M1), -1, 1 << 64)), np.uint64(pow(int(_M2), -1, 1 << 64))
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_1, _27, _30, _31 = np.uint64(1), np.uint64(27), np.uint64(30), np.uint64(31)  # building one takes as long as using it
 
 
 def _mix(x: Hashes) -> Hashes:
-    x = (x ^ (x >> np.uint64(30))) * _M1
-    x = (x ^ (x >> np.uint64(27))) * _M2
-    mixed: Hashes = x ^ (x >> np.uint64(31))
-    return mixed
+    """In place: most prompts are so short that it is the number of numpy's calls that counts."""
+    x ^= x >> _30
+    x *= _M1
+    x ^= x >> _27
+    x *= _M2
+    x ^= x >> _31
+    return x
 
 
 def _unmix(x: Hashes) -> Hashes:
@@ -37,6 +41,12 @@ def _unmix(x: Hashes) -> Hashes:
     x = (x ^ (x >> np.uint64(27)) ^ (x >> np.uint64(54))) * _M1_INVERSE
     unmixed: Hashes = x ^ (x >> np.uint64(30)) ^ (x >> np.uint64(60))
     return unmixed
+
+
+@lru_cache(maxsize=4096)
+def _unmixed(name: int) -> np.uint64:
+    """The same for one name; prompts begin at few roots."""
+    return np.uint64(_unmix(np.array([name], dtype=np.uint64))[0])
 
 
 @lru_cache(maxsize=64)
@@ -58,7 +68,7 @@ def name_blocks(tokens: Tokens, block_size: int, root_name: int) -> Hashes:
     Args:  tokens: shape (n,), uint32.  root_name: from `root`.
     Returns:  shape (n // block_size,), uint64.
     """
-    return _names(tokens, block_size, int(_unmix(np.array([root_name], dtype=np.uint64))[0]), 0)
+    return _names(tokens, block_size, _unmixed(root_name), 0)
 
 
 def continue_names(parent: int, depth: int, tokens: Tokens, block_size: int) -> Hashes:
@@ -66,7 +76,7 @@ def continue_names(parent: int, depth: int, tokens: Tokens, block_size: int) -> 
 
     `continue_names(root_name, 0, …)` equals `name_blocks(…, root_name)`.
     """
-    return _names(tokens, block_size, int(_unmix(np.array([parent], dtype=np.uint64))[0]), depth)
+    return _names(tokens, block_size, _unmixed(parent), depth)
 
 
 def continue_each(parents: Hashes, depths: npt.NDArray[np.int64], tokens: npt.NDArray[np.uint32]) -> Hashes:
@@ -80,15 +90,17 @@ def continue_each(parents: Hashes, depths: npt.NDArray[np.int64], tokens: npt.ND
     return names
 
 
-def _names(tokens: Tokens, block_size: int, acc: int, depth: int) -> Hashes:
+def _names(tokens: Tokens, block_size: int, acc: np.uint64, depth: int) -> Hashes:
     count = len(tokens) // block_size
     if not count:
         return np.empty(0, dtype=np.uint64)
-    blocks = tokens[: count * block_size].reshape(count, block_size).astype(np.uint64) + np.uint64(1)
-    digests = _mix(blocks @ _odd_multipliers(block_size, 1))
-    positions = _odd_multipliers(_power_of_two(depth + count), 2)[depth : depth + count]
-    names: Hashes = _mix(np.uint64(acc) + np.cumsum(digests * positions, dtype=np.uint64))
-    return names
+    blocks = tokens[: count * block_size].reshape(count, block_size).astype(np.uint64)
+    blocks += _1
+    names = _mix(blocks @ _odd_multipliers(block_size, 1))
+    names *= _odd_multipliers(_power_of_two(depth + count), 2)[depth : depth + count]
+    np.add.accumulate(names, out=names)
+    names += acc
+    return _mix(names)
 
 
 def _power_of_two(at_least: int) -> int:
