@@ -15,7 +15,7 @@ _MAX_CANDIDATES = 32
 
 
 def worth_keeping(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
-    """All, or the cheapest ones: with hundreds of workers and thousands of requests the others would fill the memory."""
+    """All, or the cheapest ones: with hundreds of workers the others would fill the memory."""
     if len(candidates) <= _MAX_CANDIDATES:
         return candidates
     return tuple(nsmallest(_MAX_CANDIDATES, candidates, key=lambda candidate: candidate.total_s))

@@ -22,12 +22,13 @@ from router.admission import Queue, Waiting
 from router.dispatch import Dispatch
 from router.errors import DeadlineExceeded, DuplicateRequest, NoPair, NoWorker, QueueFull, SloMissed
 from router.explain import Counts, History, RouterStats, ShadowStats, WorkerStatus, worth_keeping
-from router.fleet import Fleet, Reservation
+from router.fleet import Fleet
 from router.policies.headrace import Headrace
 from router.policy import Choice, FleetView, Policy
 from router.request import Candidate, Explanation, HandoverWish, Observed, Outcome, RoutableRequest, Route
 from router.settings import RouterSettings
 from router.wish import honoured
+from router.worker import Reservation
 
 _LENGTH_GAIN = 0.02
 _LEAST_SHARE = 0.01

@@ -1,0 +1,254 @@
+"""One worker as this gateway knows it: registration, load, reservations.
+
+**Load: the last report plus our own dispatches since, none counted twice.** A report counts every gateway's requests,
+ours among them. Whether it counts one that we sent shortly before it came cannot be told for sure; we take those sent
+more than `report_delay_s` before as counted (*seen*) and add the others (*unseen*) to its figures. So
+
+    prompt work   = reported + unseen prompts                        seen prompts that end are taken off the report
+    sequences, KV = reported + unseen decode legs                    a decode leg can be seen once it has arrived:
+                                                                     at dispatch (local), after the prefill (pair)
+
+Whatever we took for seen and was not yet in the report is missing until the next one (100 ms while busy); the delay is
+chosen so that the other mistake, counting twice for one report, is the likelier: it holds back, and herds nobody.
+
+Between reports prompt work drains like a fluid: a worker is busy until the instant `busy_until`, each prompt we send
+moves it on by its predicted seconds, each report sets it anew.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+from planes.blocks import Hashes
+from planes.messages import HandoverMode, LoadReport, Registration, RequestId, WorkerState
+from router.latency import LatencyModel
+from router.policy import WorkerView
+
+_WINDOW_S = 60.0  # over which utilisation is averaged
+_LATE_SHARE = 0.1  # of outstanding prompt work still to come when it has taken longer than predicted
+
+
+@dataclass(slots=True)
+class Reservation:
+    """What a bound request takes on its workers until it is released. `computing` is `decoding` for a local one."""
+
+    request: RequestId
+    computing: "Worker"
+    decoding: "Worker"
+    blocks: Hashes
+    uncached_tokens: int
+    prompt_tokens: int
+    expected_tokens: int
+    prefill_s: float
+    bound_at: float
+    is_prefilled: bool = False
+    prefill_seen: bool = False
+    decode_seen: bool = False
+    arrived_at: float = math.inf
+    """When its decode leg reached the decode worker."""
+
+
+class Worker:
+    """One worker: registration, last report, own dispatches."""
+
+    def __init__(self, registration: Registration) -> None:
+        self.worker = registration.worker
+        self.register(registration)
+        self.latency = LatencyModel(registration.facts.latency, registration.facts.max_step_tokens)
+        self.reported_at: float | None = None
+        self.num_running = 0
+        self.num_waiting = 0
+        self.waiting_prefill_tokens = 0
+        self.kv_tokens = 0
+        self.free_blocks = registration.facts.num_blocks
+        self.busy_until = 0.0
+        self.utilisation = Utilisation()
+        self.has_steps = False
+        """Its reports tell of engine steps; if not, whole prefills have to teach the latency model."""
+        self.computing: dict[RequestId, Reservation] = {}
+        self.decoding: dict[RequestId, Reservation] = {}
+        self._sent: deque[Reservation] = deque()
+        self._arrived: deque[Reservation] = deque()
+        self.unseen_prefills = self.unseen_prefill_tokens = 0
+        self.unseen_decodes = self.unseen_kv_tokens = self.unseen_blocks = 0
+        self.seen_tokens = self.seen_prompt_tokens = 0
+        self.seen_s = 0.0
+
+    def register(self, registration: Registration) -> None:
+        """Take over a changed registration of the same epoch."""
+        self.registration = registration
+        self.role, self.facts = registration.role, registration.facts
+        endpoint = registration.handover
+        self.handover: HandoverMode | None = endpoint.mode if endpoint is not None else None
+        self.state = registration.state
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state is WorkerState.READY and self.registration.state is WorkerState.READY
+
+    @property
+    def has_reservations(self) -> bool:
+        return bool(self.computing or self.decoding)
+
+    # --- reservations --------------------------------------------------------------------------------------------
+
+    def reserve_prefill(self, reservation: Reservation, now: float) -> None:
+        self.computing[reservation.request] = reservation
+        self._sent.append(reservation)
+        self.unseen_prefills += 1
+        self.unseen_prefill_tokens += reservation.uncached_tokens
+        self.busy_until = max(self.busy_until, now) + reservation.prefill_s
+
+    def reserve_decode(self, reservation: Reservation) -> None:
+        self.decoding[reservation.request] = reservation
+        self.unseen_decodes += 1
+        self.unseen_kv_tokens += reservation.prompt_tokens
+        self.unseen_blocks += self._blocks(reservation)
+
+    def arrived(self, reservation: Reservation, now: float) -> None:
+        """The decode leg is with the worker and will be in its reports."""
+        if reservation.arrived_at == math.inf:
+            reservation.arrived_at = now
+            self._arrived.append(reservation)
+
+    def release_prefill(self, reservation: Reservation, now: float) -> None:
+        if self.computing.pop(reservation.request, None) is None:
+            return
+        if reservation.prefill_seen:
+            self.waiting_prefill_tokens = max(0, self.waiting_prefill_tokens - reservation.uncached_tokens)
+            self.seen_tokens -= reservation.uncached_tokens
+            self.seen_prompt_tokens -= reservation.prompt_tokens
+            self.seen_s = self.seen_s - reservation.prefill_s if self.seen_tokens else 0.0
+        else:
+            self.unseen_prefills -= 1
+            self.unseen_prefill_tokens -= reservation.uncached_tokens
+        if not self.computing and not self.waiting_prefill_tokens:
+            self.busy_until = min(self.busy_until, now)
+
+    def release_decode(self, reservation: Reservation, completion_tokens: int) -> None:
+        if self.decoding.pop(reservation.request, None) is None:
+            return
+        if reservation.decode_seen:
+            self.num_running = max(0, self.num_running - 1)
+            self.kv_tokens = max(0, self.kv_tokens - reservation.prompt_tokens - completion_tokens)
+            self.free_blocks = min(self.registration.facts.num_blocks, self.free_blocks + self._blocks(reservation))
+        else:
+            self.unseen_decodes -= 1
+            self.unseen_kv_tokens -= reservation.prompt_tokens
+            self.unseen_blocks -= self._blocks(reservation)
+
+    def _blocks(self, reservation: Reservation) -> int:
+        return -(-(reservation.prompt_tokens + reservation.expected_tokens) // self.registration.facts.block_size)
+
+    # --- reports -------------------------------------------------------------------------------------------------
+
+    def apply_load(self, report: LoadReport, *, now: float, report_delay_s: float) -> None:
+        counted = now - report_delay_s
+        while self._sent and self._sent[0].bound_at <= counted:
+            self._see_prefill(self._sent.popleft())
+        while self._arrived and self._arrived[0].arrived_at <= counted:
+            self._see_decode(self._arrived.popleft())
+        self.latency.learn(report.steps)
+        self.has_steps = self.has_steps or bool(report.steps)
+        self.state = report.state
+        self.num_running, self.num_waiting = report.num_running, report.num_waiting
+        self.waiting_prefill_tokens = report.waiting_prefill_tokens
+        self.kv_tokens, self.free_blocks = report.kv_tokens, report.free_blocks
+        unseen_s = sum(sent.prefill_s for sent in self._sent if sent.request in self.computing)
+        self.busy_until = now + self._reported_work_s(report) + unseen_s
+        self.utilisation.add(report, self.latency, now - self.reported_at if self.reported_at is not None else 0.0)
+        self.reported_at = now
+
+    def _see_prefill(self, reservation: Reservation) -> None:
+        if self.computing.get(reservation.request) is reservation:
+            reservation.prefill_seen = True
+            self.unseen_prefills -= 1
+            self.unseen_prefill_tokens -= reservation.uncached_tokens
+            self.seen_tokens += reservation.uncached_tokens
+            self.seen_prompt_tokens += reservation.prompt_tokens
+            self.seen_s += reservation.prefill_s
+
+    def _see_decode(self, reservation: Reservation) -> None:
+        if self.decoding.get(reservation.request) is reservation:
+            reservation.decode_seen = True
+            self.unseen_decodes -= 1
+            self.unseen_kv_tokens -= reservation.prompt_tokens
+            self.unseen_blocks -= self._blocks(reservation)
+
+    def _reported_work_s(self, report: LoadReport) -> float:
+        """Seconds of prompt work in a report: our own part of it at its predicted cost, the rest by the token.
+
+        An engine that has not looked a prompt up in its cache yet reports all of it, so our part is anything between
+        our uncached tokens and our prompts' tokens.
+        """
+        tokens = report.waiting_prefill_tokens
+        own_s = self.seen_s * min(1.0, tokens / self.seen_tokens) if self.seen_tokens else 0.0
+        others = tokens - max(self.seen_prompt_tokens, self.seen_tokens)
+        if others <= 0:
+            return own_s
+        mean = others // max(1, report.num_waiting - len(self.computing)) or 1
+        return own_s + self.latency.prefill_s(mean, mean) * others / mean
+
+    # --- answers -------------------------------------------------------------------------------------------------
+
+    def backlog_s(self, now: float) -> float:
+        """Predicted seconds until a prompt sent now would begin to be computed."""
+        backlog = self.busy_until - now
+        if backlog <= 0 and self.computing:  # it is late: something is left, nobody knows how much
+            return _LATE_SHARE * max(reservation.prefill_s for reservation in self.computing.values())
+        return max(0.0, backlog)
+
+    def view(self, cached_tokens: int, ahead_s: float, now: float) -> WorkerView:
+        used = self.utilisation
+        free_blocks = self.free_blocks - self.unseen_blocks
+        return WorkerView(
+            self.worker,
+            self.role,
+            self.facts,
+            self.latency,
+            cached_tokens,
+            self.num_running + self.unseen_decodes,
+            self.num_waiting + self.unseen_prefills,
+            self.waiting_prefill_tokens + self.unseen_prefill_tokens,
+            self.backlog_s(now) + ahead_s,
+            self.kv_tokens + self.unseen_kv_tokens,
+            free_blocks if free_blocks > 0 else 0,  # noqa: FURB136 - max() takes three times as long here
+            used.computing,
+            self.handover,
+            used.prefilling,
+            used.running,
+        )
+
+
+class Utilisation:
+    """How busy a worker was over about the last minute; starts as if it had been idle for ten seconds.
+
+    computing, prefilling: shares of the time, 0.0 to 1.0.  running: mean number of sequences.
+    """
+
+    def __init__(self) -> None:
+        self.computing = self.prefilling = self.running = 0.0
+        self._weight = 1 - math.exp(-10 / _WINDOW_S)
+
+    def add(self, report: LoadReport, latency: LatencyModel, elapsed_s: float) -> None:
+        if elapsed_s <= 0:
+            return
+        computing = sum(step.duration_s for step in report.steps)
+        prefilling = sum(
+            max(0.0, step.duration_s - (latency.step_s(step.batch, step.kv_tokens) if step.batch else 0.0))
+            for step in report.steps
+            if step.prefill_tokens
+        )
+        if not report.steps and report.num_running:
+            computing = elapsed_s
+        old = math.exp(-elapsed_s / _WINDOW_S)
+        weight = self._weight * old + 1 - old
+        new = (1 - old) / weight
+        self._weight = weight
+        self.computing += new * (_share(computing, elapsed_s) - self.computing)
+        self.prefilling += new * (_share(prefilling, elapsed_s) - self.prefilling)
+        self.running += new * (min(report.num_running, 1 << 20) - self.running)
+
+
+def _share(part_s: float, whole_s: float) -> float:
+    return min(1.0, max(0.0, part_s / whole_s)) if math.isfinite(part_s) else 0.0
