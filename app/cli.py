@@ -53,12 +53,14 @@ def worker(*flags: Annotated[str, Parameter(allow_leading_hyphen=True, show=Fals
 @app.command
 def etcd(*, host: _Host = "127.0.0.1", port: _Port = 2379, data_dir: _DataDir = None) -> None:
     """Run a single etcd, for one machine and for tests; production has a cluster of its own."""
+    port = servers.free_port("etcd", port, host)
     servers.run_in_foreground(servers.etcd_argv(data_dir or _scratch("etcd"), port, host))
 
 
 @app.command
 def nats(*, host: _Host = "127.0.0.1", port: _Port = 4222, data_dir: _DataDir = None) -> None:
     """Run a single NATS server with JetStream, for one machine and for tests."""
+    port = servers.free_port("nats", port, host)
     servers.run_in_foreground(servers.nats_argv(data_dir or _scratch("nats"), port, host))
 
 

@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from planes.control import Etcd, WorkerDirectory
+from planes.control import Etcd, WorkerDirectory, parse_endpoints
 from planes.errors import HeadraceError
-from planes.events import EventPlane
+from planes.events import EventPlane, parse_servers
 from planes.logs import configure
 from planes.messages import LoadReport, Registration, WorkerId
-from planes.settings import UnusableSetting
+from planes.names import check_namespace
+from planes.settings import UnusableSetting, check_setting
 
 _REPORT_WAIT_S = 1.5
 """Idle workers report every second."""
@@ -46,6 +47,9 @@ class FleetTableSettings:
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:
             raise UnusableSetting("timeout_s", self.timeout_s, "it must be more than 0 seconds")
+        check_setting("etcd", self.etcd, parse_endpoints)
+        check_setting("nats", self.nats, parse_servers)
+        check_setting("namespace", self.namespace, check_namespace)
 
 
 class _Fleet:

@@ -6,6 +6,7 @@ growing pauses; one that dies before ends everything with its last words.
 """
 
 import asyncio
+import contextlib
 import os
 import re
 import shutil
@@ -23,8 +24,11 @@ from cyclopts import Parameter
 
 from app.servers import etcd_server, nats_server, tied_to_parent
 from app.supervisor import Child, ChildFailed, Supervisor, read_line, say
+from planes.control import parse_endpoints
+from planes.events import parse_servers
 from planes.messages import HandoverMode, Role
-from planes.settings import UnusableSetting
+from planes.names import check_namespace
+from planes.settings import UnusableSetting, check_setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,17 +68,30 @@ class UpSettings:
             )
         if not 1 <= self.port <= 65535:
             raise UnusableSetting("port", self.port, "a port is 1 to 65535")
-        if self.engine == "vllm" and self.model is not None and not Path(self.model, "config.json").is_file():
-            raise UnusableSetting("model", self.model, "not the directory of a model (it has no config.json)")
+        if self.etcd is not None:
+            check_setting("etcd", self.etcd, parse_endpoints)
+        if self.nats is not None:
+            check_setting("nats", self.nats, parse_servers)
+        check_setting("namespace", self.namespace, check_namespace)
+        needed = "config.json" if self.engine == "vllm" else "tokenizer.json"
+        if self.model is not None and not Path(self.model, needed).is_file():
+            raise UnusableSetting("model", self.model, f"not the directory of a model (it has no {needed})")
 
 
 async def up(settings: UpSettings) -> int:
-    """Run everything until SIGINT or SIGTERM.  Returns the exit status.  Raises:  HeadraceError before it is ready."""
+    """Run everything until SIGINT or SIGTERM; a second one ends at once what still runs.
+
+    Returns the exit status.  Raises:  HeadraceError before it is ready.
+    """
     _refuse_taken_port(settings.host, settings.port)
-    stop = asyncio.Event()
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def signalled() -> None:
+        (hurry if stop.is_set() else stop).set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, signalled)
     started_at = time.monotonic()
     state = settings.state_dir or _cache_dir() / "run" / str(settings.port)
     state.mkdir(parents=True, exist_ok=True)
@@ -83,7 +100,7 @@ async def up(settings: UpSettings) -> int:
         return 130
     async with AsyncExitStack() as stack:
         etcd, nats = await _servers(settings, state, stack)
-        supervisor = Supervisor(settings.ready_timeout_s, stop)
+        supervisor = Supervisor(settings.ready_timeout_s, stop, hurry)
         stack.push_async_callback(supervisor.stop_all)
         children = _worker_children(settings, model, etcd, nats, state)
         children.append(_gateway_child(settings, etcd, nats, state, len(children)))
@@ -91,7 +108,7 @@ async def up(settings: UpSettings) -> int:
         if not stop.is_set():
             _announce(settings, _served_name(settings, model), time.monotonic() - started_at, state)
         await supervisor.watch()
-        say("stopping (the streams that run may finish) …")
+        say("stopping; streams that run may finish (Ctrl-C again: they may not) …")
     say("stopped")
     return 0
 
@@ -119,14 +136,22 @@ async def _model_path(settings: UpSettings, stop: asyncio.Event) -> str | None:
     if process.stdout is None:
         return None
     path = ""
-    while not stop.is_set() and (line := await read_line(process.stdout)):
+    ending = asyncio.create_task(_terminated(process, stop))
+    while line := await read_line(process.stdout):
         path = line.decode().strip()
         say(path)
-    if stop.is_set():
-        process.terminate()
-    if await process.wait() and not stop.is_set():
+    status = await process.wait()
+    ending.cancel()
+    await asyncio.gather(ending, return_exceptions=True)
+    if status and not stop.is_set():
         raise ChildFailed(f"the demo model cannot be made: {path}")
     return path
+
+
+async def _terminated(process: asyncio.subprocess.Process, stop: asyncio.Event) -> None:
+    await stop.wait()
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
 
 
 def _worker_children(settings: UpSettings, model: str | None, etcd: str, nats: str, state: Path) -> list[Child]:

@@ -85,6 +85,21 @@ def run_in_foreground(argv: list[str]) -> None:
     os.execve(argv[0], argv, os.environ | _ENVIRONMENT)  # noqa: S606 - no shell is the point; argv is ours
 
 
+def free_port(name: str, port: int, host: str = "127.0.0.1") -> int:
+    """`port` if it can be had, any free one for 0. Asked first, lest somebody else's server there pass for ours.
+
+    Raises:  ServerNotStarted.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as exc:
+            raise ServerNotStarted(f"{name} cannot listen on port {port} of {host}: {exc}") from exc
+        chosen: int = probe.getsockname()[1]
+        return chosen
+
+
 def tied_to_parent(argv: list[str]) -> list[str]:
     """`argv`, but the child gets SIGTERM when the thread that started it ends; start it from the main thread.
 
@@ -122,7 +137,7 @@ async def _running(
 ) -> AsyncIterator[ServerHandle]:
     """Start, wait until it answers, stop."""
     log = _prepare(data_dir)
-    chosen = _free_port(name, port)
+    chosen = free_port(name, port)
     process = await _spawn(argv(data_dir, chosen), log)
     try:
         await _wait_until_ready(name, process, partial(is_ready, chosen), log, timeout_s)
@@ -213,18 +228,6 @@ def _prepare(data_dir: Path) -> Path:
     except OSError as exc:
         raise ServerNotStarted(f"data directory {data_dir} cannot be used: {exc}") from exc
     return data_dir.with_name(f"{data_dir.name}.log")
-
-
-def _free_port(name: str, port: int) -> int:
-    """`port` if it can be had, any free one for 0. Asked first, lest somebody else's server there pass for ours."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as exc:
-            raise ServerNotStarted(f"{name} cannot listen on port {port}: {exc.strerror}") from exc
-        chosen: int = probe.getsockname()[1]
-        return chosen
 
 
 def _tail(log: Path) -> str:

@@ -5,11 +5,18 @@
 | starting | says that it is ready             | ready                                                             |
 | starting | ends, or takes too long           | ChildFailed with its last words; the supervisor's caller ends all |
 | ready    | ends                              | starting, after a pause that grows with every quick death         |
-| any      | the user wants to stop            | SIGTERM, and SIGKILL after a grace period                         |
+| any      | the user wants to stop            | SIGTERM, and SIGKILL after a grace period or when asked again     |
+
+Only a child with a probe is waited for. The workers' logs are read for what the user may want to see of them, no more:
+an operator may turn them down, or into JSON.
 """
 
 import asyncio
+import contextlib
+import json
+import os
 import re
+import signal
 import time
 from asyncio.subprocess import PIPE, STDOUT, Process
 from collections import deque
@@ -24,6 +31,8 @@ _RESTART_PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _STEADY_S = 60.0
 """A child that lived this long starts over with the shortest pause."""
 _POLL_S = 0.1
+_GRACE_S = 60.0
+"""Longest end of one child; the processes' own limits for draining are shorter."""
 
 
 class ChildFailed(HeadraceError):  # noqa: N818 - names the outcome, as the style guide asks
@@ -40,19 +49,20 @@ class Child:
     argv: list[str]
     log: Path
     probe: Callable[[], Awaitable[bool]] | None = None
-    """Asked whether the child is ready; None: it logs `worker.ready`."""
+    """Asked whether the child is ready; None: nobody waits for it."""
     process: Process | None = None
-    step: str = ""
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    step: str = "starting"
     last_words: deque[str] = field(default_factory=lambda: deque(maxlen=5))
 
 
 class Supervisor:
     """Starts children, waits until they are ready, starts them again when they die, and ends them."""
 
-    def __init__(self, ready_timeout_s: float, stop: asyncio.Event) -> None:
+    def __init__(self, ready_timeout_s: float, stop: asyncio.Event, hurry: asyncio.Event) -> None:
+        """stop: the user wants to end.  hurry: and does not want to wait for running streams."""
         self._ready_timeout_s = ready_timeout_s
         self._stop = stop
+        self._hurry = hurry
         self._children: list[Child] = []
         self._readers: dict[str, asyncio.Task[None]] = {}
 
@@ -63,25 +73,24 @@ class Supervisor:
         """
         for child in children:
             self._children.append(child)
+            child.log.unlink(missing_ok=True)
             await self._spawn(child)
         deadline = time.monotonic() + self._ready_timeout_s
         while not self._stop.is_set():
             for child in children:
                 await self._check(child)
-            slow = [f"{child.name} ({child.step or 'starting'})" for child in children if not child.ready.is_set()]
-            if not slow:
+            if all([child.probe is None or await child.probe() for child in children]):
                 return
             if time.monotonic() > deadline:
                 limit = f"{self._ready_timeout_s:g} s"
-                raise ChildFailed(f"not ready after {limit}: {', '.join(slow)}; --ready-timeout-s gives more")
+                steps = ", ".join(f"{child.name} ({child.step})" for child in children)
+                raise ChildFailed(f"not ready after {limit}: {steps}; --ready-timeout-s gives more")
             await asyncio.sleep(_POLL_S)
 
     async def _check(self, child: Child) -> None:
         if child.process is not None and child.process.returncode is not None:
             await self._readers[child.name]
             raise ChildFailed(f"{child.name} ended with status {child.process.returncode}: {_why(child)} ({child.log})")
-        if child.probe is not None and not child.ready.is_set() and await child.probe():
-            child.ready.set()
 
     async def watch(self) -> None:
         """Return when the user wants to stop; until then start again whatever dies."""
@@ -96,6 +105,7 @@ class Supervisor:
         while child.process is not None:
             started_at = time.monotonic()
             status = await child.process.wait()
+            _kill_group(child.process)
             await self._readers[child.name]
             failures = 0 if time.monotonic() - started_at > _STEADY_S else failures
             pause = _RESTART_PAUSES_S[min(failures, len(_RESTART_PAUSES_S) - 1)]
@@ -105,7 +115,6 @@ class Supervisor:
             await self._spawn(child)
 
     async def _spawn(self, child: Child) -> None:
-        child.ready.clear()
         child.process = await asyncio.create_subprocess_exec(
             *tied_to_parent(child.argv),
             stdout=PIPE,
@@ -124,37 +133,51 @@ class Supervisor:
                 log.write(line)
                 log.flush()
                 text = line.decode(errors="replace").rstrip()
-                if " event=worker.ready" in text:
-                    child.ready.set()
-                    say(f"{child.name} is ready")
-                elif " event=worker.progress" in text:
-                    child.step = _field(text, "step")
-                    say(f"{child.name}: {child.step}")
+                if "worker.ready" in text or "worker.progress" in text:
+                    self._progressed(child, text)
                 if text:
                     child.last_words.append(text)
 
+    def _progressed(self, child: Child, line: str) -> None:
+        fields = _fields(line)
+        match fields.get("event"):
+            case "worker.ready":
+                child.step = "ready"
+                say(f"{child.name} is ready")
+            case "worker.progress":
+                child.step = fields.get("step", "")
+                say(f"{child.name}: {child.step}")
+
     async def stop_all(self) -> None:
-        """SIGTERM to the gateway first, then to the workers; SIGKILL to whoever does not end in time."""
+        """SIGTERM to the gateway first, then to the workers; SIGKILL to whoever does not end in time, or in a hurry."""
         for children in (
             [c for c in self._children if c.name == "gateway"],
             [c for c in self._children if c.name != "gateway"],
         ):
-            await asyncio.gather(*(_end(child) for child in children))
+            await asyncio.gather(*(self._end(child) for child in children))
         await asyncio.gather(*self._readers.values())
 
+    async def _end(self, child: Child) -> None:
+        process = child.process
+        if process is None or process.returncode is not None:
+            return
+        process.terminate()
+        ended, hurried = asyncio.ensure_future(process.wait()), asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait((ended, hurried), timeout=_GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        await asyncio.gather(hurried, return_exceptions=True)
+        if not ended.done():
+            say(
+                f"{child.name} is killed" + ("" if self._hurry.is_set() else f": it did not stop within {_GRACE_S:g} s")
+            )
+        _kill_group(process)
+        await ended
 
-async def _end(child: Child, grace_s: float = 60.0) -> None:
-    process = child.process
-    if process is None or process.returncode is not None:
-        return
-    process.terminate()
-    try:
-        async with asyncio.timeout(grace_s):
-            await process.wait()
-    except TimeoutError:
-        say(f"{child.name} did not stop within {grace_s:g} s and is killed")
-        process.kill()
-        await process.wait()
+
+def _kill_group(process: Process) -> None:
+    """Whatever is left of a child and of what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 async def read_line(stream: asyncio.StreamReader) -> bytes:
@@ -167,9 +190,12 @@ async def read_line(stream: asyncio.StreamReader) -> bytes:
         return await stream.readexactly(exc.consumed)
 
 
-def _field(line: str, name: str) -> str:
-    match = re.search(rf' {name}=("(?:[^"\\]|\\.)*"|\S+)', line)
-    return match.group(1).strip('"') if match else ""
+def _fields(line: str) -> dict[str, str]:
+    """What one line of a log of ours says, in either format."""
+    if line.startswith("{"):
+        with contextlib.suppress(ValueError):
+            return {str(key): str(value) for key, value in json.loads(line).items()}
+    return {name: value.strip('"') for name, value in re.findall(r'(\w+)=("(?:[^"\\]|\\.)*"|\S+)', line)}
 
 
 def _why(child: Child) -> str:
@@ -177,7 +203,8 @@ def _why(child: Child) -> str:
     if not child.last_words:
         return "it said nothing"
     last = child.last_words[-1]
-    return _field(last, "reason") or _field(last, "error") or last.removeprefix("headrace: ")
+    fields = _fields(last) if "event" in last else {}
+    return fields.get("reason") or fields.get("error") or last.removeprefix("headrace: ")
 
 
 def say(text: str) -> None:

@@ -1,6 +1,8 @@
 """Reading a process's settings: one frozen dataclass gives flags, `HEADRACE_*` variables, defaults and help (ADR 7)."""
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import cyclopts
 from cyclopts.config import Env
@@ -15,6 +17,14 @@ class UnusableSetting(HeadraceError):  # noqa: N818 - names what is wrong
 
     def __init__(self, name: str, value: object, allowed: str) -> None:
         super().__init__(f"--{name.replace('_', '-')} is {value!r}: {allowed}")
+
+
+def check_setting(name: str, value: Any, check: Callable[[Any], object]) -> None:
+    """Raises:  UnusableSetting where `check` raises ValueError."""
+    try:
+        check(value)
+    except ValueError as exc:
+        raise UnusableSetting(name, value, str(exc)) from exc
 
 
 def command_line(name: str, summary: str) -> cyclopts.App:
