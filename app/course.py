@@ -90,9 +90,16 @@ class Attempt:
     bound_at: float
     num_tokens_before: int
     first_at: float | None = None
+    prefilled_by: WorkerId | None = None
+    """Who took the prompt from the queue, if anybody did."""
     prefill: Usage | None = None
     decode: Usage | None = None
     outcome: Outcome = Outcome.FAILED
+
+    @property
+    def prefill_worker(self) -> WorkerId:
+        """Who computes the prompt."""
+        return self.prefilled_by or self.route.prefill or self.route.decode
 
 
 @dataclass(slots=True, eq=False)
@@ -108,6 +115,8 @@ class Course:
     lost: HeadraceError | None = None
     fallback: str = ""
     """Why a request that could have been handed over was not: the code of the failure before."""
+    bypass: str = ""
+    """Why a prompt that was to go through the prefill queue was sent directly."""
     code: str = "internal_error"
     first_at: float | None = None
     ended_at: float = 0.0
@@ -128,6 +137,7 @@ class Course:
             self.fallback = self.lost.code
         else:
             self.fallback = ""
+        self.bypass = ""
         attempt = Attempt(route, now, len(self.tokens))
         self.attempts.append(attempt)
         return attempt
@@ -168,13 +178,13 @@ class Course:
         """What the answer's head tells about the request."""
         headers = [("x-request-id", str(self.job.request))]
         if self.attempts:
-            route = self.attempts[-1].route
-            headers += [("x-headrace-prefill", route.prefill or route.decode), ("x-headrace-decode", route.decode)]
+            route, prefill = self.attempts[-1].route, self.attempts[-1].prefill_worker
+            headers += [("x-headrace-prefill", prefill), ("x-headrace-decode", route.decode)]
             headers.append(("x-headrace-policy", route.policy))
             if self.job.wishes.is_explained:
                 headers.append((ROUTE, route_header(route)))
-        if self.fallback:
-            headers.append(("x-headrace-fallback", self.fallback))
+        if self.fallback or self.bypass:
+            headers.append(("x-headrace-fallback", self.fallback or self.bypass))
         return headers
 
     def observed(self) -> Observed:
@@ -191,6 +201,7 @@ class Course:
             handover_bytes=None if moving is None else moving.handover_bytes,
             completion_tokens=len(self.tokens) - attempt.num_tokens_before,
             outcome=attempt.outcome,
+            prefill=attempt.prefilled_by,
         )
 
     def summary(self) -> RequestSummary:
@@ -223,7 +234,7 @@ class Course:
             "request_id": self.job.request,
             "model": self.job.model,
             "outcome": self.code,
-            "prefill": route and (route.prefill or route.decode),
+            "prefill": route and self.attempts[-1].prefill_worker,
             "decode": route and route.decode,
             "attempts": len(self.attempts),
             "held_s": route and round(route.held_s, 4),

@@ -183,6 +183,20 @@ class Fleet:
             raise WorkerUnreachable(worker, "it is not registered any more")
         return member.registration
 
+    def is_connected(self, worker: WorkerId) -> bool:
+        member = self._members.get(worker)
+        return member is not None and member.connection is not None
+
+    def is_pulled(self, model: str) -> bool:
+        """Whether some worker takes prefill jobs of this model from the queue."""
+        return any(
+            member.registration.is_pulling
+            and member.registration.model == model
+            and member.registration.state is WorkerState.READY
+            and member.connection is not None
+            for member in self._members.values()
+        )
+
     def models(self) -> dict[str, int]:
         """Names of the models that registered workers serve, and since when, in seconds since 1970."""
         since: dict[str, int] = {}

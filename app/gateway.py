@@ -8,6 +8,7 @@ from app.dispatch import Clock, Dispatcher
 from app.fleet import Fleet
 from app.metrics import Metrics
 from app.models import Models
+from app.prefills import QueuedPrefills
 from app.preprocess import Preprocessor
 from app.relay import Relay
 from app.settings import GatewaySettings
@@ -31,3 +32,5 @@ class Gateway:
     clock: Clock
     wall_clock: Clock
     new_request_id: Callable[[], RequestId]
+    prefills: QueuedPrefills | None = None
+    """The queue for prompts; None: they are sent to the worker chosen."""

@@ -27,6 +27,17 @@ class WorkerFailed(Interrupted):
         self.code = code
 
 
+def error_of(failed: Failed, worker: WorkerId) -> InvalidRequest | WorkerRefused | WorkerFailed:
+    """What a worker says went wrong, as one of our errors."""
+    match failed.kind:
+        case FailureKind.INVALID:
+            return InvalidRequest(failed.message, param=failed.param, code=failed.code)
+        case FailureKind.REJECTED:
+            return WorkerRefused(worker, failed.code, failed.message)
+        case FailureKind.INTERRUPTED:
+            return WorkerFailed(worker, failed.code, failed.message)
+
+
 class Leg:
     """The sink of one leg (`planes/streams.py`): passes payloads on, notes tokens, remembers the end."""
 
@@ -101,14 +112,7 @@ class Leg:
         self._end(done)
 
     def on_failed(self, failed: Failed) -> None:
-        worker = self._connection.worker
-        match failed.kind:
-            case FailureKind.INVALID:
-                self._end(InvalidRequest(failed.message, param=failed.param, code=failed.code))
-            case FailureKind.REJECTED:
-                self._end(WorkerRefused(worker, failed.code, failed.message))
-            case FailureKind.INTERRUPTED:
-                self._end(WorkerFailed(worker, failed.code, failed.message))
+        self._end(error_of(failed, self._connection.worker))
 
     def on_lost(self, error: WorkerLost) -> None:
         self._end(error)

@@ -73,6 +73,12 @@ class Metrics:
             ("code",),
             registry=self._registry,
         )
+        self._bypasses = Counter(
+            "headrace_prefill_queue_bypasses",
+            "Prompts sent to a worker directly because the prefill queue could not take them, by why.",
+            ("code",),
+            registry=self._registry,
+        )
         self._cut_off = Counter(
             "headrace_clients_cut_off", "Clients that read too slowly to be waited for.", registry=self._registry
         )
@@ -104,6 +110,9 @@ class Metrics:
 
     def fell_back(self, code: str) -> None:
         self._fallbacks.labels(code).inc()
+
+    def queue_bypassed(self, code: str) -> None:
+        self._bypasses.labels(code).inc()
 
     def client_cut_off(self) -> None:
         self._cut_off.inc()

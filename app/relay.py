@@ -25,6 +25,7 @@ from app.http import Answer, Headers
 from app.legs import Leg, WorkerFailed, WorkerRefused
 from app.metrics import Metrics
 from app.openai import errors
+from app.prefills import NotQueued, Prefilled
 from planes.errors import HeadraceError, Interrupted, Rejected
 from planes.frames import DecodeLeg, Done, Generate, LocalLeg, PrefillLeg, StreamId, pack_tokens
 from planes.frames import Leg as LegKind
@@ -83,20 +84,35 @@ class Workers(Protocol):
     def registration(self, worker: WorkerId) -> Registration: ...
 
 
+class Prefills(Protocol):
+    """What `app.prefills.QueuedPrefills` does."""
+
+    async def prefill(self, model: str, request: Generate) -> Prefilled: ...
+
+
 class Relay:
     """Runs jobs. One for each gateway process.
 
     clock: the event loop's.  max_attempts: failed legs in a row, without a new token, that end a request.
+    prefills: the queue for prompts; None: they are sent to the worker chosen.
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, workers: Workers, metrics: Metrics, *, clock: Clock, max_attempts: int
+        self,
+        dispatcher: Dispatcher,
+        workers: Workers,
+        metrics: Metrics,
+        *,
+        clock: Clock,
+        max_attempts: int,
+        prefills: Prefills | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._workers = workers
         self._metrics = metrics
         self._clock = clock
         self._max_attempts = max_attempts
+        self._prefills = prefills
 
     async def run(self, job: Job, answer: Answer) -> None:
         """Answer `job`, whatever happens. Raises nothing but CancelledError."""
@@ -174,32 +190,70 @@ class Relay:
         num_tokens = len(course.tokens)
         try:
             if endpoint.mode is HandoverMode.PUSH:
+                if self._prefills is not None:
+                    self._bypass(course, "push", "a handover by push needs both legs at once")
                 return await self._push(course, prefill, decode, endpoint)
             return await self._pull(course, prefill, decode)
         except WorkerFailed as exc:
             if exc.worker == decode and len(course.tokens) <= num_tokens + 1:
                 # A taker that fails before its first token as a rule could not get the KV cache: the giver is suspect.
-                raise WorkerFailed(prefill, exc.code, f"handover to {decode}: {exc}") from exc
+                giver = course.attempts[-1].prefill_worker
+                raise WorkerFailed(giver, exc.code, f"handover to {decode}: {exc}") from exc
             raise
 
     async def _pull(self, course: Course, prefill: WorkerId, decode: WorkerId) -> Done:
         attempt = course.attempts[-1]
+        given = await self._from_queue(course) or await self._asked(course, prefill)
+        attempt.prefill = given.done.usage
+        self._dispatcher.prefilled(course.job.request)
+        ticket = given.done.ticket
+        if ticket is None:
+            return given.done
+        age_s = self._clock() - given.ended_at
+        if age_s >= ticket.lease_s:
+            raise TicketExpired(given.worker, age_s, ticket.lease_s)
+        if given.worker == decode:  # it took the prompt from the queue itself, and has the KV cache already
+            return await self._local(course)
+        return await self._decode(course, decode, DecodeLeg(ticket=ticket))
+
+    async def _asked(self, course: Course, prefill: WorkerId) -> Prefilled:
+        """The prefill leg on the worker that the router has chosen."""
         is_early = course.job.is_first_token_early
         kind = PrefillLeg(HandoverMode.PULL, emit_first=is_early)
         tokens: list[int] = course.tokens if is_early else []
         write, first = (course.write, self._first(course)) if is_early else (drop, None)
         with self._leg(course, prefill, kind, tokens, write, first) as leg:
             done = await (self._relayed(course, leg) if is_early else leg.done())
-        attempt.prefill = done.usage
-        self._dispatcher.prefilled(course.job.request)
-        if done.ticket is None:
-            if not is_early:
-                course.take(done, now=leg.ended_at)
-            return done
-        age_s = self._clock() - leg.ended_at
-        if age_s >= done.ticket.lease_s:
-            raise TicketExpired(prefill, age_s, done.ticket.lease_s)
-        return await self._decode(course, decode, DecodeLeg(ticket=done.ticket))
+        if done.ticket is None and not is_early:
+            course.take(done, now=leg.ended_at)
+        return Prefilled(prefill, done, leg.ended_at)
+
+    async def _from_queue(self, course: Course) -> Prefilled | None:
+        """The prefill leg on whichever worker takes it from the queue; None if it is to be sent directly."""
+        if self._prefills is None:
+            return None
+        is_early = course.job.is_first_token_early
+        leg = self._generate(course, PrefillLeg(HandoverMode.PULL, emit_first=is_early))
+        if course.excluded:
+            self._bypass(course, "retried", "the queue cannot keep it from the workers that failed it")
+            return None
+        try:
+            given = await self._prefills.prefill(course.job.model, leg)
+        except NotQueued as exc:
+            self._bypass(course, exc.code, str(exc))
+            return None
+        course.attempts[-1].prefilled_by = given.worker
+        if is_early or given.done.ticket is None:
+            course.take(given.done, now=given.ended_at)
+            if course.answer.has_news and not course.answer.is_begun:
+                await course.answer.begin(course.headers())
+        return given
+
+    def _bypass(self, course: Course, code: str, reason: str) -> None:
+        """Say that a prompt goes past the queue."""
+        course.bypass = code
+        self._metrics.queue_bypassed(code)
+        _log.warning("prefill_queue.bypassed", request_id=course.job.request, code=code, reason=reason)
 
     async def _push(self, course: Course, prefill: WorkerId, decode: WorkerId, endpoint: HandoverEndpoint) -> Done:
         attempt = course.attempts[-1]
@@ -250,26 +304,27 @@ class Relay:
         first: Callable[[], None] | None,
     ) -> Iterator[Leg]:
         """A leg under way; however the block ends, its worker does not go on."""
-        job = course.job
         leg = Leg(self._workers.connection(worker), tokens, write, first)
-        leg.start(
-            Generate(
-                stream=StreamId(0),
-                request=course.leg_request(),
-                prompt=pack_tokens(job.prompt),
-                sampling=job.sampling,
-                format=job.format,
-                leg=kind,
-                resume=pack_tokens(course.tokens),
-                cache_salt=job.cache_salt,
-                priority=job.priority,
-                timeout_s=max(0.0, job.deadline - self._clock()),
-            )
-        )
+        leg.start(self._generate(course, kind))
         try:
             yield leg
         finally:
             leg.cancel()
+
+    def _generate(self, course: Course, kind: LegKind) -> Generate:
+        job = course.job
+        return Generate(
+            stream=StreamId(0),
+            request=course.leg_request(),
+            prompt=pack_tokens(job.prompt),
+            sampling=job.sampling,
+            format=job.format,
+            leg=kind,
+            resume=pack_tokens(course.tokens),
+            cache_salt=job.cache_salt,
+            priority=job.priority,
+            timeout_s=max(0.0, job.deadline - self._clock()),
+        )
 
     def _first(self, course: Course) -> Callable[[], None]:
         return lambda: course.first_token(now=self._clock())

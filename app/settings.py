@@ -30,6 +30,10 @@ class GatewaySettings:
     shadow_policy: Annotated[
         str | None, Parameter(help="A second policy that decides too, is measured, and is not obeyed.")
     ] = None
+    prefill_dispatch: Annotated[
+        Literal["direct", "queue"],
+        Parameter(help="Send prompts to the prefill worker chosen, or let those with room take them from a queue."),
+    ] = "direct"
     queue_limit: Annotated[int, Parameter(help="Most requests that wait in this gateway.")] = 4096
     slo_ttft_s: Annotated[
         float | None, Parameter(help="Refuse requests predicted to wait longer for their first token, in seconds.")

@@ -282,6 +282,10 @@ class EventPlane:
 
     # --- KV events and load reports --------------------------------------------------------------------------------
 
+    async def subscribe(self, subject: str, kind: type[_Message], callback: Callable[[_Message], None]) -> None:
+        """Call back with every message (msgpack) on a subject. Holds across reconnects."""
+        await self._subscribe(subject, self._decoded(kind, callback))
+
     async def publish_kv(self, events: KvEvents) -> None:
         """Never raises and hardly ever waits: what cannot be sent is dropped, and the digests tell."""
         await self._publish(self.subject("kv", events.worker), events)

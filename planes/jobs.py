@@ -31,7 +31,8 @@ class PrefillQueueFull(Rejected):
 class JobLimits:
     """Settings of the queue; all gateways and workers of a namespace should have the same."""
 
-    ack_wait_s: float = 30.0
+    ack_wait_s: float = 5.0
+    """A worker that has not said for so long that it is at the job has died. Three times as often it says so."""
     max_deliveries: int = 3
     """After so many workers took a job and none finished it, nobody gets it any more: it may be what kills them."""
     max_age_s: float = 600.0
@@ -82,7 +83,7 @@ class PrefillQueue:
         self, plane: EventPlane, limits: JobLimits | None = None, *, wall_clock: Callable[[], float] = time.time
     ) -> None:
         self._plane = plane
-        self._limits = limits or JobLimits()
+        self.limits = limits or JobLimits()
         self._wall_clock = wall_clock
         self._stream = f"headrace-{plane.namespace}-prefill"
         self._known: set[str] = set()
@@ -105,7 +106,7 @@ class PrefillQueue:
         except JetStreamRefused as exc:
             if exc.err_code != _STREAM_FULL:
                 raise
-            limits = f"{self._limits.max_jobs} jobs or {self._limits.max_bytes} bytes"
+            limits = f"{self.limits.max_jobs} jobs or {self.limits.max_bytes} bytes"
             raise PrefillQueueFull(f"the prefill queue is at its limit of {limits}") from exc
         except EventPlaneUnavailable:
             self._known.discard(model)  # perhaps somebody deleted the stream: look again next time
@@ -173,7 +174,7 @@ class PrefillQueue:
         """The stream and the model's consumer, created or brought to our settings; once a connection."""
         if model in self._known:
             return
-        limits, consumer = self._limits, subject_token(model)
+        limits, consumer = self.limits, subject_token(model)
         stream = {
             "name": self._stream,
             "subjects": [f"headrace.{self._plane.namespace}.prefill.*"],

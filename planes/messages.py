@@ -111,6 +111,8 @@ class Registration(msgspec.Struct, frozen=True):
     """sha256 of the model card in the asset store (`planes/assets.py`)."""
     handover: HandoverEndpoint | None = None
     state: WorkerState = WorkerState.READY
+    is_pulling: bool = False
+    """Takes prefill jobs from the queue (`planes/jobs.py`) when it has room."""
 
 
 class BlocksStored(msgspec.Struct, frozen=True, tag="stored", array_like=True):

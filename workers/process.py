@@ -25,6 +25,7 @@ import structlog
 
 from planes.control import Etcd, Registrar
 from planes.events import EventPlane
+from planes.jobs import PrefillQueue
 from planes.messages import Registration, WorkerId, WorkerState
 from planes.objects import ObjectStore
 from planes.settings import UnusableSetting
@@ -34,11 +35,14 @@ from workers.engine import Engine
 from workers.engines import make_engine
 from workers.model_card import CardPublisher, read_card
 from workers.publisher import Publisher
+from workers.puller import Puller
 from workers.server import WorkerServer
 from workers.settings import WorkerSettings
 
 _log = structlog.get_logger()
 
+_LAST_NEWS_S = 2.0
+"""How long the outcome of jobs from the queue may take to reach NATS at the end."""
 _CARD_PATIENCE_S = 10.0
 """Gateways may have this model's card from another worker: without NATS, register all the same after so long."""
 
@@ -142,6 +146,7 @@ class _Worker:
         streams = StreamServer(server, worker=self.worker, epoch=self.epoch, limits=limits)
         registration = self._registration(await self._listen(streams), cards.digest)
         registrar = Registrar(Etcd(settings.etcd), settings.namespace, registration)
+        puller = self._puller(server) if settings.is_pulling else None
         async with asyncio.TaskGroup() as group:
             # The publisher first: it subscribes before there is a connection that could fail it.
             tasks = [group.create_task(work) for work in (self.publisher.run(), cards.run(), self.plane.run())]
@@ -150,8 +155,14 @@ class _Worker:
             if await self.ending.outlasts(registrar.registered.wait()):
                 seconds = round(time.monotonic() - started_at, 1)
                 _log.info("worker.ready", worker=self.worker, address=registration.address, seconds=seconds)
+            if puller is not None:
+                tasks.append(group.create_task(puller.run()))
             await self.ending.wait()
+            if puller is not None:
+                puller.stop()
             await self._drain(server, registrar, registration)
+            if puller is not None:
+                await puller.until_idle(_LAST_NEWS_S)
             await registrar.close()
             await streams.stop()
             for task in tasks:
@@ -169,6 +180,18 @@ class _Worker:
         host = settings.public_host
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
+    def _puller(self, server: WorkerServer) -> Puller:
+        settings = self.settings
+        return Puller(
+            self.worker,
+            settings.model_name,
+            PrefillQueue(self.plane),
+            self.plane,
+            server,
+            self.engine,
+            pull_ahead=settings.pull_ahead,
+        )
+
     def _registration(self, address: str, card_digest: str) -> Registration:
         return Registration(
             worker=self.worker,
@@ -180,6 +203,7 @@ class _Worker:
             facts=self.engine.facts,
             card_digest=card_digest,
             handover=self.engine.endpoint,
+            is_pulling=self.settings.is_pulling,
         )
 
     async def _drain(self, server: WorkerServer, registrar: Registrar, registration: Registration) -> None:

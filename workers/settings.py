@@ -70,6 +70,13 @@ class WorkerSettings:
     ] = "auto"
     load_format: Annotated[str, Parameter(help="How to load the weights (vllm); dummy makes random ones.")] = "auto"
     tensor_parallel: Annotated[int, Parameter(help="GPUs that share the model (vllm).")] = 1
+    prefill_dispatch: Annotated[
+        Literal["direct", "queue"],
+        Parameter(help="Compute the prompts that gateways send, or also take some from the queue when there is room."),
+    ] = "direct"
+    pull_ahead: Annotated[
+        int, Parameter(help="Prompts waiting for the engine with fewer of which there is room for one from the queue.")
+    ] = 2
     lease_s: Annotated[int, Parameter(help="Seconds a prefilled KV cache waits to be fetched.")] = 30
     cores: Annotated[str | None, Parameter(help="CPU cores this worker may use, e.g. 0-3,6. Default: all.")] = None
     speedup: Annotated[float, Parameter(help="How many times faster than real time to simulate (sim).")] = 1.0
@@ -95,6 +102,9 @@ class WorkerSettings:
         _check_numbers(self)
         _check_model(self)
         _check_names(self)
+        if self.is_pulling and self.handover_mode is not HandoverMode.PULL:
+            allowed = f"queue needs --handover pull (it is {self.handover}): nobody knows yet whom to push to"
+            raise UnusableSetting("prefill_dispatch", self.prefill_dispatch, allowed)
         self.core_numbers()
 
     @property
@@ -104,6 +114,11 @@ class WorkerSettings:
     @property
     def handover_mode(self) -> HandoverMode | None:
         return None if self.handover == "none" else HandoverMode(self.handover)
+
+    @property
+    def is_pulling(self) -> bool:
+        """Whether it takes prefill jobs from the queue; a decode worker leaves them alone."""
+        return self.prefill_dispatch == "queue" and self.worker_role.can_prefill
 
     @property
     def model_path(self) -> Path:
@@ -141,7 +156,7 @@ def _check_numbers(settings: WorkerSettings) -> None:
     if not 0 <= settings.port <= 65535:
         raise UnusableSetting("port", settings.port, "a port is 0 to 65535")
     counts = ("context_length", "block_size", "num_blocks", "kv_cache_bytes", "max_batch", "max_step_tokens")
-    for name in (*counts, "tensor_parallel", "lease_s"):
+    for name in (*counts, "tensor_parallel", "lease_s", "pull_ahead"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UnusableSetting(name, value, "it must be 1 or more")

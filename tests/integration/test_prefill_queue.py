@@ -1,0 +1,172 @@
+"""Prompts that go through the JetStream queue, and are computed by whoever has room."""
+
+import asyncio
+import signal
+
+import pytest
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+
+QUEUE = ("--prefill-dispatch", "queue")
+SLOW = (
+    "--sim-prefill-tokens-per-s",
+    "400",
+    "--max-step-tokens",
+    "64",
+    "--max-batch",
+    "32",
+)  # 0.2 s for a prompt of 80 tokens
+
+
+def content(response):
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"]
+
+
+async def test_a_burst_is_served_by_all_who_pull(site, reach, alone, unique, until):
+    for name in ("prefill-1", "prefill-2"):
+        site.start_worker(name, *QUEUE, "--pull-ahead", "1", *SLOW, speedup=2)
+    site.start_worker("decode-1")
+    gateway = await site.gateway(*QUEUE, "--policy", "round_robin", num_workers=3)
+    prompts = [f"{index} {unique}" for index in range(16)]
+    async with reach(gateway) as api:
+        asking = [asyncio.create_task(api.chat(prompt)) for prompt in prompts]
+
+        async def is_deep():
+            return await api.metric("headrace_prefill_queue_depth", model="sim") >= 2
+
+        async def is_old():
+            return await api.metric("headrace_prefill_queue_oldest_seconds", model="sim") > 0
+
+        await until(is_deep)
+        await until(is_old)
+        assert await api.metric("headrace_prefill_queue_in_progress", model="sim") >= 1
+        responses = await asyncio.gather(*asking)
+        assert [content(response) for response in responses] == await asyncio.gather(
+            *(alone.text(prompt) for prompt in prompts)
+        )
+        served = [response.headers["x-headrace-prefill"] for response in responses]
+        assert {"prefill-1", "prefill-2"} == set(served)
+        assert min(served.count(name) for name in set(served)) >= 4
+        assert all("x-headrace-fallback" not in response.headers for response in responses)
+        assert await api.metric("headrace_handover_bytes_total") > 0
+        assert await api.metric("headrace_prefill_queue_bypasses_total") == 0
+
+        async def is_empty():
+            return (
+                await api.metric("headrace_prefill_queue_depth")
+                + await api.metric("headrace_prefill_queue_in_progress")
+            ) == 0
+
+        await until(is_empty)
+        await until(api.is_idle)
+
+
+@pytest.mark.parametrize("length", [79, 400])
+async def test_a_stream_goes_on_from_the_first_token_of_whoever_took_the_prompt(site, reach, alone, unique, length):
+    for name in ("prefill-1", "decode-1"):
+        site.start_worker(name, *QUEUE)
+    gateway = await site.gateway(*QUEUE, "--policy", "round_robin", num_workers=2)
+    prompt = (unique * 8)[:length]
+    async with reach(gateway) as api:
+        async with api.stream(prompt, max_tokens=50) as stream:
+            assert stream.headers["x-headrace-prefill"] == "prefill-1"
+            assert await stream.read() == await alone.text(prompt, max_tokens=50)
+            assert (stream.is_done, stream.finish) == (True, "length")
+        assert content(await api.chat(prompt, max_tokens=1)) == await alone.text(prompt, max_tokens=1)
+
+
+async def test_a_worker_that_takes_its_own_prompt_goes_on_alone(site, reach, alone, unique):
+    """Both decode and pull: whoever decodes may be the one who took the prompt."""
+    for name in ("both-1", "both-2"):
+        site.start_worker(name, *QUEUE)
+    gateway = await site.gateway(*QUEUE, num_workers=2)
+    async with reach(gateway) as api:
+        for index in range(12):
+            headers = {"x-headrace-handover": "always"}
+            prompt = f"{index} {unique}"
+            response = await api.post("/v1/chat/completions", json=api.body(prompt), headers=headers)
+            assert content(response) == await alone.text(prompt)
+            async with api.stream(prompt[::-1]) as stream:
+                assert await stream.read() == await alone.text(prompt[::-1])
+
+
+async def test_jobs_of_a_killed_worker_are_done_by_another(site, reach, alone, unique, until):
+    """A prompt takes the first worker 2 s: it dies over those that it has taken."""
+    site.start_worker("prefill-1", *QUEUE, "--pull-ahead", "4", "--sim-prefill-tokens-per-s", "40", speedup=1)
+    site.start_worker("decode-1")
+    gateway = await site.gateway(*QUEUE, "--policy", "round_robin", num_workers=2)
+    prompts = [f"{index} {unique}" for index in range(8)]
+    async with reach(gateway) as api:
+        asking = [asyncio.create_task(api.chat(prompt)) for prompt in prompts]
+
+        async def is_held():
+            return await api.metric("headrace_prefill_queue_in_progress", model="sim") >= 4
+
+        await until(is_held)
+        await site.worker("prefill-2", *QUEUE)
+        site.processes[0].send(signal.SIGKILL)
+        responses = await asyncio.gather(*asking)
+        texts = [content(response) for response in responses]
+        assert texts == await asyncio.gather(*(alone.text(prompt) for prompt in prompts))
+        assert "prefill-2" in {response.headers["x-headrace-prefill"] for response in responses}
+        await until(api.is_idle)
+
+
+async def test_jobs_of_a_stopping_worker_are_done_and_no_new_ones_taken(site, reach, alone, unique, until):
+    for name in ("prefill-1", "prefill-2"):
+        site.start_worker(name, *QUEUE, *SLOW, speedup=2)
+    site.start_worker("decode-1")
+    gateway = await site.gateway(*QUEUE, "--policy", "round_robin", num_workers=3)
+    async with reach(gateway) as api:
+        prompts = [f"{index} {unique}" for index in range(10)]
+        asking = [asyncio.create_task(api.chat(prompt)) for prompt in prompts]
+
+        async def is_held():
+            return await api.metric("headrace_prefill_queue_in_progress", model="sim") >= 2
+
+        await until(is_held)
+        site.processes[0].send(signal.SIGTERM)
+        texts = [content(response) for response in await asyncio.gather(*asking)]
+        assert texts == await asyncio.gather(*(alone.text(prompt) for prompt in prompts))
+        assert await site.processes[0].ended() == 0
+        assert await api.metric("headrace_retries_total") == 0
+
+
+async def test_without_somebody_who_pulls_prompts_are_sent_directly_and_it_is_said(site, reach, alone, unique):
+    for name in ("prefill-1", "decode-1"):
+        site.start_worker(name)
+    gateway = await site.gateway(*QUEUE, "--policy", "round_robin", num_workers=2)
+    async with reach(gateway) as api:
+        response = await api.chat(unique)
+        assert content(response) == await alone.text(unique)
+        assert response.headers["x-headrace-prefill"] == "prefill-1"
+        assert response.headers["x-headrace-fallback"] == "prefill_queue_unserved"
+        assert await api.metric("headrace_prefill_queue_bypasses_total", code="prefill_queue_unserved") == 1
+        await gateway.process.says("event=prefill_queue.bypassed")
+
+
+async def test_a_client_that_goes_leaves_no_job_behind(site, reach, alone, unique, until):
+    site.start_worker("prefill-1", *QUEUE, "--pull-ahead", "1", "--sim-prefill-tokens-per-s", "40", speedup=1)
+    site.start_worker("decode-1")
+    gateway = await site.gateway(*QUEUE, "--policy", "round_robin", num_workers=2)
+    async with reach(gateway) as api:
+        asking = [asyncio.create_task(api.chat(f"{index} {unique}")) for index in range(5)]
+
+        async def is_full():
+            return await api.metric("headrace_prefill_queue_depth", model="sim") >= 1
+
+        await until(is_full)
+        for request in asking:
+            request.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+
+        async def is_empty():
+            return (
+                await api.metric("headrace_prefill_queue_depth")
+                + await api.metric("headrace_prefill_queue_in_progress")
+            ) == 0
+
+        await until(is_empty)
+        await until(api.is_idle)
+        assert "prefill_job.dropped" in await site.processes[0].says("prefill_job.dropped")
