@@ -10,7 +10,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -128,8 +129,10 @@ class Comparison:
     seed: int
     slo: Slo
 
-    def run(self, cases: Sequence[Case]) -> list[Row]:
+    def run(self, cases: Sequence[Case], jobs: int = 1) -> list[Row]:
         progress = Progress(len(cases) * len(self.policies))
+        if jobs > 1:
+            return self._run_side_by_side(cases, jobs, progress)
         rows = []
         for case in cases:
             workload = self._workload(case)
@@ -138,6 +141,20 @@ class Comparison:
                 rows.append(self._row(case, policy, workload, on_progress))
                 progress.end()
         return rows
+
+    def _run_side_by_side(self, cases: Sequence[Case], jobs: int, progress: Progress) -> list[Row]:
+        """The same rows from several processes; progress counts whole runs."""
+        runs = [(case, policy) for case in cases for policy in self.policies]
+        rows = []
+        with ProcessPoolExecutor(jobs) as pool:
+            for (case, policy), row in zip(runs, pool.map(self.one, *zip(*runs, strict=True)), strict=True):
+                rows.append(row)
+                progress.start(f"{case.load}, {case.fleet}, {policy}")(1, 1)
+                progress.end()
+        return rows
+
+    def one(self, case: Case, policy: str) -> Row:
+        return self._row(case, policy, self._workload(case), lambda _ended, _all: None)
 
     def _workload(self, case: Case) -> Workload:
         workload = load(case.workload, block_size=self.facts.block_size, seed=self.seed).scaled(case.rate)
@@ -203,6 +220,7 @@ def main(
     html: Path | None = None,
     matrix: Path | None = None,
     quick: bool = False,
+    jobs: int = 1,
 ) -> None:
     """Run workloads through policies and print a table.
 
@@ -213,7 +231,7 @@ def main(
         decode: decode workers
         both: workers that do both; 8 prefill and 4 decode workers when no worker is asked for
         rate_scale: how many times as fast sessions start; several mean several loads
-        limit: serve the first sessions only
+        limit: serve the first sessions only (of every case, with --matrix)
         seed: of arrivals, lengths and ties
         gateways: how many share the fleet; sessions take turns
         slow_worker: the first worker takes this many times as long, and nobody tells the router
@@ -226,6 +244,7 @@ def main(
         html: write plots and one page (index.html) into this folder
         matrix: run the comparison of docs/routing.md and write it into this folder
         quick: with --matrix: a small one, in seconds; writes nothing unless --json or --html is given
+        jobs: processes to share the runs
     """
     names = [name.strip() for name in policies.split(",") if name.strip()]
     facts = engine_facts(block_size=block_size, num_blocks=blocks, link_gbps=link_gbps)
@@ -235,7 +254,7 @@ def main(
     if not decode + both:
         raise SystemExit(f"{prefill} prefill workers alone cannot decode; add --decode or --both")
     if matrix is not None:
-        cases: Sequence[Case] = QUICK if quick else MATRIX
+        cases: Sequence[Case] = [_capped(case, limit) for case in (QUICK if quick else MATRIX)]
     else:
         cases = [
             Case(trace, rate, prefill, decode, both, slow_worker, gateways, limit, _label(trace, rate))
@@ -244,7 +263,7 @@ def main(
     try:
         for name in names:
             load_policy(name)  # a misspelt one fails now rather than after an hour
-        rows = comparison.run(cases)
+        rows = comparison.run(cases, jobs)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from error
     print(table(rows))
@@ -252,6 +271,10 @@ def main(
     write(report, json=json, folder=html)
     if matrix is not None and not quick:
         write_docs(report, matrix)
+
+
+def _capped(case: Case, limit: int | None) -> Case:
+    return case if limit is None else replace(case, limit=min(limit, case.limit or limit))
 
 
 def _label(trace: str, rate: float) -> str:
