@@ -198,7 +198,7 @@ class Worker:
             return _LATE_SHARE * max(reservation.prefill_s for reservation in self.computing.values())
         return max(0.0, backlog)
 
-    def view(self, cached_tokens: int, ahead_s: float, now: float) -> WorkerView:
+    def view(self, cached_tokens: int, num_held: int, ahead_s: float, now: float) -> WorkerView:
         used = self.utilisation
         free_blocks = self.free_blocks - self.unseen_blocks
         return WorkerView(
@@ -217,6 +217,7 @@ class Worker:
             self.handover,
             used.prefilling,
             used.running,
+            num_held,
         )
 
 

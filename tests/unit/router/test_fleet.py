@@ -76,6 +76,12 @@ def test_dispatches_count_at_once_and_are_gone_after_the_release():
     assert (view(fleet, D).num_running, view(fleet, D).kv_tokens, view(fleet, D).free_blocks) == (0, 0, 1000)
 
 
+def test_views_tell_how_many_blocks_a_worker_holds():
+    fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
+    fleet.index.apply(KvEvents(P, 1, 1, [BlocksStored(pack(np.array([1, 2, 3], dtype=np.uint64)))]))
+    assert (view(fleet, P).num_held, view(fleet, D).num_held) == (3, 0)
+
+
 def test_a_report_that_counts_a_dispatch_does_not_count_it_twice():
     fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
     fleet.reserve(request("old"), candidate(P, D), 0.0)
