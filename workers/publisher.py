@@ -8,6 +8,9 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import reduce
+from itertools import groupby
+from operator import xor
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +31,8 @@ from planes.messages import (
 from workers.engine import EngineLoad
 
 _BUSY_S, _IDLE_S = 0.1, 1.0
+_GATHER_S = 0.005
+"""Between two publications: steps may be as short, and every message wakes NATS and all gateways."""
 _MAX_STEPS = 256
 _MAX_PUBLICATION_BYTES = 256 * 1024
 """Of hashes; NATS takes 1 MB a message unless told otherwise."""
@@ -73,7 +78,10 @@ class HeldBlocks:
         return pack(np.fromiter(self._names, np.uint64, len(self._names)))
 
     def _toggle(self, names: set[int]) -> None:
-        self.digest ^= digest(np.fromiter(names, np.uint64, len(names)))
+        if len(names) < 64:  # numpy's fixed cost is more than this
+            self.digest = reduce(xor, names, self.digest)
+        else:
+            self.digest ^= digest(np.fromiter(names, np.uint64, len(names)))
 
 
 class Publisher:
@@ -106,7 +114,7 @@ class Publisher:
         """Set when a report should not wait for its turn in idleness."""
 
     async def run(self) -> None:
-        """Publish until cancelled: KV events at once, load reports at their pace, snapshots when asked."""
+        """Publish until cancelled: KV events within milliseconds, load reports at their pace, snapshots when asked."""
         connected = asyncio.Event()
         self._events.on_connect(connected.set)
         self._events.on_connect(self._activity.set)
@@ -173,7 +181,7 @@ class Publisher:
         """Number what is pending, so that `seq` and the held set belong together."""
         if self._pending:
             self._seq += 1
-            self._put(KvEvents(self._worker, self._epoch, self._seq, self._pending))
+            self._put(KvEvents(self._worker, self._epoch, self._seq, list(_merged(self._pending))))
             self._pending, self._pending_bytes = [], 0
 
     def _put(self, message: KvEvents | LoadReport) -> None:
@@ -191,6 +199,7 @@ class Publisher:
                     await self._events.publish_kv(message)
                 else:
                     await self._events.publish_load(message)
+            await asyncio.sleep(_GATHER_S)
 
     async def _report(self) -> None:
         while True:
@@ -202,6 +211,16 @@ class Publisher:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_IDLE_S - _BUSY_S):
                         await self._activity.wait()
+
+
+def _merged(events: list[KvEvent]) -> Iterator[KvEvent]:
+    """Neighbours of one kind as one event: a step that fills blocks of many requests tells them one by one."""
+    for kind, run in groupby(events, type):
+        same = list(run)
+        if len(same) == 1 or kind is AllCleared:
+            yield same[-1]
+        else:
+            yield kind(b"".join([event.hashes for event in same if not isinstance(event, AllCleared)]))
 
 
 def _parts(event: KvEvent) -> Iterator[KvEvent]:

@@ -146,7 +146,7 @@ async def test_events_of_one_turn_make_one_publication_before_the_report_that_co
     subject.kv_changed([stored(2), removed(1)])
     await running(subject, events, lambda: any(isinstance(sent, LoadReport) for sent in events.sent))
     batch, report = events.sent
-    assert batch == KvEvents(WORKER, 7, 1, [stored(1), stored(2), removed(1)])
+    assert batch == KvEvents(WORKER, 7, 1, [stored(1, 2), removed(1)])
     assert (report.seq, report.num_held, report.digest) == (1, 1, 2)
 
 
@@ -182,3 +182,12 @@ async def test_what_cannot_be_sent_in_time_is_dropped_and_leaves_a_gap():
     assert batches[0].seq > 1
     assert batches[-1].seq == 100
     assert subject.report().num_held == 100
+
+
+async def test_neighbours_of_one_kind_travel_as_one_event():
+    events = FakeEvents()
+    subject = publisher(events)
+    subject.kv_changed([stored(1), stored(2, 3), removed(1), AllCleared(), AllCleared(), stored(4)])
+    subject.kv_changed([stored(5)])
+    await running(subject, events, lambda: events.sent)
+    assert events.sent[0].events == [stored(1, 2, 3), removed(1), AllCleared(), stored(4, 5)]
