@@ -220,12 +220,17 @@ async def _serves(host: str, port: int, num_workers: int) -> bool:
 
 
 def _announce(settings: UpSettings, model: str, seconds: float, state: Path) -> None:
-    url = f"http://{settings.host}:{settings.port}"
+    url = f"http://{'127.0.0.1' if settings.host == '0.0.0.0' else settings.host}:{settings.port}"
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "The capital of France is"}}], '
     body += '"max_tokens": 32, "stream": true}'
     say(f"ready after {seconds:.1f} s; logs in {state}; Ctrl-C stops everything")
-    print(f"\nHeadrace listens on {url}\n", flush=True)
-    print(f"  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{body}'\n", flush=True)
+    if settings.prefill:
+        say("the router would serve a prompt as short as the one below where it decodes; its second header says not to")
+    print(f"\nHeadrace listens on {url}\n")
+    print(f"  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\")
+    if settings.prefill:
+        print("    -H 'x-headrace-handover: always' \\")
+    print(f"    -d '{body}'\n", flush=True)
 
 
 def _cache_dir() -> Path:
