@@ -47,11 +47,12 @@ class NotQueued(HeadraceError):  # noqa: N818 - names the outcome
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """What came of a job."""
+    """What came of a prefill leg, and whose it was; `job`: its name in the queue, if it came through there."""
 
     worker: WorkerId
     done: Done
     ended_at: float
+    job: RequestId | None = None
 
 
 class Queue(Protocol):
@@ -90,12 +91,18 @@ class _Waiting:
 
 
 class QueuedPrefills:
-    """The jobs that one gateway has in the queue. `gateway` names the process; no two may have the same name."""
+    """The jobs that one gateway has in the queue.
 
-    def __init__(self, queue: Queue, plane: Plane, pullers: Pullers, *, gateway: str) -> None:
+    gateway: names the process; no two may have the same name.  check_s: between two looks whether an answer can come.
+    """
+
+    def __init__(
+        self, queue: Queue, plane: Plane, pullers: Pullers, *, gateway: str, check_s: float = _CHECK_S
+    ) -> None:
         self._queue = queue
         self._plane = plane
         self._pullers = pullers
+        self._check_s = check_s
         self._answer_to = plane.subject("prefilled", gateway)
         self._loop = asyncio.get_running_loop()
         self._encode = msgspec.msgpack.Encoder().encode
@@ -125,7 +132,7 @@ class QueuedPrefills:
         try:
             await self._submit(model, job, request)
             while not waiting.ended.done():
-                await asyncio.wait([waiting.ended], timeout=_CHECK_S)
+                await asyncio.wait([waiting.ended], timeout=self._check_s)
                 if not waiting.ended.done():
                     self._check(model, waiting)
         finally:
@@ -137,7 +144,12 @@ class QueuedPrefills:
             raise error_of(news.failed, news.worker)
         if news.done is None:
             raise TypeError("an answer has neither of its two")
-        return Prefilled(news.worker, news.done, self._loop.time())
+        return Prefilled(news.worker, news.done, self._loop.time(), job)
+
+    def release(self, model: str, given: Prefilled) -> None:
+        """The KV cache kept for this job will not be fetched."""
+        if given.job is not None:
+            self._drop(model, PrefillUnwanted(given.job, given.worker))
 
     def gauges(self) -> Iterator[Gauge]:
         """The queue as it was when last looked at; nothing while NATS cannot tell."""

@@ -88,6 +88,7 @@ class Prefills(Protocol):
     """What `app.prefills.QueuedPrefills` does."""
 
     async def prefill(self, model: str, request: Generate) -> Prefilled: ...
+    def release(self, model: str, given: Prefilled) -> None: ...
 
 
 class Relay:
@@ -203,7 +204,7 @@ class Relay:
 
     async def _pull(self, course: Course, prefill: WorkerId, decode: WorkerId) -> Done:
         attempt = course.attempts[-1]
-        given = await self._from_queue(course) or await self._asked(course, prefill)
+        given = await self._from_queue(course, decode) or await self._asked(course, prefill)
         attempt.prefill = given.done.usage
         self._dispatcher.prefilled(course.job.request)
         ticket = given.done.ticket
@@ -228,7 +229,7 @@ class Relay:
             course.take(done, now=leg.ended_at)
         return Prefilled(prefill, done, leg.ended_at)
 
-    async def _from_queue(self, course: Course) -> Prefilled | None:
+    async def _from_queue(self, course: Course, decode: WorkerId) -> Prefilled | None:
         """The prefill leg on whichever worker takes it from the queue; None if it is to be sent directly."""
         if self._prefills is None:
             return None
@@ -243,6 +244,8 @@ class Relay:
             self._bypass(course, exc.code, str(exc))
             return None
         course.attempts[-1].prefilled_by = given.worker
+        if given.worker == decode and given.done.ticket is not None:  # it need not fetch what it has
+            self._prefills.release(course.job.model, given)
         if is_early or given.done.ticket is None:
             course.take(given.done, now=given.ended_at)
             if course.answer.has_news and not course.answer.is_begun:

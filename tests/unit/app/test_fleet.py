@@ -2,6 +2,7 @@ import asyncio
 import random
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 
 from app.dispatch import Dispatcher
@@ -251,3 +252,21 @@ async def test_models_are_listed_since_their_oldest_worker(world):
     world.fleet.worker_up(registration("d1", epoch=7 * 10**9))
     world.fleet.worker_up(registration("d2", epoch=8 * 10**9, model="a"))
     assert world.fleet.models() == {"a": 8, "sim": 7}
+
+
+async def test_a_model_is_pulled_while_a_connected_ready_worker_says_so(world):
+    async with world.running():
+        world.fleet.worker_up(registration("p0", Role.PREFILL))
+        await settle()
+        assert not world.fleet.is_pulled("sim")
+        pulling = msgspec.structs.replace(registration("p1", Role.PREFILL), is_pulling=True)
+        world.fleet.worker_up(pulling)
+        assert not world.fleet.is_pulled("sim"), "not connected yet"
+        await settle()
+        assert world.fleet.is_pulled("sim")
+        assert world.fleet.is_connected(WorkerId("p1"))
+        assert not world.fleet.is_pulled("other")
+        world.fleet.worker_up(msgspec.structs.replace(pulling, state=WorkerState.DRAINING))
+        assert not world.fleet.is_pulled("sim")
+        world.fleet.worker_down(WorkerId("p1"))
+        assert not world.fleet.is_connected(WorkerId("p1"))

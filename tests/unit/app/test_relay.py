@@ -7,6 +7,7 @@ import pytest
 from app.course import Job
 from app.dispatch import Dispatcher
 from app.metrics import Metrics
+from app.prefills import NotQueued, Prefilled
 from app.relay import Relay
 from app.wishes import Wishes
 from planes.errors import Rejected
@@ -42,7 +43,7 @@ def done(payload=b"", tokens=(), ticket=None, usage=USAGE):
 class Scene:
     """A relay among fakes, and the job under way."""
 
-    def __init__(self, mode=HandoverMode.PULL, max_attempts=3):
+    def __init__(self, mode=HandoverMode.PULL, max_attempts=3, prefills=None):
         self.router = FakeRouter()
         self.workers = FakeWorkers(
             registration("p0", Role.PREFILL, mode=mode),
@@ -53,7 +54,14 @@ class Scene:
         self.loop = asyncio.get_running_loop()
         self.dispatcher = Dispatcher(self.router, clock=self.loop.time)
         self.metrics = Metrics()
-        self.relay = Relay(self.dispatcher, self.workers, self.metrics, clock=self.loop.time, max_attempts=max_attempts)
+        self.relay = Relay(
+            self.dispatcher,
+            self.workers,
+            self.metrics,
+            clock=self.loop.time,
+            max_attempts=max_attempts,
+            prefills=prefills,
+        )
         self.answer = FakeAnswer()
         self.task = None
 
@@ -475,3 +483,99 @@ async def test_a_request_that_wants_no_handover_never_gets_one(scene):
     assert [each.handover for each in scene.router.submitted] == [HandoverWish.NEVER] * 2
     scene.leg("d1")[1].on_done(done(b"all", [7]))
     assert "x-headrace-route" not in (await scene.finished()).headers
+
+
+class FakePrefills:
+    def __init__(self):
+        self.asked, self.released = [], []
+        self.outcome = asyncio.get_running_loop().create_future()
+
+    async def prefill(self, model, request):
+        self.asked.append((model, request))
+        return await self.outcome
+
+    def release(self, model, given):
+        self.released.append(given)
+
+
+@pytest.fixture
+async def queueing():
+    scene = Scene(prefills=FakePrefills())
+    scene.prefills = scene.relay._prefills
+    yield scene
+    scene.dispatcher.stop()
+
+
+async def test_a_prompt_from_the_queue_is_decoded_with_the_ticket_of_whoever_took_it(queueing):
+    scene = queueing
+    await scene.start(("p0", "d0"))
+    ((model, request),) = scene.prefills.asked
+    assert (model, request.request, request.leg) == ("sim", "r", PrefillLeg(HandoverMode.PULL, emit_first=True))
+    assert scene.workers.connections["p0"].started == []
+    ticket = msgspec.structs.replace(TICKET, worker=WorkerId("p1"))
+    scene.prefills.outcome.set_result(Prefilled(WorkerId("p1"), done(b"first", [7], ticket), scene.loop.time()))
+    await settle()
+    assert (scene.answer.headers["x-headrace-prefill"], scene.answer.payloads) == ("p1", [b"first"])
+    request, sink = scene.leg("d0")
+    assert request.leg == DecodeLeg(ticket=ticket)
+    assert unpack_tokens(request.resume) == [7]
+    sink.on_done(done(b"rest", [8]))
+    answer = await scene.finished()
+    assert answer.payloads == [b"first", b"rest"]
+    assert "x-headrace-fallback" not in answer.headers
+    ((_, observed),) = scene.router.released
+    assert (observed.prefill, observed.completion_tokens) == ("p1", 2)
+    assert scene.router.prefills == ["r"]
+
+
+async def test_who_took_its_own_prompt_goes_on_without_fetching(queueing):
+    scene = queueing
+    await scene.start(("p0", "d0"))
+    given = Prefilled(WorkerId("d0"), done(b"first", [7], TICKET), scene.loop.time(), RequestId("r.q"))
+    scene.prefills.outcome.set_result(given)
+    await settle()
+    request, sink = scene.leg("d0")
+    assert (request.leg, unpack_tokens(request.resume)) == (LocalLeg(), [7])
+    assert scene.prefills.released == [given]
+    sink.on_done(done(b"rest", [8]))
+    assert (await scene.finished()).payloads == [b"first", b"rest"]
+
+
+async def test_what_the_queue_cannot_take_is_sent_directly_and_it_is_said(queueing):
+    scene = queueing
+    await scene.start(("p0", "d0"))
+    scene.prefills.outcome.set_exception(NotQueued("prefill_queue_full", "full"))
+    await settle()
+    scene.leg("p0")[1].on_done(done(b"first", [7], TICKET))
+    await settle()
+    scene.leg("d0")[1].on_done(done(b"rest", [8]))
+    answer = await scene.finished()
+    assert answer.headers["x-headrace-prefill"] == "p0"
+    assert answer.headers["x-headrace-fallback"] == "prefill_queue_full"
+    assert metric(scene, "headrace_prefill_queue_bypasses_total") == [
+        'headrace_prefill_queue_bypasses_total{code="prefill_queue_full"} 1.0'
+    ]
+
+
+async def test_a_prompt_that_failed_from_the_queue_goes_directly_to_another_worker(queueing):
+    scene = queueing
+    await scene.start(("p0", "d0"), ("p0", "d0"))
+    scene.prefills.outcome.set_exception(WorkerLost(WorkerId("p1"), "gone"))
+    await settle()
+    assert scene.router.submitted[1].excluded == {"p1"}
+    scene.leg("p0")[1].on_done(done(b"first", [7], TICKET))
+    await settle()
+    scene.leg("d0")[1].on_done(done(b"rest", [8]))
+    answer = await scene.finished()
+    assert answer.headers["x-headrace-fallback"] == "retried"
+    assert len(scene.prefills.asked) == 1
+
+
+async def test_a_client_that_goes_while_its_prompt_is_queued_is_not_waited_for(queueing):
+    scene = queueing
+    await scene.start(("p0", "d0"))
+    scene.answer.is_gone = True
+    scene.task.cancel()
+    await asyncio.gather(scene.task, return_exceptions=True)
+    assert scene.prefills.outcome.cancelled()
+    assert scene.router.bound == set()

@@ -58,6 +58,12 @@ def test_no_handover_is_a_setting():
         ({"speedup": float("nan")}, "--speedup is nan"),
         ({"drain_s": -1.0}, "--drain-s is -1.0"),
         ({"heartbeat_s": 3.0}, "--dead-after-s is 3.0: it must exceed --heartbeat-s"),
+        (
+            {"prefill_dispatch": "queue", "handover": "push"},
+            "--prefill-dispatch is 'queue': queue needs --handover pull",
+        ),
+        ({"prefill_dispatch": "queue", "role": "prefill", "handover": "none"}, "it is none"),
+        ({"pull_ahead": 0}, "--pull-ahead is 0: it must be 1 or more"),
         ({"cores": "2-1"}, "--cores is '2-1'"),
         ({"cores": "a"}, "--cores is 'a'"),
         ({"etcd": "ftp://x"}, "--etcd is 'ftp://x'"),
@@ -110,3 +116,10 @@ def test_settings_also_come_from_the_environment(monkeypatch):
 def test_the_built_in_model_has_what_a_gateway_needs():
     config = json.loads((SIM_MODEL / "tokenizer_config.json").read_text())
     assert config["chat_template"]
+
+
+def test_a_decode_worker_leaves_the_queue_alone():
+    queue = {"engine": "sim", "prefill_dispatch": "queue"}
+    assert WorkerSettings(role="both", **queue).is_pulling
+    assert not WorkerSettings(role="decode", handover="push", **queue).is_pulling
+    assert not WorkerSettings(role="prefill", engine="sim").is_pulling
