@@ -2,8 +2,11 @@
 
 import asyncio
 import signal
+from contextlib import AsyncExitStack
 
 import pytest
+
+from app.servers import nats_server
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
@@ -170,3 +173,40 @@ async def test_a_client_that_goes_leaves_no_job_behind(site, reach, alone, uniqu
         await until(is_empty)
         await until(api.is_idle)
         assert "prefill_job.dropped" in await site.processes[0].says("prefill_job.dropped")
+
+
+async def test_without_nats_prompts_are_sent_directly_until_it_is_back(site, reach, alone, unique, until, tmp_path):
+    """What is in the queue when NATS goes is sent directly, too."""
+    async with AsyncExitStack() as servers:
+        first = await servers.enter_async_context(nats_server(tmp_path / "nats"))
+        site.nats = first.url
+        site.start_worker("prefill-1", *QUEUE, "--pull-ahead", "1", *SLOW, speedup=1)
+        site.start_worker("decode-1")
+        gateway = await site.gateway(*QUEUE, "--policy", "round_robin", num_workers=2)
+        prompts = [f"{index} {unique}" for index in range(6)]
+        async with reach(gateway) as api:
+            asking = [asyncio.create_task(api.chat(prompt)) for prompt in prompts]
+
+            async def is_queued():
+                return await api.metric("headrace_prefill_queue_depth", model="sim") >= 1
+
+            await until(is_queued)
+            await servers.aclose()
+            responses = await asyncio.gather(*asking)
+            texts = [content(response) for response in responses]
+            assert texts == await asyncio.gather(*(alone.text(prompt) for prompt in prompts))
+            codes = {response.headers.get("x-headrace-fallback") for response in responses}
+            assert "event_plane_unavailable" in codes
+            response = await api.chat(unique)
+            assert (content(response), response.headers["x-headrace-fallback"]) == (
+                await alone.text(unique),
+                "event_plane_unavailable",
+            )
+            await servers.enter_async_context(nats_server(tmp_path / "nats", first.port))
+
+            async def is_queued_again():
+                return "x-headrace-fallback" not in (await api.chat(unique)).headers
+
+            await until(is_queued_again)
+            await until(api.is_idle)
+        site.close()
