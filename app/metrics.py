@@ -45,6 +45,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._counters: dict[tuple[Counter, str], Counter] = {}
+        self._observers: dict[tuple[Histogram, str], Histogram] = {}
         self._requests = Counter(
             "headrace_requests", "Ended requests, by how they ended.", ("model", "code"), registry=self._registry
         )
@@ -92,10 +94,10 @@ class Metrics:
     def ended(self, request: RequestSummary) -> None:
         model = request.model
         self._requests.labels(model, request.code).inc()
-        self._prompt_tokens.labels(model).inc(request.prompt_tokens)
-        self._completion_tokens.labels(model).inc(request.completion_tokens)
-        self._cached_tokens.labels(model).inc(request.cached_tokens)
-        self._handover_bytes.labels(model).inc(request.handover_bytes)
+        self._count(self._prompt_tokens, model, request.prompt_tokens)
+        self._count(self._completion_tokens, model, request.completion_tokens)
+        self._count(self._cached_tokens, model, request.cached_tokens)
+        self._count(self._handover_bytes, model, request.handover_bytes)
         for histogram, seconds in (
             (self._ttft, request.ttft_s),
             (self._itl, request.itl_s),
@@ -103,7 +105,18 @@ class Metrics:
             (self._handover, request.handover_s),
         ):
             if seconds is not None:
-                histogram.labels(model).observe(seconds)
+                # Looking a label up takes as long as observing.
+                child = self._observers.get((histogram, model))
+                if child is None:
+                    child = self._observers[histogram, model] = histogram.labels(model)
+                child.observe(seconds)
+
+    def _count(self, counter: Counter, model: str, count: int) -> None:
+        child = self._counters.get((counter, model))
+        if child is None:
+            child = self._counters[counter, model] = counter.labels(model)
+        if count:
+            child.inc(count)
 
     def retried(self, code: str, *, is_migration: bool) -> None:
         (self._migrations if is_migration else self._retries).labels(code).inc()

@@ -24,8 +24,13 @@ class Wishes:
     is_explained: bool = False
 
 
+NONE = Wishes()
+
+
 def parse_wishes(headers: Mapping[str, str], *, n: int) -> Wishes:
     """The wishes in these headers (lower-case names), for an answer of `n` choices.  Raises:  InvalidRequest."""
+    if HANDOVER not in headers and EXPLAIN not in headers:
+        return NONE
     handover = HandoverWish(_one_of(headers, HANDOVER, tuple(HandoverWish), HandoverWish.AUTO))
     if handover is HandoverWish.ALWAYS and n > 1:
         raise InvalidRequest(f"{HANDOVER} is 'always' and n is {n}: a handover serves one choice", param=HANDOVER)

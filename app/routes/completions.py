@@ -1,6 +1,6 @@
 """`POST /v1/chat/completions` and `POST /v1/completions`; `GET /v1/models`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import structlog
 from fastapi import APIRouter, Request, Response
@@ -62,13 +62,15 @@ def completion_routes(gateway: Gateway) -> APIRouter:
     return routes
 
 
-async def prepared_job(gateway: Gateway, request: Request, tenant: Tenant, request_id: RequestId, parse: Parse) -> Job:
+async def prepared_job(
+    gateway: Gateway, request: Request, headers: Mapping[str, str], tenant: Tenant, request_id: RequestId, parse: Parse
+) -> Job:
     """Everything between the socket and the router.  Raises:  HeadraceError."""
     arrived_at = gateway.clock()
     parsed = parse(await read_body(request, gateway.settings.max_body_bytes))
     model = gateway.models.entry(parsed.model)
     prepared = await gateway.preprocessor.prepare(parsed, model, cache_salt=tenant.salted(parsed.cache_salt))
-    wishes = parse_wishes(request.headers, n=prepared.sampling.n)
+    wishes = parse_wishes(headers, n=prepared.sampling.n)
     limit_s = gateway.settings.request_timeout_s
     return Job(
         request=request_id,
@@ -98,10 +100,12 @@ async def prepared_job(gateway: Gateway, request: Request, tenant: Tenant, reque
 
 async def _serve(gateway: Gateway, request: Request, parse: Parse, answer: Answer) -> None:
     request_id = gateway.new_request_id()
+    # A dictionary, because starlette's own headers are searched one by one for each that is not there.
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in request.scope["headers"]}
     try:
-        tenant = gateway.keys.authenticate(request.headers)
+        tenant = gateway.keys.authenticate(headers)
         with gateway.keys.admitted(tenant):
-            job = await prepared_job(gateway, request, tenant, request_id, parse)
+            job = await prepared_job(gateway, request, headers, tenant, request_id, parse)
             await gateway.relay.run(job, answer)
     except HeadraceError as exc:
         code = code_of(exc)

@@ -65,7 +65,7 @@ def operation_routes(gateway: Gateway) -> APIRouter:
     async def preview(request: Request) -> Response:
         """Where a chat body would go now, without running it."""
         tenant = gateway.keys.authenticate(request.headers)
-        job = await prepared_job(gateway, request, tenant, gateway.new_request_id(), parse_chat)
+        job = await prepared_job(gateway, request, request.headers, tenant, gateway.new_request_id(), parse_chat)
         return json_reply(gateway.router.preview(job.routable(), now=gateway.clock()))
 
     return routes
