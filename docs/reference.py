@@ -12,6 +12,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from app.fleet_table import FleetTableSettings
+from app.live_config import ConfigSettings
 from app.local import UpSettings
 from app.main import create_app
 from app.metrics import Metrics
@@ -25,6 +26,10 @@ COMMANDS = {
     "headrace gateway": (GatewaySettings, "One gateway."),
     "headrace worker": (WorkerSettings, "One worker."),
     "headrace fleet": (FleetTableSettings, "Who is registered, and what they do."),
+    "headrace config": (
+        ConfigSettings,
+        "Routing settings that gateways follow while they run; `name=value` changes one, `name=null` undoes it.",
+    ),
 }
 
 
