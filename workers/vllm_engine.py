@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import structlog
 
+from planes.errors import InvalidRequest
 from planes.frames import DecodeLeg, FinishReason, PrefillLeg, Ticket
 from planes.messages import (
     EngineFacts,
@@ -120,16 +121,26 @@ class VllmEngine:
             self._llm = await in_thread(self._thread, self._launch, config)
             self._heard_at = time.monotonic()
             self._watch_processes()
-            self._tasks.append(asyncio.create_task(self._reader.run(observer.kv_changed)))
+            self._keep(self._reader.run(observer.kv_changed))
             progress("computing a first token")
             await self._warm_up()
         except EngineStartError:
             raise
         except Exception as exc:  # vLLM raises whatever its parts raise
-            raise EngineStartError(f"vLLM could not start: {type(exc).__name__}: {exc}") from exc
+            raise EngineStartError(f"vLLM could not start: {_cause(exc)}") from exc
         self._pin()
         self._facts = self._read_facts(config)
-        self._tasks.append(asyncio.create_task(self._watch_steps()))
+        self._keep(self._watch_steps())
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run until `stop`; the worker cannot go on without it."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._kept_ended)
+        self._tasks.append(task)
+
+    def _kept_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._died(f"{type(error).__name__}: {error}")
 
     def _launch(self, config: Any) -> Any:
         from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
@@ -241,6 +252,8 @@ class VllmEngine:
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def submit(self, request: EngineRequest, on_output: Callable[[EngineOutput], None]) -> None:
+        if request.request in self._runs:
+            raise InvalidRequest(f"the request {request.request} runs here already", param="request")
         check_tokens(request, self._facts)
         options = self._options
         try:
@@ -401,6 +414,12 @@ class VllmEngine:
             free_blocks=int(self._facts.num_blocks * (1.0 - latest.usage)),
             kv_tokens=latest.kv_tokens if self._runs else 0,
         )
+
+
+def _cause(exc: Exception) -> str:
+    if "Engine core initialization failed" in str(exc):
+        return "its engine process failed, and its last lines above say why"
+    return f"{type(exc).__name__}: {exc}"
 
 
 def _stat_logger(record: Callable[[Any], None]) -> type:

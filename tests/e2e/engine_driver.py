@@ -7,6 +7,7 @@ import sys
 
 import msgspec
 import numpy as np
+import uvloop
 
 from planes.blocks import unpack
 from planes.errors import InvalidRequest
@@ -114,6 +115,6 @@ async def main(options):
 if __name__ == "__main__":
     OUT = os.dup(1)  # what anybody else prints must not come between our lines
     os.dup2(2, 1)
-    asyncio.run(
-        main(msgspec.json.decode(sys.argv[1].encode(), type=VllmOptions, dec_hook=lambda kind, value: kind(value)))
-    )
+    options = msgspec.json.decode(sys.argv[1].encode(), type=VllmOptions, dec_hook=lambda kind, value: kind(value))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main(options))
