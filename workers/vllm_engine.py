@@ -41,6 +41,8 @@ from workers.vllm_request import (
     write_ticket,
 )
 
+__all__ = ["VllmEngine", "VllmOptions"]
+
 _log = structlog.get_logger()
 
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
