@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from planes.control import parse_endpoints
+from planes.events import parse_servers
 from planes.names import check_namespace
-from planes.settings import UnusableSetting
+from planes.settings import UnusableSetting, check_setting
 from planes.streams import StreamLimits
 
 
@@ -76,11 +77,9 @@ class GatewaySettings:
             raise UnusableSetting(
                 "dead_after_s", self.dead_after_s, f"it must exceed --heartbeat-s ({self.heartbeat_s})"
             )
-        for name, check in (("etcd", parse_endpoints), ("namespace", check_namespace)):
-            try:
-                check(getattr(self, name))
-            except ValueError as exc:
-                raise UnusableSetting(name, getattr(self, name), str(exc)) from exc
+        check_setting("etcd", self.etcd, parse_endpoints)
+        check_setting("nats", self.nats, parse_servers)
+        check_setting("namespace", self.namespace, check_namespace)
 
     @property
     def stream_limits(self) -> StreamLimits:

@@ -33,7 +33,7 @@ async def test_a_stopped_worker_finishes_its_streams_and_is_gone_at_once(site, r
         async def is_gone():
             return set(await api.fleet()) == {other}
 
-        await until(is_gone, seconds=5)  # its lease would have lasted 10 s
+        await until(is_gone, seconds=8)  # its lease would have lasted 10 s
         assert await api.metric("headrace_migrations_total") == 0
         await _a_new_worker_takes_traffic(site, api, workers[other], unique, until)
 

@@ -137,6 +137,10 @@ async def test_the_printed_line_works_and_ctrl_c_stops_everything(up, until):
     events = [line.removeprefix("data: ") for line in output.decode().splitlines() if line]
     assert events[-1] == "[DONE]"
     assert "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-1])
+    async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
+        metrics = (await client.get("/metrics")).text
+    (handed,) = [line for line in metrics.splitlines() if line.startswith("headrace_handover_bytes_total{")]
+    assert float(handed.split()[-1]) > 0
     running.process.send_signal(signal.SIGINT)
     assert await running.is_over(until) == 0
     assert running.text.rstrip().endswith("stopped")
@@ -274,6 +278,7 @@ async def headrace(*argv, env=None):
         (["gateway", "--policy", "no-such"], ["--policy", "no-such", "round_robin"]),
         (["gateway", "--api-keys-file", "/nowhere"], ["--api-keys-file", "/nowhere"]),
         (["gateway", "--etcd", "ftp://x"], ["--etcd", "ftp://x"]),
+        (["gateway", "--nats", "what"], ["--nats", "what"]),
         (["gateway", "--prot", "1"], ["--prot"]),
         (["fleet", "--etcd", "http://127.0.0.1:9", "--timeout-s", "0.3"], ["127.0.0.1:9", "0.3 s"]),
         (["up", "--engine", "sim", "--etcd", "ftp://x"], ["--etcd", "ftp://x"]),
