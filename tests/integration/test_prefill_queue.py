@@ -18,7 +18,7 @@ SLOW = (
     "64",
     "--max-batch",
     "32",
-)  # 0.2 s for a prompt of 80 tokens
+)  # 0.2 s for a prompt; the queue is looked at every second
 
 
 def content(response):
@@ -28,10 +28,10 @@ def content(response):
 
 async def test_a_burst_is_served_by_all_who_pull(site, reach, alone, unique, until):
     for name in ("prefill-1", "prefill-2"):
-        site.start_worker(name, *QUEUE, "--pull-ahead", "1", *SLOW, speedup=2)
+        site.start_worker(name, *QUEUE, "--pull-ahead", "1", *SLOW, speedup=1)
     site.start_worker("decode-1")
     gateway = await site.gateway(*QUEUE, "--policy", "round_robin", num_workers=3)
-    prompts = [f"{index} {unique}" for index in range(16)]
+    prompts = [f"{index} {unique}" for index in range(32)]
     async with reach(gateway) as api:
         asking = [asyncio.create_task(api.chat(prompt)) for prompt in prompts]
 
@@ -118,11 +118,11 @@ async def test_jobs_of_a_killed_worker_are_done_by_another(site, reach, alone, u
 
 async def test_jobs_of_a_stopping_worker_are_done_and_no_new_ones_taken(site, reach, alone, unique, until):
     for name in ("prefill-1", "prefill-2"):
-        site.start_worker(name, *QUEUE, *SLOW, speedup=2)
+        site.start_worker(name, *QUEUE, *SLOW, speedup=1)
     site.start_worker("decode-1")
     gateway = await site.gateway(*QUEUE, "--policy", "round_robin", num_workers=3)
     async with reach(gateway) as api:
-        prompts = [f"{index} {unique}" for index in range(10)]
+        prompts = [f"{index} {unique}" for index in range(32)]
         asking = [asyncio.create_task(api.chat(prompt)) for prompt in prompts]
 
         async def is_held():
