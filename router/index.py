@@ -1,4 +1,4 @@
-"""Which workers hold which blocks: one map from block name to a bit mask of workers.
+"""What each worker holds, as this gateway knows it, and when that has to be asked for.
 
 A worker's copy here is *exact* while its publications arrive without a gap and its load reports carry the digest (XOR
 of names) and count that we have too. Where either fails the copy needs a snapshot; until it comes, events go on being
@@ -12,27 +12,38 @@ applied (a good guess beats none) and are kept too, so that those later than the
 |         | ignore                          |                                     | on top → exact if no hole   |
 | any     | newer epoch: forget the worker's blocks first; older epoch: ignore                                     |
 
-Forgetting a worker is one step: its bit is retired and the map is swept in slices, a few thousand names with each
-later change; a bit is used again only after a whole sweep. The map holds live names and those not yet swept.
+The blocks themselves lie in a compiled table (`block_table`), or in plain sets (`block_sets`) where it was not built.
 """
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import reduce
-from itertools import groupby
-from operator import xor
+from typing import Protocol
 
-import numpy as np
-
-from planes.blocks import Hashes, digest, unpack
+from planes.blocks import Hashes, unpack
 from planes.messages import AllCleared, BlocksRemoved, BlocksStored, KvEvents, LoadReport, Snapshot, WorkerId
+from router.block_sets import BlockSets
+from router.block_table import BlockTable, NotCompiledError, load
 
 _MAX_KEPT = 512  # publications kept for a snapshot that is under way
-_SWEEP_NAMES = 2048  # names looked at per change while a sweep is on
-_MAX_RETIRED = 64  # retired bits, above which a sweep runs to its end at once: masks stay short
-_MAX_INTERNED = 1 << 16
-_MATCH_NAMES = 256  # names looked up at a time
+
+
+class Blocks(Protocol):
+    """Which workers hold which blocks; a worker that was never heard of holds none."""
+
+    def store(self, worker: WorkerId, names: Hashes) -> None: ...
+
+    def remove(self, worker: WorkerId, names: Hashes) -> None: ...
+
+    def forget(self, worker: WorkerId) -> None: ...
+
+    def totals(self, worker: WorkerId) -> tuple[int, int]:
+        """How many blocks a worker holds, and the XOR of their names."""
+
+    def match(self, names: Hashes) -> dict[WorkerId, int]:
+        """How many leading names each worker holds, without a hole; workers with none are left out."""
+
+    def held(self, worker: WorkerId) -> Hashes:
+        """Every block of one worker, in no order."""
 
 
 @dataclass(slots=True)
@@ -42,7 +53,6 @@ class _Copy:
     worker: WorkerId
     epoch: int
     limit: int
-    bit: int
     seq: int = 0
     num_held: int = 0
     digest: int = 0
@@ -52,34 +62,22 @@ class _Copy:
 
 
 class BlockIndex:
-    """Blocks of all workers. `version` grows with every change that a match could see."""
+    """Blocks of all workers. Without `blocks`: the compiled table, or plain sets if there is none."""
 
-    def __init__(self) -> None:
-        self._masks: dict[int, int] = {}
-        self._interned: dict[int, int] = {}
+    def __init__(self, blocks: Blocks | None = None) -> None:
+        self.pure_python_because = ""
+        """Why the compiled table does not serve; empty if it does."""
+        if blocks is None:
+            try:
+                blocks = BlockTable(load())
+            except NotCompiledError as exc:
+                blocks, self.pure_python_because = BlockSets(), str(exc)
+        self._blocks: Blocks = blocks
         self._copies: dict[WorkerId, _Copy] = {}
-        self._owners: list[WorkerId | None] = []
-        self._free: list[int] = []
-        self._live = 0
-        self._retired = 0
-        self._sweeping = 0
-        self._to_sweep: list[int] = []
-        self._workers_of_mask: dict[int, tuple[WorkerId, ...]] = {}
-        self.version = 0
 
     def __len__(self) -> int:
-        """Names in the map, those that still wait for the sweep included."""
-        return len(self._masks)
-
-    @property
-    def is_sweeping(self) -> bool:
-        """Whether names of forgotten workers are left in the map."""
-        return bool(self._retired)
-
-    @property
-    def num_bits(self) -> int:
-        """Bits that masks can have: live workers, retired and free ones."""
-        return len(self._owners)
+        """Blocks held, summed over the workers."""
+        return sum(copy.num_held for copy in self._copies.values())
 
     # --- workers -------------------------------------------------------------------------------------------------
 
@@ -89,15 +87,13 @@ class BlockIndex:
         if copy is not None and copy.epoch == epoch:
             copy.limit = limit
             return
-        if copy is not None:
-            self._retire(copy.bit)
-        self._copies[worker] = _Copy(worker, epoch, limit, self._claim(worker))
+        self._blocks.forget(worker)
+        self._copies[worker] = _Copy(worker, epoch, limit)
 
     def drop(self, worker: WorkerId) -> None:
         """Forget the worker's blocks. Unknown workers are ignored."""
-        copy = self._copies.pop(worker, None)
-        if copy is not None:
-            self._retire(copy.bit)
+        self._copies.pop(worker, None)
+        self._blocks.forget(worker)
 
     def distrust(self, worker: WorkerId) -> None:
         """Ask for a snapshot: publications may have been missed."""
@@ -133,7 +129,6 @@ class BlockIndex:
         if not copy.is_exact:
             copy.kept.append(batch)
         self._apply_to(copy, batch)
-        self.sweep()
 
     def apply_snapshot(self, snapshot: Snapshot) -> None:
         """Replace a copy. Raises:  ValueError if packed hashes have a bad length."""
@@ -155,7 +150,6 @@ class BlockIndex:
             copy.seq, copy.is_exact = known_seq, False
         if not copy.is_exact:
             copy.kept.extend(later)
-        self.sweep()
 
     def check(self, report: LoadReport) -> None:
         """Compare a load report's sequence, digest and count with our copy."""
@@ -171,7 +165,6 @@ class BlockIndex:
             # Never heard of it, or still behind what the report before this one told: not late but lost.
             copy.is_exact = False
         copy.reported_seq = max(copy.reported_seq, report.seq)
-        self.sweep()
 
     def _apply_to(self, copy: _Copy, batch: KvEvents) -> None:
         copy.seq = batch.seq
@@ -182,146 +175,35 @@ class BlockIndex:
                 case BlocksRemoved():
                     self._remove(copy, unpack(event.hashes))
                 case AllCleared():
-                    self._forget_blocks(copy)
+                    self._blocks.forget(copy.worker)
+                    copy.num_held, copy.digest = 0, 0
 
     def _restart(self, copy: _Copy, epoch: int) -> _Copy:
-        self._retire(copy.bit)
-        fresh = _Copy(copy.worker, epoch, copy.limit, self._claim(copy.worker))
-        self._copies[copy.worker] = fresh
+        self._blocks.forget(copy.worker)
+        fresh = self._copies[copy.worker] = _Copy(copy.worker, epoch, copy.limit)
         return fresh
-
-    # --- the map -------------------------------------------------------------------------------------------------
 
     def _store(self, copy: _Copy, names: Hashes) -> None:
         if copy.num_held + len(names) > 2 * copy.limit + 4096:  # removals were lost, or it counts wrongly
             copy.is_exact = False
             return
-        self.version += 1
-        keys = names.tolist()
-        if self._masks.keys().isdisjoint(keys):  # most news is new to everybody
-            known: list[int | None] = []
-            distinct: set[int | None] = {None}
-        else:
-            known = list(map(self._masks.get, keys))
-            distinct = set(known)
-        for mask in distinct:
-            if mask is not None and mask & copy.bit:
-                continue
-            fresh = dict.fromkeys(
-                keys if len(distinct) == 1 else _having(keys, known, mask), self._intern((mask or 0) | copy.bit)
-            )
-            self._masks.update(fresh)
-            copy.num_held += len(fresh)
-            copy.digest ^= digest(names) if len(fresh) == len(keys) else reduce(xor, fresh)
+        try:
+            self._blocks.store(copy.worker, names)
+        finally:  # out of memory, part of them are in
+            copy.num_held, copy.digest = self._blocks.totals(copy.worker)
 
     def _remove(self, copy: _Copy, names: Hashes) -> None:
-        self.version += 1
-        keys = names.tolist()
-        known = list(map(self._masks.get, keys))
-        distinct = set(known)
-        for mask in distinct:
-            if mask is None or not mask & copy.bit:
-                continue
-            gone = dict.fromkeys(keys if len(distinct) == 1 else _having(keys, known, mask))
-            self._replace(gone, mask & ~copy.bit)
-            copy.num_held -= len(gone)
-            copy.digest ^= digest(names) if len(gone) == len(keys) else reduce(xor, gone)
-
-    def _replace(self, keys: Iterable[int], mask: int) -> None:
-        if mask & self._live:
-            self._masks.update(dict.fromkeys(keys, self._intern(mask)))
-        else:
-            deque(map(self._masks.pop, keys), maxlen=0)
-
-    def _intern(self, mask: int) -> int:
-        """Equal masks are one object: less memory, and runs of them compare by identity."""
-        if len(self._interned) >= _MAX_INTERNED:
-            self._interned.clear()
-        return self._interned.setdefault(mask, mask)
-
-    def _forget_blocks(self, copy: _Copy) -> None:
-        if copy.num_held:
-            self._retire(copy.bit)
-            copy.bit = self._claim(copy.worker)
-            copy.num_held, copy.digest = 0, 0
-
-    # --- bits ----------------------------------------------------------------------------------------------------
-
-    def _claim(self, worker: WorkerId) -> int:
-        if not self._free:
-            self._free.append(len(self._owners))
-            self._owners.append(None)
-        slot = self._free.pop()
-        self._owners[slot] = worker
-        self._live |= 1 << slot
-        self._workers_of_mask.clear()
-        return 1 << slot
-
-    def _retire(self, bit: int) -> None:
-        self.version += 1
-        self._live &= ~bit
-        self._retired |= bit
-        self._owners[bit.bit_length() - 1] = None
-        self._workers_of_mask.clear()
-        if self._retired.bit_count() > _MAX_RETIRED:
-            while self._retired:
-                self.sweep()
-
-    def sweep(self, limit: int = _SWEEP_NAMES) -> None:
-        """Go on cleaning retired bits out of the map, at most `limit` names now."""
-        if not self._sweeping:
-            if not self._retired:
-                return
-            self._sweeping, self._to_sweep = self._retired, list(self._masks)
-        keys, self._to_sweep[-limit:] = self._to_sweep[-limit:], []
-        known = list(map(self._masks.get, keys))
-        for mask in set(known):
-            if mask is not None and mask & self._sweeping:
-                self._replace(_having(keys, known, mask), mask & ~self._sweeping)
-        if not self._to_sweep:
-            self._free += [slot for slot in range(len(self._owners)) if self._sweeping >> slot & 1]
-            self._retired &= ~self._sweeping
-            self._sweeping = 0
+        try:
+            self._blocks.remove(copy.worker, names)
+        finally:
+            copy.num_held, copy.digest = self._blocks.totals(copy.worker)
 
     # --- questions -----------------------------------------------------------------------------------------------
 
     def match(self, names: Hashes) -> dict[WorkerId, int]:
         """How many leading blocks of a prompt each worker holds, without a hole; workers with none are left out."""
-        found: dict[WorkerId, int] = {}
-        alive, depth = self._live, 0
-        for start in range(0, len(names), _MATCH_NAMES):
-            known = list(map(self._masks.get, names[start : start + _MATCH_NAMES].tolist()))
-            if known.count(known[0]) == len(known) and (known[0] or 0) & alive == alive:
-                depth += len(known)  # one run, which nobody drops out of: several times as fast
-                continue
-            for mask, run in groupby(known):
-                still = alive & (mask or 0)
-                if still != alive:
-                    if depth:
-                        found.update(dict.fromkeys(self._workers(alive & ~still), depth))
-                    if not still:
-                        return found
-                    alive = still
-                depth += len(list(run))
-        if depth:
-            found.update(dict.fromkeys(self._workers(alive), depth))
-        return found
-
-    def _workers(self, mask: int) -> tuple[WorkerId, ...]:
-        workers = self._workers_of_mask.get(mask)
-        if workers is None:
-            if len(self._workers_of_mask) >= _MAX_INTERNED:
-                self._workers_of_mask.clear()
-            workers = tuple(owner for slot, owner in enumerate(self._owners) if mask >> slot & 1 and owner is not None)
-            self._workers_of_mask[mask] = workers
-        return workers
+        return self._blocks.match(names)
 
     def held(self, worker: WorkerId) -> Hashes:
-        """Every block of one worker, in no order; walks the whole map (tests and diagnosis)."""
-        copy = self._copies.get(worker)
-        bit = copy.bit if copy is not None else 0
-        return np.array([name for name, mask in self._masks.items() if mask & bit], dtype=np.uint64)
-
-
-def _having(keys: list[int], known: list[int | None], mask: int | None) -> list[int]:
-    return [key for key, found in zip(keys, known, strict=True) if found == mask]
+        """Every block of one worker, in no order; may walk the whole index (tests and diagnosis)."""
+        return self._blocks.held(worker)

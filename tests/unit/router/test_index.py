@@ -15,6 +15,8 @@ from planes.messages import (
     WorkerId,
     WorkerState,
 )
+from router.block_sets import BlockSets
+from router.block_table import BlockTable, NotCompiledError, load
 from router.index import BlockIndex
 
 A, B = WorkerId("a"), WorkerId("b")
@@ -37,14 +39,25 @@ def report(worker, seq, names, epoch=1):
     return LoadReport(worker, epoch, WorkerState.READY, 0, 0, 0, 0, 0, seq, len(held), digest(held))
 
 
-def index_of(*workers, limit=1000):
-    index = BlockIndex()
-    for worker in workers:
-        index.add(worker, 1, limit)
-    return index
+def compiled():
+    try:
+        return BlockTable(load())
+    except NotCompiledError as exc:
+        pytest.skip(str(exc))
 
 
-def test_matches_leading_blocks_without_a_hole():
+@pytest.fixture(params=[BlockSets, compiled])
+def index_of(request):
+    def make(*workers, limit=1000):
+        index = BlockIndex(request.param())
+        for worker in workers:
+            index.add(worker, 1, limit)
+        return index
+
+    return make
+
+
+def test_matches_leading_blocks_without_a_hole(index_of):
     index = index_of(A, B)
     index.apply(stored(A, 1, 1, 2, 3, 4))
     index.apply(stored(B, 1, 1, 3, 4))
@@ -53,7 +66,7 @@ def test_matches_leading_blocks_without_a_hole():
     assert index.match(hashes()) == {}
 
 
-def test_matches_prompts_longer_than_one_look_up():
+def test_matches_prompts_longer_than_one_look_up(index_of):
     index = index_of(A, B)
     names = np.arange(1, 1001, dtype=np.uint64)
     index.apply(KvEvents(A, 1, 1, [BlocksStored(pack(names))]))
@@ -61,7 +74,7 @@ def test_matches_prompts_longer_than_one_look_up():
     assert index.match(names) == {A: 1000, B: 600}
 
 
-def test_storing_a_held_block_and_a_block_twice_changes_nothing():
+def test_storing_a_held_block_and_a_block_twice_changes_nothing(index_of):
     index = index_of(A)
     index.apply(stored(A, 1, 1, 2, 2))
     index.apply(stored(A, 2, 2, 1))
@@ -70,7 +83,7 @@ def test_storing_a_held_block_and_a_block_twice_changes_nothing():
     assert index.is_exact(A)
 
 
-def test_removing_a_block_that_is_not_held_changes_nothing():
+def test_removing_a_block_that_is_not_held_changes_nothing(index_of):
     index = index_of(A, B)
     index.apply(stored(B, 1, 7))
     index.apply(removed(A, 1, 7, 8))
@@ -78,7 +91,7 @@ def test_removing_a_block_that_is_not_held_changes_nothing():
     assert index.num_held(A) == 0
 
 
-def test_a_duplicate_is_ignored():
+def test_a_duplicate_is_ignored(index_of):
     index = index_of(A)
     index.apply(stored(A, 1, 1))
     index.apply(removed(A, 2, 1))
@@ -87,7 +100,7 @@ def test_a_duplicate_is_ignored():
     assert index.is_exact(A)
 
 
-def test_a_gap_asks_for_a_snapshot_and_goes_on_applying():
+def test_a_gap_asks_for_a_snapshot_and_goes_on_applying(index_of):
     index = index_of(A)
     index.apply(stored(A, 1, 1))
     index.apply(stored(A, 3, 2))
@@ -95,7 +108,7 @@ def test_a_gap_asks_for_a_snapshot_and_goes_on_applying():
     assert index.match(hashes(1, 2)) == {A: 2}
 
 
-def test_events_after_the_snapshot_are_applied_on_top_of_it():
+def test_events_after_the_snapshot_are_applied_on_top_of_it(index_of):
     index = index_of(A)
     index.apply(stored(A, 2, 2))
     index.apply(removed(A, 3, 1))
@@ -105,7 +118,7 @@ def test_events_after_the_snapshot_are_applied_on_top_of_it():
     assert index.is_exact(A)
 
 
-def test_a_snapshot_older_than_the_kept_events_asks_for_another():
+def test_a_snapshot_older_than_the_kept_events_asks_for_another(index_of):
     index = index_of(A)
     index.apply(stored(A, 5, 5))
     index.apply_snapshot(Snapshot(A, 1, 3, pack(hashes(1))))
@@ -114,7 +127,7 @@ def test_a_snapshot_older_than_the_kept_events_asks_for_another():
     assert index.inexact() == []
 
 
-def test_a_late_snapshot_does_not_turn_back_an_exact_copy():
+def test_a_late_snapshot_does_not_turn_back_an_exact_copy(index_of):
     index = index_of(A)
     index.apply(stored(A, 1, 1))
     index.apply(stored(A, 2, 2))
@@ -122,7 +135,7 @@ def test_a_late_snapshot_does_not_turn_back_an_exact_copy():
     assert index.match(hashes(1, 2)) == {A: 2}
 
 
-def test_a_newer_epoch_forgets_the_blocks_and_an_older_one_is_ignored():
+def test_a_newer_epoch_forgets_the_blocks_and_an_older_one_is_ignored(index_of):
     index = index_of(A)
     index.apply(stored(A, 1, 1))
     index.apply(stored(A, 1, 2, epoch=5))
@@ -134,14 +147,14 @@ def test_a_newer_epoch_forgets_the_blocks_and_an_older_one_is_ignored():
 
 
 @pytest.mark.parametrize("names", [[1], [1, 2, 3], [1, 4]])
-def test_a_report_that_disagrees_asks_for_a_snapshot(names):
+def test_a_report_that_disagrees_asks_for_a_snapshot(index_of, names):
     index = index_of(A)
     index.apply(stored(A, 1, 1, 2))
     index.check(report(A, 1, names))
     assert index.inexact() == [A]
 
 
-def test_a_lost_tail_is_noticed_with_the_second_report():
+def test_a_lost_tail_is_noticed_with_the_second_report(index_of):
     index = index_of(A)
     index.apply(stored(A, 1, 1))
     index.check(report(A, 2, [1, 2]))
@@ -150,25 +163,13 @@ def test_a_lost_tail_is_noticed_with_the_second_report():
     assert index.inexact() == [A]
 
 
-def test_a_gateway_that_starts_late_asks_with_the_first_report():
+def test_a_gateway_that_starts_late_asks_with_the_first_report(index_of):
     index = index_of(A)
     index.check(report(A, 7, [1, 2]))
     assert index.inexact() == [A]
 
 
-def test_the_bits_of_departed_workers_are_used_again_after_the_sweep():
-    index = index_of(A)
-    for _ in range(300):
-        index.add(B, 1, 10_000)
-        index.apply(KvEvents(B, 1, 1, [BlocksStored(pack(np.arange(1, 5001, dtype=np.uint64)))]))
-        index.drop(B)
-    while index.is_sweeping:
-        index.sweep()
-    assert len(index) == 0
-    assert index.num_bits <= 70
-
-
-def test_a_worker_that_claims_more_blocks_than_it_can_hold_does_not_fill_the_memory():
+def test_a_worker_that_claims_more_blocks_than_it_can_hold_does_not_fill_the_memory(index_of):
     index = index_of(A, limit=10)
     for seq in range(1, 200):
         index.apply(KvEvents(A, 1, seq, [BlocksStored(pack(np.arange(seq * 100, seq * 100 + 100, dtype=np.uint64)))]))
@@ -176,7 +177,7 @@ def test_a_worker_that_claims_more_blocks_than_it_can_hold_does_not_fill_the_mem
     assert index.inexact() == [A]
 
 
-def test_ragged_hashes_are_refused():
+def test_ragged_hashes_are_refused(index_of):
     with pytest.raises(ValueError, match="buffer size"):
         index_of(A).apply(KvEvents(A, 1, 1, [BlocksStored(b"1234567")]))
 
@@ -196,9 +197,11 @@ WORKERS = st.sampled_from([WorkerId(f"w{i}") for i in range(4)])
 class IndexAgainstScan(RuleBasedStateMachine):
     """Any history of events, losses, duplicates, restarts, clears, departures and snapshots."""
 
+    blocks = staticmethod(BlockSets)
+
     def __init__(self):
         super().__init__()
-        self.index = BlockIndex()
+        self.index = BlockIndex(self.blocks())
         self.truth = {}
         self.published = []
 
@@ -300,14 +303,19 @@ class IndexAgainstScan(RuleBasedStateMachine):
         assert self.index.match(hashes(*prompt)) == expected
 
     @invariant()
-    def holds_no_more_than_workers_do_once_swept(self):
-        while self.index.is_sweeping:
-            self.index.sweep()
-        held = set()
+    def counts_and_digests_are_of_what_is_held(self):
         for worker in self.truth:
-            held |= set(self.index.held(worker).tolist())
-        assert len(self.index) == len(held)
+            held = self.index.held(worker)
+            assert self.index.num_held(worker) == len(held)
+            assert self.index._blocks.totals(worker) == (len(held), digest(held))
 
 
+class CompiledIndexAgainstScan(IndexAgainstScan):
+    blocks = staticmethod(compiled)
+
+
+HISTORIES = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestIndexAgainstScan = IndexAgainstScan.TestCase
-TestIndexAgainstScan.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestIndexAgainstScan.settings = HISTORIES
+TestCompiledIndexAgainstScan = CompiledIndexAgainstScan.TestCase
+TestCompiledIndexAgainstScan.settings = HISTORIES
