@@ -108,12 +108,34 @@ class Answer:
         if not self._is_chunked or not self._has_body:
             # HTTP/1.0 knows no chunks: its body ends with the connection. This keeps uvicorn from announcing them.
             self._client.cycle.chunked_encoding = self._is_chunked = False
-        head = [("content-type", media_type), ("cache-control", "no-cache"), *headers]
-        await self._send({"type": "http.response.start", "status": 200, "headers": _encoded(head)})
+        head = _encoded([("content-type", media_type), ("cache-control", "no-cache"), *headers])
+        if self._is_chunked and not self._flow.write_paused:
+            self._begin_at_once(head)
+            return
+        await self._send({"type": "http.response.start", "status": 200, "headers": head})
         self.is_begun = True
         held, self._held = self._held, []
         for payload in held:
             self.write(payload)
+
+    def _begin_at_once(self, head: list[tuple[bytes, bytes]]) -> None:
+        """What uvicorn's `send` does for a head, and what has been held back: in one write, for each is a system call.
+
+        Raises:  RuntimeError for a header that would be several.
+        """
+        cycle = self._client.cycle
+        fields = [*cycle.default_headers, *head, (b"transfer-encoding", b"chunked")]
+        if not cycle.keep_alive:
+            fields.append((b"connection", b"close"))
+        lines = b"\r\n".join([name + b": " + value for name, value in fields])
+        if lines.count(b"\n") != len(fields) - 1 or lines.count(b"\r") != len(fields) - 1:
+            raise RuntimeError(f"a header has a line break in it: {head}")
+        cycle.response_started, cycle.chunked_encoding, cycle.waiting_for_100_continue = True, True, False
+        self.is_begun = True
+        chunks = b"".join([b"%x\r\n%b\r\n" % (len(payload), payload) for payload in self._held])
+        self._held = []
+        if not cycle.disconnected:
+            self._transport.write(b"HTTP/1.1 200 OK\r\n" + lines + b"\r\n\r\n" + chunks)
 
     async def end(self) -> None:
         """Close a streamed answer; the connection stays open for the next request."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import random
 import secrets
 import signal
@@ -185,6 +186,9 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
             if gateway.prefills is not None:
                 forever.append(tasks.create_task(gateway.prefills.run()))
             host, port = listener.getsockname()[:2]
+            if fallback := gateway.router.stats(now=gateway.clock()).index_fallback:
+                _log.warning("index.pure_python", reason=fallback)
+            _settle_memory()
             _log.info("gateway.listening", host=host, port=port, policy=settings.policy)
             await server.serve(sockets=[listener])
             await server.cut_off()
@@ -194,6 +198,13 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
         gateway.dispatcher.stop()
         gateway.preprocessor.close()
     _log.info("gateway.stopped")
+
+
+def _settle_memory() -> None:
+    """What is there now stays: the garbage collector need not walk it again and again, with all requests waiting."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def _reconfigure(gateway: Gateway, changed: Routing) -> None:

@@ -137,7 +137,8 @@ class _Peer(asyncio.Protocol):
     def peer_name(self) -> str:
         raise NotImplementedError
 
-    def _received(self, frame: memoryview) -> None:
+    def _received(self, frames: list[memoryview]) -> None:
+        """Take the frames that came in one read."""
         raise NotImplementedError
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -148,8 +149,7 @@ class _Peer(asyncio.Protocol):
         self._was_heard = True
         self.num_bytes_received += len(data)
         try:
-            for frame in self._frames.feed(data):
-                self._received(frame)
+            self._received(self._frames.feed(data))
         except (ProtocolError, msgspec.MsgspecError) as exc:
             self._give_up(f"protocol error: {exc}")
 
@@ -302,14 +302,18 @@ class WorkerConnection(_Peer):
         for sink in sinks.values():
             sink.on_lost(WorkerLost(self.worker, self._reason))
 
-    def _received(self, frame: memoryview) -> None:
-        message = self._decode(frame)
-        if type(message) is Step:
-            self._stepped(message)
-        elif type(message) is Ping:
-            self._send(Pong())
-        elif type(message) is Hello:
-            self._greeted(message)
+    def _received(self, frames: list[memoryview]) -> None:
+        steps = []
+        for frame in frames:
+            message = self._decode(frame)
+            if type(message) is Step:
+                steps.append(message)
+            elif type(message) is Ping:
+                self._send(Pong())
+            elif type(message) is Hello:
+                self._greeted(message)
+        if steps:
+            self._stepped(steps[0] if len(steps) == 1 else _joined(steps))
 
     def _stepped(self, step: Step) -> None:
         sinks = self._sinks
@@ -334,6 +338,24 @@ class WorkerConnection(_Peer):
             self._transport.abort()
         elif not self._ready.done():
             self._ready.set_result(None)
+
+
+def _joined(steps: list[Step]) -> Step:
+    """What several steps had, as one: a gateway that lags behind hands each client one piece, not one for each step."""
+    deltas: dict[StreamId, list[Delta]] = {}
+    for step in steps:
+        for delta in step.deltas:
+            deltas.setdefault(delta.stream, []).append(delta)
+    return Step(
+        [run[0] if len(run) == 1 else _joined_deltas(run) for run in deltas.values()],
+        [done for step in steps for done in step.done],
+        [failed for step in steps for failed in step.failed],
+    )
+
+
+def _joined_deltas(run: list[Delta]) -> Delta:
+    tokens = [token for delta in run for token in delta.tokens]
+    return Delta(run[0].stream, b"".join([delta.payload for delta in run]), tokens)
 
 
 # --- the worker's side -----------------------------------------------------------------------------------------------
@@ -398,14 +420,15 @@ class GatewayConnection(_Peer):
         self._server.connections.discard(self)
         self._server.handler.gone(self)
 
-    def _received(self, frame: memoryview) -> None:
-        message = self._decode(frame)
-        if type(message) is Generate:
-            self._server.handler.generate(self, message)
-        elif type(message) is Cancel:
-            self._server.handler.cancel(self, message.stream)
-        elif type(message) is Ping:
-            self._send(Pong())
+    def _received(self, frames: list[memoryview]) -> None:
+        for frame in frames:
+            message = self._decode(frame)
+            if type(message) is Generate:
+                self._server.handler.generate(self, message)
+            elif type(message) is Cancel:
+                self._server.handler.cancel(self, message.stream)
+            elif type(message) is Ping:
+                self._send(Pong())
 
     def _flush(self) -> None:
         self._has_flush = False

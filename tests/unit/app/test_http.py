@@ -105,6 +105,56 @@ async def test_each_payload_is_a_chunk_and_the_connection_serves_again(recorder,
             assert await read_chunks(reader) == [b"held back ", b"hello", b"world"]
 
 
+async def test_the_head_and_what_was_held_back_are_one_write(recorder, connect):
+    writes = []
+
+    class Counting:
+        def __init__(self, transport):
+            self._transport = transport
+
+        def write(self, data):
+            writes.append(data)
+            self._transport.write(data)
+
+        def __getattr__(self, name):
+            return getattr(self._transport, name)
+
+    async def counted(request, answer):
+        answer._transport = Counting(answer._transport)
+        await say_hello(request, answer)
+
+    recorder.produce = counted
+    async with connect() as (reader, writer):
+        writer.write(post())
+        await read_head(reader)
+        assert await read_chunks(reader) == [b"held back ", b"hello", b"world"]
+    assert [data.count(b"\r\n\r\n") for data in writes] == [1, 0, 0]
+    assert writes[0].endswith(b"\r\n\r\na\r\nheld back \r\n")
+
+
+async def test_a_client_that_wants_no_more_is_told_so_and_let_go(recorder, connect):
+    recorder.produce = say_hello
+    async with connect() as (reader, writer):
+        writer.write(post(extra=b"Connection: close\r\n"))
+        _, headers = await read_head(reader)
+        assert headers["connection"] == "close"
+        assert await read_chunks(reader) == [b"held back ", b"hello", b"world"]
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+
+
+async def test_a_header_cannot_smuggle_in_another(recorder, connect):
+    async def smuggle(request, answer):
+        with pytest.raises(RuntimeError, match="line break"):
+            await answer.begin([("x-policy", "a\r\nset-cookie: b")])
+        await answer.send_whole(500, [], b"")
+
+    recorder.produce = smuggle
+    async with connect() as (reader, writer):
+        writer.write(post())
+        status, headers = await read_head(reader)
+        assert (status, "set-cookie" in headers) == ("500", False)
+
+
 async def test_pipelined_requests_are_answered_in_order(recorder, connect):
     async def echo(request, answer):
         body = await read_body(request, 100)

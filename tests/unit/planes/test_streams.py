@@ -173,6 +173,21 @@ async def test_a_step_reaches_each_request_s_sink(worker_side):
     assert connection.num_streams == 0
 
 
+async def test_steps_of_one_read_reach_each_sink_as_one(worker_side):
+    connection, transport = worker_side
+    first, second = FakeSink(), FakeSink()
+    connection.start(REQUEST, first)
+    connection.start(REQUEST, second)
+    one = Step([Delta(StreamId(1), b"a", [1]), Delta(StreamId(2), b"x", [9])])
+    two = Step([Delta(StreamId(1), b"b", [2, 3])])
+    three = Step([Delta(StreamId(1), b"", [4])], [DONE])
+    transport.sent(FromGateway)
+    connection.data_received(frame(one) + frame(two) + frame(Ping()) + frame(three))
+    assert first.news == [(b"ab", [1, 2, 3, 4]), DONE]
+    assert second.news == [(b"x", [9])]
+    assert transport.sent(FromGateway) == [Pong()]
+
+
 async def test_a_cancelled_request_hears_nothing_more(worker_side):
     connection, transport = worker_side
     sink = FakeSink()
