@@ -155,7 +155,8 @@ def router_gauges(stats: RouterStats) -> Iterator[Gauge]:
     yield Gauge("oldest_wait_seconds", "Age of the oldest request in the queue.", stats.oldest_wait_s)
     yield Gauge("requests_bound", "Requests that hold a reservation.", stats.bound)
     yield Gauge("requests_held", "Requests ever held back for a worker with room.", stats.held)
-    yield Gauge("index_blocks", "Names in the block index.", stats.index_blocks)
+    yield Gauge("index_blocks", "Blocks in the index, summed over workers.", stats.index_blocks)
+    yield Gauge("index_pure_python", "1 if the block index was not compiled.", bool(stats.index_fallback))
     yield Gauge("inexact_workers", "Workers whose blocks need a snapshot.", stats.inexact_workers)
     yield Gauge("local_decisions", "Requests bound without a handover.", stats.local_decisions)
     for policy, count in stats.decisions.items():

@@ -67,7 +67,9 @@ class RouterStats:
     bound: int
     """Requests that hold a reservation."""
     index_blocks: int
-    """Names in the block index."""
+    """Blocks in the index, summed over the workers that hold them."""
+    index_fallback: str
+    """Why the index is plain Python; empty: it is compiled."""
     inexact_workers: int
     """Workers whose blocks need a snapshot."""
     decisions: Mapping[str, int]

@@ -17,12 +17,13 @@ The blocks themselves lie in a compiled table (`block_table`), or in plain sets 
 
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from planes.blocks import Hashes, unpack
 from planes.messages import AllCleared, BlocksRemoved, BlocksStored, KvEvents, LoadReport, Snapshot, WorkerId
 from router.block_sets import BlockSets
-from router.block_table import BlockTable, NotCompiledError, load
+from router.block_table import LIBRARY, BlockTable, NotCompiledError, load
 
 _MAX_KEPT = 512  # publications kept for a snapshot that is under way
 
@@ -46,6 +47,14 @@ class Blocks(Protocol):
         """Every block of one worker, in no order."""
 
 
+def fastest_blocks(library: Path = LIBRARY) -> tuple[Blocks, str]:
+    """The compiled table and "", or plain sets and the reason."""
+    try:
+        return BlockTable(load(library)), ""
+    except NotCompiledError as exc:
+        return BlockSets(), str(exc)
+
+
 @dataclass(slots=True)
 class _Copy:
     """What we know of one worker's blocks. `limit`: most blocks it can hold."""
@@ -62,17 +71,10 @@ class _Copy:
 
 
 class BlockIndex:
-    """Blocks of all workers. Without `blocks`: the compiled table, or plain sets if there is none."""
+    """Blocks of all workers. Without `blocks`: the compiled table, or plain sets and `fallback` says why."""
 
     def __init__(self, blocks: Blocks | None = None) -> None:
-        self.pure_python_because = ""
-        """Why the compiled table does not serve; empty if it does."""
-        if blocks is None:
-            try:
-                blocks = BlockTable(load())
-            except NotCompiledError as exc:
-                blocks, self.pure_python_because = BlockSets(), str(exc)
-        self._blocks: Blocks = blocks
+        self._blocks, self.fallback = (blocks, "") if blocks is not None else fastest_blocks()
         self._copies: dict[WorkerId, _Copy] = {}
 
     def __len__(self) -> int:

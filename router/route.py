@@ -328,6 +328,7 @@ class Router:
             oldest_wait_s=now - oldest.submitted_at if oldest is not None else 0.0,
             bound=len(self._bound),
             index_blocks=len(self._fleet.index),
+            index_fallback=self._fleet.index.fallback,
             inexact_workers=len(self._fleet.index.inexact()),
             decisions=dict(counts.decisions),
             local_decisions=counts.local,

@@ -141,7 +141,12 @@ async def test_a_bug_of_ours_has_it_too_and_tells_nothing(gateway, client):
 
 async def test_metrics_are_there_before_the_first_request(client):
     text = (await client.get("/metrics")).text
-    for name in ("headrace_requests_waiting", "headrace_index_blocks", "headrace_stream_bytes", "headrace_loop_lag"):
+    for name in (
+        "headrace_requests_waiting",
+        "headrace_index_pure_python",
+        "headrace_stream_bytes",
+        "headrace_loop_lag",
+    ):
         assert name in text
 
 

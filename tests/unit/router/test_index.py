@@ -17,7 +17,7 @@ from planes.messages import (
 )
 from router.block_sets import BlockSets
 from router.block_table import BlockTable, NotCompiledError, load
-from router.index import BlockIndex
+from router.index import BlockIndex, fastest_blocks
 
 A, B = WorkerId("a"), WorkerId("b")
 
@@ -175,6 +175,12 @@ def test_a_worker_that_claims_more_blocks_than_it_can_hold_does_not_fill_the_mem
         index.apply(KvEvents(A, 1, seq, [BlocksStored(pack(np.arange(seq * 100, seq * 100 + 100, dtype=np.uint64)))]))
     assert len(index) < 5000
     assert index.inexact() == [A]
+
+
+def test_plain_sets_serve_and_say_why_where_the_table_was_not_compiled(tmp_path):
+    blocks, reason = fastest_blocks(tmp_path / "gone.so")
+    assert isinstance(blocks, BlockSets)
+    assert "no working C compiler" in reason
 
 
 def test_ragged_hashes_are_refused(index_of):
