@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planes.errors import HeadraceError
-from planes.frames import FinishReason, Leg, LocalLeg, Sampling, Ticket
+from planes.frames import FinishReason, Leg, LocalLeg, PrefillLeg, Sampling, Ticket
 from planes.messages import EngineFacts, HandoverEndpoint, KvEvent, RequestId, StepSample
 
 
@@ -33,6 +33,17 @@ class EngineRequest:
     resume: tuple[int, ...] = ()
     cache_salt: str = ""
     priority: int = 0
+
+
+def is_drawn_again(leg: Leg, sampling: Sampling, *, num_resumed: int) -> bool:
+    """Whether a prefill leg's token is thrown away and the decode worker draws another in its place.
+
+    Then it must not end the request, whatever it is: an end of sequence that counts wherever either of two draws gives
+    it comes twice as often. Without randomness, or with one token in all, the first draw is as good as the second.
+    """
+    is_random = sampling.temperature > 0 and sampling.seed is None
+    is_last = sampling.max_tokens - num_resumed <= 1
+    return isinstance(leg, PrefillLeg) and not leg.emit_first and is_random and not is_last
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from planes.frames import (
 from planes.messages import HandoverMode, RequestId, Role
 from workers.admission import admit
 from workers.detokenizer import Vocabulary
-from workers.engine import Engine, EngineOutput, EngineRequest
+from workers.engine import Engine, EngineOutput, EngineRequest, is_drawn_again
 from workers.formatter import Formatter
 
 _log = structlog.get_logger()
@@ -275,7 +275,12 @@ class WorkerServer:
     def _prefilled(self, answer: _Answer, leg: PrefillLeg, output: EngineOutput) -> None:
         """The engine stops after one token; whether that ends the answer is for the request's own limits to say."""
         request, formatter = answer.request, answer.formatter
-        num_tokens = len(request.resume) // 4 + len(answer.held_tokens) + len(output.tokens)
+        num_resumed = len(request.resume) // 4
+        is_answer = output.finish is FinishReason.STOP and output.ticket is None
+        if is_drawn_again(leg, request.sampling, num_resumed=num_resumed) and not is_answer:
+            self._unheard(answer, output)
+            return
+        num_tokens = num_resumed + len(answer.held_tokens) + len(output.tokens)
         is_limit = output.finish is FinishReason.LENGTH and num_tokens < request.sampling.max_tokens
         payload, tokens = formatter.feed(replace(output, finish=None) if is_limit else output)
         answer.held_payload += payload
@@ -292,6 +297,13 @@ class WorkerServer:
             )
         elif output.ticket is not None:
             self._hand_over(answer, output.ticket, is_emitting=leg.emit_first)
+        elif output.finish is not None:
+            self._fail(answer, FailureKind.INTERRUPTED, "ticket_missing", "the engine kept no KV cache to hand over")
+
+    def _unheard(self, answer: _Answer, output: EngineOutput) -> None:
+        """The decode worker draws the first token anew: this one counts for nothing, only the ticket does."""
+        if output.ticket is not None:
+            self._hand_over(answer, output.ticket, is_emitting=False)
         elif output.finish is not None:
             self._fail(answer, FailureKind.INTERRUPTED, "ticket_missing", "the engine kept no KV cache to hand over")
 

@@ -302,7 +302,7 @@ class SimCore:
         if full:
             self._store([s.blocks[-1] for s in full], [s.names[s.capacity // self._size - 1] for s in full])
 
-    def _draw(self, sequence: Sequence, steps: int, harvest: _Harvest) -> None:
+    def _draw(self, sequence: Sequence, steps: int, harvest: _Harvest, *, is_first: bool = False) -> None:
         sequence.length += steps
         sequence.left -= steps
         finish: FinishReason | None = None
@@ -315,9 +315,8 @@ class SimCore:
                 harvest.filled.append(sequence)
         elif not sequence.left:
             finish = FinishReason.LENGTH
-        report = None
+        report = sequence.report(harvest.now) if is_first or finish is not None else None
         if finish is not None:
-            report = sequence.report(harvest.now)
             sequence.has_ended_early = finish is FinishReason.STOP
             harvest.finished.append(sequence)
         harvest.outputs.append(SimOutput(sequence.request.request, steps, tokens, finish, report, sequence.entropy))
@@ -331,11 +330,12 @@ class SimCore:
 
     def _draw_first(self, sequence: Sequence, harvest: _Harvest) -> None:
         """All tokens so far are computed: the first draw, or the first after a preemption."""
-        if sequence.first_token_at < 0:
+        is_first = sequence.first_token_at < 0
+        if is_first:
             sequence.first_token_at = harvest.now
         if sequence.has_tokens and sequence.chain is None:
             self._start_chain(sequence)
-        self._draw(sequence, 1, harvest)
+        self._draw(sequence, 1, harvest, is_first=is_first)
         self._scheduler.decode(sequence)
 
     def _start_chain(self, sequence: Sequence) -> None:

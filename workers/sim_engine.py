@@ -24,7 +24,14 @@ from planes.errors import InvalidRequest
 from planes.frames import DecodeLeg, FinishReason, PrefillLeg, Ticket
 from planes.messages import EngineFacts, HandoverEndpoint, HandoverMode, RequestId
 from planes.transfer import HandoverFailed, KvPool, KvTransfer, Offer, open_transfer
-from workers.engine import EngineLoad, EngineObserver, EngineOutput, EngineRequest, EngineStartError
+from workers.engine import (
+    EngineLoad,
+    EngineObserver,
+    EngineOutput,
+    EngineRequest,
+    EngineStartError,
+    is_drawn_again,
+)
 from workers.sim_core import EngineQueueFull, SimCore, SimLeg, SimOutput, SimRequest
 from workers.sim_options import SimOptions, faster
 from workers.sim_tokens import key_of, logprob_of
@@ -202,6 +209,7 @@ class SimEngine:
         root_name = root(options.model, request.cache_salt)
         names = name_blocks(tokens, self._facts.block_size, root_name)
         leg, remote_tokens = _leg(request, len(tokens))
+        is_ending = not is_drawn_again(request.leg, sampling, num_resumed=len(request.resume))
         sequences = []
         for index in range(sampling.n):
             self._serial += 1
@@ -221,9 +229,9 @@ class SimEngine:
                     tokens=tokens,
                     root=root_name,
                     key=key_of(sampling.seed, index),
-                    stop_tokens=frozenset(sampling.stop_token_ids),
+                    stop_tokens=frozenset(sampling.stop_token_ids if is_ending else ()),
                     min_tokens=sampling.min_tokens,
-                    natural_tokens=0 if sampling.ignore_eos else options.answer_tokens,
+                    natural_tokens=options.answer_tokens if is_ending and not sampling.ignore_eos else 0,
                 )
             )
         return sequences
@@ -283,7 +291,7 @@ class SimEngine:
     def _deliver(self, choice: _Choice, output: SimOutput) -> None:
         if output.finish is not None:
             self._finish(choice, output)
-        elif choice.plain is None:
+        elif choice.plain is None or output.report is not None:
             choice.on_output(self._translate(choice, output))
         else:
             plain = choice.plain.get(output.tokens)
@@ -291,33 +299,32 @@ class SimEngine:
                 plain = choice.plain[output.tokens] = EngineOutput(choice.index, output.tokens)
             choice.on_output(plain)
 
-    def _translate(self, choice: _Choice, output: SimOutput) -> EngineOutput:
-        num_top = choice.run.request.sampling.logprobs
+    def _translate(self, choice: _Choice, output: SimOutput, ticket: Ticket | None = None) -> EngineOutput:
+        num_top, report = choice.run.request.sampling.logprobs, output.report
         logprobs = () if num_top is None else (logprob_of(output.tokens[0], output.entropy, num_top),)
-        return EngineOutput(choice.index, output.tokens, logprobs, finish=output.finish)
+        if choice.index or report is None:
+            return EngineOutput(choice.index, output.tokens, logprobs, finish=output.finish)
+        return EngineOutput(
+            choice.index,
+            output.tokens,
+            logprobs,
+            output.finish,
+            ticket=ticket,
+            cached_tokens=report.cached_tokens,
+            queue_s=max(0.0, report.queue_s),
+            prefill_s=max(0.0, report.prefill_s),
+            handover_s=max(0.0, report.handover_s),
+            handover_bytes=report.handover_blocks * self._facts.bytes_per_block,
+            decode_s=max(0.0, report.decode_s),
+        )
 
     def _finish(self, choice: _Choice, output: SimOutput) -> None:
         """The last output of a choice."""
-        run, report = choice.run, output.report
+        run = choice.run
         del self._choices[output.request], run.choices[output.request]
         if not run.choices:
             del self._runs[run.request.request]
-        final = self._translate(choice, output)
-        if choice.index == 0 and report is not None:
-            final = EngineOutput(
-                final.index,
-                final.tokens,
-                final.logprobs,
-                final.finish,
-                ticket=self._ticket(run.request, output),
-                cached_tokens=report.cached_tokens,
-                queue_s=max(0.0, report.queue_s),
-                prefill_s=max(0.0, report.prefill_s),
-                handover_s=max(0.0, report.handover_s),
-                handover_bytes=report.handover_blocks * self._facts.bytes_per_block,
-                decode_s=max(0.0, report.decode_s),
-            )
-        choice.on_output(final)
+        choice.on_output(self._translate(choice, output, self._ticket(run.request, output)))
 
     # --- handover: prefill side ----------------------------------------------------------------------------------
 

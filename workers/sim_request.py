@@ -75,8 +75,9 @@ class SimOutput(msgspec.Struct, frozen=True, gc=False):
     and making a frozen dataclass takes ten times as long.
 
     num_tokens: new tokens, one per step of the run that ended (see `SimCore.step_ends`), the last one in its last
-    step; always 1 without `horizon`.  tokens: their ids, empty when the request has none.  finish, report: set on the
-    sequence's last output.  entropy: 64 bits behind the last token's draw, for made-up log probabilities.
+    step; always 1 without `horizon`.  tokens: their ids, empty when the request has none.  finish: set on the
+    sequence's last output.  report: on its first output what is known by then, on its last everything.
+    entropy: 64 bits behind the last token's draw, for made-up log probabilities.
     """
 
     request: RequestId

@@ -579,3 +579,17 @@ async def test_a_client_that_goes_while_its_prompt_is_queued_is_not_waited_for(q
     await asyncio.gather(scene.task, return_exceptions=True)
     assert scene.prefills.outcome.cancelled()
     assert scene.router.bound == set()
+
+
+async def test_a_handed_over_request_asks_the_router_three_times_at_most(scene):
+    await scene.start(("p0", "d0"))
+    _, prefill = scene.leg("p0")
+    prefill.on_done(done(b"a", [1], TICKET))
+    await settle()
+    _, decode = scene.leg("d0")
+    for _ in range(5):
+        decode.on_delta(b"b", [2])
+    decode.on_done(done())
+    await scene.finished()
+    await settle()
+    assert scene.router.log.count("dispatch") <= 3  # bound, prefilled, released

@@ -345,11 +345,33 @@ def test_a_prefill_leg_that_emits_nothing_answers_with_the_ticket_alone():
 @pytest.mark.parametrize("is_emitting", [False, True])
 def test_a_first_token_that_ends_the_request_completes_it_without_a_ticket(ending, reason, words, is_emitting):
     world = World()
-    done = prefill(world, is_emitting=is_emitting, **ending)
+    done = prefill(world, is_emitting=is_emitting, temperature=0.0, **ending)
     assert (done.ticket, done.reason, text(done.payload)) == (None, reason, words)
     assert done.payload.endswith(b"[DONE]\n\n")
     assert len(done.tokens) == 1
     assert world.engine.aborted == ["r1"]
+
+
+@pytest.mark.parametrize(
+    "ending", [{"tokens": b"H"}, {"stop": ["H"]}, {"tokens": [END]}, {"tokens": [END], "finish": FinishReason.STOP}]
+)
+def test_a_token_that_is_drawn_again_ends_nothing(ending):
+    done = prefill(World(), is_emitting=False, **ending)
+    assert (done.payload, done.tokens, done.reason) == (b"", [], FinishReason.LENGTH)
+    assert done.ticket.params == TICKET.params
+
+
+@pytest.mark.parametrize(
+    "same", [{"temperature": 0.0}, {"seed": 1}, {"max_tokens": 1}], ids=["greedy", "seeded", "the only one"]
+)
+def test_a_token_that_would_be_drawn_the_same_may_end_the_request(same):
+    done = prefill(World(), is_emitting=False, tokens=[END], finish=FinishReason.STOP, ticket=None, **same)
+    assert (done.ticket, done.reason) == (None, FinishReason.STOP)
+
+
+def test_an_engine_that_stops_without_a_ticket_has_answered():
+    done = prefill(World(), is_emitting=False, tokens=[END], finish=FinishReason.STOP, ticket=None)
+    assert (done.ticket, done.reason, done.tokens) == (None, FinishReason.STOP, [END])
 
 
 def test_a_prefill_leg_may_bring_its_token_before_its_ticket():

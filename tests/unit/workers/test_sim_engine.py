@@ -374,9 +374,27 @@ async def test_a_lease_runs_out(make_engine, wire):
 async def test_a_prefill_leg_ended_by_its_first_token_gives_no_ticket(make_engine):
     prefill = await make_engine()
     everything = list(range(320))
-    client = await Client(prefill, "r", leg=PrefillLeg(HandoverMode.PULL), stop_token_ids=everything).done()
+    leg = PrefillLeg(HandoverMode.PULL, emit_first=True)
+    client = await Client(prefill, "r", leg=leg, stop_token_ids=everything).done()
     assert client.last.finish is FinishReason.STOP
     assert client.last.ticket is None
+
+
+async def test_a_token_that_is_drawn_again_does_not_end_a_prefill_leg(make_engine):
+    prefill = await make_engine()
+    client = await Client(
+        prefill, "r", leg=PrefillLeg(HandoverMode.PULL), stop_token_ids=list(range(320)), max_tokens=2
+    ).done()
+    assert client.last.finish is FinishReason.LENGTH
+    assert client.last.ticket is not None
+
+
+async def test_the_first_output_says_what_is_known_by_then(make_engine):
+    engine = await make_engine()
+    client = await Client(engine, "r").done()
+    first, last = client.outputs[0], client.last
+    assert first.prefill_s == last.prefill_s > 0
+    assert (first.queue_s, first.cached_tokens, first.decode_s) == (last.queue_s, last.cached_tokens, 0.0)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------
