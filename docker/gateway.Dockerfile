@@ -1,16 +1,22 @@
 # The gateway, without torch or vLLM; with `--build-arg EXTRAS=[local]` also etcd and NATS for small set-ups.
+# The first stage has a C compiler for the block index; the image has not.
 # docker build -f docker/gateway.Dockerfile -t headrace/gateway .
 ARG BASE=python:3.11-slim
-FROM ${BASE}
-ARG EXTRAS=[local]
+FROM ${BASE} AS wheel
+RUN command -v cc || { apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev; } || \
+      echo "no C compiler to be had: the block index will be plain Python"
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY app app
 COPY router router
 COPY workers workers
 COPY planes planes
-RUN pip install --no-cache-dir ".${EXTRAS}" && rm -rf /src
-WORKDIR /
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
+
+FROM ${BASE}
+ARG EXTRAS=[local]
+COPY --from=wheel /dist /dist
+RUN pip install --no-cache-dir "$(echo /dist/*.whl)${EXTRAS}"
 RUN useradd --create-home headrace
 USER headrace
 ENV HEADRACE_HOST=0.0.0.0

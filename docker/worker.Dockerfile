@@ -10,7 +10,7 @@ RUN if [ "$FLAVOR" = cpu ]; then \
       pip install --no-cache-dir --find-links /wheels torch==2.13.0+cpu || \
       pip install --no-cache-dir torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu; \
     fi
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY app app
 COPY router router
 COPY workers workers
