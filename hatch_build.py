@@ -13,7 +13,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _SOURCE, _LIBRARY = "router/block_table.c", "router/libblock_table.so"
-_FLAGS = ("-std=c99", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
+_FLAGS = ("-std=c99", "-O3", "-fPIC", "-shared", "-fvisibility=hidden")  # -O2 takes half as long again to twice as long
 
 
 class BlockTableHook(BuildHookInterface[Any]):
