@@ -1,6 +1,6 @@
 """How fast and how big the block index is: `python -m loadtest.bench_index [--workers N]`.
 
-The compiled table, plain sets, and `dynamo.llm.RadixTree` where that is installed (ai-dynamo-runtime), alternating in
+The compiled table, plain masks, and `dynamo.llm.RadixTree` where that is installed (ai-dynamo-runtime), alternating in
 one run: CPU seconds of the whole process, best of several rounds.
 """
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from planes.blocks import pack
 from planes.messages import BlocksRemoved, BlocksStored, KvEvents, WorkerId
-from router.block_sets import BlockSets
+from router.block_masks import BlockMasks
 from router.index import BlockIndex, Blocks, fastest_blocks
 
 _PROMPT = 128  # blocks
@@ -95,7 +95,7 @@ class Dynamo:
 
 def makers() -> dict[str, Callable[[int, int], Subject]]:
     """What there is to measure: from a number of workers and the most blocks of one to an empty index."""
-    made: dict[str, Callable[[int, int], Subject]] = {"plain sets": partial(Headrace, BlockSets)}
+    made: dict[str, Callable[[int, int], Subject]] = {"plain masks": partial(Headrace, BlockMasks)}
     _, why_not = fastest_blocks()
     if not why_not:
         made["compiled"] = partial(Headrace, lambda: fastest_blocks()[0])
@@ -168,7 +168,8 @@ def fill(subject: Subject, num_workers: int, blocks: int) -> dict[str, list[Any]
         parts = [prompt[: dice.randint(1, _PROMPT)] for prompt in prompts[1::8]] + prompts[::8]
         if worker == 0:
             parts += [prompt for number, prompt in enumerate(prompts) if number % 8 > 1]
-        _apply_all(subject, worker, parts)
+        for event in subject.events(worker, parts, removes=False):
+            subject.apply(worker, event)
     foreign = [_names(rng, _PROMPT) for _ in range(200)]
     cases = {"all": prompts[::8], "depths": prompts[1::8], "one": prompts[2::8], "nobody": foreign}
     return {what: [subject.prompt(prompt) for prompt in some[:200]] for what, some in cases.items()}

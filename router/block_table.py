@@ -1,4 +1,4 @@
-"""Which workers hold which blocks, compiled: `block_table.c` behind the interface of `block_sets`.
+"""Which workers hold which blocks, compiled: `block_table.c` behind the interface of `block_masks`.
 
 The library is plain C without Python's headers, so one build serves every Python; `hatch_build.py` compiles it where a
 C compiler is found. Names are copied into `bytes` on the way, whose length is what the C side is told, and it checks

@@ -12,7 +12,7 @@ applied (a good guess beats none) and are kept too, so that those later than the
 |         | ignore                          |                                     | on top → exact if no hole   |
 | any     | newer epoch: forget the worker's blocks first; older epoch: ignore                                     |
 
-The blocks themselves lie in a compiled table (`block_table`), or in plain sets (`block_sets`) where it was not built.
+The blocks themselves lie in a compiled table (`block_table`), or in plain masks (`block_masks`) where it was not built.
 """
 
 from collections import deque
@@ -22,7 +22,7 @@ from typing import Protocol
 
 from planes.blocks import Hashes, unpack
 from planes.messages import AllCleared, BlocksRemoved, BlocksStored, KvEvents, LoadReport, Snapshot, WorkerId
-from router.block_sets import BlockSets
+from router.block_masks import BlockMasks
 from router.block_table import LIBRARY, BlockTable, NotCompiledError, load
 
 _MAX_KEPT = 512  # publications kept for a snapshot that is under way
@@ -48,11 +48,11 @@ class Blocks(Protocol):
 
 
 def fastest_blocks(library: Path = LIBRARY) -> tuple[Blocks, str]:
-    """The compiled table and "", or plain sets and the reason."""
+    """The compiled table and "", or plain masks and the reason."""
     try:
         return BlockTable(load(library)), ""
     except NotCompiledError as exc:
-        return BlockSets(), str(exc)
+        return BlockMasks(), str(exc)
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class _Copy:
 
 
 class BlockIndex:
-    """Blocks of all workers. Without `blocks`: the compiled table, or plain sets and `fallback` says why."""
+    """Blocks of all workers. Without `blocks`: the compiled table, or plain masks and `fallback` says why."""
 
     def __init__(self, blocks: Blocks | None = None) -> None:
         self._blocks, self.fallback = (blocks, "") if blocks is not None else fastest_blocks()

@@ -1,4 +1,4 @@
-"""The compiled table where it differs from plain sets: slots, sweeps, growth, memory. Else see test_index."""
+"""The compiled table where it differs from plain masks: slots, sweeps, growth, memory. Else see test_index."""
 
 import ctypes
 import random
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from router.block_sets import BlockSets
+from router.block_masks import BlockMasks
 from router.block_table import BlockTable, NotCompiledError, load
 
 SOURCE = Path(__file__).parents[3] / "router" / "block_table.c"
@@ -33,8 +33,8 @@ def sweep(table):
         table.store("sweeper", names(0, 0))
 
 
-def test_equals_plain_sets_after_any_history_of_many_workers(table):
-    dice, sets = random.Random(7), BlockSets()
+def test_equals_plain_masks_after_any_history_of_many_workers(table):
+    dice, sets = random.Random(7), BlockMasks()
     workers = [f"w{number}" for number in range(150)]  # sets of three words
     for _ in range(3000):
         worker, first = dice.choice(workers), dice.randrange(3000)
@@ -151,7 +151,7 @@ def test_nothing_is_lost_when_memory_is_short_at_any_allocation(tmp_path):
     num_failed = 0
     for budget in range(25):
         left.value = -1
-        table, sets = BlockTable(library), BlockSets()
+        table, sets = BlockTable(library), BlockMasks()
         left.value = budget
         for (change, worker, part), (expected, _, _) in zip(history(table), history(sets), strict=True):
             expected(worker, part)

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -15,7 +17,7 @@ from planes.messages import (
     WorkerId,
     WorkerState,
 )
-from router.block_sets import BlockSets
+from router.block_masks import BlockMasks
 from router.block_table import BlockTable, NotCompiledError, load
 from router.index import BlockIndex, fastest_blocks
 
@@ -46,7 +48,7 @@ def compiled():
         pytest.skip(str(exc))
 
 
-@pytest.fixture(params=[BlockSets, compiled])
+@pytest.fixture(params=[BlockMasks, compiled])
 def index_of(request):
     def make(*workers, limit=1000):
         index = BlockIndex(request.param())
@@ -177,9 +179,9 @@ def test_a_worker_that_claims_more_blocks_than_it_can_hold_does_not_fill_the_mem
     assert index.inexact() == [A]
 
 
-def test_plain_sets_serve_and_say_why_where_the_table_was_not_compiled(tmp_path):
+def test_plain_masks_serve_and_say_why_where_the_table_was_not_compiled(tmp_path):
     blocks, reason = fastest_blocks(tmp_path / "gone.so")
-    assert isinstance(blocks, BlockSets)
+    assert isinstance(blocks, BlockMasks)
     assert "no working C compiler" in reason
 
 
@@ -191,8 +193,8 @@ def test_ragged_hashes_are_refused(index_of):
 class _Truth:
     """What a worker really holds, and what it has published."""
 
-    def __init__(self):
-        self.epoch, self.seq, self.held, self.lost = 1, 0, set(), False
+    def __init__(self, epoch):
+        self.epoch, self.seq, self.held = epoch, 0, set()
 
 
 # Spread over 64 bits as real names are: digests of small numbers would collide.
@@ -203,18 +205,19 @@ WORKERS = st.sampled_from([WorkerId(f"w{i}") for i in range(4)])
 class IndexAgainstScan(RuleBasedStateMachine):
     """Any history of events, losses, duplicates, restarts, clears, departures and snapshots."""
 
-    blocks = staticmethod(BlockSets)
+    blocks = staticmethod(BlockMasks)
 
     def __init__(self):
         super().__init__()
         self.index = BlockIndex(self.blocks())
         self.truth = {}
+        self.epochs = itertools.count(1)  # new at every start of any worker
         self.published = []
 
     @rule(worker=WORKERS)
     def arrives(self, worker):
         if worker not in self.truth:
-            self.truth[worker] = _Truth()
+            self.truth[worker] = _Truth(next(self.epochs))
         self.index.add(worker, self.truth[worker].epoch, 1000)
 
     @rule(worker=WORKERS)
@@ -222,13 +225,18 @@ class IndexAgainstScan(RuleBasedStateMachine):
         self.truth.pop(worker, None)
         self.index.drop(worker)
 
+    @rule(worker=WORKERS)
+    def loses_its_lease_and_registers_again(self, worker):
+        truth = self.truth.get(worker)
+        if truth is not None:
+            self.index.drop(worker)
+            self.index.add(worker, truth.epoch, 1000)
+
     @rule(worker=WORKERS, is_told=st.booleans())
     def restarts(self, worker, is_told):
         truth = self.truth.get(worker)
         if truth is not None:
-            fresh = _Truth()
-            fresh.epoch = truth.epoch + 1
-            self.truth[worker] = fresh
+            fresh = self.truth[worker] = _Truth(next(self.epochs))
             if is_told:
                 self.index.add(worker, fresh.epoch, 1000)
 
