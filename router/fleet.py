@@ -123,6 +123,7 @@ class Fleet:
             request.expected_tokens,
             candidate.prefill_s,
             now,
+            candidate.decode_cached_tokens,
         )
         computing.reserve_prefill(reservation, now)
         decoding.reserve_decode(reservation)

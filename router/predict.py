@@ -86,7 +86,7 @@ def decode_leg(request: RoutableRequest, worker: WorkerView) -> DecodeLeg:
     slowdown = max(0.0, after - before) * batch * expected
     decoding = after * expected / (1 - min(worker.prefill_utilisation, _MAX_UTILISATION))
     first = after
-    needed = -(-(request.prompt_tokens + expected) // facts.block_size)
+    needed = -(-(request.prompt_tokens - worker.cached_tokens + expected) // facts.block_size)
     has_room = not batch or (batch < facts.max_batch and needed <= worker.free_blocks)
     if not has_room:  # somebody has to finish first: on average one does so every `decoding / batch`
         first += decoding / batch

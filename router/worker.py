@@ -41,6 +41,8 @@ class Reservation:
     expected_tokens: int
     prefill_s: float
     bound_at: float
+    decode_cached_tokens: int = 0
+    """Prompt tokens whose blocks the decode worker held already; it shares them."""
     is_prefilled: bool = False
     prefill_seen: bool = False
     decode_seen: bool = False
@@ -138,7 +140,8 @@ class Worker:
             self.unseen_blocks -= self._blocks(reservation)
 
     def _blocks(self, reservation: Reservation) -> int:
-        return -(-(reservation.prompt_tokens + reservation.expected_tokens) // self.registration.facts.block_size)
+        new = reservation.prompt_tokens - reservation.decode_cached_tokens + reservation.expected_tokens
+        return -(-new // self.registration.facts.block_size)
 
     # --- reports -------------------------------------------------------------------------------------------------
 

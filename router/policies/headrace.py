@@ -20,6 +20,7 @@ from router.predict import DecodeLeg, PrefillLeg, decode_leg, local, pair, prefi
 from router.request import Candidate, RoutableRequest
 
 _ROUND_TRIP_S = 0.01
+_PATIENCE = 4  # how many times as long as it took to compute a KV cache may wait for room to decode
 _NEAR = 1.003  # costs this close are equal, and a random one wins: several gateways must not all pick the same worker
 
 
@@ -98,7 +99,8 @@ def _bound_or_held(
     room_s = _room_s(computing)
     if computing.queue_s > room_s:
         return Choice(chosen, options, True, f"{computing.worker} has {computing.queue_s:.2f} s to compute", room_s)
-    if not decode.has_room:
+    computing_s = chosen.prefill_s + chosen.handover_s
+    if not decode.has_room and decode.decode_s > _PATIENCE * decode.worker.num_running * computing_s:
         return Choice(chosen, options, True, f"{chosen.decode} has no room to decode", room_s)
     return Choice(chosen, options, room_s=room_s)
 

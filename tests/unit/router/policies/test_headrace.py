@@ -142,11 +142,11 @@ def test_a_busy_worker_holds_the_request_and_says_until_when():
 
 def test_a_decode_worker_without_room_holds_the_request():
     full = worker("d", Role.DECODE, **BUSY | {"free_blocks": 10})
-    choice = choose(worker("p", Role.PREFILL), full)
+    choice = choose(worker("p", Role.PREFILL), full, routable=request(expected=10_000))
     assert choice.is_held
     assert choice.held_because == "d has no room to decode"
     other = worker("e", Role.DECODE, **BUSY)
-    choice = choose(worker("p", Role.PREFILL), full, other)
+    choice = choose(worker("p", Role.PREFILL), full, other, routable=request(expected=10_000))
     assert (choice.is_held, choice.chosen.decode) == (False, "e")
 
 
@@ -224,3 +224,14 @@ def test_no_exchange_of_one_worker_improves_the_choice(kinds, slow):
     for way in every_way(request(), view):
         if way.prefill is None or way.prefill == chosen.prefill or way.decode == chosen.decode:
             assert chosen.total_s <= way.total_s * 1.0061
+
+
+def test_a_kv_cache_may_wait_a_little_for_room_to_decode():
+    full = worker("d", Role.DECODE, **BUSY | {"free_blocks": 10})
+    assert not choose(worker("p", Role.PREFILL), full).is_held
+
+
+def test_blocks_that_the_decode_worker_holds_need_no_room():
+    assert not decode_leg(request(tokens=4000, expected=96), worker("d", Role.DECODE, **BUSY, free_blocks=100)).has_room
+    sharing = worker("d", Role.DECODE, **BUSY, free_blocks=100, cached_tokens=3200)
+    assert decode_leg(request(tokens=4000, expected=96), sharing).has_room
