@@ -2,7 +2,7 @@
 
 The library is plain C without Python's headers, so one build serves every Python; `hatch_build.py` compiles it where a
 C compiler is found. Names are copied into `bytes` on the way, whose length is what the C side is told, and it checks
-slots and room itself. It runs with the GIL held.
+slots and room itself. It runs with the GIL held. Loading it is an import by another name, and the router's only one.
 """
 
 import ctypes
@@ -10,14 +10,13 @@ import sys
 import weakref
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
 from planes.blocks import Hashes
 from planes.messages import WorkerId
 
-LIBRARY = Path(__file__).with_name("libblock_table.so")
+LIBRARY = __file__.removesuffix("block_table.py") + "libblock_table.so"
 _ABI = 1
 _FEWEST = 64  # slots there is room for at the start
 
@@ -45,19 +44,19 @@ class _Slot:
 
 
 @lru_cache
-def load(path: Path = LIBRARY) -> ctypes.PyDLL:
+def load(path: str = LIBRARY) -> ctypes.PyDLL:
     """The library with its prototypes.  Raises:  NotCompiledError if it is missing or of another version."""
     if sys.byteorder != "little":
         raise NotCompiledError("the block table needs a little-endian machine")
-    if not path.exists():
-        raise NotCompiledError(f"{path.name} was not built: no working C compiler when Headrace was installed")
     try:
-        library = ctypes.PyDLL(str(path))
+        library = ctypes.PyDLL(path)
         abi = library.table_abi()
     except (OSError, AttributeError) as exc:
-        raise NotCompiledError(f"{path.name} does not load ({exc}): install Headrace again") from exc
+        raise NotCompiledError(
+            f"{exc}; Headrace was installed without a C compiler: install it again with one"
+        ) from exc
     if abi != _ABI:
-        raise NotCompiledError(f"{path.name} is of version {abi}, not {_ABI}: install Headrace again")
+        raise NotCompiledError(f"{path} is of version {abi}, not {_ABI}: install Headrace again")
     table, size, slot, pointer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint32, ctypes.c_void_p
     library.table_new.restype, library.table_new.argtypes = table, ()
     library.table_free.restype, library.table_free.argtypes = None, (table,)

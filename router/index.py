@@ -17,7 +17,6 @@ The blocks themselves lie in a compiled table (`block_table`), or in plain masks
 
 from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 from planes.blocks import Hashes, unpack
@@ -47,7 +46,7 @@ class Blocks(Protocol):
         """Every block of one worker, in no order."""
 
 
-def fastest_blocks(library: Path = LIBRARY) -> tuple[Blocks, str]:
+def fastest_blocks(library: str = LIBRARY) -> tuple[Blocks, str]:
     """The compiled table and "", or plain masks and the reason."""
     try:
         return BlockTable(load(library)), ""

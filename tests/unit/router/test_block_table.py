@@ -115,11 +115,10 @@ def test_bad_arguments_are_refused_by_the_library_itself(table):
 
 
 def test_a_missing_library_and_a_foreign_one_say_what_to_do(tmp_path):
-    with pytest.raises(NotCompiledError, match="no working C compiler"):
-        load(tmp_path / "gone.so")
     (tmp_path / "text.so").write_text("no library")
-    with pytest.raises(NotCompiledError, match="install Headrace again"):
-        load(tmp_path / "text.so")
+    for name in ("gone.so", "text.so"):
+        with pytest.raises(NotCompiledError, match=f"{name}: .* install it again"):
+            load(str(tmp_path / name))
 
 
 FAILING_CALLOC = """
@@ -136,7 +135,7 @@ def test_nothing_is_lost_when_memory_is_short_at_any_allocation(tmp_path):
     built = tmp_path / "failing.so"
     flags = ["-std=c99", "-O1", "-shared", "-fPIC", "-include", str(tmp_path / "failing.h")]
     subprocess.run(["cc", *flags, str(SOURCE), "-o", str(built)], check=True)
-    library = load(built)
+    library = load(str(built))
     left = ctypes.c_long.in_dll(library, "calloc_left")
 
     def history(blocks):
