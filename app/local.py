@@ -26,7 +26,7 @@ from app.servers import etcd_server, nats_server, tied_to_parent
 from app.supervisor import Child, ChildFailed, Supervisor, read_line, say
 from planes.control import parse_endpoints
 from planes.events import parse_servers
-from planes.messages import HandoverMode, Role
+from planes.messages import Role
 from planes.names import check_namespace
 from planes.settings import UnusableSetting, check_setting
 
@@ -46,7 +46,8 @@ class UpSettings:
     decode: Annotated[int, Parameter(help="Number of decode workers.")] = 1
     both: Annotated[int, Parameter(help="Number of workers that do both.")] = 0
     handover: Annotated[
-        Literal["pull", "push"], Parameter(help="Who moves the KV cache: the decode or the prefill worker.")
+        Literal["pull", "push", "none"],
+        Parameter(help="Who moves the KV cache: the decode worker, the prefill worker, or nobody."),
     ] = "pull"
     host: Annotated[str, Parameter(help="Address that the gateway listens on.")] = "127.0.0.1"
     port: Annotated[int, Parameter(help="Port that the gateway listens on.")] = 8000
@@ -164,7 +165,7 @@ def _worker_children(settings: UpSettings, model: str | None, etcd: str, nats: s
         name = f"{role}-{counts[role]}"
         argv = [sys.executable, "-m", "workers", "--role", role, "--engine", settings.engine, "--worker-id", name]
         argv += ["--etcd", etcd, "--nats", nats, "--namespace", settings.namespace]
-        argv += ["--host", "127.0.0.1", "--port", "0", "--handover", HandoverMode(settings.handover)]
+        argv += ["--host", "127.0.0.1", "--port", "0", "--handover", settings.handover]
         argv += ["--model", model] if model else []
         argv += ["--served-model-name", _served_name(settings, model)]
         argv += ["--cores", own_cores] if settings.engine == "vllm" else []
