@@ -20,8 +20,8 @@ from collections import deque
 from typing import Any
 
 NIXL_PROGRESS_PAUSE_US = 50_000
-"""NIXL's Python API asks for 0: the progress thread then burns a core. At 50 ms an idle engine takes 1.4 % of
-one, at 5 ms 2.2 %. Handovers are no slower: the engine itself drives NIXL while a transfer or a lease is open (docs/adr/0006-pull-by-default.md)."""
+"""NIXL's Python API asks for 0: the progress thread then burns a core. At 50 ms an idle engine takes 1.4 % of one, at
+5 ms 2.2 %. Handovers are no slower: the engine drives NIXL itself while a transfer or a lease is open (ADR 6)."""
 
 _QUIET_S = 1.0
 """While requests only wait for their KV cache the engine polls every millisecond; it reports once in this time."""
