@@ -13,7 +13,7 @@ import numpy as np
 from planes.errors import HeadraceError, InvalidRequest
 from planes.frames import LocalLeg, PrefillLeg, Sampling, Ticket
 from planes.messages import EngineFacts, HandoverEndpoint, HandoverMode, WorkerId
-from workers.engine import EngineRequest
+from workers.engine import EngineRequest, is_drawn_again
 
 _GREEDY_BELOW = 1e-5
 """vLLM samples greedily below this temperature."""
@@ -207,12 +207,14 @@ def sampling_arguments(request: EngineRequest, eos: list[int]) -> dict[str, Any]
     """Keyword arguments of vLLM's `SamplingParams`. eos: token ids that end an answer.
 
     Stop strings are the formatter's: this engine knows no text. vLLM refuses `n > 1` with greedy sampling; all choices
-    are equal then, so it is asked for one.
+    are equal then, so it is asked for one. A token that is drawn again ends by length, and so with a ticket.
     """
     sampling = request.sampling
     num_done = len(request.resume)
     max_tokens = 1 if isinstance(request.leg, PrefillLeg) else sampling.max_tokens - num_done
-    stops = [*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos)]
+    is_ending = not is_drawn_again(request.leg, sampling, num_resumed=num_done)
+    ignore_eos = sampling.ignore_eos or not is_ending
+    stops = [*(sampling.stop_token_ids if is_ending else ()), *(() if ignore_eos else eos)]
     return {
         "n": 1 if is_greedy(sampling) else sampling.n,
         "max_tokens": max_tokens,
@@ -226,7 +228,7 @@ def sampling_arguments(request: EngineRequest, eos: list[int]) -> dict[str, Any]
         "repetition_penalty": sampling.repetition_penalty,
         "seed": sampling.seed,
         "stop_token_ids": sorted(set(stops)),
-        "ignore_eos": sampling.ignore_eos,
+        "ignore_eos": ignore_eos,
         "logprobs": sampling.logprobs,
         "logit_bias": sampling.logit_bias or None,
         "detokenize": False,

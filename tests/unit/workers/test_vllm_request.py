@@ -204,6 +204,27 @@ def test_resumed_tokens_count_towards_the_limits_and_eos_is_a_stop_token():
     assert sampling_arguments(request(ignore_eos=True), [1, 2])["stop_token_ids"] == []
 
 
+def test_a_prefill_leg_whose_token_is_drawn_again_ends_by_length_whatever_it_draws():
+    leg = PrefillLeg(HandoverMode.PULL)
+    arguments = sampling_arguments(request(leg, temperature=1.0, stop_token_ids=[9]), [1, 2])
+    assert (arguments["stop_token_ids"], arguments["ignore_eos"], arguments["max_tokens"]) == ([], True, 1)
+
+
+@pytest.mark.parametrize(
+    "first_draw_counts",
+    [
+        {"leg": PrefillLeg(HandoverMode.PULL)},
+        {"leg": PrefillLeg(HandoverMode.PULL), "temperature": 1.0, "seed": 7},
+        {"leg": PrefillLeg(HandoverMode.PULL), "temperature": 1.0, "max_tokens": 1},
+        {"leg": PrefillLeg(HandoverMode.PULL, emit_first=True), "temperature": 1.0},
+        {"temperature": 1.0},
+    ],
+)
+def test_a_token_that_is_not_drawn_again_may_end_the_answer(first_draw_counts):
+    arguments = sampling_arguments(request(**first_draw_counts, stop_token_ids=[9]), [1, 2])
+    assert (arguments["stop_token_ids"], arguments["ignore_eos"]) == ([1, 2, 9], False)
+
+
 def test_greedy_choices_are_computed_once():
     assert sampling_arguments(request(n=3), [])["n"] == 1
     assert sampling_arguments(request(n=3, temperature=0.7), [])["n"] == 3
