@@ -94,6 +94,8 @@ def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
     is_cpu, kv_cache_bytes = current_platform.is_cpu(), options.kv_cache_bytes
     if is_cpu:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the executor then needs no process of its own
+        # The first request for logprobs would wait for a C++ compiler, and all others with it (18 s measured).
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
         kv_cache_bytes = kv_cache_bytes or CPU_KV_CACHE_BYTES
         check_memory(options.model_path, kv_cache_bytes, dtype=options.dtype)
     more = {} if kv_cache_bytes is None else {"kv_cache_memory_bytes": kv_cache_bytes}

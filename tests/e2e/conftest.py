@@ -58,7 +58,7 @@ class EngineProcess:
         self._ids = itertools.count()
 
     @classmethod
-    async def launch(cls, **options):
+    async def launch(cls, *, environment, **options):
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             str(DRIVER),
@@ -66,7 +66,7 @@ class EngineProcess:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
             limit=1 << 22,
         )
         engine = cls(process)
@@ -145,8 +145,14 @@ class EngineProcess:
             await self.reading
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Where torch would put what it compiles."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def start_engine(demo_model):
+async def start_engine(demo_model, compiled):
     """Starts engines of the demo model in float32, small and cheap, and stops them after the module's last test."""
     engines = []
 
@@ -159,7 +165,8 @@ async def start_engine(demo_model):
             "lease_s": 12,
         }
         place = {"model_path": str(demo_model), "model": MODEL, "worker": worker}
-        engine = await EngineProcess.launch(**(place | small | options))
+        environment = {"TORCHINDUCTOR_CACHE_DIR": str(compiled)}
+        engine = await EngineProcess.launch(environment=environment, **(place | small | options))
         engines.append(engine)
         await engine.started()
         return engine

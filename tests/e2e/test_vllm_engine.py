@@ -145,7 +145,7 @@ async def test_a_first_token_that_ends_the_answer_leaves_no_ticket(pair):
     assert only.ticket is None
 
 
-async def test_sampling_parameters_reach_the_model(pair):
+async def test_sampling_parameters_reach_the_model_and_nothing_is_compiled_for_them(pair, compiled):
     mode, prefill, _ = pair
     if mode is HandoverMode.PUSH:
         return  # the same code
@@ -166,6 +166,7 @@ async def test_sampling_parameters_reach_the_model(pair):
     assert (ended.tokens, ended.last["finish"]) == ([1], "stop")
     ignoring = await prefill.run(tokens, {"logit_bias": {1: 100.0}, "ignore_eos": True, "max_tokens": 3})
     assert ignoring.tokens == [1, 1, 1]
+    assert list(compiled.iterdir()) == []
 
 
 async def test_requests_together_and_aborted_ones_leave_nothing_behind(pair):
