@@ -245,11 +245,18 @@ class VllmEngine:
             loop = asyncio.get_running_loop()
             for process in self._llm.engine_core.resources.engine_manager.processes:
                 loop.remove_reader(process.sentinel)
+            await self._end_output()
             await loop.run_in_executor(self._thread, self._llm.shutdown, float(self._options.drain_s))
         if self._reader is not None:
             self._reader.close()
         self._thread.shutdown(wait=False)
         self._scratch.cleanup()
+
+    async def _end_output(self) -> None:
+        """vLLM's task that hands out tokens would take the engine's end for its death, and log so."""
+        if (handler := self._llm.output_handler) is not None:
+            handler.cancel()
+            await asyncio.gather(handler, return_exceptions=True)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,8 @@ class Stack:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.output = folder / "output"
-        argv = [sys.executable, "-m", "app.cli", "up", "--port", str(self.port), "--state-dir", str(folder / "state")]
+        self.state = folder / "state"
+        argv = [sys.executable, "-m", "app.cli", "up", "--port", str(self.port), "--state-dir", str(self.state)]
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
                 argv,
@@ -193,7 +194,7 @@ def running():
     return found
 
 
-def test_zz_ctrl_c_stops_everything_and_leaves_no_orphan(stack):
+def test_zz_ctrl_c_stops_everything_in_peace_and_leaves_no_orphan(stack):
     family = running()
     below = {stack.process.pid}
     while more := {pid for pid, parent in family.items() if parent in below} - below:
@@ -204,3 +205,5 @@ def test_zz_ctrl_c_stops_everything_and_leaves_no_orphan(stack):
     while left := below & running().keys():
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
+    for log in (stack.said(), *((stack.state / f"{worker}.log").read_text() for worker in ("prefill-1", "decode-1"))):
+        assert not re.search("ERROR|Traceback|leaked|kill", log), log
