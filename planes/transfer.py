@@ -30,9 +30,10 @@ __all__ = ["CountingTransfer", "HandoverFailed", "KvPool", "KvTransfer", "NixlTr
 
 _log = structlog.get_logger()
 
-_MIN_POLL_S, _MAX_POLL_S = 0.0005, 0.004
-_LINGER_S = 0.05
-"""Polling goes on for so long after the last transfer, because its notification may still be on its way out."""
+_MIN_POLL_S, _MAX_POLL_S, _LINGER_POLL_S = 0.0005, 0.004, 0.032
+_LINGER_S = 2.0
+"""Polling goes on for so long after the last transfer, ever more slowly, because its notification may still be on its
+way out: NIXL does not say, and agents that meet for the first time need several turns of both, however busy the other."""
 _MAX_PEERS = 1024
 _TAKEN, _WRITTEN = "taken", "written"
 
@@ -280,9 +281,12 @@ class NixlTransfer(Handovers):
             self._interval_s = _MIN_POLL_S
             self._linger_until = loop.time() + _LINGER_S
         else:
-            self._interval_s = min(2 * self._interval_s, _MAX_POLL_S)
+            self._interval_s = min(2 * self._interval_s, _LINGER_POLL_S)
         is_offering = bool(self._offers) and self._endpoint.mode is HandoverMode.PULL
-        if self._moving or is_offering or self._expected or loop.time() < self._linger_until:
+        is_awaited = bool(self._moving or is_offering or self._expected)
+        if is_awaited:
+            self._interval_s = min(self._interval_s, _MAX_POLL_S)
+        if is_awaited or loop.time() < self._linger_until:
             self._timer = loop.call_later(self._interval_s, self._poll)
 
     def _advance(self) -> bool:

@@ -87,6 +87,25 @@ async def test_a_pull_of_nothing_still_ends_the_lease(pull):
         await taken.wait()
 
 
+async def test_a_lease_ends_though_the_prefill_side_was_busy_when_it_should_have_met_its_peer():
+    """Two agents that meet for the first time need several turns of each, and a notification leaves only then."""
+    prefill, decode = make(NixlTransfer, HandoverMode.PULL), make(NixlTransfer, HandoverMode.PULL)
+    async with contextlib.AsyncExitStack() as running:
+        for side in (prefill, decode):
+            await side.start()
+            running.push_async_callback(side.stop)
+        is_busy, advance = True, prefill._advance
+        prefill._advance = lambda: not is_busy and advance()
+        taken = asyncio.Event()
+        params = prefill.offer("r", [7], taken.set)
+        await decode.receive(decode.parse(params), "r", [], 1, timeout_s=10)
+        ends = asyncio.get_running_loop().time() + 0.3
+        await until(lambda: asyncio.get_running_loop().time() > ends)
+        is_busy = False
+        async with asyncio.timeout(10):
+            await taken.wait()
+
+
 @pytest.mark.parametrize("is_announced_first", [True, False])
 async def test_a_push_writes_the_announced_blocks_whoever_comes_first(push, is_announced_first):
     prefill, decode = push
