@@ -148,7 +148,7 @@ class _Reporting:
         if isinstance(sys.exc_info()[1], SystemExit):
             # Asked to end, and NIXL, the model's workers and the publisher are closed. vLLM and Python would now free
             # their memory object by object, for seconds; the kernel does it at once. So ends a forked child, too.
-            util._exit_function()  # noqa: SLF001
+            util._exit_function()  # type: ignore[attr-defined]  # noqa: SLF001
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
