@@ -33,7 +33,7 @@ _log = structlog.get_logger()
 _MIN_POLL_S, _MAX_POLL_S, _LINGER_POLL_S = 0.0005, 0.004, 0.032
 _LINGER_S = 2.0
 """Polling goes on for so long after the last transfer, ever more slowly, because its notification may still be on its
-way out: NIXL does not say, and agents that meet for the first time need several turns of both, however busy the other."""
+way out: NIXL does not say, and agents that meet for the first time need several turns of both."""
 _MAX_PEERS = 1024
 _TAKEN, _WRITTEN = "taken", "written"
 

@@ -1,7 +1,8 @@
 """The real engine: vLLM 0.32, embedded through `AsyncLLM`, one engine process per worker, CPU and CUDA alike.
 
 vLLM is imported when the engine starts and nowhere else but in `vllm_plugin.py`, which runs inside the engine process.
-`vllm_request.py` says what a request looks like to vLLM, `vllm_events.py` reads its KV events.
+`vllm_request.py` says what a request looks like to vLLM, `vllm_output.py` what vLLM says of it, `vllm_events.py` reads
+its KV events.
 """
 
 import asyncio
@@ -11,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from planes.messages import (
     RequestId,
     StepSample,
 )
-from workers.engine import EngineLoad, EngineObserver, EngineOutput, EngineRequest, EngineStartError, TokenLogprob
+from workers.engine import EngineLoad, EngineObserver, EngineOutput, EngineRequest, EngineStartError
 from workers.vllm_config import CPU_PRIOR, VllmOptions, check_model_dir, engine_config, eos_tokens
 from workers.vllm_events import EventReader, EventTranslator
+from workers.vllm_output import NO_ARRIVAL, Arrival, translate
 from workers.vllm_request import (
     KvGroup,
     TicketExpired,
@@ -45,8 +47,6 @@ __all__ = ["VllmEngine", "VllmOptions"]
 
 _log = structlog.get_logger()
 
-_FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
-
 
 @dataclass(slots=True, eq=False)
 class _Run:
@@ -59,8 +59,9 @@ class _Run:
     """Prompt tokens that count as not computed; 0 after the first token."""
     task: asyncio.Task[None] | None = None
     deadline: asyncio.TimerHandle | None = None
-    handover_s: float = 0.0
-    handover_bytes: int = 0
+    arrival: Arrival = NO_ARRIVAL
+    is_unheard: bool = True
+    """No output of choice 0 has come."""
 
 
 @dataclass(slots=True)
@@ -331,34 +332,13 @@ class VllmEngine:
                 run.on_output(engine_output)
 
     def _translate(self, run: _Run, output: Any, choice: Any, index: int) -> EngineOutput:
-        tokens = tuple(choice.token_ids)
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if choice.logprobs:
-            num_top = run.request.sampling.logprobs or 0
-            logprobs = tuple(map(_token_logprob, tokens, choice.logprobs, [num_top] * len(tokens)))
-        if choice.finish_reason is None:
-            return EngineOutput(index, tokens, logprobs)
-        finish = _FINISH.get(choice.finish_reason, FinishReason.ERROR)
-        leg = run.request.leg
-        is_push = isinstance(leg, DecodeLeg) and leg.source is not None
-        stats = output.metrics
-        waited_s = max(stats.scheduled_ts - stats.queued_ts, 0.0)
-        return EngineOutput(
-            index,
-            tokens,
-            logprobs,
-            finish,
-            ticket=self._ticket(run, output, finish),
-            cached_tokens=0 if is_push else output.num_cached_tokens,
-            queue_s=max(waited_s - run.handover_s, 0.0),
-            prefill_s=0.0 if isinstance(leg, DecodeLeg) else max(stats.first_token_ts - stats.scheduled_ts, 0.0),
-            handover_s=run.handover_s,
-            handover_bytes=run.handover_bytes,
-            decode_s=max(stats.last_token_ts - stats.first_token_ts, 0.0),
-            error=f"vLLM ended the request with {choice.finish_reason!r}" if finish is FinishReason.ERROR else "",
-        )
+        is_first = run.is_unheard and index == 0
+        run.is_unheard = run.is_unheard and not is_first
+        translated = translate(run.request, output, choice, index, is_first=is_first, arrival=run.arrival)
+        ticket = self._ticket(run, output, translated.finish)
+        return translated if ticket is None else replace(translated, ticket=ticket)
 
-    def _ticket(self, run: _Run, output: Any, finish: FinishReason) -> Ticket | None:
+    def _ticket(self, run: _Run, output: Any, finish: FinishReason | None) -> Ticket | None:
         """None if the request is complete: its first token ended it, or it was to be one token long."""
         leg, params, options = run.request.leg, output.kv_transfer_params, self._options
         if not isinstance(leg, PrefillLeg) or finish is not FinishReason.LENGTH or not params:
@@ -408,7 +388,7 @@ class VllmEngine:
             # vLLM appends "-" and eight hexadecimal digits to our id.
             run = self._runs.get(RequestId(engine_request[:-9]))
             if run is not None:
-                run.handover_s, run.handover_bytes = seconds, num_bytes
+                run.arrival = Arrival(seconds, num_bytes)
         if "step" in report:
             self._observer.stepped(StepSample(*report["step"]))
 
@@ -447,9 +427,3 @@ def _stat_logger(record: Callable[[Any], None]) -> type:
             pass
 
     return StepRecorder
-
-
-def _token_logprob(token: int, ranked: dict[int, Any], num_top: int) -> TokenLogprob:
-    """ranked: token id → vLLM's Logprob, of the sampled token and of the most likely ones."""
-    top = sorted(((other, entry.logprob) for other, entry in ranked.items()), key=lambda pair: -pair[1])
-    return TokenLogprob(token, ranked[token].logprob, tuple(top[:num_top]))

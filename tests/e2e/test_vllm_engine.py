@@ -94,6 +94,10 @@ async def test_a_repeated_prompt_is_cached_and_its_blocks_have_the_gateway_s_nam
     again, _ = await hand_over(pair, tokens, name="warm")
     assert first.last["cached_tokens"] == 0
     assert again.last["cached_tokens"] == 300 // BLOCK * BLOCK
+    assert rest.outputs[0]["handover_bytes"] == rest.last["handover_bytes"] > 0
+    alone = await prefill.run(tokens)
+    assert alone.outputs[0]["cached_tokens"] == alone.last["cached_tokens"] == 300 // BLOCK * BLOCK
+    assert alone.outputs[0]["prefill_s"] == alone.last["prefill_s"] > 0
     await prefill.until(lambda: blocks_of(tokens) <= prefill.held)
     await decode.until(lambda: blocks_of(tokens + rest.tokens[:-1]) <= decode.held)
     salted = await prefill.run(tokens, None, salt="tenant")
