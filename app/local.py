@@ -6,15 +6,12 @@ growing pauses; one that dies before ends everything with its last words.
 """
 
 import asyncio
-import contextlib
 import os
-import re
 import shutil
 import signal
 import socket
 import sys
 import time
-from asyncio.subprocess import PIPE
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +19,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from app.servers import etcd_server, nats_server, tied_to_parent
-from app.supervisor import Child, ChildFailed, Supervisor, read_line, say
+from app.servers import etcd_server, nats_server
+from app.supervisor import Child, Supervisor, say
+from planes.cache import DEMO_MODEL, cache_dir
 from planes.control import parse_endpoints
 from planes.events import parse_servers
 from planes.messages import Role
@@ -94,20 +92,17 @@ async def up(settings: UpSettings) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, signalled)
     started_at = time.monotonic()
-    state = settings.state_dir or _cache_dir() / "run" / str(settings.port)
+    state = settings.state_dir or cache_dir() / "run" / str(settings.port)
     state.mkdir(parents=True, exist_ok=True)
-    model = await _model_path(settings, stop)
-    if stop.is_set():
-        return 130
     async with AsyncExitStack() as stack:
         etcd, nats = await _servers(settings, state, stack)
         supervisor = Supervisor(settings.ready_timeout_s, stop, hurry)
         stack.push_async_callback(supervisor.stop_all)
-        children = _worker_children(settings, model, etcd, nats, state)
+        children = _worker_children(settings, etcd, nats, state)
         children.append(_gateway_child(settings, etcd, nats, state, len(children)))
         await supervisor.start(children)
         if not stop.is_set():
-            _announce(settings, _served_name(settings, model), time.monotonic() - started_at, state)
+            _announce(settings, _served_name(settings), time.monotonic() - started_at, state)
         await supervisor.watch()
         say("stopping; streams that run may finish (Ctrl-C again: they may not) …")
     say("stopped")
@@ -128,34 +123,7 @@ async def _servers(settings: UpSettings, state: Path, stack: AsyncExitStack) -> 
     return urls[0], urls[1]
 
 
-async def _model_path(settings: UpSettings, stop: asyncio.Event) -> str | None:
-    """The model's directory; fetches and converts the demo model in a process of its own."""
-    if settings.model is not None or settings.engine == "sim":
-        return settings.model
-    argv = [sys.executable, "-m", "workers.demo_model"]
-    process = await asyncio.create_subprocess_exec(*tied_to_parent(argv), stdout=PIPE, stderr=None, limit=1 << 20)
-    if process.stdout is None:
-        return None
-    path = ""
-    ending = asyncio.create_task(_terminated(process, stop))
-    while line := await read_line(process.stdout):
-        path = line.decode().strip()
-        say(path)
-    status = await process.wait()
-    ending.cancel()
-    await asyncio.gather(ending, return_exceptions=True)
-    if status and not stop.is_set():
-        raise ChildFailed(f"the demo model cannot be made: {path}")
-    return path
-
-
-async def _terminated(process: asyncio.subprocess.Process, stop: asyncio.Event) -> None:
-    await stop.wait()
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
-
-
-def _worker_children(settings: UpSettings, model: str | None, etcd: str, nats: str, state: Path) -> list[Child]:
+def _worker_children(settings: UpSettings, etcd: str, nats: str, state: Path) -> list[Child]:
     roles = [Role.PREFILL] * settings.prefill + [Role.DECODE] * settings.decode + [Role.BOTH] * settings.both
     cores = _share_cores(len(roles))
     counts: dict[Role, int] = {}
@@ -166,8 +134,8 @@ def _worker_children(settings: UpSettings, model: str | None, etcd: str, nats: s
         argv = [sys.executable, "-m", "workers", "--role", role, "--engine", settings.engine, "--worker-id", name]
         argv += ["--etcd", etcd, "--nats", nats, "--namespace", settings.namespace]
         argv += ["--host", "127.0.0.1", "--port", "0", "--handover", settings.handover]
-        argv += ["--model", model] if model else []
-        argv += ["--served-model-name", _served_name(settings, model)]
+        argv += ["--model", settings.model] if settings.model else []
+        argv += ["--served-model-name", _served_name(settings)]
         argv += ["--cores", own_cores] if settings.engine == "vllm" else []
         children.append(Child(name, argv, state / f"{name}.log"))
     return children
@@ -190,12 +158,13 @@ def _share_cores(num_workers: int) -> list[str]:
     return [",".join(str(c) for c in cores[i * share : (i + 1) * share]) for i in range(num_workers)]
 
 
-def _served_name(settings: UpSettings, model: str | None) -> str:
+def _served_name(settings: UpSettings) -> str:
+    """What the workers will call the model."""
     if settings.served_model_name:
         return settings.served_model_name
-    if model is None:
-        return "sim"
-    return re.sub(r"-v\d+$", "", Path(model).resolve().name)
+    if settings.model is None:
+        return DEMO_MODEL if settings.engine == "vllm" else "sim"
+    return Path(settings.model).resolve().name
 
 
 def _refuse_taken_port(host: str, port: int) -> None:
@@ -232,7 +201,3 @@ def _announce(settings: UpSettings, model: str, seconds: float, state: Path) -> 
     if settings.prefill:
         print("    -H 'x-headrace-handover: always' \\")
     print(f"    -d '{body}'\n", flush=True)
-
-
-def _cache_dir() -> Path:
-    return Path(os.environ.get("HEADRACE_CACHE") or Path.home() / ".cache" / "headrace")

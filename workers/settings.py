@@ -2,12 +2,14 @@
 
 import re
 import secrets
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from planes.cache import DEMO_MODEL
 from planes.control import parse_endpoints
 from planes.events import parse_servers
 from planes.messages import HandoverMode, Role
@@ -31,10 +33,11 @@ class WorkerSettings:
     role: Annotated[Literal["prefill", "decode", "both"], Parameter(help="What this worker is for.")] = "both"
     engine: Annotated[Literal["vllm", "sim"], Parameter(help="What computes: a real model or simulated time.")] = "vllm"
     model: Annotated[
-        Path | None, Parameter(help="Directory of the model. For sim: of its tokenizer; default: a built-in one.")
+        Path | None,
+        Parameter(help="Directory of a model. Default: the demo model, Gemma 3 270M; for sim, a built-in tokenizer."),
     ] = None
     served_model_name: Annotated[
-        str | None, Parameter(help="Name that clients use. Default: the directory's name, or sim.")
+        str | None, Parameter(help="Name that clients use. Default: the directory's or the demo model's name, or sim.")
     ] = None
     worker_id: Annotated[str | None, Parameter(help="Name in the fleet, unique. Default: ROLE-xxxxxx.")] = None
     host: Annotated[str, Parameter(help="Address to listen on, for gateways and for handovers.")] = "127.0.0.1"
@@ -122,14 +125,22 @@ class WorkerSettings:
 
     @property
     def model_path(self) -> Path:
-        """Where the tokenizer is, and for vLLM the weights."""
+        """Where the tokenizer is, and for vLLM the weights (see `with_model`)."""
         return self.model if self.model is not None else SIM_MODEL
 
     @property
     def model_name(self) -> str:
         if self.served_model_name is not None:
             return self.served_model_name
-        return "sim" if self.model is None else self.model.resolve().name
+        if self.model is None:
+            return "sim" if self.engine == "sim" else DEMO_MODEL
+        return self.model.resolve().name
+
+    def with_model(self, demo_model: Callable[[], Path]) -> "WorkerSettings":
+        """The same for an engine that needs a model: the demo model, if none is named."""
+        if self.model is not None or self.engine == "sim":
+            return self
+        return replace(self, model=demo_model(), served_model_name=self.model_name)
 
     @property
     def public_host(self) -> str:
@@ -176,8 +187,6 @@ def _check_numbers(settings: WorkerSettings) -> None:
 
 def _check_model(settings: WorkerSettings) -> None:
     if settings.model is None:
-        if settings.engine == "vllm":
-            raise UnusableSetting("model", None, "vllm needs the directory of a model (or try --engine sim)")
         return
     for name in ("tokenizer.json", *(["config.json"] if settings.engine == "vllm" else [])):
         if not (settings.model / name).is_file():

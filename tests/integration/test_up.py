@@ -272,7 +272,7 @@ async def headrace(*argv, env=None):
         (["up", "--engine", "sim", "--prefil", "2"], ["--prefil"]),
         (["up", "--engine", "sim", "--port", "70000"], ["--port", "70000", "65535"]),
         (["worker", "--engine", "sim", "--role", "boss"], ["--role", "boss", "prefill"]),
-        (["worker", "--engine", "vllm"], ["--model"]),
+        (["worker", "--engine", "vllm", "--model", "/nowhere"], ["--model", "/nowhere"]),
         (["worker", "--engine", "sim", "--speedup", "0"], ["--speedup", "0", "more than 0"]),
         (["worker", "--engine", "sim", "--speedupp", "2"], ["--speedupp"]),
         (["gateway", "--policy", "no-such"], ["--policy", "no-such", "round_robin"]),

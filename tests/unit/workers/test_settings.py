@@ -38,6 +38,23 @@ def test_others_reach_a_worker_where_it_listens_unless_told_otherwise():
     assert WorkerSettings(engine="sim", host="0.0.0.0", advertise_host="w1").public_host == "w1"
 
 
+def test_vllm_serves_the_demo_model_if_none_is_named(tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    made = WorkerSettings(engine="vllm").with_model(lambda: tmp_path)
+    assert (made.model_path, made.model_name) == (tmp_path, "gemma-3-270m")
+    assert WorkerSettings(engine="vllm", served_model_name="mill").with_model(lambda: tmp_path).model_name == "mill"
+
+
+def test_a_named_model_and_a_simulated_one_need_no_demo_model(tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    named = WorkerSettings(engine="vllm", model=tmp_path)
+    assert named.with_model(pytest.fail) is named
+    simulated = WorkerSettings(engine="sim")
+    assert simulated.with_model(pytest.fail) is simulated
+
+
 @pytest.mark.parametrize(("cores", "numbers"), [(None, ()), ("3", (3,)), ("0-2,6", (0, 1, 2, 6)), ("4, 1-1", (1, 4))])
 def test_cores_are_numbers_and_ranges(cores, numbers):
     assert WorkerSettings(engine="sim", cores=cores).core_numbers() == numbers
@@ -72,7 +89,6 @@ def test_no_handover_is_a_setting():
         ({"worker_id": "a/b"}, "--worker-id is 'a/b'"),
         ({"served_model_name": ""}, "--served-model-name is ''"),
         ({"host": "0.0.0.0"}, "--advertise-host is None"),
-        ({"engine": "vllm"}, "--model is None: vllm needs"),
         ({"model": Path("/nowhere")}, "--model is '/nowhere': not the directory of a model"),
     ],
 )
@@ -99,7 +115,6 @@ def start(*flags):
         (["--engine", "magic"], "magic"),
         (["--engine", "sim", "--no-such-flag"], "no-such-flag"),
         (["--engine", "sim", "--block-size", "0"], "--block-size is 0"),
-        (["--engine", "vllm"], "--model is None"),
     ],
 )
 def test_a_wrong_command_line_is_refused_with_the_flag_and_its_value(flags, words):
