@@ -32,6 +32,7 @@ from planes.messages import (
 from workers.engine import EngineLoad, EngineObserver, EngineOutput, EngineRequest, EngineStartError
 from workers.vllm_config import CPU_PRIOR, VllmOptions, check_model_dir, engine_config, eos_tokens
 from workers.vllm_events import EventReader, EventTranslator
+from workers.vllm_failure import cause_of, expect_failure
 from workers.vllm_output import NO_ARRIVAL, Arrival, translate
 from workers.vllm_request import (
     KvGroup,
@@ -116,6 +117,7 @@ class VllmEngine:
         replay_endpoint = f"ipc://{self._scratch.name}/replay"
         self._reader = EventReader(EventTranslator(options.model), replay_endpoint)
         events = {"endpoint": self._reader.endpoint, "replay_endpoint": replay_endpoint}
+        expect_failure(Path(self._scratch.name))
         in_thread = asyncio.get_running_loop().run_in_executor
         try:
             progress("importing vLLM")
@@ -130,7 +132,7 @@ class VllmEngine:
         except EngineStartError:
             raise
         except Exception as exc:  # vLLM raises whatever its parts raise
-            raise EngineStartError(f"vLLM could not start: {_cause(exc)}") from exc
+            raise EngineStartError(f"vLLM could not start: {cause_of(exc)}") from exc
         self._pin()
         self._facts = self._read_facts(config)
         self._keep(self._watch_steps())
@@ -403,12 +405,6 @@ class VllmEngine:
             free_blocks=int(self._facts.num_blocks * (1.0 - latest.usage)),
             kv_tokens=latest.kv_tokens if self._runs else 0,
         )
-
-
-def _cause(exc: Exception) -> str:
-    if "Engine core initialization failed" in str(exc):
-        return "its engine process failed, and its last lines above say why"
-    return f"{type(exc).__name__}: {exc}"
 
 
 def _stat_logger(record: Callable[[Any], None]) -> type:

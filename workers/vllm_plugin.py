@@ -3,7 +3,7 @@
 * Two schedulers that add what a step computed to its statistics, and keep quiet while they only poll.
 * NIXL's two connectors under vLLM's own names (vLLM asks for them by name), with their progress thread calmed, the
   model thread's cores restored, the seconds and bytes of every handover noted, and no lease for a finished request.
-* The engine process ends when the worker does, and at once when it has released everything.
+* The engine process ends when the worker does, and at once when it has released everything. Its failure leaves a note.
 
 Both sides of vLLM 0.32's internal interfaces are touched here and in `vllm_engine.py` only.
 """
@@ -63,6 +63,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl import connector as nixl 
 from vllm.v1.core.sched import async_scheduler, scheduler  # noqa: E402
 from vllm.v1.request import RequestStatus  # noqa: E402
 
+from workers.vllm_failure import note_failures  # noqa: E402
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -81,6 +83,7 @@ class BeforeLoading:
 
 if multiprocessing.current_process().name.startswith("EngineCore"):
     die_with_parent()
+    note_failures()
 
 
 class _Reporting:

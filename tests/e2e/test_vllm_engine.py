@@ -213,7 +213,13 @@ async def test_the_engine_process_ends_with_its_worker_and_the_worker_hears_of_i
     assert answer.last["finish"] == "error", name
 
 
+def refusal(engine):
+    (refused,) = [news for news in engine.said if news["kind"] == "refused"]
+    return refused["message"]
+
+
 async def test_a_start_that_cannot_be_is_refused_with_a_clear_line(start_engine, tmp_path):
     missing = await start_engine("nowhere", model_path=str(tmp_path / "nothing"))
-    (refused,) = [news for news in missing.said if news["kind"] == "refused"]
-    assert "is no directory: name a directory with config.json" in refused["message"]
+    assert "is no directory: name a directory with config.json" in refusal(missing)
+    tiny = await start_engine("tiny", kv_cache_bytes=1 << 10)
+    assert "its engine process failed with ValueError: No available memory for the cache blocks" in refusal(tiny)
