@@ -3,6 +3,7 @@
 * Two schedulers that add what a step computed to its statistics, and keep quiet while they only poll.
 * NIXL's two connectors under vLLM's own names (vLLM asks for them by name), with their progress thread calmed, the
   model thread's cores restored, the seconds and bytes of every handover noted, and no lease for a finished request.
+* The push connector's decode side gives up what nobody writes.
 * The engine process ends when the worker does, and at once when it has released everything. Its failure leaves a note.
 
 Both sides of vLLM 0.32's internal interfaces are touched here and in `vllm_engine.py` only.
@@ -260,11 +261,68 @@ class NixlPullConnector(_Handover, nixl.NixlPullConnector):  # type: ignore[misc
         super().__init__(vllm_config, role, kv_cache_config)
 
 
+class _PunctualWriter(nixl.NixlPushConnectorWorker):  # type: ignore[misc]
+    """Begins no WRITE that the decode engine may have given up (`NixlPushConnector`). Runs on vLLM's writer thread."""
+
+    def _handle_push_reg_notif(self, notif: bytes) -> None:
+        super()._handle_push_reg_notif(notif)
+        for name, registration in list(self._pending_d_registrations.items()):
+            if _is_late(registration):
+                del self._pending_d_registrations[name]
+
+    def _do_start_push_kv(self, request_id: str, blocks: Any, registration: dict[str, Any]) -> None:
+        if not _is_late(registration):  # else its lease frees the blocks
+            super()._do_start_push_kv(request_id, blocks, registration)
+
+
+_WRITE_UNTIL = "headrace_write_until"
+
+
+def _is_late(registration: dict[str, Any]) -> bool:
+    return bool(time.time() > registration.get(_WRITE_UNTIL, 0.0))
+
+
+nixl.NixlPushConnectorWorker = _PunctualWriter
+
+
 class NixlPushConnector(_Handover, nixl.NixlPushConnector):  # type: ignore[misc]
-    """vLLM's push connector."""
+    """vLLM's push connector, whose decode side would wait for a WRITE for ever, its blocks lost.
+
+    | seconds since the decode engine registered | up to T   | T to 2 T                      | from 2 T on      |
+    |--------------------------------------------|-----------|-------------------------------|------------------|
+    | prefill engine                             | may begin | may end what it has begun     | writes no more   |
+    | decode engine                              | waits     | waits; the request has failed | frees the blocks |
+
+    T is `push_timeout_s`. The registration says until when to begin, because an idle prefill engine may leave it unread
+    for long: the two clocks must agree within T, less the time that a handshake and a WRITE take.
+    """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        options = vllm_config.kv_transfer_config.kv_connector_extra_config
+        self._timeout_s = float(options["push_registration_timeout"])
+        self._registered_at: dict[str, float] = {}  # oldest first
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        registration = self.connector_scheduler._push_pending_registrations.get(request.request_id)  # noqa: SLF001
+        if registration is not None:
+            registration[_WRITE_UNTIL] = time.time() + self._timeout_s
+
+    def start_load_kv(self, *args: Any, **kwargs: Any) -> None:
+        super().start_load_kv(*args, **kwargs)
+        now = time.monotonic()
+        self._registered_at.update(dict.fromkeys(self._connector_metadata.push_registrations, now))
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        limit = time.monotonic() - 2 * self._timeout_s
+        for request_id in [name for name, registered_at in self._registered_at.items() if registered_at < limit]:
+            del self._registered_at[request_id]
+            self.connector_worker._failed_recv_reqs.put(request_id)  # noqa: SLF001 - vLLM's way to say so
+        results = super().get_transfer_results(finished_req_ids)
+        for request_id in results.finished_recving:
+            self._registered_at.pop(request_id, None)
+        return results
 
     def _may_free(self) -> bool:
         return False  # the decode engine has registered already and waits for the WRITE

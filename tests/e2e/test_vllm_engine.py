@@ -16,6 +16,7 @@ from planes.messages import HandoverMode
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 
 BLOCK = 32
+PUSH_TIMEOUT_S = 15.0
 ELSEWHERE = "another tenant"  # a salt: nothing cached under it
 
 
@@ -33,8 +34,8 @@ async def pair(request, start_engine):
     mode = request.param
     cores = sorted(os.sched_getaffinity(0))
     prefill, decode = await asyncio.gather(
-        start_engine(f"p-{mode}", role="prefill", handover=mode, cores=cores[:1]),
-        start_engine(f"d-{mode}", role="decode", handover=mode, cores=cores[-1:]),
+        start_engine(f"p-{mode}", role="prefill", handover=mode, cores=cores[:1], push_timeout_s=PUSH_TIMEOUT_S),
+        start_engine(f"d-{mode}", role="decode", handover=mode, cores=cores[-1:], push_timeout_s=PUSH_TIMEOUT_S),
     )
     return mode, prefill, decode
 
@@ -126,7 +127,7 @@ async def test_malformed_handover_parameters_are_refused_and_the_engine_lives(pa
 async def test_a_prefill_worker_that_is_gone_fails_the_request_and_not_the_engine(pair):
     mode, prefill, decode = pair
     if mode is HandoverMode.PUSH:
-        return  # vLLM waits for ever there: ADR 6
+        return  # nothing has been promised: see the next test
     tokens = prompt(8, 100)
     good = (await prefill.run(tokens, None, tagged(PrefillLeg(mode)))).ticket
     params = msgspec.msgpack.decode(good.params) | {"remote_port": 9, "remote_engine_id": "nobody"}
@@ -134,6 +135,35 @@ async def test_a_prefill_worker_that_is_gone_fails_the_request_and_not_the_engin
     failed = await decode.run(tokens, None, tagged(DecodeLeg(ticket=nowhere)))
     assert failed.last["finish"] == "error"
     assert (await decode.run(tokens)).last["finish"] == "length"
+
+
+async def free_blocks(engine):
+    engine.said = [news for news in engine.said if news["kind"] != "load"]
+    engine.send("load")
+    await engine.until(lambda: "load" in engine.kinds())
+    return next(news for news in engine.said if news["kind"] == "load")["free_blocks"]
+
+
+async def test_a_kv_cache_that_nobody_writes_costs_the_request_and_no_blocks(pair):
+    mode, prefill, decode = pair
+    if mode is HandoverMode.PULL:
+        return
+    tokens = prompt(50, 300)
+    before = await free_blocks(decode)
+    failed = await decode.run(tokens, None, tagged(DecodeLeg(source=prefill.endpoint)), name="unwritten")
+    assert failed.last["finish"] == "error"
+    assert await free_blocks(decode) < before
+    async with asyncio.timeout(20 * PUSH_TIMEOUT_S):
+        while await free_blocks(decode) < before:  # noqa: ASYNC110 - it tells its load when it is asked
+            await asyncio.sleep(0.5)
+    others = [prompt(51 + i, 900) for i in range(3)]  # they take all blocks
+    answers = [(await decode.run(other)).tokens for other in others]
+    late = await prefill.run(tokens, None, tagged(PrefillLeg(mode)), name="unwritten")
+    assert late.last["finish"] == "length"
+    await prefill.run(tokens)  # whatever was to be written has been
+    again = [await decode.run(other) for other in reversed(others)]
+    assert again[0].last["cached_tokens"] > 0
+    assert [answer.tokens for answer in again] == answers[::-1]
 
 
 async def test_a_first_token_that_ends_the_answer_leaves_no_ticket(pair):
