@@ -23,7 +23,7 @@ from router.policy import FleetView, WorkerView
 from router.request import Candidate, RoutableRequest
 
 _MAX_UTILISATION = 0.95
-_STALL_BOTH = 0.2
+_STALL_BOTH = 0.05
 """What a second of standing still counts for a stream on a worker that is there for both, against a second of waiting
 for a first token: the stream has tokens to show meanwhile. On a worker kept for decoding it counts in full."""
 

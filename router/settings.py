@@ -14,8 +14,9 @@ class RouterSettings:
     """Most requests that wait in the gateway, 1 or more."""
     slo_ttft_s: float | None = None
     """Refuse a request whose predicted time to first token is longer; None: never. A request's own limit wins."""
-    aging: float = 0.1
-    """Seconds of predicted prefill that one second of waiting makes up for, more than 0."""
+    aging: float = 4.0
+    """Seconds of predicted prefill that one second of waiting makes up for, more than 0. Less lets short prompts pass
+    long ones: beyond saturation more requests meet an SLO, and the longest wait for very long (`docs/routing.md`)."""
     promote_after_s: float = 30.0
     """After each such wait a request counts one priority class higher, more than 0."""
     quantum_tokens: int = 4096

@@ -8,8 +8,9 @@ one the best prefill worker, and so on until nothing changes. Where links are eq
 prompts to compute, that is exact; otherwise the pair found is one that no exchange of a single worker improves.
 
 A request whose cheapest worker has more to do than the next round trip and step need is held in the gateway: binding
-it now could not start it sooner, and by the time it can start another worker may be cheaper. So is one whose decode
-worker has no room for it: its KV cache would only wait in the prefill worker's memory.
+it now could not start it sooner, and by the time it can start another worker may be cheaper. Prompts that are computed
+in the same step start together, so a short one may come as soon as the next step has a place for it. Held, too, is a
+request whose decode worker has no room for it: its KV cache would only wait in the prefill worker's memory.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from router.request import Candidate, RoutableRequest
 
 _ROUND_TRIP_S = 0.01
 _PATIENCE = 4  # how many times as long as it took to compute a KV cache may wait for room to decode
+_SHARED_STEPS = 16  # prompts are brought together in a step as long as they take at most so many times its fixed cost
 _NEAR = 1.003  # costs this close are equal, and a random one wins: several gateways must not all pick the same worker
 
 
@@ -47,7 +49,7 @@ class Headrace:
         least = min([option.total_s for option in options])
         near = [option for option in options if option.total_s <= least * _NEAR]
         chosen = near[0] if len(near) == 1 else view.rng.choice(near)
-        return _bound_or_held(chosen, tuple(options), view, decodes)
+        return _bound_or_held(request, chosen, tuple(options), view, decodes)
 
 
 def _pairs(
@@ -90,13 +92,17 @@ def _is_alone(prefills: Sequence[PrefillLeg], decode: DecodeLeg) -> bool:
 
 
 def _bound_or_held(
-    chosen: Candidate, options: tuple[Candidate, ...], view: FleetView, decodes: Sequence[DecodeLeg]
+    request: RoutableRequest,
+    chosen: Candidate,
+    options: tuple[Candidate, ...],
+    view: FleetView,
+    decodes: Sequence[DecodeLeg],
 ) -> Choice:
     decode = next(leg for leg in decodes if leg.worker.worker == chosen.decode)
     computing = decode.worker
     if chosen.prefill is not None:
         computing = next(worker for worker in view.prefill if worker.worker == chosen.prefill)
-    room_s = _room_s(computing)
+    room_s = _room_s(computing, request.prompt_tokens - computing.cached_tokens)
     if computing.queue_s > room_s:
         return Choice(chosen, options, True, f"{computing.worker} has {computing.queue_s:.2f} s to compute", room_s)
     computing_s = chosen.prefill_s + chosen.handover_s
@@ -105,9 +111,15 @@ def _bound_or_held(
     return Choice(chosen, options, room_s=room_s)
 
 
-def _room_s(worker: WorkerView) -> float:
-    """Prompt work that must lie ready at a worker so that it never idles: a round trip and a step."""
-    return _ROUND_TRIP_S + worker.latency.step_s(worker.num_running, worker.kv_tokens)
+def _room_s(worker: WorkerView, uncached_tokens: int) -> float:
+    """Prompt work that must lie ready at a worker so that it never idles, a round trip and a step; and what a prompt
+    can share a step with, where steps are dear: prompts in one step start together, and end together, too."""
+    latency = worker.latency
+    room_s = _ROUND_TRIP_S + latency.step_s(worker.num_running, worker.kv_tokens)
+    beside = worker.facts.max_step_tokens - uncached_tokens
+    if beside <= 0:
+        return room_s
+    return room_s + min(latency.prefill_s(beside, beside), _SHARED_STEPS * latency.prefill_s(0, 0))
 
 
 def _cost(leg: PrefillLeg) -> float:

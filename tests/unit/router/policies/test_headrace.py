@@ -140,6 +140,19 @@ def test_a_busy_worker_holds_the_request_and_says_until_when():
     assert 0 < choice.room_s < 0.1
 
 
+def test_a_short_prompt_joins_the_next_step_and_a_long_one_waits_for_it_to_end():
+    decode = worker("d", Role.DECODE, **BUSY)
+    queue_s = 0.12  # less than sixteen steps cost anyway
+    assert not choose(worker("p", Role.PREFILL, queue_s=queue_s), decode, routable=request(400)).is_held
+    assert choose(worker("p", Role.PREFILL, queue_s=queue_s), decode, routable=request(2048)).is_held
+
+
+def test_where_computing_takes_far_longer_than_a_step_costs_prompts_are_not_brought_together():
+    slow = LatencyModel(LatencyPrior(prefill_fixed_s=0.01, prefill_per_token_s=2e-3), 2048)
+    busy = replace(worker("d", Role.BOTH, queue_s=0.5), latency=slow)
+    assert choose(busy, routable=request(400)).is_held
+
+
 def test_a_decode_worker_without_room_holds_the_request():
     full = worker("d", Role.DECODE, **BUSY | {"free_blocks": 10})
     choice = choose(worker("p", Role.PREFILL), full, routable=request(expected=10_000))
