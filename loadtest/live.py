@@ -153,18 +153,34 @@ def _ttft(candidate: dict[str, float]) -> float:
 # --- long prompts among chats, real vLLM -----------------------------------------------------------------------------
 
 
-def mixed_arrivals(model: str, seconds: float, seed: int) -> list[Arrival]:
+_WORDS = (
+    "time",
+    "people",
+    "year",
+    "way",
+    "day",
+    "thing",
+    "world",
+    "life",
+    "hand",
+    "part",
+    "child",
+    "eye",
+    "place",
+    "work",
+)
+"""One token each, as common words are in most vocabularies."""
+
+
+def mixed_arrivals(model: str, seconds: float, seed: int, rate_scale: float) -> list[Arrival]:
     """Poisson: prompts of 900 words, 0.5/s, 32 tokens out, among chats of 60 words, 0.8/s, 80 tokens out."""
     rng = random.Random(seed)
-    words = [
-        f"{a}{b}" for a in ("ri", "wa", "mi", "sto", "we", "ga", "flo", "ra") for b in ("ver", "ter", "ll", "ne", "ir")
-    ]
 
     def stream(rate: float, kind: str, num_words: int, num_tokens: int) -> list[Arrival]:
         found = []
         at = rng.expovariate(rate)
         while at < seconds:
-            text = " ".join(rng.choices(words, k=num_words))
+            text = " ".join(rng.choices(_WORDS, k=num_words))
             body = {
                 "model": model,
                 "messages": [{"role": "user", "content": text}],
@@ -178,16 +194,22 @@ def mixed_arrivals(model: str, seconds: float, seed: int) -> list[Arrival]:
             at += rng.expovariate(rate)
         return found
 
-    return sorted(stream(0.5, "long", 900, 32) + stream(0.8, "chat", 60, 80), key=lambda arrival: arrival.at_s)
+    found = stream(0.5 * rate_scale, "long", 900, 32) + stream(0.8 * rate_scale, "chat", 60, 80)
+    return sorted(found, key=lambda arrival: arrival.at_s)
 
 
 @app.command
-def mix(*, seconds: float = 60.0, rounds: int = 2, seed: int = 0, out: _Out = None) -> None:
-    """Long prompts among chats on vLLM and two cores: plain servers, always handed over, and as the router likes."""
-    _write(uvloop.run(_mix(seconds, rounds, seed)), out)
+def mix(*, seconds: float = 60.0, rounds: int = 2, rate_scale: float = 1.0, seed: int = 0, out: _Out = None) -> None:
+    """Long prompts among chats on vLLM and two cores: plain servers, always handed over, and as the router likes.
+
+    Args:
+        seconds: of arrivals in each round of each variant
+        rate_scale: times 0.5 long prompts and 0.8 chats a second; take less where one core computes 900 tokens slowly
+    """
+    _write(uvloop.run(_mix(seconds, rounds, rate_scale, seed)), out)
 
 
-async def _mix(seconds: float, rounds: int, seed: int) -> dict[str, Any]:
+async def _mix(seconds: float, rounds: int, rate_scale: float, seed: int) -> dict[str, Any]:
     plain_settings = {"HEADRACE_POLICY": "round_robin", "HEADRACE_HANDOVER": "none"}
     async with AsyncExitStack() as running:
         print("starting two plain workers …", flush=True)
@@ -202,10 +224,10 @@ async def _mix(seconds: float, rounds: int, seed: int) -> dict[str, Any]:
         }
         for variant, send in variants.items():
             print(f"warming up: {variant} …", flush=True)
-            await send(mixed_arrivals(plain.model, 8.0, seed=-1))
+            await send(mixed_arrivals(plain.model, 8.0, -1, 1.0))
         samples: dict[str, list[tuple[Arrival, Sample]]] = {variant: [] for variant in variants}
         for number in range(rounds):
-            arrivals = mixed_arrivals(plain.model, seconds, seed + number)
+            arrivals = mixed_arrivals(plain.model, seconds, seed + number, rate_scale)
             for variant, send in variants.items():
                 print(f"round {number + 1} of {rounds}: {variant}, {seconds:g} s …", flush=True)
                 samples[variant] += zip(arrivals, await send(arrivals), strict=True)

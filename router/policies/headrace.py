@@ -113,7 +113,8 @@ def _bound_or_held(
 
 def _room_s(worker: WorkerView, uncached_tokens: int) -> float:
     """Prompt work that must lie ready at a worker so that it never idles, a round trip and a step; and what a prompt
-    can share a step with, where steps are dear: prompts in one step start together, and end together, too."""
+    can share a step with, where steps are dear: prompts in one step start together, and end together, too.
+    """
     latency = worker.latency
     room_s = _ROUND_TRIP_S + latency.step_s(worker.num_running, worker.kv_tokens)
     beside = worker.facts.max_step_tokens - uncached_tokens
