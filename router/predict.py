@@ -4,8 +4,8 @@
             + inflicted
 
     inflicted = prefill * sequences that decode there                (each stands still meanwhile)
-              + prefill * max(utilisation / (1 - utilisation),       (congestion: those still to come wait longer,
-                              requests waiting / workers)             and so do those who wait already)
+              + prefill * max(utilisation / (1 - utilisation),       (congestion: those still to come wait longer, and
+                              requests waiting / workers)             so do those who wait for a worker that prefills)
               + expected_tokens * batch * (step with it - step without)
 
 The congestion price is what a second of work adds to the waits of others. In a queue that is busy for a share
@@ -60,16 +60,17 @@ def prefill_leg(request: RoutableRequest, worker: WorkerView, waiting: float = 0
     seconds = worker.latency.prefill_s(uncached, request.prompt_tokens)
     queue = worker.queue_s
     busy = min(worker.prefill_utilisation, _MAX_UTILISATION)
-    price = max(busy / (1 - busy), waiting)
+    stalled_s = 0.0
     if worker.role.can_decode and (worker.num_running or worker.mean_running):
+        weight = _STALL_BOTH if worker.role.can_prefill else 1.0
+        stalled_s = seconds * weight * max(worker.num_running, worker.mean_running)
         if worker.num_running:  # every step of the prompt carries the batch along, and begins when the current one ends
             step = worker.latency.step_s(worker.num_running, worker.kv_tokens)
             steps = -(-uncached // max(1, worker.facts.max_step_tokens))
             seconds += steps * max(0.0, step - worker.latency.step_s(0, 0))
             queue += step / 2
-        weight = _STALL_BOTH if worker.role.can_prefill else 1.0
-        price += weight * max(worker.num_running, worker.mean_running)
-    inflicted = seconds * price
+    price = max(busy / (1 - busy), waiting if worker.role.can_prefill else 0.0)
+    inflicted = stalled_s + seconds * price
     return PrefillLeg(worker, queue, seconds, inflicted, queue + seconds + inflicted)
 
 

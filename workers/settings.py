@@ -66,7 +66,10 @@ class WorkerSettings:
     max_batch: Annotated[
         int | None, Parameter(help="Most sequences running at once. Default: 32 (vllm), 256 (sim).")
     ] = None
-    max_step_tokens: Annotated[int | None, Parameter(help="Most tokens that one step computes. Default: 2048.")] = None
+    max_step_tokens: Annotated[
+        int | None,
+        Parameter(help="Most tokens that one step computes. Default: 2048; 40 for a decode worker with vLLM on CPU."),
+    ] = None
     max_queued: Annotated[int, Parameter(help="Most requests taken beyond --max-batch.")] = 1024
     dtype: Annotated[
         str, Parameter(help="Number format of the weights (vllm); auto takes what this machine computes fastest.")
