@@ -72,6 +72,12 @@ MATRIX: Final[Sequence[Case]] = (
     Case("agentic", 1.0, 0, 0, 12),
     Case("uniform", 1.0, 6, 2),
     Case("uniform", 1.0, 0, 0, 8),
+    Case("tools", 1.0, 8, 4),
+    Case("tools", 1.0, 0, 0, 12),
+    Case("documents", 1.0, 8, 4),
+    Case("documents", 1.0, 0, 0, 12),
+    Case("bursts", 1.0, 6, 4),
+    Case("bursts", 1.0, 0, 0, 10),
 )
 """What `docs/routing.md` compares: three loads of the trace, generated loads, disaggregated and aggregated at equal
 workers, a slow worker, two gateways. The whole trace where it matters most, its first part elsewhere: an hour in all.
@@ -225,7 +231,7 @@ def main(
     """Run workloads through policies and print a table.
 
     Args:
-        trace: a synthetic load (shared_prefix, prefix_repetition, agentic, uniform), a trace's name, or its path
+        trace: a synthetic load (see `loadtest/workloads.py`), a trace's name, or its path
         policies: which policies to compare
         prefill: prefill workers
         decode: decode workers

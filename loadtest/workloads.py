@@ -12,6 +12,7 @@ share segments. `hash_ids` of a trace are such ids already.
 import gzip
 import itertools
 import json
+import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -220,10 +221,70 @@ def uniform(block_size: int, rng: random.Random) -> Iterator[Session]:
         yield Session(at, (Turn(0.0, prompt_tokens, completion_tokens, names),))
 
 
+def tools(block_size: int, rng: random.Random) -> Iterator[Session]:
+    """Agents with tools: one of 60 sets of tools in the prompt, few turns, short answers.
+
+    1,000 to 8,000 tokens of tools, the k-th set 1/k as often as the first. A turn adds lognormal tokens (median 1,500,
+    sigma 1, at most 30,000), 90 of answer (median, sigma 0.9). A session has 3 to 4 turns on average, geometric, at
+    most 12, 5 s and more apart. 4 sessions/s for 120 s.
+    """
+    sizes = [rng.randint(1000, 8000) for _ in range(60)]
+    ids = itertools.count(len(sizes))
+    for at in poisson(rng, 120.0, lambda _: 4, 4):
+        kind = _zipf(rng, len(sizes), 1.0)
+        segments, turns = [(kind, sizes[kind])], []
+        for number in range(min(12, 1 + int(rng.expovariate(1 / 3)))):
+            segments.append((next(ids), _lognormal(rng, 1500, 1.0, 30_000)))
+            prompt_tokens, answer = sum(tokens for _, tokens in segments), _lognormal(rng, 90, 0.9, 2000)
+            think_s = 5 + rng.expovariate(1 / 8) if number else 0.0
+            turns.append(Turn(think_s, prompt_tokens, answer, segment_names(segments, block_size)))
+            segments.append((next(ids), answer))
+        yield Session(at, tuple(turns))
+
+
+def documents(block_size: int, rng: random.Random) -> Iterator[Session]:
+    """Questions about 400 documents: 2,000 to 20,000 tokens each, the k-th asked k^-0.9 as often as the first.
+
+    Then 50 to 500 tokens of question; 250 out on average, exponential; Poisson, 8 requests/s for 180 s.
+    """
+    sizes = [rng.randint(2000, 20_000) for _ in range(400)]
+    for number, at in enumerate(poisson(rng, 180.0, lambda _: 8, 8)):
+        document = _zipf(rng, len(sizes), 0.9)
+        segments = [(document, sizes[document]), (len(sizes) + number, rng.randint(50, 500))]
+        prompt_tokens = sum(tokens for _, tokens in segments)
+        names = segment_names(segments, block_size)
+        yield Session(at, (Turn(0.0, prompt_tokens, 1 + int(rng.expovariate(1 / 250)), names),))
+
+
+def bursts(block_size: int, rng: random.Random) -> Iterator[Session]:
+    """Chats that come in waves: 14 requests/s for 15 s of every minute, else 2.5, for 300 s.
+
+    1,024 tokens common to all, lognormal tokens of one's own (median 1,800, sigma 1.3, at most 60,000); 200 out on
+    average, exponential.
+    """
+    for number, at in enumerate(poisson(rng, 300.0, lambda now: 14 if now % 60 < 15 else 2.5, 14)):
+        own = _lognormal(rng, 1800, 1.3, 60_000)
+        names = segment_names([(0, 1024), (1 + number, own)], block_size)
+        yield Session(at, (Turn(0.0, 1024 + own, 1 + int(rng.expovariate(1 / 200)), names),))
+
+
+def _zipf(rng: random.Random, count: int, exponent: float) -> int:
+    """0 to `count` - 1, the k-th with weight (k + 1)^-exponent."""
+    return rng.choices(range(count), [(k + 1) ** -exponent for k in range(count)])[0]
+
+
+def _lognormal(rng: random.Random, median: float, sigma: float, most: int) -> int:
+    """1 to `most`."""
+    return min(most, 1 + int(rng.lognormvariate(math.log(median), sigma)))
+
+
 GENERATORS: Final[Mapping[str, Callable[[int, random.Random], Iterator[Session]]]] = {
     "shared_prefix": shared_prefix,
     "prefix_repetition": prefix_repetition,
     "agentic": agentic,
     "uniform": uniform,
+    "tools": tools,
+    "documents": documents,
+    "bursts": bursts,
 }
 """Name → generator of a synthetic load."""

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -117,3 +118,28 @@ def test_scaling_speeds_up_starts_and_leaves_think_times():
     assert fast.sessions[5].turns[3].think_s == workload.sessions[5].turns[3].think_s
     with pytest.raises(ValueError, match="rate scale is 0"):
         workload.scaled(0)
+
+
+def test_tools_are_shared_between_sessions_and_turns_are_few():
+    sessions = workloads.load("tools", block_size=16, seed=3).sessions
+    kinds = Counter(session.turns[0].blocks[1000 // 16 - 1] for session in sessions)
+    assert len(kinds) <= 60
+    assert kinds.most_common(1)[0][1] > len(sessions) / 10
+    turns = [len(session.turns) for session in sessions]
+    assert max(turns) <= 12
+    assert sum(turns) / len(turns) == pytest.approx(3.5, rel=0.25)
+    assert all(turn.think_s >= 5 for session in sessions for turn in session.turns[1:])
+
+
+def test_some_documents_are_asked_about_far_more_often_than_others():
+    sessions = workloads.load("documents", block_size=16, seed=3).sessions
+    asked = Counter(session.turns[0].blocks[2000 // 16 - 1] for session in sessions)
+    assert 200 < len(asked) <= 400
+    assert asked.most_common(1)[0][1] > 5 * len(sessions) / 400
+
+
+def test_bursts_come_once_a_minute():
+    sessions = workloads.load("bursts", block_size=16, seed=3).sessions
+    wave = sum(session.start_s % 60 < 15 for session in sessions)
+    assert wave / 75 == pytest.approx(14, rel=0.15)
+    assert (len(sessions) - wave) / 225 == pytest.approx(2.5, rel=0.15)
