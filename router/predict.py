@@ -66,7 +66,7 @@ def prefill_leg(request: RoutableRequest, worker: WorkerView, waiting: float = 0
         stalled_s = seconds * weight * max(worker.num_running, worker.mean_running)
         if worker.num_running:  # every step of the prompt carries the batch along, and begins when the current one ends
             step = worker.latency.step_s(worker.num_running, worker.kv_tokens)
-            steps = -(-uncached // max(1, worker.facts.max_step_tokens))
+            steps = -(-uncached // max(1, worker.facts.max_step_tokens - worker.num_running))
             seconds += steps * max(0.0, step - worker.latency.step_s(0, 0))
             queue += step / 2
     price = max(busy / (1 - busy), waiting if worker.role.can_prefill else 0.0)

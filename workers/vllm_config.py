@@ -19,9 +19,9 @@ VERSION = "0.32.0"
 
 CPU_KV_CACHE_BYTES = 256 << 20
 
-CPU_DECODE_STEP_TOKENS = 40
+CPU_DECODE_STEP_TOKENS = 32
 """Tokens that a decode worker on CPU computes in one step. A step streams the weights whatever it computes, which takes
-about as long as 40 tokens more: chats beside a prompt become half as fast, rather than standing still."""
+about as long as 40 tokens more: chats beside a prompt become slower by half, rather than standing still."""
 
 CPU_PRIOR = LatencyPrior(
     prefill_fixed_s=0.03,
