@@ -53,7 +53,7 @@ class UpSettings:
     nats: Annotated[str | None, Parameter(help="URL of a NATS cluster. Default: start one here.")] = None
     namespace: Annotated[str, Parameter(help="Separates fleets that share etcd and NATS.")] = "local"
     state_dir: Annotated[
-        Path | None, Parameter(help="Where etcd, NATS and the logs live. Default: ~/.cache/headrace/run/PORT.")
+        Path | None, Parameter(help="Where etcd, NATS and the logs live. Default: run/PORT in HEADRACE_CACHE (~/.cache/headrace).")
     ] = None
     ready_timeout_s: Annotated[float, Parameter(help="Longest start of one process, in seconds.")] = 600.0
 

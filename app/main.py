@@ -102,7 +102,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
     metrics = Metrics()
     router = _router(settings)
     dispatcher = Dispatcher(router, clock=clock)
-    models = Models(ObjectStore(events), settings.cache_dir.expanduser())
+    models = Models(ObjectStore(events), settings.assets_dir)
 
     async def connect(worker: Registration) -> WorkerConnection:
         limits, deadline = settings.stream_limits, clock() + _CONNECT_TIMEOUT_S

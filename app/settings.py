@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from planes.cache import cache_dir
 from planes.control import parse_endpoints
 from planes.events import parse_servers
 from planes.names import check_namespace
@@ -55,9 +56,12 @@ class GatewaySettings:
     api_keys_file: Annotated[
         Path | None, Parameter(help="TOML file with the API keys that may ask. Default: everybody may.")
     ] = None
-    cache_dir: Annotated[Path, Parameter(help="Where tokenizer files are kept between starts.")] = Path(
-        "~/.cache/headrace/assets"
-    )
+    cache_dir: Annotated[
+        Path | None,
+        Parameter(
+            help="Where tokenizer files are kept between starts. Default: assets in HEADRACE_CACHE (~/.cache/headrace)."
+        ),
+    ] = None
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Parameter(help="Least level to log.")] = "info"
     log_json: Annotated[bool, Parameter(help="Log JSON lines.")] = False
 
@@ -80,6 +84,11 @@ class GatewaySettings:
         check_setting("etcd", self.etcd, parse_endpoints)
         check_setting("nats", self.nats, parse_servers)
         check_setting("namespace", self.namespace, check_namespace)
+
+    @property
+    def assets_dir(self) -> Path:
+        """Where tokenizer files are kept."""
+        return cache_dir() / "assets" if self.cache_dir is None else self.cache_dir.expanduser()
 
     @property
     def stream_limits(self) -> StreamLimits:

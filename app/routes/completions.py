@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions` and `POST /v1/completions`; `GET /v1/models`."""
+"""`POST /v1/chat/completions` and `POST /v1/completions`; `GET /v1/models` and `/v1/models/{model}`."""
 
 from collections.abc import Callable, Mapping
 
@@ -13,7 +13,7 @@ from app.http import Answer, Streamed, read_body
 from app.metrics import RequestSummary
 from app.openai.chat import parse_chat
 from app.openai.completions import parse_completion
-from app.openai.errors import code_of
+from app.openai.errors import ModelNotFound, code_of
 from app.openai.schema import Kind, ParsedRequest
 from app.relay import refuse
 from app.routes.replies import json_reply
@@ -53,13 +53,22 @@ def completion_routes(gateway: Gateway) -> APIRouter:
     async def models(request: Request) -> Response:
         """The models that registered workers serve."""
         gateway.keys.authenticate(request.headers)
-        listed = [
-            {"id": name, "object": "model", "created": created, "owned_by": "headrace"}
-            for name, created in gateway.fleet.models().items()
-        ]
+        listed = [_model(name, created) for name, created in gateway.fleet.models().items()]
         return json_reply({"object": "list", "data": listed})
 
+    @routes.get("/v1/models/{model:path}", response_model=None)
+    async def model(request: Request, model: str) -> Response:
+        """One of them; 404 if no worker serves it."""
+        gateway.keys.authenticate(request.headers)
+        if (created := gateway.fleet.models().get(model)) is None:
+            raise ModelNotFound(model)
+        return json_reply(_model(model, created))
+
     return routes
+
+
+def _model(name: str, created: int) -> dict[str, object]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "headrace"}
 
 
 async def prepared_job(

@@ -23,6 +23,12 @@ async def test_models_are_listed(client):
     assert [model.id for model in models] == ["sim"]
     assert models[0].object == "model"
     assert models[0].created > 1_700_000_000
+    assert await client.models.retrieve("sim") == models[0]
+
+
+async def test_a_model_that_nobody_serves_is_not_found(client):
+    with pytest.raises(openai.NotFoundError, match="'mil/l' does not exist"):
+        await client.models.retrieve("mil/l")
 
 
 async def test_the_synchronous_client_works_too(stack):
