@@ -8,7 +8,6 @@ its KV events.
 import asyncio
 import multiprocessing
 import os
-import tempfile
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +42,7 @@ from workers.vllm_request import (
     sampling_arguments,
     write_ticket,
 )
+from workers.vllm_scratch import Scratch
 
 __all__ = ["VllmEngine", "VllmOptions"]
 
@@ -89,7 +89,7 @@ class VllmEngine:
         self._is_stopping = False
         # One thread that lives as long as the engine process: the kernel ties the process to the thread that made it.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vllm")
-        self._scratch = tempfile.TemporaryDirectory(prefix="headrace-vllm-")
+        self._scratch = Scratch()
         self._llm: Any = None
         self._observer: EngineObserver
         self._facts: EngineFacts
@@ -114,10 +114,10 @@ class VllmEngine:
         check_model_dir(options)
         self._observer = observer
         self._eos = eos_tokens(options.model_path)
-        replay_endpoint = f"ipc://{self._scratch.name}/replay"
+        replay_endpoint = f"ipc://{self._scratch.path}/replay"
         self._reader = EventReader(EventTranslator(options.model), replay_endpoint)
         events = {"endpoint": self._reader.endpoint, "replay_endpoint": replay_endpoint}
-        expect_failure(Path(self._scratch.name))
+        expect_failure(self._scratch.path)
         in_thread = asyncio.get_running_loop().run_in_executor
         try:
             progress("importing vLLM")
@@ -253,7 +253,7 @@ class VllmEngine:
         if self._reader is not None:
             self._reader.close()
         self._thread.shutdown(wait=False)
-        self._scratch.cleanup()
+        self._scratch.remove()
 
     async def _end_output(self) -> None:
         """vLLM's task that hands out tokens would take the engine's end for its death, and log so."""
