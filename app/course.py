@@ -168,11 +168,9 @@ class Course:
             self.first_at = now
 
     def take(self, done: Done, *, now: float) -> None:
-        """A leg that was not to speak has ended the request all the same."""
+        """What a leg that was not to speak has computed all the same."""
         self.first_token(now=now)
         self.tokens.extend(done.tokens)
-        if self.job.format.is_streaming and done.payload:
-            self.answer.write(done.payload)
 
     def headers(self) -> Headers:
         """What the answer's head tells about the request."""

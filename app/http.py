@@ -27,6 +27,8 @@ _EXTENSION = "headrace.client"
 
 Headers = Sequence[tuple[str, str]]
 
+_STREAM = (("content-type", "text/event-stream"), ("cache-control", "no-cache"))
+
 
 class Client:
     """The connection that one request came over, as long as its answer lasts."""
@@ -77,6 +79,7 @@ class Answer:
         self._on_cut_off = on_cut_off
         self._has_body = scope["method"] != "HEAD"
         self._is_chunked = scope["http_version"] != "1.0"
+        self._is_plain = self._has_body and self._is_chunked
         self._held: list[bytes] = []
         self.is_begun = False
         """The head has been sent: it is too late for an error status."""
@@ -97,49 +100,74 @@ class Answer:
             self._held.append(payload)
             return
         if self._is_chunked:
-            self._transport.write(b"%x\r\n%b\r\n" % (len(payload), payload))
+            self._transport.write(_chunk(payload))
         elif self._has_body:
             self._transport.write(payload)
         if self._flow.write_paused:
             self._check_unsent()
 
-    async def begin(self, headers: Headers, media_type: str = "text/event-stream") -> None:
-        """Send the head of a streamed answer and what has been held back."""
-        if not self._is_chunked or not self._has_body:
+    async def begin(self, headers: Headers) -> None:
+        """Send the head of a streamed answer and what has been held back.  Raises:  RuntimeError, as `_head`."""
+        if self._is_plain and not self._flow.write_paused:
+            self._write_out(self._head(headers))
+            return
+        if not self._is_plain:
             # HTTP/1.0 knows no chunks: its body ends with the connection. This keeps uvicorn from announcing them.
             self._client.cycle.chunked_encoding = self._is_chunked = False
-        head = _encoded([("content-type", media_type), ("cache-control", "no-cache"), *headers])
-        if self._is_chunked and not self._flow.write_paused:
-            self._begin_at_once(head)
-            return
-        await self._send({"type": "http.response.start", "status": 200, "headers": head})
+        await self._send({"type": "http.response.start", "status": 200, "headers": _encoded([*_STREAM, *headers])})
         self.is_begun = True
         held, self._held = self._held, []
         for payload in held:
             self.write(payload)
 
-    def _begin_at_once(self, head: list[tuple[bytes, bytes]]) -> None:
-        """What uvicorn's `send` does for a head, and what has been held back: in one write, for each is a system call.
+    async def end(self, last: bytes = b"", headers: Headers = ()) -> None:
+        """Send `last` and close a streamed answer; the connection stays open for the next request.
+
+        headers: of an answer that has not begun. All that is still to be said is one write, for each is a system call.
+        Raises:  RuntimeError, as `_head`.
+        """
+        if self._is_plain and not self._flow.write_paused:
+            head = b"" if self.is_begun else self._head(headers)
+            self._write_out(b"%b%b0\r\n\r\n" % (head, _chunk(last) if last else b""))
+            self._complete()
+            return
+        if not self.is_begun:
+            await self.begin(headers)
+        if last:
+            self.write(last)
+        await self._send({"type": "http.response.body", "body": b""})
+
+    def _head(self, headers: Headers) -> bytes:
+        """What uvicorn's `send` writes for a head, and what has been held back.
 
         Raises:  RuntimeError for a header that would be several.
         """
         cycle = self._client.cycle
-        fields = [*cycle.default_headers, *head, (b"transfer-encoding", b"chunked")]
+        fields = [*cycle.default_headers, *_encoded([*_STREAM, *headers]), (b"transfer-encoding", b"chunked")]
         if not cycle.keep_alive:
             fields.append((b"connection", b"close"))
         lines = b"\r\n".join([name + b": " + value for name, value in fields])
         if lines.count(b"\n") != len(fields) - 1 or lines.count(b"\r") != len(fields) - 1:
-            raise RuntimeError(f"a header has a line break in it: {head}")
+            raise RuntimeError(f"a header has a line break in it: {headers}")
         cycle.response_started, cycle.chunked_encoding, cycle.waiting_for_100_continue = True, True, False
         self.is_begun = True
-        chunks = b"".join([b"%x\r\n%b\r\n" % (len(payload), payload) for payload in self._held])
-        self._held = []
-        if not cycle.disconnected:
-            self._transport.write(b"HTTP/1.1 200 OK\r\n" + lines + b"\r\n\r\n" + chunks)
+        held, self._held = self._held, []
+        return b"".join([b"HTTP/1.1 200 OK\r\n", lines, b"\r\n\r\n", *map(_chunk, held)])
 
-    async def end(self) -> None:
-        """Close a streamed answer; the connection stays open for the next request."""
-        await self._send({"type": "http.response.body", "body": b""})
+    def _write_out(self, data: bytes) -> None:
+        if not self._client.cycle.disconnected:
+            self._transport.write(data)
+
+    def _complete(self) -> None:
+        """What uvicorn's `send` does after the last byte."""
+        cycle = self._client.cycle
+        if cycle.disconnected:
+            return
+        cycle.response_complete = True
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            self._transport.close()
+        cycle.on_response()
 
     async def send_whole(self, status: int, headers: Headers, body: bytes) -> None:
         """Answer in one piece; what has been held back is dropped."""
@@ -218,6 +246,10 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         if not message.get("more_body", False):
             return b"".join((*pieces, piece)) if pieces else piece
         pieces.append(piece)
+
+
+def _chunk(payload: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
 def _encoded(headers: Headers) -> list[tuple[bytes, bytes]]:

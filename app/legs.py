@@ -108,8 +108,10 @@ class Leg:
             self._spoke(has_payload=bool(payload))
 
     def on_done(self, done: Done) -> None:
-        self.on_delta(done.payload, done.tokens)
-        self._end(done)
+        self._tokens.extend(done.tokens)
+        if self._on_first is not None:
+            self._on_first()
+        self._end(done)  # whose payload is sent with whatever ends the answer
 
     def on_failed(self, failed: Failed) -> None:
         self._end(error_of(failed, self._connection.worker))

@@ -149,12 +149,13 @@ class Relay:
         if not course.job.format.is_streaming:
             await course.answer.send_whole(200, [_JSON, *course.headers()], done.payload)
             return
-        if not course.answer.is_begun:
-            await course.answer.begin(course.headers())
-        await course.answer.end()
+        await course.answer.end(done.payload, () if course.answer.is_begun else course.headers())
 
     async def _attempt(self, course: Course) -> Done:
-        """Route once and run the legs.  Raises:  one of _LegLost; Rejected by the router; InvalidRequest."""
+        """Route once and run the legs. What they return has a payload that is still to be sent.
+
+        Raises:  one of _LegLost; Rejected by the router; InvalidRequest.
+        """
         async with self._dispatcher.routed(course.routable(), course.observed) as route:
             attempt = course.bound(route, now=self._clock())
             if course.fallback:
@@ -225,8 +226,10 @@ class Relay:
         write, first = (course.write, self._first(course)) if is_early else (drop, None)
         with self._leg(course, prefill, kind, tokens, write, first) as leg:
             done = await (self._relayed(course, leg) if is_early else leg.done())
-        if done.ticket is None and not is_early:
+        if not is_early and done.ticket is None:
             course.take(done, now=leg.ended_at)
+        elif is_early and done.ticket is not None:
+            await self._say(course, done.payload)
         return Prefilled(prefill, done, leg.ended_at)
 
     async def _from_queue(self, course: Course, decode: WorkerId) -> Prefilled | None:
@@ -248,9 +251,16 @@ class Relay:
             self._prefills.release(course.job.model, given)
         if is_early or given.done.ticket is None:
             course.take(given.done, now=given.ended_at)
-            if course.answer.has_news and not course.answer.is_begun:
-                await course.answer.begin(course.headers())
+        if is_early and given.done.ticket is not None:
+            await self._say(course, given.done.payload)
         return given
+
+    async def _say(self, course: Course, payload: bytes) -> None:
+        """Send the first token's event, which does not end the answer."""
+        if payload:
+            course.write(payload)
+        if course.answer.has_news and not course.answer.is_begun:
+            await course.answer.begin(course.headers())
 
     def _bypass(self, course: Course, code: str, reason: str) -> None:
         """Say that a prompt goes past the queue."""
@@ -355,8 +365,7 @@ async def refuse(answer: Answer, exc: Exception, headers: Headers) -> None:
     try:
         async with asyncio.timeout(_LAST_WORDS_S):
             if answer.is_begun:
-                answer.write(errors.sse_event(exc))
-                await answer.end()
+                await answer.end(errors.sse_event(exc))
             else:
                 refusal = errors.response(exc)
                 await answer.send_whole(refusal.status, [*refusal.headers.items(), *headers], refusal.body)

@@ -185,8 +185,11 @@ class FakeAnswer:
         assert not self.is_begun
         self.is_begun, self.status, self.headers = True, 200, dict(headers)
 
-    async def end(self):
-        assert self.is_begun
+    async def end(self, last=b"", headers=()):
+        if not self.is_begun:
+            await self.begin(headers)
+        if last:
+            self.write(last)
         assert not self.is_ended
         self.is_ended = True
 

@@ -105,31 +105,89 @@ async def test_each_payload_is_a_chunk_and_the_connection_serves_again(recorder,
             assert await read_chunks(reader) == [b"held back ", b"hello", b"world"]
 
 
-async def test_the_head_and_what_was_held_back_are_one_write(recorder, connect):
-    writes = []
+class Counting:
+    """A transport that remembers what is written to it."""
 
-    class Counting:
-        def __init__(self, transport):
-            self._transport = transport
+    def __init__(self, transport):
+        self._transport = transport
+        self.writes = []
 
-        def write(self, data):
-            writes.append(data)
-            self._transport.write(data)
+    def write(self, data):
+        self.writes.append(data)
+        self._transport.write(data)
 
-        def __getattr__(self, name):
-            return getattr(self._transport, name)
+    def __getattr__(self, name):
+        return getattr(self._transport, name)
 
-    async def counted(request, answer):
+
+def counted(recorder, produce):
+    """Let `recorder` answer with `produce`.  Returns: the transports of its answers."""
+    transports = []
+
+    async def watched(request, answer):
         answer._transport = Counting(answer._transport)
-        await say_hello(request, answer)
+        transports.append(answer._transport)
+        await produce(request, answer)
 
-    recorder.produce = counted
+    recorder.produce = watched
+    return transports
+
+
+async def test_the_head_and_what_was_held_back_are_one_write(recorder, connect):
+    transports = counted(recorder, say_hello)
     async with connect() as (reader, writer):
         writer.write(post())
         await read_head(reader)
         assert await read_chunks(reader) == [b"held back ", b"hello", b"world"]
-    assert [data.count(b"\r\n\r\n") for data in writes] == [1, 0, 0]
-    assert writes[0].endswith(b"\r\n\r\na\r\nheld back \r\n")
+    begin, _, _, end = transports[0].writes
+    assert begin.endswith(b"\r\n\r\na\r\nheld back \r\n")
+    assert end == b"0\r\n\r\n"
+
+
+async def test_an_answer_that_is_known_whole_is_one_write(recorder, connect):
+    async def short(request, answer):
+        answer.write(b"held back ")
+        await answer.end(b"last", [("x-policy", "test")])
+
+    transports = counted(recorder, short)
+    async with connect() as (reader, writer):
+        for _ in range(2):
+            writer.write(post())
+            status, headers = await read_head(reader)
+            assert (status, headers["x-policy"]) == ("200", "test")
+            assert await read_chunks(reader) == [b"held back ", b"last"]
+    assert [len(transport.writes) for transport in transports] == [1, 1]
+
+
+async def test_the_last_chunk_and_the_end_are_one_write(recorder, connect):
+    async def stream(request, answer):
+        await answer.begin([])
+        answer.write(b"first")
+        await answer.end(b"last")
+
+    transports = counted(recorder, stream)
+    async with connect() as (reader, writer):
+        writer.write(post(extra=b"Connection: close\r\n"))
+        await read_head(reader)
+        assert await read_chunks(reader) == [b"first", b"last"]
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+    assert transports[0].writes[1:] == [b"5\r\nfirst\r\n", b"4\r\nlast\r\n0\r\n\r\n"]
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("method", ["POST", "HEAD"])
+async def test_an_end_without_a_beginning_has_a_head_all_the_same(recorder, connect, method, version):
+    async def short(request, answer):
+        await answer.end(b"all", [("x-policy", "test")])
+
+    recorder.produce = short
+    async with connect() as (reader, writer):
+        writer.write(post(version, method, extra=b"Connection: close\r\n"))
+        status, headers = await read_head(reader)
+        assert (status, headers["x-policy"]) == ("200", "test")
+        body = await asyncio.wait_for(reader.read(), 5)
+    expected = {("POST", "1.1"): b"3\r\nall\r\n0\r\n\r\n", ("POST", "1.0"): b"all"}
+    assert body == expected.get((method, version), b"")
 
 
 async def test_a_client_that_wants_no_more_is_told_so_and_let_go(recorder, connect):
