@@ -1,5 +1,6 @@
 """Reading a process's settings: one frozen dataclass gives flags, `HEADRACE_*` variables, defaults and help (ADR 7)."""
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,12 @@ def command_line(name: str, summary: str) -> cyclopts.App:
 
 
 def run(app: cyclopts.App) -> int:
-    """Run the command that `sys.argv` names. Returns the exit status: 2, after one line, if it could not start."""
+    """Run the command that `sys.argv` names. Returns the exit status: 2, after one line, if it could not start.
+
+    SIGTERM ends it in order where the command arranges nothing else: left to the kernel, it would leave half-written
+    files behind, and not end process 1 of a container at all.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         status = app(exit_on_error=False, print_error=False)
     except (cyclopts.CycloptsError, HeadraceError) as exc:
