@@ -1,6 +1,7 @@
 """The command line `headrace`: one command per process, and `up` for all of them."""
 
 import asyncio
+import importlib.metadata
 import os
 import sys
 import tempfile
@@ -16,12 +17,18 @@ from planes.settings import command_line, run
 app = command_line(
     "headrace",
     "A disaggregated LLM serving gateway: prefill and decode on different workers, KV cache over NIXL. "
-    "Every flag may also be set as HEADRACE_<FLAG>, e.g. HEADRACE_ETCD.",
+    "Every flag may also come from the environment: --etcd as HEADRACE_ETCD, --log-json as HEADRACE_LOG_JSON.",
 )
+app.version = lambda: importlib.metadata.version("headrace")
+app.version_flags = ["--version"]
 
 _FLAGS = Parameter(name="*")
 _Port = Annotated[int, Parameter(help="Port to listen on.")]
 _Host = Annotated[str, Parameter(help="Address to listen on.")]
+_Changes = Annotated[
+    str,
+    Parameter(name="changes", show_env_var=False, help=f"NAME=VALUE; names are {', '.join(live_config.NAMES)}."),
+]
 _DataDir = Annotated[Path | None, Parameter(help="Where its data lives. Default: a new temporary folder.")]
 
 
@@ -71,10 +78,10 @@ def fleet(settings: Annotated[fleet_table.FleetTableSettings | None, _FLAGS] = N
 
 
 @app.command
-def config(*changes: str, settings: Annotated[live_config.ConfigSettings | None, _FLAGS] = None) -> None:
-    """Show the routing settings that gateways follow while they run, or change them: headrace config policy=dynamo.
+def config(*changes: _Changes, settings: Annotated[live_config.ConfigSettings | None, _FLAGS] = None) -> None:
+    """Show the routing settings that gateways follow while they run, or change them: headrace config policy=dynamo
 
-    NAME=null goes back to what each gateway was started with.
+    What is not set, or set to null, is as each gateway was started.
     """
     print(asyncio.run(live_config.config(changes, settings or live_config.ConfigSettings())))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from cyclopts import Parameter
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -26,6 +27,8 @@ _REPORT_WAIT_S = 1.5
 """Idle workers report every second."""
 _REFRESH_S = 1.0
 _POLL_S = 0.05
+_FILE_WIDTH = 250
+"""Lines in a file or a pipe may be longer than those on a terminal."""
 
 
 class NoAnswer(HeadraceError):  # noqa: N818 - names the outcome
@@ -71,11 +74,12 @@ class _Fleet:
             self.reports[report.worker] = report
 
     def table(self, namespace: str) -> Table:
-        table = Table(title=f"fleet {namespace!r}: {len(self.registrations)} workers")
+        title = f"fleet {namespace!r}: {len(self.registrations)} workers"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for column in ("worker", "role", "model", "engine", "state", "address"):
-            table.add_column(column, overflow="fold")
-        for column in ("running", "waiting", "blocks free", "blocks held"):
-            table.add_column(column, justify="right")
+            table.add_column(column, overflow="fold", no_wrap=column in ("worker", "role", "state"))
+        for column in ("run", "wait", "free blocks", "held"):
+            table.add_column(column, justify="right", no_wrap=True)
         for worker, entry in sorted(self.registrations.items()):
             report = self.reports.get(worker)
             load = ["?"] * 4
@@ -108,6 +112,8 @@ async def show(settings: FleetTableSettings) -> int:
 
 async def _print(fleet: _Fleet, settings: FleetTableSettings) -> None:
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
     if settings.once or not console.is_terminal:
         console.print(fleet.table(settings.namespace))
         return

@@ -13,6 +13,8 @@ from planes.errors import HeadraceError
 from planes.names import check_namespace
 from planes.settings import UnusableSetting
 
+NAMES = LiveConfig.__struct_fields__
+
 
 class UnusableConfig(HeadraceError):  # noqa: N818 - names what is wrong
     """Settings that gateways would refuse."""
@@ -70,8 +72,8 @@ def changed(content: bytes | None, changes: tuple[str, ...]) -> bytes:
         name, equals, value = change.partition("=")
         if not equals:
             raise UnusableConfig(f"{change!r} must look like name=value, e.g. policy=dynamo")
-        if name not in LiveConfig.__struct_fields__:
-            raise UnusableConfig(f"{name!r} is no live setting; there are {', '.join(LiveConfig.__struct_fields__)}")
+        if name not in NAMES:
+            raise UnusableConfig(f"{name!r} is no live setting; there are {', '.join(NAMES)}")
         named.pop(name, None)
         if value != "null":
             named[name] = value

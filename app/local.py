@@ -53,7 +53,8 @@ class UpSettings:
     nats: Annotated[str | None, Parameter(help="URL of a NATS cluster. Default: start one here.")] = None
     namespace: Annotated[str, Parameter(help="Separates fleets that share etcd and NATS.")] = "local"
     state_dir: Annotated[
-        Path | None, Parameter(help="Where etcd, NATS and the logs live. Default: run/PORT in HEADRACE_CACHE (~/.cache/headrace).")
+        Path | None,
+        Parameter(help="Where etcd, NATS and the logs live. Default: run/PORT in HEADRACE_CACHE (~/.cache/headrace)."),
     ] = None
     ready_timeout_s: Annotated[float, Parameter(help="Longest start of one process, in seconds.")] = 600.0
 
@@ -102,6 +103,7 @@ async def up(settings: UpSettings) -> int:
         children.append(_gateway_child(settings, etcd, nats, state, len(children)))
         await supervisor.start(children)
         if not stop.is_set():
+            say(f"headrace fleet --etcd {etcd} --nats {nats} --namespace {settings.namespace} shows the workers")
             _announce(settings, _served_name(settings), time.monotonic() - started_at, state)
         await supervisor.watch()
         say("stopping; streams that run may finish (Ctrl-C again: they may not) …")

@@ -131,6 +131,10 @@ async def test_the_printed_line_works_and_ctrl_c_stops_everything(up, until):
     await running.listens(until)
     assert f"Headrace listens on {running.url}\n" in running.text
     assert len(running.seen) == 5, "etcd, NATS, two workers and a gateway"
+    fleet = next(line for line in running.text.splitlines() if "headrace fleet" in line)
+    status, table, _ = await headrace(*fleet.partition("headrace ")[2].removesuffix("shows the workers").split())
+    assert status == 0
+    assert {"prefill-1", "decode-1"} <= set(table.split()), table
     curl = running.text[running.text.index("curl -N") :]
     shell = await asyncio.create_subprocess_exec("sh", "-c", curl, stdout=-1, stderr=subprocess.DEVNULL)
     output, _ = await shell.communicate()
@@ -322,13 +326,15 @@ async def test_a_worker_that_cannot_start_ends_everything_with_its_own_reason(up
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--help"], ["up", "gateway", "worker", "etcd", "nats", "fleet"]),
+        (["--help"], ["up", "gateway", "worker", "etcd", "nats", "fleet", "--etcd as HEADRACE_ETCD"]),
         (["up", "--help"], ["--engine", "--prefill", "--handover", "[env var: HEADRACE_PORT]"]),
         (["gateway", "--help"], ["--policy", "--api-keys-file", "Routing policy"]),
         (["worker", "--help"], ["--role", "--speedup", "--block-size", "HEADRACE_SPEEDUP"]),
         (["etcd", "--help"], ["--data-dir"]),
         (["nats", "--help"], ["--data-dir"]),
         (["fleet", "--help"], ["--once", "--namespace"]),
+        (["config", "--help"], ["NAME=VALUE", "policy", "slo_ttft_s", "--clear"]),
+        (["--version"], ["."]),
     ],
     ids=lambda value: value[0],
 )
