@@ -2,6 +2,7 @@
 PYTHON ?= python3
 ENGINE ?= vllm
 EXTRA  ?= $(if $(filter sim,$(ENGINE)),sim,cpu)
+FLAVOR ?= cpu
 ARGS   ?=
 
 VENV := .venv
@@ -12,7 +13,7 @@ NIXL  := nixl-cu12==1.5.1
 BUILT_FROM := pyproject.toml hatch_build.py router/block_table.c
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test unit lint format docs bench bench-vllm simulate load docker clean
+.PHONY: help install run test unit lint format docs bench simulate load docker clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -83,7 +84,7 @@ load: $(VENV)/.dev ## Locust against a running gateway: ARGS="--host http://127.
 
 docker: ## Build both images; FLAVOR=cpu (default), cuda or sim
 	docker build --network=host -f docker/gateway.Dockerfile -t headrace/gateway .
-	docker build --network=host -f docker/worker.Dockerfile --build-arg FLAVOR=$(or $(FLAVOR),cpu) -t headrace/worker .
+	docker build --network=host -f docker/worker.Dockerfile --build-arg FLAVOR=$(FLAVOR) -t headrace/worker:$(FLAVOR) -t headrace/worker .
 
 clean: ## Remove what make made
 	rm -rf router/libblock_table.so $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
