@@ -82,7 +82,8 @@ class ChatTemplate:
         Raises:  jinja2.TemplateSyntaxError.
         """
         self._template = _environment(clock).from_string(source)
-        self._variables = {"tools": None, "documents": None, **(variables or {})}
+        # The globals too: Jinja would merge them anew for every rendering, which takes as long as rendering.
+        self._variables = {**self._template.globals, "tools": None, "documents": None, **(variables or {})}
         self._specials = {token.text: token for token in special_tokens if token.text}
         self._special = re.compile(_alternatives(self._specials)) if self._specials else None
         self._limits = limits
@@ -115,7 +116,8 @@ class ChatTemplate:
             _BUDGET: budget,
         }
         try:
-            return "".join(budget.output(self._template.generate(variables)))
+            context = self._template.new_context(variables, shared=True)
+            return "".join(budget.output(self._template.root_render_func(context)))
         except InvalidRequest:
             raise
         except jinja2.TemplateError as exc:

@@ -24,7 +24,7 @@ def configure(level: str = "info", *, as_json: bool = False) -> None:
     structlog.configure(
         processors=[structlog.processors.format_exc_info, *renderers],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),  # prints a line and its end in one write
         cache_logger_on_first_use=True,
     )
 

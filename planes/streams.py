@@ -160,15 +160,22 @@ class _Peer(asyncio.Protocol):
 
     def _send(self, message: FromGateway | FromWorker) -> None:
         """Raises:  ProtocolError if the message is longer than a frame may be."""
+        self._write(self._framed(message))
+
+    def _framed(self, message: FromGateway | FromWorker) -> bytes:
+        """Raises:  ProtocolError if the message is longer than a frame may be."""
         payload = _encode(message)
         if len(payload) > self._limits.max_frame_bytes:
             raise ProtocolError(
                 f"{type(message).__name__} takes {len(payload)} bytes; the limit is {self._limits.max_frame_bytes}"
             )
+        return len(payload).to_bytes(4, "little") + payload
+
+    def _write(self, data: bytes) -> None:
         if self._transport.is_closing():
             return
-        self.num_bytes_sent += len(payload) + 4
-        self._transport.write(len(payload).to_bytes(4, "little") + payload)
+        self.num_bytes_sent += len(data)
+        self._transport.write(data)
         unsent = self._transport.get_write_buffer_size()
         if unsent > self._limits.max_unsent_bytes:
             self._give_up(
@@ -216,6 +223,7 @@ class WorkerConnection(_Peer):
         self._epoch = epoch
         self._decode = msgspec.msgpack.Decoder(FromWorker).decode
         self._sinks: dict[StreamId, Sink] = {}
+        self._posted: list[bytes] = []
         self._next_stream = 1
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self.closed: asyncio.Future[str] = self._loop.create_future()
@@ -275,7 +283,7 @@ class WorkerConnection(_Peer):
         stream = StreamId(self._next_stream)
         self._next_stream += 1
         try:
-            self._send(msgspec.structs.replace(request, stream=stream))
+            self._post(msgspec.structs.replace(request, stream=stream))
         except ProtocolError as exc:
             raise WorkerUnreachable(self.worker, str(exc)) from exc
         self._sinks[stream] = sink
@@ -284,11 +292,26 @@ class WorkerConnection(_Peer):
     def cancel(self, stream: StreamId) -> None:
         """The sink hears nothing more. Streams that have ended are ignored."""
         if self._sinks.pop(stream, None) is not None:
-            self._send(Cancel(stream))
+            self._post(Cancel(stream))
+
+    def _post(self, message: Generate | Cancel) -> None:
+        """Send with everything else that is posted in this turn of the event loop: each write is a system call.
+
+        Raises:  ProtocolError if the message is longer than a frame may be.
+        """
+        self._posted.append(self._framed(message))
+        if len(self._posted) == 1:
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        posted, self._posted = self._posted, []
+        if posted:
+            self._write(b"".join(posted))
 
     def close(self) -> None:
-        """End the connection; its sinks hear `on_lost`."""
+        """End the connection after what has been posted; its sinks hear `on_lost`."""
         self._reason = self._reason or "closed by this gateway"
+        self._flush()
         self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:

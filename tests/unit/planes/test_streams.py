@@ -51,11 +51,13 @@ class FakeTransport(asyncio.Transport):
     def __init__(self):
         super().__init__()
         self.written = bytearray()
+        self.num_writes = 0
         self.unsent = 0
         self.is_closed = False
 
     def write(self, data):
         self.written += data
+        self.num_writes += 1
 
     def get_write_buffer_size(self):
         return self.unsent
@@ -163,6 +165,7 @@ async def test_a_step_reaches_each_request_s_sink(worker_side):
     connection, transport = worker_side
     first, second = FakeSink(), FakeSink()
     assert (connection.start(REQUEST, first), connection.start(REQUEST, second)) == (1, 2)
+    await asyncio.sleep(0)
     assert [request.stream for request in transport.sent(FromGateway)] == [1, 2]
     failed = Failed(StreamId(2), FailureKind.INTERRUPTED, "engine", "broke")
     connection.data_received(
@@ -181,6 +184,7 @@ async def test_steps_of_one_read_reach_each_sink_as_one(worker_side):
     one = Step([Delta(StreamId(1), b"a", [1]), Delta(StreamId(2), b"x", [9])])
     two = Step([Delta(StreamId(1), b"b", [2, 3])])
     three = Step([Delta(StreamId(1), b"", [4])], [DONE])
+    await asyncio.sleep(0)
     transport.sent(FromGateway)
     connection.data_received(frame(one) + frame(two) + frame(Ping()) + frame(three))
     assert first.news == [(b"ab", [1, 2, 3, 4]), DONE]
@@ -188,13 +192,34 @@ async def test_steps_of_one_read_reach_each_sink_as_one(worker_side):
     assert transport.sent(FromGateway) == [Pong()]
 
 
+async def test_what_is_asked_in_one_turn_is_one_write_in_order(worker_side):
+    connection, transport = worker_side
+    for _ in range(3):
+        connection.start(REQUEST, FakeSink())
+    connection.cancel(StreamId(2))
+    assert not transport.written
+    await asyncio.sleep(0)
+    assert transport.num_writes == 1
+    assert [message.stream for message in transport.sent(FromGateway)] == [1, 2, 3, 2]
+
+
+async def test_what_has_been_asked_is_sent_before_the_end(worker_side):
+    connection, transport = worker_side
+    stream = connection.start(REQUEST, FakeSink())
+    connection.close()
+    assert transport.is_closed
+    assert [message.stream for message in transport.sent(FromGateway)] == [stream]
+
+
 async def test_a_cancelled_request_hears_nothing_more(worker_side):
     connection, transport = worker_side
     sink = FakeSink()
     stream = connection.start(REQUEST, sink)
+    await asyncio.sleep(0)
     transport.written.clear()
     connection.cancel(stream)
     connection.cancel(stream)
+    await asyncio.sleep(0)
     assert transport.sent(FromGateway) == [Cancel(stream)]
     connection.data_received(frame(Step([Delta(stream, b"late", [1])], [DONE])))
     assert sink.news == []
