@@ -38,6 +38,15 @@ class ModelLoading(Rejected):
         super().__init__(f"the tokenizer of {model!r} is being loaded; try again in a few seconds", retry_after_s=2.0)
 
 
+class NoModelYet(Rejected):
+    """No worker has ever been here, so that nothing can be said about a model."""
+
+    code = "no_worker"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"no worker has registered here yet, for {model[:200]!r} or any model", retry_after_s=5.0)
+
+
 class Models:
     """By the name that clients use. The newest card of a name wins."""
 
@@ -49,12 +58,14 @@ class Models:
         self._loading: dict[str, asyncio.Lock] = {}
 
     def entry(self, model: str) -> ModelEntry:
-        """Raises:  ModelNotFound, ModelLoading."""
+        """Raises:  ModelNotFound, ModelLoading, NoModelYet."""
         entry = self._entries.get(model)
         if entry is not None:
             return entry
         if model in self._loading:
             raise ModelLoading(model)
+        if not self._loading:
+            raise NoModelYet(model)
         raise ModelNotFound(model)
 
     async def load(self, registration: Registration) -> None:

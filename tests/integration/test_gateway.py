@@ -283,7 +283,7 @@ async def test_without_workers_nothing_is_pretended(site, reach):
         assert (await api.get("/live")).status_code == 200
         assert (await api.get("/v1/models")).json() == {"object": "list", "data": []}
         refusal = await api.chat("hello")
-        assert (refusal.status_code, refusal.json()["error"]["code"]) == (404, "model_not_found")
+        assert (refusal.status_code, refusal.json()["error"]["code"]) == (503, "no_worker")
         for response, status in ((await api.get("/nowhere"), 404), (await api.get("/v1/completions"), 405)):
             assert (response.status_code, response.json()["error"]["type"]) == (status, "invalid_request_error")
 

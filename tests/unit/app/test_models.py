@@ -4,7 +4,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from app.models import ModelLoading, Models, ModelUnusable
+from app.models import ModelLoading, Models, ModelUnusable, NoModelYet
 from app.openai.errors import ModelNotFound
 from planes.assets import AssetsUnavailable, make_card, read_model_files, sha256
 from planes.errors import HeadraceError
@@ -54,9 +54,11 @@ def with_facts(digest, **facts):
 
 async def test_a_model_is_there_after_its_first_worker_and_fetched_once(models, store):
     digest = store.publish(FILES)
-    with pytest.raises(ModelNotFound):
+    with pytest.raises(NoModelYet):
         models.entry("sim")
     await models.load(registration("d0", card_digest=digest))
+    with pytest.raises(ModelNotFound):
+        models.entry("other")
     asked = store.num_asked
     await models.load(registration("d1", card_digest=digest))
     assert store.num_asked == asked
