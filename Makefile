@@ -1,11 +1,13 @@
 # Everything a newcomer types. `make help` lists it.
+VENV   := .venv
 PYTHON ?= python3
 ENGINE ?= vllm
-EXTRA  ?= $(if $(filter sim,$(ENGINE)),sim,cpu)
+EXTRA  ?= $(if $(filter sim,$(ENGINE)),sim,$(if $(wildcard $(VENV)/.cuda),cuda,cpu))
 FLAVOR ?= cpu
 ARGS   ?=
 
-VENV := .venv
+# What is installed is good enough for everything but running and testing with vLLM.
+THERE := $(or $(firstword $(wildcard $(VENV)/.cpu $(VENV)/.cuda $(VENV)/.sim)),$(VENV)/.$(EXTRA))
 PIP  := $(VENV)/bin/pip
 RUN  := $(VENV)/bin/python
 TORCH := torch==2.13.0+cpu
@@ -50,14 +52,14 @@ $(VENV)/.cuda: $(VENV)/.venv $(BUILT_FROM)
 	@$(PIP) install -q -e '.[cuda]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.$(EXTRA)
+$(VENV)/.dev: $(THERE)
 	@$(PIP) install -q --group dev
 	@touch $@
 
 run: install ## Serve a model, everything on this machine: ENGINE=vllm (default) or sim, ARGS="--decode 2 …"
 	@$(VENV)/bin/headrace up --engine $(ENGINE) $(ARGS)
 
-test: $(VENV)/.dev lint ## The whole suite: unit, integration (real etcd and NATS), end to end (real vLLM)
+test: install $(VENV)/.dev lint ## The whole suite: unit, integration (real etcd and NATS), end to end (real vLLM)
 	$(RUN) -m pytest -n 2 -m "not e2e"
 	$(RUN) -m pytest -m e2e
 
