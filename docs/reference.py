@@ -32,6 +32,31 @@ COMMANDS = {
     ),
 }
 
+FIELDS = {
+    "top_k": "Draw from the k likeliest tokens; 0 or -1: from all.",
+    "min_p": "Draw from tokens at least so likely, relative to the likeliest; 0 to 1.",
+    "repetition_penalty": "Divides the logits of tokens seen before; more than 0, 1 does nothing.",
+    "ignore_eos": "Go on to `max_tokens`, for load tests.",
+    "min_tokens": "Tokens before an answer may end by itself.",
+    "stop_token_ids": "Tokens that end an answer.",
+    "cache_salt": "Only requests with the same salt share cached prompts; up to 256 characters.",
+    "priority": "Class from -1000 to 1000; lower is sooner, but never sooner than the API key's own.",
+    "slo_ttft_ms": "Refuse (429) if the first token is predicted to take longer, in milliseconds.",
+    "timeout_ms": "Give up after so long, in milliseconds; `--request-timeout-s` at most.",
+}
+"""What a body may have beside OpenAI's fields: `app/openai/schema.py`, a test compares."""
+HEADERS = (
+    ("x-headrace-handover", "request", "`always` (two workers, or 503), `never`, or `auto`: as the router decides."),
+    ("x-headrace-explain", "request", "`1` is answered by `x-headrace-route`."),
+    ("x-request-id", "response", "For `GET /v1/routes/{request_id}` and the logs."),
+    ("x-headrace-prefill", "response", "The worker that computed the prompt; the decode worker without a handover."),
+    ("x-headrace-decode", "response", "The worker that generates."),
+    ("x-headrace-policy", "response", "The policy that chose them."),
+    ("x-headrace-route", "response", "The choice and its predicted seconds, as JSON."),
+    ("x-headrace-fallback", "response", "Why it was not served as chosen first: the code of what failed."),
+    ("retry-after, retry-after-ms", "response", "When a refused request is worth another try."),
+)
+
 
 def reference() -> str:
     """The whole page."""
@@ -42,6 +67,10 @@ def reference() -> str:
         parts += [""]
     parts += ["## HTTP", "", "| route | what it does |", "|---|---|"]
     parts += [f"| `{method} {path}` | {summary} |" for method, path, summary in _routes()]
+    parts += ["", "### Headers", "", "| header | of the | meaning |", "|---|---|---|"]
+    parts += [f"| `{name}` | {side} | {text} |" for name, side, text in HEADERS]
+    parts += ["", "### Beyond OpenAI's body", "", "Unknown fields are refused.", "", "| field | meaning |", "|---|---|"]
+    parts += [f"| `{name}` | {text} |" for name, text in FIELDS.items()]
     parts += ["", "## Metrics", "", "| metric | type | meaning |", "|---|---|---|"]
     parts += [f"| `{name}` | {kind} | {text} |" for name, kind, text in _metrics()]
     return "\n".join(parts) + "\n"
@@ -64,7 +93,7 @@ def _routes() -> list[tuple[str, str, str]]:
     for route in app.routes:
         methods = sorted(getattr(route, "methods", None) or ())
         text = (getattr(route, "endpoint", None).__doc__ or "").strip().split("\n")[0]
-        found += [(method, route.path, text) for method in methods if method != "HEAD" and text]
+        found += [(method, route.path.replace(":path}", "}"), text) for method in methods if method != "HEAD" and text]
     return sorted(found, key=lambda row: (row[1], row[0]))
 
 

@@ -58,7 +58,7 @@ def completion_routes(gateway: Gateway) -> APIRouter:
 
     @routes.get("/v1/models/{model:path}", response_model=None)
     async def model(request: Request, model: str) -> Response:
-        """One of them; 404 if no worker serves it."""
+        """One of the models; 404 if no worker serves it."""
         gateway.keys.authenticate(request.headers)
         if (created := gateway.fleet.models().get(model)) is None:
             raise ModelNotFound(model)

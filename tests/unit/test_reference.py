@@ -1,13 +1,30 @@
 """The generated reference page."""
 
 import importlib.util
+import re
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "docs" / "reference.py"
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "docs" / "reference.py"
 
 
-def test_the_reference_page_is_what_the_code_says():
+@pytest.fixture(scope="module")
+def module():
     spec = importlib.util.spec_from_file_location("reference", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_page_is_what_the_code_says(module):
     assert module.TARGET.read_text() == module.reference(), "stale: run make docs"
+
+
+def test_every_field_and_header_of_ours_is_told(module):
+    schema = (ROOT / "app" / "openai" / "schema.py").read_text()
+    extensions = schema.partition("    # extensions\n")[2].partition("\n\n")[0]
+    assert [line.split(":")[0].strip() for line in extensions.splitlines()] == list(module.FIELDS)
+    code = "".join(file.read_text() for file in (ROOT / "app").rglob("*.py"))
+    assert set(re.findall(r'"(x-headrace-[a-z]+|x-request-id)"', code)) <= {name for name, *_ in module.HEADERS}
