@@ -3,6 +3,9 @@
 Both release the interpreter lock while they encode. A prompt's control tokens are recognised only in trusted segments
 (`app/template.py`). In untrusted ones they are encoded as text, while the rest of the added vocabulary (Gemma's runs
 of newlines, for one) matches as always: `split_special_tokens`, not `encode_segments`, which switches both off.
+
+`fastokens` also remembers the words it has met, for each thread that encodes, and has no setting for how many. With
+words of ten random characters that stops growing at 112 MB a thread, after about ten million of them (0.3.5).
 """
 
 from collections.abc import Mapping, Sequence
