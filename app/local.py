@@ -1,8 +1,8 @@
 """`headrace up`: etcd, NATS, workers and a gateway as child processes of one supervisor on this machine.
 
 Order of life: checks that cost nothing → etcd, NATS → workers (side by side) → gateway → ready; then it waits. The end
-goes the other way round, whatever caused it. A worker or gateway that dies after it was ready is started again, with
-growing pauses; one that dies before ends everything with its last words.
+goes the other way round, whatever caused it. What dies after it was ready is started again, workers and gateway with
+growing pauses; what dies before ends everything with its last words.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from app.servers import etcd_server, nats_server
+from app.servers import Server, ServerNotStarted, etcd_server, nats_server
 from app.supervisor import Child, Supervisor, say
 from planes.cache import DEMO_MODEL, cache_dir
 from planes.control import parse_endpoints
@@ -27,6 +27,9 @@ from planes.events import parse_servers
 from planes.messages import Role
 from planes.names import check_namespace
 from planes.settings import UnusableSetting, check_setting
+
+_SERVER_PAUSE_S = 1.0
+"""Between an end of etcd or NATS and the next start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,17 +115,47 @@ async def up(settings: UpSettings) -> int:
 
 
 async def _servers(settings: UpSettings, state: Path, stack: AsyncExitStack) -> tuple[str, str]:
-    """URLs of etcd and NATS, started here where none is given. What an earlier run left behind is thrown away."""
+    """URLs of etcd and NATS, kept running here where none is given. What an earlier run left behind is thrown away."""
     urls = []
     for name, given, server in (("etcd", settings.etcd, etcd_server), ("nats", settings.nats, nats_server)):
         if given is not None:
             urls.append(given)
             continue
         shutil.rmtree(state / name, ignore_errors=True)
-        handle = await stack.enter_async_context(server(state / name))
-        say(f"{name} is ready at {handle.url}")
-        urls.append(handle.url)
+        url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        keeper = asyncio.create_task(_keep_running(name, server, state / name, url))
+        stack.push_async_callback(_cancelled, keeper)
+        await asyncio.wait((url, keeper), return_when=asyncio.FIRST_COMPLETED)
+        if not url.done():
+            await keeper  # it raises why
+        say(f"{name} is ready at {url.result()}")
+        urls.append(url.result())
     return urls[0], urls[1]
+
+
+async def _keep_running(name: str, server: Server, folder: Path, url: asyncio.Future[str]) -> None:
+    """Run a server, on one port and with its data, until cancelled.  Raises:  ServerNotStarted the first time."""
+    port = 0
+    while True:
+        try:
+            async with server(folder, port) as handle:
+                if url.done():
+                    say(f"{name} is ready again")
+                else:
+                    url.set_result(handle.url)
+                port = handle.port
+                status = await handle.ended()
+            say(f"{name} ended with status {status}: {handle.log}; starting it again")
+        except ServerNotStarted as exc:
+            if not url.done():
+                raise
+            say(f"{exc}; trying again")
+        await asyncio.sleep(_SERVER_PAUSE_S)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def _worker_children(settings: UpSettings, etcd: str, nats: str, state: Path) -> list[Child]:

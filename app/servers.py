@@ -11,7 +11,7 @@ import socket
 import sys
 from asyncio.subprocess import STDOUT, Process
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,12 +39,13 @@ class ServerNotStarted(HeadraceError):  # noqa: N818 - names the outcome, as the
 
 @dataclass(frozen=True, slots=True)
 class ServerHandle:
-    """A running server. `log` is the file that its output goes to."""
+    """A running server. `log` is the file that its output goes to; `ended` waits for its exit status."""
 
     url: str
     pid: int
     port: int
     log: Path
+    ended: Callable[[], Awaitable[int]]
 
 
 def etcd_argv(data_dir: Path, port: int, host: str = "127.0.0.1") -> list[str]:
@@ -108,6 +109,10 @@ def tied_to_parent(argv: list[str]) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _TIE_TO_PARENT, str(os.getpid()), *argv]
 
 
+Server = Callable[[Path, int], AbstractAsyncContextManager[ServerHandle]]
+"""`etcd_server` or `nats_server`."""
+
+
 @asynccontextmanager
 async def etcd_server(data_dir: Path, port: int = 0, *, timeout_s: float = 30.0) -> AsyncIterator[ServerHandle]:
     """Run etcd until the block ends; on entry it answers. `port` 0 takes a free one.  Raises:  ServerNotStarted."""
@@ -141,7 +146,7 @@ async def _running(
     process = await _spawn(argv(data_dir, chosen), log)
     try:
         await _wait_until_ready(name, process, partial(is_ready, chosen), log, timeout_s)
-        yield ServerHandle(f"{scheme}://127.0.0.1:{chosen}", process.pid, chosen, log)
+        yield ServerHandle(f"{scheme}://127.0.0.1:{chosen}", process.pid, chosen, log, process.wait)
     finally:
         await _stop(process)
 
