@@ -110,6 +110,7 @@ def local(prefill: PrefillLeg, decode: DecodeLeg) -> Candidate:
         wait,
         prefill.inflicted_s + decode.inflicted_s,
         prefill.cost_s + wait + decode.decode_s + decode.inflicted_s,
+        decode_s=decode.decode_s,
     )
 
 
@@ -129,6 +130,7 @@ def pair(request: RoutableRequest, prefill: PrefillLeg, decode: DecodeLeg, link:
         prefill.inflicted_s + decode.inflicted_s,
         prefill.cost_s + handover + stall + decode.cost_s,
         request.is_first_token_exact,
+        decode.decode_s + stall,
     )
 
 

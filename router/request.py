@@ -66,6 +66,8 @@ class Candidate:
     total_s: float
     is_first_early: bool = False
     """The first token does not wait for the handover."""
+    decode_s: float = 0.0
+    """Its own decoding after the first step. With it, the seconds above add up to `total_s`."""
 
     @property
     def ttft_s(self) -> float:
@@ -123,6 +125,7 @@ class Explanation:
     policy: str
     prompt_tokens: int
     submitted_at: float
+    """On the router's clock."""
     candidates: tuple[Candidate, ...] = ()
     chosen: Candidate | None = None
     held_s: float = 0.0

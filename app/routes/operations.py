@@ -1,5 +1,8 @@
 """What operators ask: health, metrics, the fleet, and why a request went where it went."""
 
+from typing import Any
+
+import msgspec
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -9,6 +12,7 @@ from app.routes.completions import prepared_job
 from app.routes.replies import json_reply
 from planes.errors import InvalidRequest
 from planes.messages import RequestId
+from router.request import Explanation
 
 
 class UnknownRequest(InvalidRequest):
@@ -59,13 +63,21 @@ def operation_routes(gateway: Gateway) -> APIRouter:
         explanation = gateway.router.explain(RequestId(request_id))
         if explanation is None:
             raise UnknownRequest(request_id)
-        return json_reply(explanation)
+        return json_reply(_told(explanation, gateway.clock()))
 
     @routes.post("/v1/routes", response_model=None)
     async def preview(request: Request) -> Response:
         """Where a chat body would go now, without running it."""
         tenant = gateway.keys.authenticate(request.headers)
         job = await prepared_job(gateway, request, request.headers, tenant, gateway.new_request_id(), parse_chat)
-        return json_reply(gateway.router.preview(job.routable(), now=gateway.clock()))
+        now = gateway.clock()
+        return json_reply(_told(gateway.router.preview(job.routable(), now=now), now))
 
     return routes
+
+
+def _told(explanation: Explanation, now: float) -> dict[str, Any]:
+    """As JSON; `age_s` in place of an instant on a clock that only this process has."""
+    told: dict[str, Any] = msgspec.to_builtins(explanation)
+    told["age_s"] = now - told.pop("submitted_at")
+    return told

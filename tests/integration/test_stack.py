@@ -145,6 +145,9 @@ async def test_every_decision_can_be_explained(api, unique):
     assert {option["decode"] for option in explanation["candidates"]} == {"decode-1", "decode-2"}
     assert explanation["observed"]["completion_tokens"] == 16
     assert explanation["observed"]["outcome"] == "finished"
+    assert explanation["age_s"] >= 0
+    parts = ("queue_s", "prefill_s", "handover_s", "first_step_s", "decode_s", "inflicted_s")
+    assert explanation["chosen"]["total_s"] == pytest.approx(sum(explanation["chosen"][part] for part in parts))
     assert (await api.get("/v1/routes/never-was")).status_code == 404
 
 

@@ -248,3 +248,11 @@ def test_blocks_that_the_decode_worker_holds_need_no_room():
     assert not decode_leg(request(tokens=4000, expected=96), worker("d", Role.DECODE, **BUSY, free_blocks=100)).has_room
     sharing = worker("d", Role.DECODE, **BUSY, free_blocks=100, cached_tokens=3200)
     assert decode_leg(request(tokens=4000, expected=96), sharing).has_room
+
+
+def test_the_parts_of_every_candidate_add_up():
+    choice = choose(worker("p", Role.PREFILL, queue_s=0.2), worker("d", Role.DECODE, **BUSY), worker("b", Role.BOTH))
+    assert len(choice.candidates) > 2
+    for way in choice.candidates:
+        parts = way.queue_s + way.prefill_s + way.handover_s + way.first_step_s + way.decode_s + way.inflicted_s
+        assert parts == pytest.approx(way.total_s)
