@@ -74,7 +74,7 @@ class WorkerSettings:
     ] = None
     max_step_tokens: Annotated[
         int | None,
-        Parameter(help="Most tokens that one step computes. Default: 2048; 32 for a decode worker with vLLM on CPU."),
+        Parameter(help="Most tokens that one step computes. Default: 2048; 40 for a decode worker with vLLM on CPU."),
     ] = None
     max_queued: Annotated[int, Parameter(help="Most requests taken beyond --max-batch.")] = 1024
     dtype: Annotated[

@@ -20,7 +20,7 @@ VERSION = "0.32.0"
 
 CPU_KV_CACHE_BYTES = 256 << 20
 
-CPU_DECODE_STEP_TOKENS = 32
+CPU_DECODE_STEP_TOKENS = 40
 """Tokens that a decode worker on CPU computes in one step. A step streams the weights whatever it computes, which takes
 about as long as 40 tokens more: chats beside a prompt become slower by half, rather than standing still."""
 
