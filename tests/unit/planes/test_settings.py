@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 COMMAND = """
-import os, sys, time
+import os, signal, sys, time
 from planes.settings import command_line, run
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it from birth
 app = command_line("mill", "")
 
 @app.default
