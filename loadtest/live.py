@@ -14,7 +14,7 @@ import statistics
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -198,6 +198,15 @@ def mixed_arrivals(model: str, seconds: float, seed: int, rate_scale: float) -> 
     return sorted(found, key=lambda arrival: arrival.at_s)
 
 
+def _marked(arrivals: Sequence[Arrival], mark: str) -> list[Arrival]:
+    """The same arrivals with another beginning: workers that serve several variants must not know the prompts."""
+    marked = []
+    for arrival in arrivals:
+        messages = [{"role": "user", "content": f"{mark}: {arrival.body['messages'][0]['content']}"}]
+        marked.append(replace(arrival, body=arrival.body | {"messages": messages}))
+    return marked
+
+
 @app.command
 def mix(*, seconds: float = 60.0, rounds: int = 2, rate_scale: float = 1.0, seed: int = 0, out: _Out = None) -> None:
     """Long prompts among chats on vLLM and two cores: plain servers, always handed over, and as the router likes.
@@ -230,7 +239,7 @@ async def _mix(seconds: float, rounds: int, rate_scale: float, seed: int) -> dic
             arrivals = mixed_arrivals(plain.model, seconds, seed + number, rate_scale)
             for variant, send in variants.items():
                 print(f"round {number + 1} of {rounds}: {variant}, {seconds:g} s …", flush=True)
-                samples[variant] += zip(arrivals, await send(arrivals), strict=True)
+                samples[variant] += zip(arrivals, await send(_marked(arrivals, variant)), strict=True)
     results = {variant: _mix_result(found) for variant, found in samples.items()}
     for variant, result in results.items():
         print(f"{variant:20} " + ", ".join(f"{name} {value:.0f}" for name, value in result.items()))
