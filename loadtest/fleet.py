@@ -321,7 +321,7 @@ class Worker:
         flow.num_tokens += output.num_tokens
         flow.token_at = instants[-1]
         if output.finish is not None:
-            if output.finish is not None and output.report is not None:
+            if output.report is not None:
                 flow.reports.append(output.report)
             del self._flows[flow.request]
         if is_first or output.finish is not None:

@@ -14,7 +14,7 @@ import statistics
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -172,15 +172,18 @@ _WORDS = (
 """One token each, as common words are in most vocabularies."""
 
 
-def mixed_arrivals(model: str, seconds: float, seed: int, rate_scale: float) -> list[Arrival]:
-    """Poisson: prompts of 900 words, 0.5/s, 32 tokens out, among chats of 60 words, 0.8/s, 80 tokens out."""
+def mixed_arrivals(model: str, seconds: float, seed: int, rate_scale: float, mark: str) -> list[Arrival]:
+    """Poisson: prompts of 900 words, 0.5/s, 32 tokens out, among chats of 60 words, 0.8/s, 80 tokens out.
+
+    They begin with `mark` and are the same else: workers that serve several variants must not know the prompts.
+    """
     rng = random.Random(seed)
 
     def stream(rate: float, kind: str, num_words: int, num_tokens: int) -> list[Arrival]:
         found = []
         at = rng.expovariate(rate)
         while at < seconds:
-            text = " ".join(rng.choices(_WORDS, k=num_words))
+            text = " ".join([f"{mark}:", *rng.choices(_WORDS, k=num_words)])
             body = {
                 "model": model,
                 "messages": [{"role": "user", "content": text}],
@@ -196,15 +199,6 @@ def mixed_arrivals(model: str, seconds: float, seed: int, rate_scale: float) -> 
 
     found = stream(0.5 * rate_scale, "long", 900, 32) + stream(0.8 * rate_scale, "chat", 60, 80)
     return sorted(found, key=lambda arrival: arrival.at_s)
-
-
-def _marked(arrivals: Sequence[Arrival], mark: str) -> list[Arrival]:
-    """The same arrivals with another beginning: workers that serve several variants must not know the prompts."""
-    marked = []
-    for arrival in arrivals:
-        messages = [{"role": "user", "content": f"{mark}: {arrival.body['messages'][0]['content']}"}]
-        marked.append(replace(arrival, body=arrival.body | {"messages": messages}))
-    return marked
 
 
 @app.command
@@ -233,13 +227,13 @@ async def _mix(seconds: float, rounds: int, rate_scale: float, seed: int) -> dic
         }
         for variant, send in variants.items():
             print(f"warming up: {variant} …", flush=True)
-            await send(mixed_arrivals(plain.model, 8.0, -1, 1.0))
+            await send(mixed_arrivals(plain.model, 8.0, -1, 1.0, variant))
         samples: dict[str, list[tuple[Arrival, Sample]]] = {variant: [] for variant in variants}
         for number in range(rounds):
-            arrivals = mixed_arrivals(plain.model, seconds, seed + number, rate_scale)
             for variant, send in variants.items():
+                arrivals = mixed_arrivals(plain.model, seconds, seed + number, rate_scale, variant)
                 print(f"round {number + 1} of {rounds}: {variant}, {seconds:g} s …", flush=True)
-                samples[variant] += zip(arrivals, await send(_marked(arrivals, variant)), strict=True)
+                samples[variant] += zip(arrivals, await send(arrivals), strict=True)
     results = {variant: _mix_result(found) for variant, found in samples.items()}
     for variant, result in results.items():
         print(f"{variant:20} " + ", ".join(f"{name} {value:.0f}" for name, value in result.items()))

@@ -1,9 +1,9 @@
 """Handover of simulated KV caches over NIXL: real bytes between the block pools of two engines.
 
 The agents have no progress thread, which would spin or, at its slowest, wake two thousand times a second. Instead,
-whoever has something in flight polls, every half to four milliseconds, and an idle engine does nothing at all. That is
-enough for every transport of UCX, TCP included, because both ends know of a handover: the prefill side polls while it
-has offers that may be READ, the decode side while it waits.
+whoever has something in flight polls, every half to four milliseconds, two seconds after it ever more slowly, and an
+idle engine does nothing at all. That is enough for every transport of UCX, TCP included, because both ends know of a
+handover: the prefill side polls while it has offers that may be READ, the decode side while it waits.
 
 The only module that imports NIXL.
 """

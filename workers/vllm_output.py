@@ -23,7 +23,8 @@ NO_ARRIVAL = Arrival()
 def translate(
     request: EngineRequest, output: Any, choice: Any, index: int, *, is_first: bool, arrival: Arrival
 ) -> EngineOutput:
-    """
+    """One output of vLLM's as one of ours.
+
     Args:  output, choice: vLLM's RequestOutput and one of its outputs.  index: the choice of ours that it stands for.
     is_first: it is the first output of choice 0.
     """
