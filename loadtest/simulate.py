@@ -80,7 +80,7 @@ MATRIX: Final[Sequence[Case]] = (
     Case("bursts", 1.0, 0, 0, 10),
 )
 """What `docs/routing.md` compares: three loads of the trace, generated loads, disaggregated and aggregated at equal
-workers, a slow worker, two gateways. The first 1,500 sessions of each: half an hour on two cores.
+workers, a slow worker, two gateways. The first 1,500 sessions of each: about twenty minutes on two cores.
 """
 
 QUICK: Final[Sequence[Case]] = (
