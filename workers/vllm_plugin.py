@@ -1,6 +1,7 @@
 """What runs inside vLLM's engine process: imported there by name, never by the rest of Headrace.
 
-* Two schedulers that add what a step computed to its statistics, and keep quiet while they only poll.
+* Two schedulers that add what a step computed to its statistics, keep quiet while they only poll, let no prompt take a
+  whole step for itself, and (where no step is scheduled ahead) take in KV caches between two steps.
 * NIXL's two connectors under vLLM's own names (vLLM asks for them by name), with their progress thread calmed, the
   model thread's cores restored, the seconds and bytes of every handover noted, and no lease for a finished request.
 * The push connector's decode side gives up what nobody writes.
@@ -62,7 +63,8 @@ provide_nixl()
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import connector as nixl  # noqa: E402
 from vllm.v1.core.sched import async_scheduler, scheduler  # noqa: E402
-from vllm.v1.request import RequestStatus  # noqa: E402
+from vllm.v1.core.sched.request_queue import create_request_queue  # noqa: E402
+from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
 from workers.vllm_failure import note_failures  # noqa: E402
 
@@ -87,20 +89,27 @@ if multiprocessing.current_process().name.startswith("EngineCore"):
     note_failures()
 
 
-class _Reporting:
-    """Sends `{"headrace": …}` in the place of the connector's statistics, which nobody reads here."""
+class _Scheduling:
+    """Sends `{"headrace": …}` in the place of the connector's statistics, which nobody reads here.
+
+    A prompt leaves a token of every step for each other sequence: vLLM would give the first all that is left.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         ctypes.CDLL(None).malloc_trim(0)  # the model is loaded: 5 % of the process are buffers that nobody needs now
         self._begun: deque[tuple[Any, float, tuple[int, int, int, int]]] = deque(maxlen=64)
         self._step: tuple[float, tuple[int, int, int, int]] = (0.0, (0, 0, 0, 0))
+        self._step_s = 0.0
         self._ended_at = 0.0
         self._reported_at = 0.0
         self._reported: tuple[Any, ...] = ()
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         begun_at = time.monotonic()
+        num_others = len(self.running) + len(self.finished_recving_kv_req_ids) - 1  # type: ignore[attr-defined]
+        threshold = max(1, self.max_num_scheduled_tokens - max(0, num_others))  # type: ignore[attr-defined]
+        self.scheduler_config.long_prefill_token_threshold = threshold  # type: ignore[attr-defined]
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         self._begun.append((output, begun_at, self._composition(output.num_scheduled_tokens)))
         return output
@@ -141,7 +150,8 @@ class _Reporting:
         if not self._reported:
             report["groups"] = self._groups()
         if not is_empty:
-            report["step"] = (*composition, now - max(begun_at, self._ended_at))
+            self._step_s = now - max(begun_at, self._ended_at)
+            report["step"] = (*composition, self._step_s)
             self._ended_at = now
         self._reported, self._reported_at = glance, now
         stats.kv_connector_stats = {"headrace": report}
@@ -182,12 +192,65 @@ class _Reporting:
         return groups
 
 
-class Scheduler(_Reporting, scheduler.Scheduler):  # type: ignore[misc]
-    """vLLM's scheduler, which also says what it did."""
+_PATIENCE = 0.25
+"""Steps that the running sequences wait for the KV caches of new requests, at most. A chat's takes 10 to 40 ms on CPU,
+a step 160."""
 
 
-class AsyncScheduler(_Reporting, async_scheduler.AsyncScheduler):  # type: ignore[misc]
-    """The same where vLLM schedules one step ahead (CUDA)."""
+class Scheduler(_Scheduling, scheduler.Scheduler):  # type: ignore[misc]
+    """vLLM's scheduler, which also takes in handed-over KV caches between two steps.
+
+    vLLM admits a request in one step, begins its transfer when that has been computed, and computes its token in the
+    next. Where steps are long, one without any tokens before, which begins the transfer, saves a whole one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._new: list[Request] = []
+        self._awaited: list[Request] = []
+        self._wait_until = 0.0
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)
+        if (request.kv_transfer_params or {}).get("do_remote_prefill"):
+            self._new.append(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        now = time.monotonic()
+        new, self._new = [request for request in self._new if request.status == RequestStatus.WAITING], []
+        self._wait_until = self._wait_until or now + _PATIENCE * self._step_s
+        self._awaited += new
+        if new or (now < self._wait_until and self._is_awaiting()):
+            return self._begin_transfers(new, *args, **kwargs)
+        self._awaited, self._wait_until = [], 0.0
+        return super().schedule(*args, **kwargs)
+
+    def _is_awaiting(self) -> bool:
+        arrived = self.finished_recving_kv_req_ids
+        return isinstance(self.connector, NixlPullConnector) and any(
+            request.status == RequestStatus.WAITING_FOR_REMOTE_KVS and request.request_id not in arrived
+            for request in self._awaited
+        )
+
+    def _begin_transfers(self, requests: list[Request], *args: Any, **kwargs: Any) -> Any:
+        """A step that admits these requests, which wait, and computes nothing."""
+        current_step, waiting, holding = self.current_step, self.waiting, self.kv_holding_waiting
+        waiting.remove_requests(requests)
+        self.waiting, self.kv_holding_waiting = create_request_queue(self.policy), create_request_queue(self.policy)
+        for request in requests:
+            self.waiting.add_request(request)
+        self.current_step = min(current_step, -2)  # running sequences have their turn from step 0 on
+        try:
+            return super().schedule(*args, **kwargs)
+        finally:
+            for queue, left in ((waiting, self.waiting), (holding, self.kv_holding_waiting)):
+                for request in left:
+                    queue.add_request(request)
+            self.current_step, self.waiting, self.kv_holding_waiting = current_step, waiting, holding
+
+
+class AsyncScheduler(_Scheduling, async_scheduler.AsyncScheduler):  # type: ignore[misc]
+    """The one that vLLM uses where it schedules a step ahead (CUDA)."""
 
 
 class _Handover:

@@ -106,6 +106,42 @@ async def test_a_repeated_prompt_is_cached_and_its_blocks_have_the_gateway_s_nam
     await prefill.until(lambda: blocks_of(tokens, "tenant") <= prefill.held)
 
 
+async def test_a_handed_over_request_waits_for_no_step_that_could_have_computed_it(pair):
+    mode, prefill, decode = pair
+    await hand_over(pair, prompt(60, 40), name="handshake")
+    alone = await decode.run(prompt(61, 40), {"max_tokens": 40, "ignore_eos": True}, salt=ELSEWHERE)
+    running, beside = decode.begin(prompt(61, 40), {"max_tokens": 900, "ignore_eos": True})
+    await decode.until(lambda: beside.outputs)
+    tokens_beside = []
+    for number in range(4):  # a step may end while the command is on its way
+        tokens = prompt(62 + number, 70)
+        if mode is HandoverMode.PULL:
+            leg = DecodeLeg(ticket=(await prefill.run(tokens, None, tagged(PrefillLeg(mode)))).ticket)
+        else:
+            prefill.begin(tokens, {"max_tokens": 2}, tagged(PrefillLeg(mode)), name=f"step-{number}")
+            leg = DecodeLeg(source=prefill.endpoint)
+        before = len(beside.tokens)
+        _, answer = decode.begin(tokens, {"max_tokens": 2}, tagged(leg), name=f"step-{number}")
+        await decode.until(lambda answer=answer: answer.outputs)
+        tokens_beside.append(len(beside.tokens) - before)
+        await decode.until(lambda answer=answer: answer.last)
+    await decode.until(lambda: len(beside.tokens) >= len(alone.tokens))
+    decode.send("abort", id=running)
+    assert beside.tokens[: len(alone.tokens)] == alone.tokens
+    if mode is HandoverMode.PULL:
+        assert min(tokens_beside) <= 2  # of the step in which it came, and of its own
+
+
+async def test_a_long_prompt_leaves_room_for_the_tokens_of_handed_over_requests(pair):
+    _, _, decode = pair
+    long, computing = decode.begin(prompt(70, 1000), {"max_tokens": 8})
+    await decode.until(lambda: [news for news in decode.said if news["kind"] == "step"])
+    _, answer = await hand_over(pair, prompt(71, 70), {"max_tokens": 3}, name="beside a prompt")
+    assert answer.last["finish"] == "length"
+    assert not computing.outputs
+    decode.send("abort", id=long)
+
+
 async def test_malformed_handover_parameters_are_refused_and_the_engine_lives(pair):
     mode, _, decode = pair
     if mode is HandoverMode.PUSH:
