@@ -204,6 +204,10 @@ class Scheduler(_Scheduling, scheduler.Scheduler):  # type: ignore[misc]
     next. Where steps are long, one without any tokens before, which begins the transfer, saves a whole one.
     """
 
+    current_step: int
+    waiting: Any
+    kv_holding_waiting: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._new: list[Request] = []
