@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import msgspec
+
 from workers.engine import EngineStartError
 
 _OVERHEAD_BYTES = 1_400 << 20
@@ -13,12 +15,15 @@ _BYTES_PER_VALUE = {"float": 4, "float32": 4}
 def check_memory(
     model: Path, kv_cache_bytes: int, *, dtype: str, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
 ) -> None:
-    """For engines on CPU, which keep the weights twice: as loaded and packed for its matrix units.
+    """For engines on CPU, which keep the output layer twice: as loaded and packed for the processor's matrix units.
 
     Raises:  EngineStartError if weights, KV cache and vLLM itself need more than is available.
     """
     stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))  # two bytes a value
-    weights = 2 * stored * _BYTES_PER_VALUE.get(dtype, 2) // 2
+    config = msgspec.json.decode((model / "config.json").read_bytes())
+    config = config.get("text_config", config)
+    num_values = stored // 2 + config.get("vocab_size", 0) * config.get("hidden_size", 0)
+    weights = num_values * _BYTES_PER_VALUE.get(dtype, 2)
     needed = weights + kv_cache_bytes + _OVERHEAD_BYTES
     available = available_bytes(proc, cgroup)
     if needed > available:

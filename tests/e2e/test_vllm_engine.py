@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -260,6 +261,16 @@ async def test_requests_together_and_aborted_ones_leave_nothing_behind(pair):
     assert kv_tokens >= 4 * 60
     assert duration_s > 0
     assert prefill_tokens >= 0 <= pairs
+
+
+def resident_bytes(pid):
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
+
+
+async def test_an_engine_packs_no_embedding_that_is_only_looked_up(pair):
+    _, prefill, _ = pair
+    assert resident_bytes(prefill.ready["pids"][0]) < 2.8e9  # 2.5 GB; 3.2 with a second pack of the input embeddings
 
 
 async def test_the_engine_process_ends_with_its_worker_and_the_worker_hears_of_its_engine_s_end(pair):

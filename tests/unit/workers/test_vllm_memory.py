@@ -10,6 +10,7 @@ MIB = 1 << 20
 def machine(tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal:  8388608 kB\nMemAvailable:    3145728 kB\n")
     (tmp_path / "model.safetensors").write_bytes(bytes(MIB))
+    (tmp_path / "config.json").write_text('{"vocab_size": 2048, "hidden_size": 256}')
     return tmp_path
 
 
