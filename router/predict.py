@@ -3,10 +3,15 @@
     total = queue + prefill(uncached) + handover(blocks missing at the decode worker) + first step + its own decoding
             + inflicted
 
-    inflicted = prefill * sequences that decode there                (each stands still meanwhile)
+    inflicted = prefill * sequences that decode there * stall        (each stands still meanwhile)
               + prefill * max(utilisation / (1 - utilisation),       (congestion: those still to come wait longer, and
                               requests waiting / workers)             so do those who wait for a worker that prefills)
               + expected_tokens * batch * (step with it - step without)
+
+A stall counts in full on a worker kept for decoding. One that does both is there for stalls: a stream that gets a token
+per step while the worker does not prefill is 1 / (1 - utilisation) times slower than alone, and what that costs grows
+with its square, so another second of prompt work costs 0.05 / (1 - utilisation)^3. Next to nothing while streams are
+fast, and so much when they are slow that prompts gather on few workers and the others decode for them.
 
 The congestion price is what a second of work adds to the waits of others. In a queue that is busy for a share
 `utilisation` of the time, one second of work costs 1 / (1 - utilisation) in all; where requests are waiting it delays
@@ -24,8 +29,8 @@ from router.request import Candidate, RoutableRequest
 
 _MAX_UTILISATION = 0.95
 _STALL_BOTH = 0.05
-"""What a second of standing still counts for a stream on a worker that is there for both, against a second of waiting
-for a first token: the stream has tokens to show meanwhile. On a worker kept for decoding it counts in full."""
+"""What a second of standing still counts on a worker that does both and has no prompts else, against a second of waiting
+for a first token: the stream has tokens to show meanwhile."""
 
 
 @dataclass(slots=True)
@@ -62,7 +67,7 @@ def prefill_leg(request: RoutableRequest, worker: WorkerView, waiting: float = 0
     busy = min(worker.prefill_utilisation, _MAX_UTILISATION)
     stalled_s = 0.0
     if worker.role.can_decode and (worker.num_running or worker.mean_running):
-        weight = _STALL_BOTH if worker.role.can_prefill else 1.0
+        weight = _STALL_BOTH / (1 - busy) ** 3 if worker.role.can_prefill else 1.0
         stalled_s = seconds * weight * max(worker.num_running, worker.mean_running)
         if worker.num_running:  # every step of the prompt carries the batch along, and begins when the current one ends
             step = worker.latency.step_s(worker.num_running, worker.kv_tokens)

@@ -250,6 +250,16 @@ def test_blocks_that_the_decode_worker_holds_need_no_room():
     assert decode_leg(request(tokens=4000, expected=96), sharing).has_room
 
 
+def test_a_stall_costs_the_more_the_less_a_worker_gets_to_decode():
+    def stall(role, share):
+        leg = prefill_leg(request(), worker("w", role, num_running=10, prefill_utilisation=share))
+        return leg.inflicted_s - leg.prefill_s * share / (1 - share)
+
+    assert stall(Role.BOTH, 0.5) == pytest.approx(8 * stall(Role.BOTH, 0.0))
+    assert stall(Role.DECODE, 0.0) == pytest.approx(20 * stall(Role.BOTH, 0.0))
+    assert stall(Role.DECODE, 0.5) == pytest.approx(stall(Role.DECODE, 0.0))
+
+
 def test_the_parts_of_every_candidate_add_up():
     choice = choose(worker("p", Role.PREFILL, queue_s=0.2), worker("d", Role.DECODE, **BUSY), worker("b", Role.BOTH))
     assert len(choice.candidates) > 2
