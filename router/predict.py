@@ -29,8 +29,8 @@ from router.request import Candidate, RoutableRequest
 
 _MAX_UTILISATION = 0.95
 _STALL_BOTH = 0.05
-"""What a second of standing still counts on a worker that does both and has no prompts else, against a second of waiting
-for a first token: the stream has tokens to show meanwhile."""
+"""What a second of standing still counts on a worker that does both and has no prompts else, against a second of
+waiting for a first token: the stream has tokens to show meanwhile."""
 
 
 @dataclass(slots=True)
