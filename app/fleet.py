@@ -103,6 +103,7 @@ class Fleet:
         self._members: dict[WorkerId, _Member] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._stale = asyncio.Event()
+        self._joined = asyncio.Event()
         self._num_snapshots = asyncio.Semaphore(_SNAPSHOTS_AT_ONCE)
         self._snapshotting: set[WorkerId] = set()
         self._bytes_of_closed = [0, 0]
@@ -182,6 +183,10 @@ class Fleet:
         if member is None:
             raise WorkerUnreachable(worker, "it is not registered any more")
         return member.registration
+
+    async def joined(self) -> None:
+        """Returns when the next worker is up for routing."""
+        await self._joined.wait()
 
     def is_connected(self, worker: WorkerId) -> bool:
         member = self._members.get(worker)
@@ -281,6 +286,8 @@ class Fleet:
         self._router.worker_up(member.registration, now=self._clock())
         self._check_index()
         self._dispatcher.changed()
+        joined, self._joined = self._joined, asyncio.Event()
+        joined.set()
         try:
             while not connection.closed.done():
                 await asyncio.wait([connection.closed], timeout=_RETIRED_CHECK_S)

@@ -115,7 +115,15 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
     if settings.prefill_dispatch == "queue":
         prefills = QueuedPrefills(PrefillQueue(events), events, fleet, gateway=secrets.token_hex(8))
         metrics.watch(prefills.gauges)
-    relay = Relay(dispatcher, fleet, metrics, clock=clock, max_attempts=settings.max_attempts, prefills=prefills)
+    relay = Relay(
+        dispatcher,
+        fleet,
+        metrics,
+        clock=clock,
+        max_attempts=settings.max_attempts,
+        replacement_s=settings.replacement_s,
+        prefills=prefills,
+    )
     metrics.watch(fleet.gauges)
     metrics.watch(lambda: router_gauges(router.stats(now=clock())))
     return Gateway(

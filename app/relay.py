@@ -6,6 +6,7 @@
             └─ push: prefill leg and decode leg at once ───────────────────┘
 
     a leg is refused or lost ──► routed again without its worker; from the tokens that the client has, if it has any
+    nobody left to go on     ──► waits for a worker, if the client has tokens; else it is told, and may ask again
     client gone              ──► legs cancelled, reservation released
     deadline, shutdown       ──► the same, and the client is told
 
@@ -31,6 +32,7 @@ from planes.frames import DecodeLeg, Done, Generate, LocalLeg, PrefillLeg, Strea
 from planes.frames import Leg as LegKind
 from planes.messages import HandoverEndpoint, HandoverMode, Registration, WorkerId
 from planes.streams import WorkerConnection, WorkerLost, WorkerUnreachable
+from router.errors import NoWorker
 from router.request import Outcome
 
 _log = structlog.get_logger()
@@ -78,10 +80,13 @@ class TicketExpired(WorkerFailed):
 
 
 class Workers(Protocol):
-    """Where to find a worker. Both raise WorkerUnreachable if it is not there (any more)."""
+    """Where to find a worker. The first two raise WorkerUnreachable if it is not there (any more)."""
 
     def connection(self, worker: WorkerId) -> WorkerConnection: ...
     def registration(self, worker: WorkerId) -> Registration: ...
+
+    async def joined(self) -> None:
+        """Returns when the next worker is up for routing."""
 
 
 class Prefills(Protocol):
@@ -95,6 +100,7 @@ class Relay:
     """Runs jobs. One for each gateway process.
 
     clock: the event loop's.  max_attempts: failed legs in a row, without a new token, that end a request.
+    replacement_s: how long a request whose client has tokens waits for a worker to go on.
     prefills: the queue for prompts; None: they are sent to the worker chosen.
     """
 
@@ -106,6 +112,7 @@ class Relay:
         *,
         clock: Clock,
         max_attempts: int,
+        replacement_s: float,
         prefills: Prefills | None = None,
     ) -> None:
         self._dispatcher = dispatcher
@@ -113,6 +120,7 @@ class Relay:
         self._metrics = metrics
         self._clock = clock
         self._max_attempts = max_attempts
+        self._replacement_s = replacement_s
         self._prefills = prefills
 
     async def run(self, job: Job, answer: Answer) -> None:
@@ -140,12 +148,17 @@ class Relay:
             _log.info("request.finished", **course.record())
 
     async def _answer(self, course: Course) -> None:
+        wait_until = None
         while True:
             try:
                 done = await self._attempt(course)
                 break
             except _LegLost as exc:
                 self._lost(course, exc)
+                wait_until = None
+            except NoWorker as exc:
+                wait_until = wait_until or self._clock() + self._replacement_s
+                await self._replaced(course, exc, wait_until)
         if not course.job.format.is_streaming:
             await course.answer.send_whole(200, [_JSON, *course.headers()], done.payload)
             return
@@ -358,6 +371,20 @@ class Relay:
         if is_last:
             raise exc
         self._metrics.retried(exc.code, is_migration=bool(course.tokens))
+
+    async def _replaced(self, course: Course, exc: NoWorker, until: float) -> None:
+        """Wait for a worker that may go on.  Raises:  `exc` if the client has nothing to lose, or at `until`."""
+        if not course.tokens:
+            raise exc
+        if course.excluded:  # there may be a new start of who failed
+            course.excluded = frozenset()
+            return
+        _log.warning("request.waits_for_worker", request_id=course.job.request, num_tokens=len(course.tokens))
+        try:
+            async with asyncio.timeout_at(until):
+                await self._workers.joined()
+        except TimeoutError:
+            raise exc from None
 
 
 async def refuse(answer: Answer, exc: Exception, headers: Headers) -> None:

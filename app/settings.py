@@ -44,6 +44,10 @@ class GatewaySettings:
     max_attempts: Annotated[
         int, Parameter(help="Most workers tried in a row without a new token before a request ends with an error.")
     ] = 3
+    replacement_s: Annotated[
+        float,
+        Parameter(help="Longest wait of a begun answer for a worker to go on when none is left, in seconds; 0: none."),
+    ] = 60.0
     max_body_bytes: Annotated[int, Parameter(help="Longest request body.")] = 16 << 20
     slow_client_bytes: Annotated[
         int, Parameter(help="Most unsent bytes of one answer; a client that reads more slowly is cut off.")
@@ -75,8 +79,9 @@ class GatewaySettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UnusableSetting(name, value, "it must be more than 0 seconds")
-        if not self.drain_s >= 0:
-            raise UnusableSetting("drain_s", self.drain_s, "it must be 0 seconds or more")
+        for name in ("drain_s", "replacement_s"):
+            if not getattr(self, name) >= 0:
+                raise UnusableSetting(name, getattr(self, name), "it must be 0 seconds or more")
         if self.dead_after_s <= self.heartbeat_s:
             raise UnusableSetting(
                 "dead_after_s", self.dead_after_s, f"it must exceed --heartbeat-s ({self.heartbeat_s})"

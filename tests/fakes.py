@@ -1,5 +1,7 @@
 """Fakes that several tests share."""
 
+import asyncio
+
 from planes.frames import Generate
 from planes.messages import (
     EngineFacts,
@@ -154,6 +156,10 @@ class FakeWorkers:
     def __init__(self, *registrations: Registration):
         self.registrations = {each.worker: each for each in registrations}
         self.connections = {each.worker: FakeConnection(each.worker) for each in registrations}
+        self.somebody_joins = asyncio.Event()
+
+    async def joined(self):
+        await self.somebody_joins.wait()
 
     def connection(self, worker):
         return self.connections[worker]

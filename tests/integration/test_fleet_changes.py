@@ -114,6 +114,21 @@ async def test_a_prefill_worker_that_dies_over_a_prompt_is_replaced(site, reach,
         assert await api.metric("headrace_retries_total") == 1
 
 
+async def test_a_begun_answer_waits_until_its_only_worker_is_back(site, reach, alone, unique, until):
+    worker = site.start_worker("both-1", speedup=2)
+    gateway = await site.gateway(num_workers=1)
+    async with reach(gateway) as api:
+        whole = asyncio.create_task(api.text(unique, max_tokens=400))
+        async with api.stream(unique, max_tokens=400) as stream:
+            await stream.read(5)
+            worker.kill()
+            await until(lambda: gateway.process.said("request.waits_for_worker"))
+            await site.worker("both-1", speedup=2)
+            assert await stream.read() == await whole == await alone.text(unique, max_tokens=400)
+            assert (stream.is_done, stream.finish) == (True, "length")
+        assert await api.metric("headrace_migrations_total") == 2
+
+
 async def test_without_a_worker_the_client_is_told_so(site, reach, unique, until):
     worker = site.start_worker("both-1")
     gateway = await site.gateway(num_workers=1)

@@ -184,7 +184,8 @@ async def _who_got_it(workers):
 
 async def test_a_worker_that_hangs_is_given_up_within_the_heartbeat(site, crew, until):
     worker = await crew("w1")
-    gateway = await site.gateway("--heartbeat-s", "0.1", "--dead-after-s", "0.3", num_workers=1)
+    flags = ("--heartbeat-s", "0.1", "--dead-after-s", "0.3", "--replacement-s", "0")
+    gateway = await site.gateway(*flags, num_workers=1)
     async with RawClient(gateway.url) as client:
         client.chat()
         connection, request = await worker.next_request()

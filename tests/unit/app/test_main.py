@@ -60,7 +60,7 @@ async def gateway(settings, tmp_path):
     dispatcher, models = Dispatcher(router, clock=clock), Models(NoStore(), tmp_path)
     models.load = load
     fleet = Fleet(router, dispatcher, models, models, connect=connect, clock=clock, rng=random.Random(0))
-    relay = Relay(dispatcher, fleet, metrics, clock=clock, max_attempts=3)
+    relay = Relay(dispatcher, fleet, metrics, clock=clock, max_attempts=3, replacement_s=0.0)
     metrics.watch(fleet.gauges)
     metrics.watch(lambda: router_gauges(router.stats(now=clock())))
     preprocessor = Preprocessor()

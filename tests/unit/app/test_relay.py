@@ -28,6 +28,7 @@ from planes.frames import (
 )
 from planes.messages import HandoverMode, RequestId, Role, WorkerId
 from planes.streams import WorkerLost
+from router.errors import NoWorker
 from router.request import HandoverWish, Outcome
 from tests.fakes import FakeAnswer, FakeRouter, FakeWorkers, registration, route
 
@@ -43,7 +44,7 @@ def done(payload=b"", tokens=(), ticket=None, usage=USAGE):
 class Scene:
     """A relay among fakes, and the job under way."""
 
-    def __init__(self, mode=HandoverMode.PULL, max_attempts=3, prefills=None):
+    def __init__(self, mode=HandoverMode.PULL, max_attempts=3, replacement_s=60.0, prefills=None):
         self.router = FakeRouter()
         self.workers = FakeWorkers(
             registration("p0", Role.PREFILL, mode=mode),
@@ -60,6 +61,7 @@ class Scene:
             self.metrics,
             clock=self.loop.time,
             max_attempts=max_attempts,
+            replacement_s=replacement_s,
             prefills=prefills,
         )
         self.answer = FakeAnswer()
@@ -322,6 +324,42 @@ async def test_attempts_in_a_row_without_a_token_are_bounded():
     answer = await scene.finished()
     assert answer.status == 502
     assert b"worker d1 was lost: killed" in answer.body
+
+
+async def test_a_begun_answer_waits_for_a_worker_when_none_is_left(scene):
+    await scene.start((None, "d0"))
+    sink = scene.leg("d0")[1]
+    sink.on_delta(b"a", [1])
+    scene.router.refuses = NoWorker("sim", num_workers=0)
+    sink.on_lost(WorkerLost(WorkerId("d0"), "killed"))
+    await settle()
+    assert not scene.answer.is_ended
+    scene.router.refuses = None
+    scene.router.answers = [route("r", "d0", None)]  # the same worker, started again
+    scene.workers.somebody_joins.set()
+    await settle()
+    assert scene.router.submitted[-1].excluded == frozenset()
+    request, sink = scene.leg("d0")
+    assert unpack_tokens(request.resume) == [1]
+    sink.on_done(done(b"b", [2]))
+    assert (await scene.finished()).payloads == [b"a", b"b"]
+
+
+async def test_it_waits_no_longer_than_it_may():
+    scene = Scene(replacement_s=0.0)
+    await scene.start((None, "d0"))
+    sink = scene.leg("d0")[1]
+    sink.on_delta(b"a", [1])
+    scene.router.refuses = NoWorker("sim", num_workers=0)
+    sink.on_lost(WorkerLost(WorkerId("d0"), "killed"))
+    assert b'"code":"no_worker"' in (await scene.finished()).payloads[-1]
+
+
+async def test_a_request_without_a_token_is_refused_when_no_worker_is_left(scene):
+    await scene.start((None, "d0"))
+    scene.router.refuses = NoWorker("sim", num_workers=0)
+    scene.leg("d0")[1].on_lost(WorkerLost(WorkerId("d0"), "killed"))
+    assert (await scene.finished()).status == 503
 
 
 async def test_progress_allows_more_attempts():
