@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from app.servers import Server, ServerNotStarted, etcd_server, nats_server
-from app.supervisor import Child, Supervisor, say
+from app.supervisor import Child, Supervisor, ending, say
 from planes.cache import DEMO_MODEL, cache_dir
 from planes.control import parse_endpoints
 from planes.events import parse_servers
@@ -145,7 +145,7 @@ async def _keep_running(name: str, server: Server, folder: Path, url: asyncio.Fu
                     url.set_result(handle.url)
                 port = handle.port
                 status = await handle.ended()
-            say(f"{name} ended with status {status}: {handle.log}; starting it again")
+            say(f"{ending(name, status, str(handle.log))}; starting it again")
         except ServerNotStarted as exc:
             if not url.done():
                 raise

@@ -90,7 +90,7 @@ class Supervisor:
     async def _check(self, child: Child) -> None:
         if child.process is not None and child.process.returncode is not None:
             await self._readers[child.name]
-            raise ChildFailed(f"{child.name} ended with status {child.process.returncode}: {_why(child)} ({child.log})")
+            raise ChildFailed(f"{ending(child.name, child.process.returncode, _why(child))} ({child.log})")
 
     async def watch(self) -> None:
         """Return when the user wants to stop; until then start again whatever dies."""
@@ -110,7 +110,7 @@ class Supervisor:
             failures = 0 if time.monotonic() - started_at > _STEADY_S else failures
             pause = _RESTART_PAUSES_S[min(failures, len(_RESTART_PAUSES_S) - 1)]
             failures += 1
-            say(f"{child.name} ended with status {status}: {_why(child)}; starting it again in {pause:g} s")
+            say(f"{ending(child.name, status, _why(child))}; starting it again in {pause:g} s")
             await asyncio.sleep(pause)
             await self._spawn(child)
 
@@ -205,6 +205,14 @@ def _why(child: Child) -> str:
     last = child.last_words[-1]
     fields = _fields(last) if "event" in last else {}
     return fields.get("reason") or fields.get("error") or last.removeprefix("headrace: ")
+
+
+def ending(name: str, status: int, why: str) -> str:
+    """How a process ended; one that was killed had no time to say why."""
+    if status >= 0:
+        return f"{name} ended with status {status}: {why}"
+    hint = " (as the kernel does when memory runs out)" if status == -signal.SIGKILL else ""
+    return f"{name} was killed by {signal.Signals(-status).name}{hint}"
 
 
 def say(text: str) -> None:

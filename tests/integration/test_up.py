@@ -220,7 +220,7 @@ async def test_what_dies_is_started_again(up, until):
                 return False
 
         await until(serves_again)
-    assert "decode-1 ended with status -9" in running.text
+    assert "decode-1 was killed by SIGKILL" in running.text
     running.process.send_signal(signal.SIGTERM)
     assert await running.is_over(until) == 0
 
@@ -232,10 +232,10 @@ async def test_etcd_and_nats_are_started_again_and_take_new_workers(up, until):
     os.kill(running.pid_of("/nats-server "), signal.SIGKILL)
     for name in ("etcd", "nats"):
         await until(lambda name=name: f"{name} is ready again" in running.text, f"{name} is back: {running.output}")
-        assert f"{name} ended with status -9" in running.text
+        assert f"{name} was killed by SIGKILL" in running.text
     async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
         os.kill(running.pid_of("--worker-id decode-1"), signal.SIGKILL)
-        await until(lambda: "decode-1 ended" in running.text)
+        await until(lambda: "decode-1 was killed" in running.text)
         body = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
 
         async def serves_again():
