@@ -1,13 +1,9 @@
 """What a newcomer does: `headrace up`, the printed curl, a look at what it says of itself. Real model, real parts."""
 
 import json
-import os
-import random
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,24 +11,14 @@ import httpx
 import openai
 import pytest
 
+from tests.up import free_port, start_up
+
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parents[2]
 LONG = " ".join(
     f"Note {i}: gate {i * 7 % 13} of the weir lets {i * i % 17} buckets of water a minute to the wheel."
     for i in range(30)
 )
-
-
-def free_port():
-    while True:
-        port = random.randrange(10_000, 30_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 class Stack:
@@ -43,16 +29,8 @@ class Stack:
         self.url = f"http://127.0.0.1:{self.port}"
         self.output = folder / "output"
         self.state = folder / "state"
-        argv = [sys.executable, "-m", "app.cli", "up", "--port", str(self.port), "--state-dir", str(self.state)]
-        with self.output.open("wb") as output:
-            self.process = subprocess.Popen(
-                argv,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                env=os.environ | {"HEADRACE_DTYPE": "float32", "HEADRACE_KV_CACHE_BYTES": str(128 << 20)},
-                start_new_session=True,
-            )
+        environment = {"HEADRACE_DTYPE": "float32", "HEADRACE_KV_CACHE_BYTES": str(128 << 20)}
+        self.process = start_up(self.port, self.output, "--state-dir", str(self.state), env=environment)
 
     def said(self):
         return self.output.read_text()

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -14,21 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.up import ROOT, free_port, start_up
+
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
-
-ROOT = Path(__file__).parents[2]
-
-
-def free_port():
-    """Below the ports that the system gives to whoever asks for any."""
-    while True:
-        port = random.randrange(10_000, 30_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def processes():
@@ -53,18 +40,9 @@ class Up:
         self.url = f"http://127.0.0.1:{self.port}"
         self.folder = folder
         self.output = folder / "output"
-        argv = [sys.executable, "-m", "app.cli", "up", "--engine", "sim", "--port", str(self.port)]
-        argv += ["--state-dir", str(folder / "state"), *flags]
-        variables = {"HEADRACE_SPEEDUP": "10", "HEADRACE_CACHE_DIR": str(folder / "assets"), **(env or {})}
-        with self.output.open("wb") as output:
-            self.process = subprocess.Popen(
-                argv,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                env=os.environ | variables,
-                start_new_session=True,
-            )
+        flags = ("--engine", "sim", "--state-dir", str(folder / "state"), *flags)
+        environment = {"HEADRACE_SPEEDUP": "10", "HEADRACE_CACHE_DIR": str(folder / "assets"), **(env or {})}
+        self.process = start_up(self.port, self.output, *flags, env=environment)
         self.seen = {}
 
     @property
