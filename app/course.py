@@ -112,6 +112,8 @@ class Course:
     """What the client has got; with n > 1 of all choices, good for counting only."""
     attempts: list[Attempt] = field(default_factory=list)
     excluded: frozenset[WorkerId] = frozenset()
+    num_replacements: int = 0
+    """How often it waited for a worker because none was left."""
     lost: HeadraceError | None = None
     fallback: str = ""
     """Why a request that could have been handed over was not: the code of the failure before."""

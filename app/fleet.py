@@ -104,6 +104,8 @@ class Fleet:
         self._tasks: asyncio.TaskGroup | None = None
         self._stale = asyncio.Event()
         self._joined = asyncio.Event()
+        self.num_joined = 0
+        """How often a worker has come up for routing."""
         self._num_snapshots = asyncio.Semaphore(_SNAPSHOTS_AT_ONCE)
         self._snapshotting: set[WorkerId] = set()
         self._bytes_of_closed = [0, 0]
@@ -184,9 +186,10 @@ class Fleet:
             raise WorkerUnreachable(worker, "it is not registered any more")
         return member.registration
 
-    async def joined(self) -> None:
-        """Returns when the next worker is up for routing."""
-        await self._joined.wait()
+    async def joined(self, since: int) -> None:
+        """Returns when `num_joined` exceeds `since`."""
+        while self.num_joined <= since:
+            await self._joined.wait()
 
     def is_connected(self, worker: WorkerId) -> bool:
         member = self._members.get(worker)
@@ -286,6 +289,7 @@ class Fleet:
         self._router.worker_up(member.registration, now=self._clock())
         self._check_index()
         self._dispatcher.changed()
+        self.num_joined += 1
         joined, self._joined = self._joined, asyncio.Event()
         joined.set()
         try:

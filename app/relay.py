@@ -6,7 +6,7 @@
             └─ push: prefill leg and decode leg at once ───────────────────┘
 
     a leg is refused or lost ──► routed again without its worker; from the tokens that the client has, if it has any
-    nobody left to go on     ──► waits for a worker, if the client has tokens; else it is told, and may ask again
+    nobody left to go on     ──► waits for a worker, if there are tokens; else the client is told, and may ask again
     client gone              ──► legs cancelled, reservation released
     deadline, shutdown       ──► the same, and the client is told
 
@@ -85,8 +85,12 @@ class Workers(Protocol):
     def connection(self, worker: WorkerId) -> WorkerConnection: ...
     def registration(self, worker: WorkerId) -> Registration: ...
 
-    async def joined(self) -> None:
-        """Returns when the next worker is up for routing."""
+    @property
+    def num_joined(self) -> int:
+        """How often a worker has come up for routing."""
+
+    async def joined(self, since: int) -> None:
+        """Returns when `num_joined` exceeds `since`."""
 
 
 class Prefills(Protocol):
@@ -100,7 +104,7 @@ class Relay:
     """Runs jobs. One for each gateway process.
 
     clock: the event loop's.  max_attempts: failed legs in a row, without a new token, that end a request.
-    replacement_s: how long a request whose client has tokens waits for a worker to go on.
+    replacement_s: how long a request that has tokens waits for a worker to go on when none is left.
     prefills: the queue for prompts; None: they are sent to the worker chosen.
     """
 
@@ -148,17 +152,21 @@ class Relay:
             _log.info("request.finished", **course.record())
 
     async def _answer(self, course: Course) -> None:
-        wait_until = None
+        wait_until, num_joined = None, 0
         while True:
+            num_known = self._workers.num_joined
             try:
                 done = await self._attempt(course)
                 break
             except _LegLost as exc:
                 self._lost(course, exc)
-                wait_until = None
+                wait_until, num_joined = None, num_known
             except NoWorker as exc:
-                wait_until = wait_until or self._clock() + self._replacement_s
-                await self._replaced(course, exc, wait_until)
+                if wait_until is None:
+                    wait_until = self._clock() + self._replacement_s
+                    course.num_replacements += 1
+                await self._replaced(course, exc, wait_until, num_joined)
+                num_joined = self._workers.num_joined
         if not course.job.format.is_streaming:
             await course.answer.send_whole(200, [_JSON, *course.headers()], done.payload)
             return
@@ -372,19 +380,20 @@ class Relay:
             raise exc
         self._metrics.retried(exc.code, is_migration=bool(course.tokens))
 
-    async def _replaced(self, course: Course, exc: NoWorker, until: float) -> None:
-        """Wait for a worker that may go on.  Raises:  `exc` if the client has nothing to lose, or at `until`."""
-        if not course.tokens:
+    async def _replaced(self, course: Course, exc: NoWorker, until: float, num_joined: int) -> None:
+        """Wait until more than `num_joined` workers have joined, and let any of them go on.
+
+        Raises:  `exc` at `until`; at once if there is nothing to lose, or if the request may be what kills workers.
+        """
+        if not course.tokens or course.num_replacements > self._max_attempts:
             raise exc
-        if course.excluded:  # there may be a new start of who failed
-            course.excluded = frozenset()
-            return
         _log.warning("request.waits_for_worker", request_id=course.job.request, num_tokens=len(course.tokens))
         try:
             async with asyncio.timeout_at(until):
-                await self._workers.joined()
+                await self._workers.joined(num_joined)
         except TimeoutError:
             raise exc from None
+        course.excluded = frozenset()  # it may be a new start of who failed
 
 
 async def refuse(answer: Answer, exc: Exception, headers: Headers) -> None:

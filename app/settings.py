@@ -46,7 +46,7 @@ class GatewaySettings:
     ] = 3
     replacement_s: Annotated[
         float,
-        Parameter(help="Longest wait of a begun answer for a worker to go on when none is left, in seconds; 0: none."),
+        Parameter(help="Longest wait of an answer that has tokens for a worker if none is left, in seconds; 0: none."),
     ] = 60.0
     max_body_bytes: Annotated[int, Parameter(help="Longest request body.")] = 16 << 20
     slow_client_bytes: Annotated[

@@ -10,8 +10,9 @@
 
 A stall counts in full on a worker kept for decoding. One that does both is there for stalls: a stream that gets a token
 per step while the worker does not prefill is 1 / (1 - utilisation) times slower than alone, and what that costs grows
-with its square, so another second of prompt work costs 0.05 / (1 - utilisation)^3. Next to nothing while streams are
-fast, and so much when they are slow that prompts gather on few workers and the others decode for them.
+with its square, so another second of prompt work costs 0.05 / (1 - utilisation)^3, at most 1: next to nothing while
+streams are fast, and so much when they are slow that prompts gather on few workers and the others decode for them.
+Where no stream is now, those that may come (the mean of a minute) count with 0.05.
 
 The congestion price is what a second of work adds to the waits of others. In a queue that is busy for a share
 `utilisation` of the time, one second of work costs 1 / (1 - utilisation) in all; where requests are waiting it delays
@@ -67,8 +68,10 @@ def prefill_leg(request: RoutableRequest, worker: WorkerView, waiting: float = 0
     busy = min(worker.prefill_utilisation, _MAX_UTILISATION)
     stalled_s = 0.0
     if worker.role.can_decode and (worker.num_running or worker.mean_running):
-        weight = _STALL_BOTH / (1 - busy) ** 3 if worker.role.can_prefill else 1.0
-        stalled_s = seconds * weight * max(worker.num_running, worker.mean_running)
+        stall = 1.0
+        if worker.role.can_prefill:
+            stall = min(1.0, _STALL_BOTH / (1 - busy) ** 3) if worker.num_running else _STALL_BOTH
+        stalled_s = seconds * stall * max(worker.num_running, worker.mean_running)
         if worker.num_running:  # every step of the prompt carries the batch along, and begins when the current one ends
             step = worker.latency.step_s(worker.num_running, worker.kv_tokens)
             steps = -(-uncached // max(1, worker.facts.max_step_tokens - worker.num_running))

@@ -156,10 +156,17 @@ class FakeWorkers:
     def __init__(self, *registrations: Registration):
         self.registrations = {each.worker: each for each in registrations}
         self.connections = {each.worker: FakeConnection(each.worker) for each in registrations}
-        self.somebody_joins = asyncio.Event()
+        self.num_joined = len(registrations)
+        self._joined = asyncio.Event()
 
-    async def joined(self):
-        await self.somebody_joins.wait()
+    async def joined(self, since):
+        while self.num_joined <= since:
+            await self._joined.wait()
+
+    def join(self):
+        self.num_joined += 1
+        joined, self._joined = self._joined, asyncio.Event()
+        joined.set()
 
     def connection(self, worker):
         return self.connections[worker]

@@ -336,13 +336,50 @@ async def test_a_begun_answer_waits_for_a_worker_when_none_is_left(scene):
     assert not scene.answer.is_ended
     scene.router.refuses = None
     scene.router.answers = [route("r", "d0", None)]  # the same worker, started again
-    scene.workers.somebody_joins.set()
+    scene.workers.join()
     await settle()
     assert scene.router.submitted[-1].excluded == frozenset()
     request, sink = scene.leg("d0")
     assert unpack_tokens(request.resume) == [1]
     sink.on_done(done(b"b", [2]))
     assert (await scene.finished()).payloads == [b"a", b"b"]
+
+
+async def test_a_worker_that_is_back_before_the_request_knows_is_not_waited_for(scene):
+    await scene.start((None, "d0"))
+    sink = scene.leg("d0")[1]
+    sink.on_delta(b"a", [1])
+    scene.workers.join()
+    submit = scene.router.submit
+
+    def refuse_once(_request, *, now):
+        scene.router.submit = submit
+        raise NoWorker("sim", num_workers=1)
+
+    scene.router.submit = refuse_once
+    scene.router.answers = [route("r", "d0", None)]
+    sink.on_lost(WorkerLost(WorkerId("d0"), "killed"))
+    await settle()
+    scene.leg("d0")[1].on_done(done(b"b", [2]))
+    assert (await scene.finished()).payloads == [b"a", b"b"]
+
+
+async def test_a_request_that_kills_whoever_serves_it_is_given_up():
+    scene = Scene(max_attempts=2)
+    await scene.start((None, "d0"))
+    for number in range(3):
+        sink = scene.leg("d0")[1]
+        sink.on_delta(b"%d" % number, [number])
+        scene.router.refuses = NoWorker("sim", num_workers=0)
+        sink.on_lost(WorkerLost(WorkerId("d0"), "killed"))
+        await settle()
+        scene.router.refuses = None
+        scene.router.answers = [route("r", "d0", None)]
+        scene.workers.join()
+        await settle()
+    answer = await scene.finished()
+    assert answer.payloads[:-1] == [b"0", b"1", b"2"]
+    assert b'"code":"no_worker"' in answer.payloads[-1]
 
 
 async def test_it_waits_no_longer_than_it_may():

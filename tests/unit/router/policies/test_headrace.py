@@ -258,6 +258,15 @@ def test_a_stall_costs_the_more_the_less_a_worker_gets_to_decode():
     assert stall(Role.BOTH, 0.5) == pytest.approx(8 * stall(Role.BOTH, 0.0))
     assert stall(Role.DECODE, 0.0) == pytest.approx(20 * stall(Role.BOTH, 0.0))
     assert stall(Role.DECODE, 0.5) == pytest.approx(stall(Role.DECODE, 0.0))
+    assert stall(Role.BOTH, 0.9) == pytest.approx(stall(Role.DECODE, 0.0))
+
+
+def test_an_idle_worker_is_not_passed_over_for_the_streams_it_had():
+    idle = worker("idle", Role.BOTH, mean_running=8.0, prefill_utilisation=0.9)
+    busy = worker("busy", Role.BOTH, queue_s=5.0, prefill_utilisation=0.9)
+    choice = choose(idle, busy)
+    assert (choice.chosen.prefill, choice.chosen.decode) == (None, "idle")
+    assert not choice.is_held
 
 
 def test_the_parts_of_every_candidate_add_up():
