@@ -100,6 +100,8 @@ class Dispatcher:
             self._give_up(exc, now)
             return
         for answer in answers:
+            if isinstance(answer, Refusal) and answer.error.__cause__ is not None:
+                _log.error("policy.failed", request_id=answer.request, exc_info=answer.error.__cause__)
             waiting = self._waiting.get(answer.request)
             if waiting is not None and not waiting.done():
                 waiting.set_result(answer)

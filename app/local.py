@@ -6,7 +6,9 @@ growing pauses; what dies before ends everything with its last words.
 """
 
 import asyncio
+import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,6 +30,8 @@ from planes.messages import Role
 from planes.names import check_namespace
 from planes.settings import UnusableSetting, check_setting
 
+_LOCK = "headrace.lock"
+"""Locked in the state directory while `headrace up` runs there; its presence says that the directory is ours."""
 _SERVER_PAUSE_S = 1.0
 """Between an end of etcd or NATS and the next start."""
 
@@ -82,7 +86,7 @@ class UpSettings:
 
 
 async def up(settings: UpSettings) -> int:
-    """Run everything until SIGINT or SIGTERM; a second one ends at once what still runs.
+    """Run everything until SIGINT, SIGTERM or SIGHUP; a second one ends at once what still runs.
 
     Returns the exit status.  Raises:  HeadraceError before it is ready.
     """
@@ -93,12 +97,12 @@ async def up(settings: UpSettings) -> int:
         (hurry if stop.is_set() else stop).set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, signalled)
     started_at = time.monotonic()
     state = settings.state_dir or cache_dir() / "run" / str(settings.port)
-    state.mkdir(parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
+        _take_state_dir(state, stack, is_ours=settings.state_dir is None)
         etcd, nats = await _servers(settings, state, stack)
         supervisor = Supervisor(settings.ready_timeout_s, stop, hurry)
         stack.push_async_callback(supervisor.stop_all)
@@ -106,12 +110,29 @@ async def up(settings: UpSettings) -> int:
         children.append(_gateway_child(settings, etcd, nats, state, len(children)))
         await supervisor.start(children)
         if not stop.is_set():
-            say(f"headrace fleet --etcd {etcd} --nats {nats} --namespace {settings.namespace} shows the workers")
+            variables = f"HEADRACE_ETCD={etcd} HEADRACE_NATS={nats} HEADRACE_NAMESPACE={settings.namespace}"
+            say(f"export {variables} for headrace fleet and headrace config")
             _announce(settings, _served_name(settings), time.monotonic() - started_at, state)
         await supervisor.watch()
         say("stopping; streams that run may finish (Ctrl-C again: they may not) …")
     say("stopped")
     return 0
+
+
+def _take_state_dir(state: Path, stack: AsyncExitStack, *, is_ours: bool) -> None:
+    """Make the folder ours until the end.  Raises:  UnusableSetting if somebody runs in it, or has something there."""
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        is_ours = is_ours or (state / _LOCK).exists()
+        for folder in (state / "etcd", state / "nats"):
+            if folder.exists() and not is_ours:
+                raise UnusableSetting("state_dir", state, f"{folder} is not headrace's and would be lost; take another")
+        lock = stack.enter_context((state / _LOCK).open("a"))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        raise UnusableSetting("state_dir", state, "another headrace up runs in it; take another") from exc
+    except OSError as exc:
+        raise UnusableSetting("state_dir", state, f"it cannot be used ({exc.strerror}); take another") from exc
 
 
 async def _servers(settings: UpSettings, state: Path, stack: AsyncExitStack) -> tuple[str, str]:
@@ -145,7 +166,7 @@ async def _keep_running(name: str, server: Server, folder: Path, url: asyncio.Fu
                     url.set_result(handle.url)
                 port = handle.port
                 status = await handle.ended()
-            say(f"{ending(name, status, str(handle.log))}; starting it again")
+            say(f"{ending(name, status, 'see its log')} ({handle.log}); starting it again")
         except ServerNotStarted as exc:
             if not url.done():
                 raise
@@ -221,7 +242,8 @@ async def _serves(host: str, port: int, num_workers: int) -> bool:
     writer.write(b"GET /health HTTP/1.1\r\nHost: headrace\r\nConnection: close\r\n\r\n")
     reply = await reader.read()
     writer.close()
-    return reply.startswith(b"HTTP/1.1 200") and f'"workers":{num_workers}'.encode() in reply
+    connected = re.search(rb'"workers":(\d+)', reply)  # others may share the namespace
+    return reply.startswith(b"HTTP/1.1 200") and connected is not None and int(connected[1]) >= num_workers
 
 
 def _announce(settings: UpSettings, model: str, seconds: float, state: Path) -> None:

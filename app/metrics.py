@@ -173,6 +173,7 @@ def router_gauges(stats: RouterStats) -> Iterator[Gauge]:
     if stats.shadow is not None:
         label = (("policy", stats.shadow.policy),)
         yield Gauge("shadow_decided", "Decisions of the shadow policy.", stats.shadow.decided, label)
+        yield Gauge("shadow_failed", "How often the shadow policy raised.", stats.shadow.failed, label)
         yield Gauge("shadow_differed", "Those with other workers.", stats.shadow.differed, label)
         yield Gauge("shadow_faster_seconds", "Predicted seconds they would have saved.", stats.shadow.faster_s, label)
 

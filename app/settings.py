@@ -58,7 +58,8 @@ class GatewaySettings:
         float, Parameter(help="Silence on a worker's stream after which the worker counts as lost, in seconds.")
     ] = 3.0
     api_keys_file: Annotated[
-        Path | None, Parameter(help="TOML file with the API keys that may ask. Default: everybody may.")
+        Path | None,
+        Parameter(help="TOML file with the API keys that may ask, read anew on SIGHUP. Default: everybody may."),
     ] = None
     cache_dir: Annotated[
         Path | None,

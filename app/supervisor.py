@@ -208,11 +208,10 @@ def _why(child: Child) -> str:
 
 
 def ending(name: str, status: int, why: str) -> str:
-    """How a process ended; one that was killed had no time to say why."""
-    if status >= 0:
-        return f"{name} ended with status {status}: {why}"
-    hint = " (as the kernel does when memory runs out)" if status == -signal.SIGKILL else ""
-    return f"{name} was killed by {signal.Signals(-status).name}{hint}"
+    """How a process ended; one that got SIGKILL had no time to say why."""
+    if status == -signal.SIGKILL:
+        return f"{name} was killed by SIGKILL (as the kernel does when memory runs out)"
+    return f"{name} ended with status {status}: {why}"
 
 
 def say(text: str) -> None:

@@ -60,6 +60,7 @@ MATRIX: Final[Sequence[Case]] = (
     Case("conversation", 0.8, 8, 4, label="conversation, light (x0.8)"),
     Case("conversation", 1.25, 8, 4, label="conversation, near saturation (x1.25)"),
     Case("conversation", 1.6, 8, 4, label="conversation, beyond (x1.6)"),
+    Case("conversation", 2.0, 8, 4, label="conversation, far beyond (x2)"),
     Case("conversation", 0.8, 0, 0, 12, label="conversation, light (x0.8)"),
     Case("conversation", 1.25, 0, 0, 12, label="conversation, near saturation (x1.25)"),
     Case("conversation", 1.6, 0, 0, 12, label="conversation, beyond (x1.6)"),
@@ -81,7 +82,7 @@ MATRIX: Final[Sequence[Case]] = (
     Case("bursts", 1.0, 6, 4),
     Case("bursts", 1.0, 0, 0, 10),
 )
-"""What `docs/routing.md` compares: three loads of the trace, generated loads, disaggregated and aggregated at equal
+"""What `docs/routing.md` compares: four loads of the trace, generated loads, disaggregated and aggregated at equal
 workers, a slow worker, two gateways. The first 1,500 sessions of each: about 25 minutes on two cores.
 """
 

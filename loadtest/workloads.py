@@ -11,15 +11,15 @@ share segments. `hash_ids` of a trace are such ids already.
 
 import gzip
 import itertools
-import json
 import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
+import msgspec
 import numpy as np
 
 from planes.blocks import Hashes, name_blocks, root
@@ -111,14 +111,18 @@ def read_trace(path: Path, *, block_size: int, seed: int) -> Workload:
     """A trace in Mooncake's format. Arrivals with one timestamp are spread uniformly until the next timestamp.
 
     A block smaller than the trace's gets the id of the trace's block around it, so `block_size` must divide 512.
+    Raises:  ValueError that names the line; FileNotFoundError.
     """
     if TRACE_BLOCK_SIZE % block_size:
         raise ValueError(f"block size {block_size} does not divide the {TRACE_BLOCK_SIZE} tokens of a trace's block")
-    text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
-    records = sorted(map(json.loads, filter(None, text.splitlines())), key=lambda record: record["timestamp"])
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    records = [_record(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not records:
+        raise ValueError(f"{path} holds no request: a trace has one JSON object a line")
+    records.sort(key=lambda record: record.timestamp)
     rng = random.Random(seed)
-    batches = [list(batch) for _, batch in itertools.groupby(records, key=lambda record: record["timestamp"])]
-    instants = [batch[0]["timestamp"] / 1000 for batch in batches]
+    batches = [list(batch) for _, batch in itertools.groupby(records, key=lambda record: record.timestamp)]
+    instants = [batch[0].timestamp / 1000 for batch in batches]
     gaps = [later - sooner for sooner, later in itertools.pairwise(instants)]
     sessions = []
     for start, gap, batch in zip(instants, [*gaps, min(gaps, default=0.0)], batches, strict=True):
@@ -130,20 +134,33 @@ def read_trace(path: Path, *, block_size: int, seed: int) -> Workload:
     return Workload(path.name.split(".")[0], block_size, tuple(sessions))
 
 
-def _trace_turn(record: Mapping[str, object], block_size: int) -> Turn:
-    prompt_tokens, completion_tokens = _count(record, "input_length"), _count(record, "output_length")
-    ids = np.asarray(record["hash_ids"], dtype=np.uint32)
-    if len(ids) != -(-prompt_tokens // TRACE_BLOCK_SIZE):
-        raise ValueError(f"{len(ids)} hash_ids for {prompt_tokens} tokens; there must be one per {TRACE_BLOCK_SIZE}")
+class _Record(msgspec.Struct):
+    """A line of a trace. timestamp: milliseconds.  input_length, output_length: tokens.  hash_ids: one per 512."""
+
+    timestamp: Annotated[float, msgspec.Meta(ge=0)]
+    input_length: Annotated[int, msgspec.Meta(ge=1)]
+    output_length: Annotated[int, msgspec.Meta(ge=1)]
+    hash_ids: list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]]
+
+
+def _record(line: bytes, place: str) -> _Record:
+    try:
+        record = msgspec.json.decode(line, type=_Record)
+    except msgspec.DecodeError as exc:
+        raise ValueError(f"{place}: {exc}") from exc
+    needed = -(-record.input_length // TRACE_BLOCK_SIZE)
+    if len(record.hash_ids) != needed:
+        raise ValueError(
+            f"{place}: {len(record.hash_ids)} hash_ids for {record.input_length} tokens; "
+            f"there must be one per {TRACE_BLOCK_SIZE}, {needed}"
+        )
+    return record
+
+
+def _trace_turn(record: _Record, block_size: int) -> Turn:
+    ids = np.asarray(record.hash_ids, dtype=np.uint32)
     names = name_blocks(np.repeat(ids, TRACE_BLOCK_SIZE // block_size), 1, _ROOT)
-    return Turn(0.0, prompt_tokens, completion_tokens, names[: prompt_tokens // block_size])
-
-
-def _count(record: Mapping[str, object], field: str) -> int:
-    value = record[field]
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{field} is {value!r}; it must be a whole number above 0")
-    return value
+    return Turn(0.0, record.input_length, record.output_length, names[: record.input_length // block_size])
 
 
 # --- synthetic loads -------------------------------------------------------------------------------------------------

@@ -72,3 +72,13 @@ class DuplicateRequest(Rejected):
 
     def __init__(self, request: str) -> None:
         super().__init__(f"request id {request!r} is already queued or running; send a new id")
+
+
+class PolicyFailed(Rejected):
+    """The policy raised, or named workers that it was not offered."""
+
+    status, code = 500, "policy_failed"
+
+    def __init__(self, policy: str, cause: Exception) -> None:
+        super().__init__(f"the routing policy {policy!r} raised {type(cause).__name__}: {cause}")
+        self.__cause__ = cause

@@ -55,6 +55,8 @@ class ShadowStats:
     """Decisions with another prefill or decode worker."""
     faster_s: float
     """Predicted seconds to the first token that it would have saved where it differed, summed; negative: lost."""
+    failed: int
+    """How often it raised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,7 @@ class Counts:
     ttft_error_ratio: float = 0.0
     shadow_decided: int = 0
     shadow_differed: int = 0
+    shadow_failed: int = 0
     shadow_faster_s: float = 0.0
 
     def observe(self, predicted: Candidate, observed: Observed) -> None:
@@ -137,5 +140,5 @@ class Counts:
             self.shadow_faster_s += chosen.ttft_s - shadow.ttft_s
 
     def forget_shadow(self) -> None:
-        self.shadow_decided = self.shadow_differed = 0
+        self.shadow_decided = self.shadow_differed = self.shadow_failed = 0
         self.shadow_faster_s = 0.0

@@ -20,7 +20,7 @@ from planes.messages import KvEvents, LoadReport, Registration, RequestId, Snaps
 from router import predict
 from router.admission import Queue, Waiting
 from router.dispatch import Dispatch
-from router.errors import DeadlineExceeded, DuplicateRequest, NoPair, NoWorker, QueueFull, SloMissed
+from router.errors import DeadlineExceeded, DuplicateRequest, NoPair, NoWorker, PolicyFailed, QueueFull, SloMissed
 from router.explain import Counts, History, RouterStats, ShadowStats, WorkerStatus, worth_keeping
 from router.fleet import Fleet
 from router.policies.headrace import Headrace
@@ -180,7 +180,14 @@ class Router:
         if view is None:
             answers.append(self._turn_away(waiting, self._nobody(request)))
             return None
-        choice = _choose(self._policy, request, view)
+        try:
+            choice = _choose(self._policy, request, view)
+            # Published rules predict no seconds, and may name a pair that cannot hand over.
+            is_judged = choice.is_held or choice.chosen.prefill_s > 0
+            chosen = choice.chosen if is_judged else predict.judge(request, choice.chosen, view)
+        except Exception as exc:  # noqa: BLE001 - a policy may be a user's own: its bug is this request's alone
+            answers.append(self._turn_away(waiting, PolicyFailed(self._policy.name, exc)))
+            return None
         explanation = waiting.explanation
         explanation.policy = self._policy.name
         explanation.candidates, explanation.chosen = worth_keeping(choice.candidates), choice.chosen
@@ -189,8 +196,6 @@ class Router:
             self._counts.held += not explanation.held_because
             explanation.held_because = choice.held_because
             return choice
-        # Published rules predict no seconds, and may name a pair that cannot hand over.
-        chosen = choice.chosen if choice.chosen.prefill_s > 0 else predict.judge(request, choice.chosen, view)
         slo = self._slo(request)
         try:
             if slo is not None:
@@ -210,9 +215,7 @@ class Router:
         self._counts.decisions[self._policy.name] += 1
         self._counts.local += chosen.prefill is None
         if self._shadow is not None:
-            other = predict.judge(request, _choose(self._shadow, request, view).chosen, view)
-            waiting.explanation.shadow = other
-            self._counts.compare(chosen, other)
+            self._ask_shadow(self._shadow, waiting, chosen, view)
         return Route(
             request.request,
             chosen.prefill,
@@ -224,6 +227,16 @@ class Router:
             held_s,
             len(waiting.explanation.candidates),
         )
+
+    def _ask_shadow(self, shadow: Policy, waiting: Waiting, chosen: Candidate, view: FleetView) -> None:
+        request = waiting.request
+        try:
+            other = predict.judge(request, _choose(shadow, request, view).chosen, view)
+        except Exception:  # noqa: BLE001 - it is not obeyed, so it must not do harm either
+            self._counts.shadow_failed += 1
+            return
+        waiting.explanation.shadow = other
+        self._counts.compare(chosen, other)
 
     def _turn_away(self, waiting: Waiting, error: Rejected) -> Refusal:
         self._queue.remove(waiting)
@@ -320,7 +333,11 @@ class Router:
         shadow = None
         if self._shadow is not None:
             shadow = ShadowStats(
-                self._shadow.name, counts.shadow_decided, counts.shadow_differed, counts.shadow_faster_s
+                self._shadow.name,
+                counts.shadow_decided,
+                counts.shadow_differed,
+                counts.shadow_faster_s,
+                counts.shadow_failed,
             )
         oldest = next(self._queue.all(), None)
         return RouterStats(

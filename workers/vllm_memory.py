@@ -1,6 +1,7 @@
 """What this machine can bear, asked before vLLM starts: the kernel's answer comes later and is final."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -8,6 +9,9 @@ from workers.engine import EngineStartError
 
 _OVERHEAD_BYTES = 1_400 << 20
 """Measured: torch and vLLM in two processes, activations of a small model."""
+
+_MAX_HEADER_BYTES = 100 << 20
+"""What safetensors itself accepts."""
 
 _BYTES_PER_VALUE = {"float": 4, "float32": 4}
 
@@ -17,13 +21,13 @@ def check_memory(
 ) -> None:
     """For engines on CPU, which keep the output layer twice: as loaded and packed for the processor's matrix units.
 
+    The largest tensor is taken for it.
+
     Raises:  EngineStartError if weights, KV cache and vLLM itself need more than is available.
     """
-    stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))  # two bytes a value
-    config = msgspec.json.decode((model / "config.json").read_bytes())
-    config = config.get("text_config", config)
-    num_values = stored // 2 + config.get("vocab_size", 0) * config.get("hidden_size", 0)
-    weights = num_values * _BYTES_PER_VALUE.get(dtype, 2)
+    files = list(model.glob("*.safetensors"))  # two bytes a value
+    stored = sum(file.stat().st_size for file in files) + max(map(_largest_tensor, files), default=0)
+    weights = stored * _BYTES_PER_VALUE.get(dtype, 2) // 2
     needed = weights + kv_cache_bytes + _OVERHEAD_BYTES
     available = available_bytes(proc, cgroup)
     if needed > available:
@@ -32,6 +36,18 @@ def check_memory(
             f"vLLM {_OVERHEAD_BYTES >> 20}) and {available >> 20} MiB are available: "
             "run fewer workers, a smaller KV cache or a smaller model"
         )
+
+
+def _largest_tensor(file: Path) -> int:
+    """Bytes, from the header of a file: its length in eight bytes, then JSON.  Source: safetensors' README."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            header = msgspec.json.decode(opened.read(min(length, _MAX_HEADER_BYTES)), type=dict[str, dict[str, Any]])
+        except msgspec.DecodeError as exc:
+            raise EngineStartError(f"{file} is no file of safetensors: {exc}") from exc
+    spans = [tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__"]
+    return max((end - begin for begin, end in spans), default=0)
 
 
 def available_bytes(proc: Path, cgroup: Path) -> int:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import statistics
 from pathlib import Path
 
 import msgspec
@@ -114,7 +115,7 @@ async def test_a_handed_over_request_waits_for_no_step_that_could_have_computed_
     running, beside = decode.begin(prompt(61, 40), {"max_tokens": 900, "ignore_eos": True})
     await decode.until(lambda: beside.outputs)
     tokens_beside = []
-    for number in range(4):  # a step may end while the command is on its way
+    for number in range(5):
         tokens = prompt(62 + number, 70)
         if mode is HandoverMode.PULL:
             leg = DecodeLeg(ticket=(await prefill.run(tokens, None, tagged(PrefillLeg(mode)))).ticket)
@@ -130,7 +131,8 @@ async def test_a_handed_over_request_waits_for_no_step_that_could_have_computed_
     decode.send("abort", id=running)
     assert beside.tokens[: len(alone.tokens)] == alone.tokens
     if mode is HandoverMode.PULL:
-        assert min(tokens_beside) <= 2  # of the step in which it came, and of its own
+        # Of the step in which it came, and of its own; in some tries a step ends while the command is on its way.
+        assert statistics.median(tokens_beside) <= 2, tokens_beside
 
 
 async def test_a_long_prompt_leaves_room_for_the_tokens_of_handed_over_requests(pair):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -35,12 +36,12 @@ def processes():
 class Up:
     """`headrace up --engine sim` on a free port, with a session of its own like one in a terminal."""
 
-    def __init__(self, folder, *flags, env=None):
+    def __init__(self, folder, *flags, state=None, env=None):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.folder = folder
         self.output = folder / "output"
-        flags = ("--engine", "sim", "--state-dir", str(folder / "state"), *flags)
+        flags = ("--engine", "sim", "--state-dir", str(state or folder / "state"), *flags)
         environment = {"HEADRACE_SPEEDUP": "10", "HEADRACE_CACHE_DIR": str(folder / "assets"), **(env or {})}
         self.process = start_up(self.port, self.output, *flags, env=environment)
         self.seen = {}
@@ -92,10 +93,10 @@ class Up:
 def up(tmp_path):
     started = []
 
-    def start(*flags, env=None):
+    def start(*flags, **options):
         folder = tmp_path / str(len(started))
         folder.mkdir()
-        started.append(Up(folder, *flags, env=env))
+        started.append(Up(folder, *flags, **options))
         return started[-1]
 
     yield start
@@ -109,8 +110,8 @@ async def test_the_printed_line_works_and_ctrl_c_stops_everything(up, until):
     await running.listens(until)
     assert f"Headrace listens on {running.url}\n" in running.text
     assert len(running.seen) == 5, "etcd, NATS, two workers and a gateway"
-    fleet = next(line for line in running.text.splitlines() if "headrace fleet" in line)
-    status, table, _ = await headrace(*fleet.partition("headrace ")[2].removesuffix("shows the workers").split())
+    exports = next(line for line in running.text.splitlines() if "export HEADRACE_ETCD" in line)
+    status, table, _ = await headrace("fleet", env=dict(re.findall(r"(HEADRACE_\w+)=(\S+)", exports)))
     assert status == 0
     assert {"prefill-1", "decode-1"} <= set(table.split()), table
     curl = running.text[running.text.index("curl -N") :]
@@ -312,6 +313,21 @@ async def test_a_taken_port_is_said_in_one_line(command, tmp_path):
     said = [line for line in errors.splitlines() if "event=worker.progress" not in line]
     assert len(said) == 1, errors
     assert port in said[0]
+
+
+async def test_a_state_directory_that_is_somebody_s_is_left_alone(up, until, tmp_path):
+    state = tmp_path / "theirs"
+    (state / "etcd").mkdir(parents=True)
+    (state / "etcd" / "data").write_text("precious")
+    running = up(state=state)
+    assert await running.is_over(until) == 2
+    assert f"{state / 'etcd'} is not headrace's and would be lost" in running.text
+    assert (state / "etcd" / "data").read_text() == "precious"
+    first = up()
+    await first.listens(until)
+    second = up(state=first.folder / "state")
+    assert await second.is_over(until) == 2
+    assert "another headrace up runs in it" in second.text
 
 
 async def test_a_worker_that_cannot_start_ends_everything_with_its_own_reason(up, until):

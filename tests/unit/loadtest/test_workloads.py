@@ -53,10 +53,28 @@ def test_arrivals_of_a_batch_are_spread_until_the_next(trace):
     assert 0 <= starts[0] < starts[1] < 3 <= starts[2] < 6
 
 
-def test_a_trace_without_a_name_for_each_block_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"timestamp": 0, "input_length": 1025, "output_length": 5, "hash_ids": [0]}', "1 hash_ids for 1025 tokens"),
+        ('{"timestamp": 0, "input_length": 1, "output_length": 5}', "missing required field `hash_ids`"),
+        ('{"timestamp": "x", "input_length": 1, "output_length": 5, "hash_ids": [0]}', "got `str`"),
+        ('{"timestamp": 0, "input_length": 0, "output_length": 5, "hash_ids": []}', ">= 1"),
+        ("[1]", "got `array`"),
+        ("{", "truncated"),
+    ],
+)
+def test_a_trace_with_a_bad_line_is_refused_with_its_number(tmp_path, line, words):
     path = tmp_path / "bad.jsonl"
-    path.write_text('{"timestamp": 0, "input_length": 1025, "output_length": 5, "hash_ids": [0]}')
-    with pytest.raises(ValueError, match="1 hash_ids for 1025 tokens"):
+    path.write_text('{"timestamp": 0, "input_length": 1, "output_length": 5, "hash_ids": [0]}\n' + line)
+    with pytest.raises(ValueError, match=f"bad.jsonl:2: .*{words}"):
+        workloads.read_trace(path, block_size=512, seed=1)
+
+
+def test_a_trace_without_requests_is_refused(tmp_path):
+    path = tmp_path / "empty.jsonl"
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="holds no request"):
         workloads.read_trace(path, block_size=512, seed=1)
 
 

@@ -254,6 +254,30 @@ def test_a_shadow_decides_and_is_not_obeyed():
     assert router.stats(now=0.0).shadow is None
 
 
+class Broken:
+    name = "broken"
+
+    def choose(self, request, view):
+        raise KeyError("mine")
+
+
+def test_a_policy_that_raises_fails_its_request_and_nothing_else():
+    router = router_of(*split(), policy=Broken())
+    router.submit(request("r"), now=0.0)
+    (refusal,) = router.dispatch(now=0.0)
+    assert (refusal.error.status, refusal.error.code) == (500, "policy_failed")
+    assert "'broken' raised KeyError" in str(refusal.error)
+    assert router.stats(now=0.0).bound == 0
+
+
+def test_a_shadow_that_raises_does_no_harm():
+    router = router_of(*split(), shadow=Broken())
+    (route,) = send(router, "r")
+    assert router.stats(now=0.0).shadow.failed == 1
+    router.release(route.request, Observed(), now=1.0)
+    assert router.stats(now=1.0).bound == 0
+
+
 def test_explain_tells_what_was_predicted_and_what_happened_and_forgets_the_oldest():
     router = router_of(*split(), history=2)
     for k in range(3):
