@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 import structlog
 
 from planes.messages import RequestId
+from router.errors import PolicyFailed
 from router.request import Observed, Outcome, RoutableRequest, Route
 from router.route import Refusal, Router
 
@@ -95,12 +96,12 @@ class Dispatcher:
         now = self._clock()
         try:
             answers = self._router.dispatch(now=now)
-        except Exception as exc:  # noqa: BLE001 - a policy may be a user's own: its bug must not leave requests hanging
+        except Exception as exc:  # noqa: BLE001 - our own bug must not leave requests hanging
             _log.exception("dispatch.bug")
             self._give_up(exc, now)
             return
         for answer in answers:
-            if isinstance(answer, Refusal) and answer.error.__cause__ is not None:
+            if isinstance(answer, Refusal) and isinstance(answer.error, PolicyFailed):
                 _log.error("policy.failed", request_id=answer.request, exc_info=answer.error.__cause__)
             waiting = self._waiting.get(answer.request)
             if waiting is not None and not waiting.done():

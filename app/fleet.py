@@ -290,8 +290,8 @@ class Fleet:
         self._check_index()
         self._dispatcher.changed()
         self.num_joined += 1
-        joined, self._joined = self._joined, asyncio.Event()
-        joined.set()
+        self._joined.set()
+        self._joined = asyncio.Event()
         try:
             while not connection.closed.done():
                 await asyncio.wait([connection.closed], timeout=_RETIRED_CHECK_S)

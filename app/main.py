@@ -178,10 +178,11 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
     await events.subscribe_load(fleet.load_reported)
     server = _Server(_uvicorn_config(settings, create_app(gateway)))
     loop = asyncio.get_running_loop()
-    is_open = gateway.keys.is_open  # then SIGHUP is the terminal's farewell, and not for new keys
-    for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if is_open else [])):
+    for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop)
-    if not is_open:
+    if gateway.keys.is_open:  # no keys to read anew: it is the terminal's farewell
+        loop.add_signal_handler(signal.SIGHUP, server.stop)
+    else:
         loop.add_signal_handler(signal.SIGHUP, _reload_keys, gateway.keys)
     try:
         async with asyncio.TaskGroup() as tasks:

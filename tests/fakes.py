@@ -165,8 +165,8 @@ class FakeWorkers:
 
     def join(self):
         self.num_joined += 1
-        joined, self._joined = self._joined, asyncio.Event()
-        joined.set()
+        self._joined.set()
+        self._joined = asyncio.Event()
 
     def connection(self, worker):
         return self.connections[worker]
