@@ -8,11 +8,12 @@
                               requests waiting / workers)             so do those who wait for a worker that prefills)
               + expected_tokens * batch * (step with it - step without)
 
-A stall counts in full on a worker kept for decoding. One that does both is there for stalls: a stream that gets a token
-per step while the worker does not prefill is 1 / (1 - utilisation) times slower than alone, and what that costs grows
-with its square, so another second of prompt work costs 0.05 / (1 - utilisation)^3, at most 1: next to nothing while
-streams are fast, and so much when they are slow that prompts gather on few workers and the others decode for them.
-Where no stream is now, those that may come (the mean of a minute) count with 0.05.
+A stall counts the more the less a worker gets to decode. A stream that gets a token per step while the worker computes
+no prompt is 1 / (1 - utilisation) times slower than alone: at first nobody notices, in the end it misses every limit.
+Another second of prompt work costs each stream 0.1 / (1 - utilisation)^4 s on a worker kept for decoding, and on one that
+does both 0.05 / (1 - utilisation)^3 s: next to nothing while streams are fast, and so much when they are slow that
+prompts gather on few workers and the others decode for them. Where no stream is now, those that may come (the mean of a
+minute) count as if streams were fast. ADR 8 has what was measured.
 
 The congestion price is what a second of work adds to the waits of others. In a queue that is busy for a share
 `utilisation` of the time, one second of work costs 1 / (1 - utilisation) in all; where requests are waiting it delays
@@ -29,9 +30,9 @@ from router.policy import FleetView, WorkerView
 from router.request import Candidate, RoutableRequest
 
 _MAX_UTILISATION = 0.95
-_STALL_BOTH = 0.05
-"""What a second of standing still counts on a worker that does both and has no prompts else, against a second of
-waiting for a first token: the stream has tokens to show meanwhile."""
+_STALL_DECODE, _STALL_BOTH = (0.1, 4), (0.05, 3)
+"""What a second of standing still counts, against a second of waiting for a first token, on a worker kept for decoding
+and on one that does both: without other prompts, and the power of the slowdown with which it grows."""
 
 
 @dataclass(slots=True)
@@ -68,9 +69,8 @@ def prefill_leg(request: RoutableRequest, worker: WorkerView, waiting: float = 0
     busy = min(worker.prefill_utilisation, _MAX_UTILISATION)
     stalled_s = 0.0
     if worker.role.can_decode and (worker.num_running or worker.mean_running):
-        stall = 1.0
-        if worker.role.can_prefill:
-            stall = min(1.0, _STALL_BOTH / (1 - busy) ** 3) if worker.num_running else _STALL_BOTH
+        least, power = _STALL_BOTH if worker.role.can_prefill else _STALL_DECODE
+        stall = least / (1 - busy) ** power if worker.num_running else least
         stalled_s = seconds * stall * max(worker.num_running, worker.mean_running)
         if worker.num_running:  # every step of the prompt carries the batch along, and begins when the current one ends
             step = worker.latency.step_s(worker.num_running, worker.kv_tokens)

@@ -113,7 +113,7 @@ def test_a_request_does_not_queue_for_a_hot_worker_behind_others_while_one_is_id
     router = router_of(*split(prefill=2))
     names = np.arange(1, 251, dtype=np.uint64)
     router.apply_events(KvEvents(WorkerId("p0"), 1, 1, [BlocksStored(pack(names))]), now=0.0)
-    router.apply_load(report("d0", running=30), now=0.0)
+    router.apply_load(report("d0", running=100), now=0.0)
     router.apply_load(report("p0", tokens=2400), now=0.0)
     for k in range(10):
         router.submit(request(f"r{k}", tokens=8000 + k, blocks=names), now=0.0)

@@ -66,6 +66,7 @@ def choose(*workers, routable=None, links=None, seed=0):
 
 
 BUSY = {"num_running": 20, "kv_tokens": 40_000, "mean_running": 20.0}
+FULL = BUSY | {"prefill_utilisation": 0.7}  # it computes prompts enough already
 
 
 def test_a_long_prompt_is_handed_over_when_many_decode():
@@ -95,7 +96,7 @@ def test_a_queue_outweighs_a_cached_prefix_and_the_other_way_round():
 def test_congestion_makes_cached_prefixes_count_for_more():
     cached = worker("p1", Role.PREFILL, cached_tokens=2000, queue_s=0.4)
     empty = worker("p2", Role.PREFILL)
-    decode = worker("d", Role.DECODE, **BUSY)
+    decode = worker("d", Role.DECODE, **FULL)
     assert choose(cached, empty, decode).chosen.prefill == "p2"
     cached, empty = replace(cached, prefill_utilisation=0.9), replace(empty, prefill_utilisation=0.9)
     assert choose(cached, empty, decode).chosen.prefill == "p1"
@@ -103,7 +104,7 @@ def test_congestion_makes_cached_prefixes_count_for_more():
 
 def test_the_decode_workers_own_blocks_reduce_what_must_move():
     links = Links(bytes_per_s=1e8)
-    d1, d2 = worker("d1", Role.DECODE, **BUSY), worker("d2", Role.DECODE, cached_tokens=2000, **BUSY)
+    d1, d2 = worker("d1", Role.DECODE, **FULL), worker("d2", Role.DECODE, cached_tokens=2000, **FULL)
     chosen = choose(worker("p", Role.PREFILL), d1, d2, links=links, routable=request(4000)).chosen
     assert chosen.decode == "d2"
     assert chosen.handover_s == pytest.approx(0.005 + 125 * (1 << 20) / 1e8)
@@ -256,9 +257,15 @@ def test_a_stall_costs_the_more_the_less_a_worker_gets_to_decode():
         return leg.inflicted_s - leg.prefill_s * share / (1 - share)
 
     assert stall(Role.BOTH, 0.5) == pytest.approx(8 * stall(Role.BOTH, 0.0))
-    assert stall(Role.DECODE, 0.0) == pytest.approx(20 * stall(Role.BOTH, 0.0))
-    assert stall(Role.DECODE, 0.5) == pytest.approx(stall(Role.DECODE, 0.0))
-    assert stall(Role.BOTH, 0.9) == pytest.approx(stall(Role.DECODE, 0.0))
+    assert stall(Role.DECODE, 0.5) == pytest.approx(16 * stall(Role.DECODE, 0.0))
+    assert stall(Role.DECODE, 0.0) > stall(Role.BOTH, 0.0)
+
+
+def test_prompts_go_to_a_decode_worker_until_its_streams_become_slow():
+    backlog = worker("p", Role.PREFILL, queue_s=3.0, prefill_utilisation=0.8)
+    fast = worker("d", Role.DECODE, num_running=4, kv_tokens=8000, mean_running=4.0)
+    assert choose(backlog, fast).chosen.prefill is None
+    assert choose(backlog, replace(fast, prefill_utilisation=0.7)).chosen.prefill == "p"
 
 
 def test_an_idle_worker_is_not_passed_over_for_the_streams_it_had():
