@@ -3,7 +3,7 @@
 Nothing here ends because etcd did. Work happens in sessions: one connection to one endpoint. Whatever fails ends the
 session; after a pause the next one begins at the next endpoint, from what etcd says then:
 
-    Registrar         renew the lease or get a new one, put the entry, renew every third of the TTL
+    Registrar         renew the lease or get a new one, put the entry, look after both every third of the TTL
     WorkerDirectory   list, tell the difference to what was known, watch from that revision on
     watch_config      the same for a single key
 
@@ -30,9 +30,13 @@ from aetcd.utils import prefix_range_end
 from planes.errors import HeadraceError
 from planes.messages import Registration, WorkerId
 from planes.names import check_namespace
+from planes.settings import UnusableSetting
+from planes.streams import WorkerConnection, WorkerUnreachable
 
 _log = structlog.get_logger()
 
+_GREETING_S = 2.0
+"""A worker that has an id greets whoever connects to it within so long, or the id may be taken over."""
 _CHANNEL_OPTIONS = {
     # A silent peer is found within 15 s; etcd refuses pings more often than every 5 s.
     "grpc.keepalive_time_ms": 10_000,
@@ -50,6 +54,17 @@ class ControlPlaneUnavailable(HeadraceError):  # noqa: N818 - names the outcome,
     """etcd did not answer, or not as it should; may be tried again."""
 
     code = "control_plane_unavailable"
+
+
+class WorkerIdTaken(UnusableSetting):
+    """Another worker has this id, and runs."""
+
+    code = "worker_id_taken"
+
+    def __init__(self, other: Registration) -> None:
+        super().__init__(
+            "worker_id", other.worker, f"the worker at {other.address} has it; choose another, or stop that one first"
+        )
 
 
 class Etcd:
@@ -105,7 +120,11 @@ class Etcd:
 
 
 class Registrar:
-    """Keeps a worker's entry in etcd under a lease: while the process lives it is there, soon after it is not."""
+    """Keeps a worker's entry in etcd under a lease: while the process lives it is there, soon after it is not.
+
+    An id belongs to one worker. At first the entry of one that does not answer any more is replaced; later an entry
+    that is another's is left alone until it goes.
+    """
 
     def __init__(
         self, etcd: Etcd, namespace: str, registration: Registration, *, ttl_s: int = 10, revoke_timeout_s: float = 2.0
@@ -121,6 +140,7 @@ class Registrar:
         self._is_closed = False
         self._ended = asyncio.Event()
         self._ended.set()
+        self._is_displaced = False
         self.registered = asyncio.Event()
         """Set once etcd has the entry for the first time."""
 
@@ -130,7 +150,10 @@ class Registrar:
         self._changed.set()
 
     async def run(self) -> None:
-        """Register, and stay registered until `close` or cancellation; then the entry is removed at once."""
+        """Register, and stay registered until `close` or cancellation; then the entry is removed at once.
+
+        Raises:  WorkerIdTaken if at first another worker that runs has the id.
+        """
         if self._is_closed:
             return
         self._ended.clear()
@@ -153,7 +176,6 @@ class Registrar:
         await self._ended.wait()
 
     async def _stay_registered(self, client: Any, healthy: Callable[[], None]) -> None:
-        published: Registration | None = None
         while True:
             self._changed.clear()
             if self._lease is not None and not await _renew(client, self._lease):
@@ -161,17 +183,37 @@ class Registrar:
                 self._lease = None
             if self._lease is None:
                 self._lease = (await client.lease(self._ttl_s)).id
-                published = None
-            registration = self._registration
-            if published != registration:
-                await client.put(self._key, msgspec.json.encode(registration), lease=self._lease)
-                published = registration
-                self.registered.set()
-                _log.info("worker.registered", worker=registration.worker, state=registration.state)
+            await self._put_entry(client)
             healthy()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._ttl_s / 3):
                     await self._changed.wait()
+
+    async def _put_entry(self, client: Any) -> None:
+        """Have etcd hold the registration as it now is, unless the entry is another's.  Raises:  WorkerIdTaken."""
+        registration, is_put = self._registration, False
+        value = msgspec.json.encode(registration)
+        while not is_put:
+            found = await _entry(client, self._key)
+            if found is not None and (found.value, found.lease) == (value, self._lease):
+                return
+            holder = None if found is None else _readable(found.value)
+            if holder is not None and holder.epoch != registration.epoch:
+                if self.registered.is_set():
+                    self._displaced(holder)
+                    return
+                await _refuse_if_running(holder)
+            is_unchanged = client.transactions.mod(self._key) == (0 if found is None else found.mod_revision)
+            put = client.transactions.put(self._key, value, self._lease)
+            is_put, _ = await client.transaction([is_unchanged], success=[put], failure=[])
+        self._is_displaced = False
+        self.registered.set()
+        _log.info("worker.registered", worker=registration.worker, state=registration.state)
+
+    def _displaced(self, holder: Registration) -> None:
+        if not self._is_displaced:
+            _log.error("worker.displaced", worker=holder.worker, by=holder.address)
+        self._is_displaced = True
 
     async def _revoke(self) -> None:
         if self._lease is None:
@@ -182,6 +224,15 @@ class Registrar:
         except (ControlPlaneUnavailable, TimeoutError) as exc:
             _log.warning("lease.not_revoked", ttl_s=self._ttl_s, reason=str(exc))
         self._lease = None
+
+
+async def check_id_is_free(etcd: Etcd, namespace: str, worker: WorkerId) -> None:
+    """Before a start that takes long; the `Registrar` asks again.  Raises:  WorkerIdTaken, ControlPlaneUnavailable."""
+    async with etcd.session() as client:
+        found = await _entry(client, workers_prefix(namespace) + worker.encode())
+    holder = None if found is None else _readable(found.value)
+    if holder is not None:
+        await _refuse_if_running(holder)
 
 
 class WorkerDirectory:
@@ -297,8 +348,8 @@ async def watch_config(etcd: Etcd, namespace: str, on_change: Callable[[bytes | 
 async def get_config(etcd: Etcd, namespace: str) -> bytes | None:
     """The live settings of all gateways, unchecked; None: there are none.  Raises:  ControlPlaneUnavailable."""
     async with etcd.session() as client:
-        found = await client.get_range(config_key(namespace), None)
-        return next((bytes(entry.value) for entry in found), None)
+        found = await _entry(client, config_key(namespace))
+        return None if found is None else bytes(found.value)
 
 
 async def delete_config(etcd: Etcd, namespace: str) -> None:
@@ -360,6 +411,30 @@ async def _mirror(
         raise aetcd.ClientError("watch ended")
     finally:
         call.cancel()
+
+
+async def _entry(client: Any, key: bytes) -> Any:
+    """What etcd holds under `key`, an `aetcd.rtypes.KeyValue`, or None."""
+    return next(iter(await client.get_range(key, None)), None)
+
+
+def _readable(value: bytes) -> Registration | None:
+    """The registration, or None if that is none: gateways pass over it, so nobody has the id."""
+    try:
+        return msgspec.json.decode(value, type=Registration)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+async def _refuse_if_running(holder: Registration) -> None:
+    """Raises:  WorkerIdTaken if this very worker, of this epoch, greets who connects to its address."""
+    deadline = asyncio.get_running_loop().time() + _GREETING_S
+    try:
+        connection = await WorkerConnection.open(holder.worker, holder.epoch, holder.address, deadline=deadline)
+    except WorkerUnreachable:
+        return
+    connection.close()
+    raise WorkerIdTaken(holder)
 
 
 async def _renew(client: Any, lease: int) -> bool:

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import msgspec
 import structlog
 
-from planes.control import Etcd, Registrar
+from planes.control import ControlPlaneUnavailable, Etcd, Registrar, WorkerIdTaken, check_id_is_free
 from planes.events import EventPlane
 from planes.jobs import PrefillQueue
 from planes.messages import Registration, WorkerId, WorkerState
@@ -53,11 +53,18 @@ class Ending:
     def __init__(self) -> None:
         self._has_come = asyncio.Event()
         self.death: str | None = None
-        """Why the engine died; None if the operator asked for the end."""
+        """Why the engine died; None if it did not."""
+        self.refusal: WorkerIdTaken | None = None
+        """Why the fleet has no place for this worker; None if it has."""
 
     def engine_died(self, reason: str) -> None:
         if not self._has_come.is_set():
             self.death = reason
+        self._has_come.set()
+
+    def refused(self, refusal: WorkerIdTaken) -> None:
+        if not self._has_come.is_set():
+            self.refusal = refusal
         self._has_come.set()
 
     def asked(self) -> None:
@@ -97,6 +104,8 @@ async def serve(settings: WorkerSettings, ending: Ending, *, make_engine: Engine
     if cores := settings.core_numbers():
         _take_cores(settings, cores)
     _refuse_taken_port(settings)
+    with contextlib.suppress(ControlPlaneUnavailable):  # it will be asked again
+        await check_id_is_free(Etcd(settings.etcd), settings.namespace, worker)
     vocabulary = await asyncio.to_thread(load_vocabulary, settings.model_path / "tokenizer.json")
     epoch = time.time_ns()
     engine = make_engine(settings, worker, vocab_size=len(vocabulary.names))
@@ -111,6 +120,8 @@ async def serve(settings: WorkerSettings, ending: Ending, *, make_engine: Engine
             await engine.stop()
     else:
         await engine.stop()
+    if ending.refusal is not None:
+        raise ending.refusal
     if ending.death is not None:
         _log.error("worker.failed", worker=worker, reason=ending.death)
         return 1
@@ -151,7 +162,7 @@ class _Worker:
             # The publisher first: it subscribes before there is a connection that could fail it.
             tasks = [group.create_task(work) for work in (self.publisher.run(), cards.run(), self.plane.run())]
             await self.ending.outlasts(_at_most(_CARD_PATIENCE_S, cards.published))
-            tasks.append(group.create_task(registrar.run()))
+            tasks.append(group.create_task(self._register(registrar)))
             if await self.ending.outlasts(registrar.registered.wait()):
                 seconds = round(time.monotonic() - started_at, 1)
                 _log.info("worker.ready", worker=self.worker, address=registration.address, seconds=seconds)
@@ -167,6 +178,12 @@ class _Worker:
             await streams.stop()
             for task in tasks:
                 task.cancel()
+
+    async def _register(self, registrar: Registrar) -> None:
+        try:
+            await registrar.run()
+        except WorkerIdTaken as exc:
+            self.ending.refused(exc)
 
     async def _listen(self, streams: StreamServer) -> str:
         """Returns:  the address to register."""

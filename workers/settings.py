@@ -41,7 +41,9 @@ class WorkerSettings:
     served_model_name: Annotated[
         str | None, Parameter(help="Name that clients use. Default: the directory's or the demo model's name, or sim.")
     ] = None
-    worker_id: Annotated[str | None, Parameter(help="Name in the fleet, unique. Default: ROLE-xxxxxx.")] = None
+    worker_id: Annotated[
+        str | None, Parameter(help="Name in the fleet; that of a running worker is refused. Default: ROLE-xxxxxx.")
+    ] = None
     host: Annotated[str, Parameter(help="Address to listen on, for gateways and for handovers.")] = "127.0.0.1"
     advertise_host: Annotated[
         str | None,

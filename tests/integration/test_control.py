@@ -17,12 +17,15 @@ from planes.control import (
     Etcd,
     Registrar,
     WorkerDirectory,
+    WorkerIdTaken,
     _mirror,
+    check_id_is_free,
     put_config,
     watch_config,
     workers_prefix,
 )
 from planes.messages import EngineFacts, Registration, Role, WorkerId, WorkerState
+from planes.streams import StreamServer
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
 
@@ -31,13 +34,15 @@ FACTS = EngineFacts(
 )
 
 
-def registration(worker: str, state: WorkerState = WorkerState.READY) -> Registration:
+def registration(
+    worker: str, state: WorkerState = WorkerState.READY, *, epoch: int = 1, address: str = "127.0.0.1:1"
+) -> Registration:
     return Registration(
         worker=WorkerId(worker),
-        epoch=1,
+        epoch=epoch,
         role=Role.BOTH,
         model="m",
-        address="127.0.0.1:1",
+        address=address,
         engine="sim",
         facts=FACTS,
         card_digest="",
@@ -174,6 +179,107 @@ async def test_an_expired_lease_is_replaced(etcd_url: str, namespace: str) -> No
         await seen.until(lambda: seen.events == [("ready", "a")])
         async with Etcd(etcd_url).session() as client:
             await client.revoke_lease(registrar._lease)
+        await seen.until(lambda: len(seen.events) == 3)
+    assert seen.events[:3] == [("ready", "a"), ("down", "a"), ("ready", "a")]
+
+
+class Deaf:
+    """A worker's side of streams on which nothing is asked."""
+
+    def generate(self, connection, request) -> None: ...
+
+    def cancel(self, connection, stream) -> None: ...
+
+    def gone(self, connection) -> None: ...
+
+
+@asynccontextmanager
+async def answering(worker: str, epoch: int) -> AsyncIterator[Registration]:
+    """The registration of a worker that gateways could connect to."""
+    server = StreamServer(Deaf(), worker=WorkerId(worker), epoch=epoch)
+    port = await server.listen("127.0.0.1", 0)
+    try:
+        yield registration(worker, epoch=epoch, address=f"127.0.0.1:{port}")
+    finally:
+        await server.stop()
+
+
+async def held(url: str, namespace: str, worker: str) -> Registration | None:
+    """What etcd has under this id."""
+    async with Etcd(url).session() as client:
+        found = await client.get_range(workers_prefix(namespace) + worker.encode(), None)
+        return next((msgspec.json.decode(entry.value, type=Registration) for entry in found), None)
+
+
+async def test_the_id_of_a_running_worker_is_refused_and_stays_with_it(etcd_url: str, namespace: str) -> None:
+    async with answering("a", 1) as first, answering("a", 2) as second:
+        registrar = Registrar(Etcd(etcd_url), namespace, first)
+        task = asyncio.create_task(registrar.run())
+        await registrar.registered.wait()
+        with pytest.raises(WorkerIdTaken, match=rf"--worker-id is 'a'.*{first.address}"):
+            await check_id_is_free(Etcd(etcd_url), namespace, WorkerId("a"))
+        with pytest.raises(WorkerIdTaken, match=rf"--worker-id is 'a'.*{first.address}"):
+            await Registrar(Etcd(etcd_url), namespace, second).run()
+        assert await held(etcd_url, namespace, "a") == first
+        await registrar.close()
+        await task
+        assert await held(etcd_url, namespace, "a") is None
+
+
+async def test_a_crashed_workers_successor_does_not_wait_for_its_lease(etcd_url: str, namespace: str) -> None:
+    async with answering("a", 1) as crashed:
+        pass
+    async with Etcd(etcd_url).session() as client:
+        lease = await client.lease(600)
+        await client.put(workers_prefix(namespace) + b"a", msgspec.json.encode(crashed), lease=lease)
+    await check_id_is_free(Etcd(etcd_url), namespace, WorkerId("a"))
+    # It may well listen where its predecessor did: its own greeting is not the other's.
+    async with answering("a", 2) as there:
+        for successor in (there, msgspec.structs.replace(there, epoch=3)):
+            registrar = Registrar(Etcd(etcd_url), namespace, successor)
+            task = asyncio.create_task(registrar.run())
+            await registrar.registered.wait()
+            assert await held(etcd_url, namespace, "a") == successor
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_of_two_that_start_at_once_with_one_id_only_one_gets_it(etcd_url: str, namespace: str) -> None:
+    async with answering("a", 1) as one, answering("a", 2) as two:
+        registrars = {each.epoch: Registrar(Etcd(etcd_url), namespace, each) for each in (one, two)}
+        tasks = {epoch: asyncio.create_task(each.run()) for epoch, each in registrars.items()}
+        (ended,), (running,) = await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
+        assert isinstance(ended.exception(), WorkerIdTaken)
+        winner = next(epoch for epoch, task in tasks.items() if task is running)
+        entry = await held(etcd_url, namespace, "a")
+        assert entry is not None
+        assert entry.epoch == winner
+        await registrars[winner].close()
+        await running
+
+
+async def test_a_serving_worker_whose_entry_is_anothers_waits_until_that_is_gone(etcd_url: str, namespace: str) -> None:
+    other = registration("a", epoch=2)
+    async with registered(etcd_url, namespace, "a", ttl_s=1) as registrar, Etcd(etcd_url).session() as client:
+        await registrar.registered.wait()
+        lease = await client.lease(2)
+        await client.put(workers_prefix(namespace) + b"a", msgspec.json.encode(other), lease=lease)
+        registrar.update(registration("a", WorkerState.DRAINING))
+        await asyncio.sleep(1)
+        assert await held(etcd_url, namespace, "a") == other
+        async with asyncio.timeout(10):
+            while await held(etcd_url, namespace, "a") != registration("a", WorkerState.DRAINING):  # noqa: ASYNC110 - etcd
+                await asyncio.sleep(0.05)
+        await client.put(workers_prefix(namespace) + b"a", msgspec.json.encode(other))
+    assert await held(etcd_url, namespace, "a") == other
+
+
+async def test_a_deleted_entry_is_written_again(etcd_url: str, namespace: str) -> None:
+    seen = Seen()
+    async with directory(etcd_url, namespace, seen), registered(etcd_url, namespace, "a"):
+        await seen.until(lambda: seen.events == [("ready", "a")])
+        async with Etcd(etcd_url).session() as client:
+            await client.delete(workers_prefix(namespace) + b"a")
         await seen.until(lambda: len(seen.events) == 3)
     assert seen.events[:3] == [("ready", "a"), ("down", "a"), ("ready", "a")]
 

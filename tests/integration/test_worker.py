@@ -16,7 +16,7 @@ import pytest
 from app.servers import tied_to_parent
 from planes.assets import fetch_card
 from planes.blocks import digest, unpack
-from planes.control import Etcd, WorkerDirectory
+from planes.control import Etcd, WorkerDirectory, WorkerIdTaken
 from planes.events import EventPlane
 from planes.frames import (
     DecodeLeg,
@@ -448,3 +448,37 @@ async def test_a_taken_port_ends_the_start(fleet):
         async with started("--port", port) as worker:
             assert await worker.process.wait() == 2
     assert f"--port is {port}" in worker.lines[-2]
+
+
+async def test_the_id_of_a_running_worker_ends_the_start_and_the_other_serves_on(fleet):
+    where = ["--etcd", fleet.etcd_url, "--nats", fleet.nats_url, "--namespace", fleet.namespace]
+    async with fleet.worker("both-1") as (_, connection):
+        address = fleet.workers["both-1"].address
+        async with started("--worker-id", "both-1", *where) as second:
+            assert await second.process.wait() == 2
+        assert second.lines[-2].startswith("headrace: --worker-id is 'both-1': ")
+        assert address in second.lines[-2]
+        assert fleet.workers["both-1"].address == address
+        await ask(connection).done()
+
+
+async def test_a_worker_whose_id_is_taken_while_it_starts_ends_in_order(fleet):
+    """As above; the other came after this one had asked whether the id is free."""
+    settings = WorkerSettings(
+        engine="sim", etcd=fleet.etcd_url, nats=fleet.nats_url, namespace=fleet.namespace, worker_id="both-1"
+    )
+
+    class SlowEngine(SimEngine):
+        async def start(self, observer, *, progress):
+            await super().start(observer, progress=progress)
+            await fleet.until(lambda: "both-1" in fleet.workers)
+
+    def make(settings, worker, *, vocab_size):
+        facts = EngineFacts(16, 64, 512, 8, 512, 1024, vocab_size)
+        return SlowEngine(SimOptions(worker=worker, model="sim", facts=facts, handover=None))
+
+    life = asyncio.create_task(serve(settings, Ending(), make_engine=make))
+    async with fleet.worker("both-1") as (_, connection):
+        with pytest.raises(WorkerIdTaken, match="--worker-id is 'both-1'"):
+            await life
+        await ask(connection).done()

@@ -1,12 +1,15 @@
 """The control plane without etcd: addresses, pauses, and what the directory makes of what it is told."""
 
+import asyncio
 import itertools
 import random
+from types import SimpleNamespace
 
 import msgspec
 import pytest
+from aetcd import Transactions
 
-from planes.control import Etcd, WorkerDirectory, _pauses, parse_endpoints, workers_prefix
+from planes.control import Etcd, Registrar, WorkerDirectory, _pauses, parse_endpoints, workers_prefix
 from planes.messages import EngineFacts, Registration, Role, WorkerId, WorkerState
 
 FACTS = EngineFacts(
@@ -116,3 +119,39 @@ async def test_a_malformed_entry_is_skipped_and_the_last_good_one_stays(seen: Se
     seen.directory._take_listing({key("a"): value, key("b"): value, workers_prefix("ns") + b"\xff": value})
     assert seen.take() == [("up", "a", 1)]
     assert set(seen.directory.workers) == {"a"}
+
+
+class BusyEtcd:
+    """A client of an etcd with one entry; somebody else writes it right after it was first read."""
+
+    transactions = Transactions()
+
+    def __init__(self, others: bytes) -> None:
+        self.others = others
+        self.entries: list[SimpleNamespace] = []
+
+    async def lease(self, _ttl_s: int) -> SimpleNamespace:
+        return SimpleNamespace(id=7)
+
+    async def get_range(self, _start: bytes, _end: None) -> list[SimpleNamespace]:
+        found = self.entries[-1:]
+        if not found:
+            self.entries.append(SimpleNamespace(value=self.others, lease=1, mod_revision=1))
+        return found
+
+    async def transaction(self, compare, success, failure):
+        assert not failure
+        is_unchanged = compare[0].build_message().mod_revision == len(self.entries)
+        if is_unchanged:
+            self.entries.append(SimpleNamespace(value=success[0].value, lease=success[0].lease))
+        return is_unchanged, []
+
+
+async def test_an_entry_written_between_the_look_and_the_put_is_looked_at_before_it_is_replaced() -> None:
+    (_, other), (_, own) = entry("a", epoch=1), entry("a", epoch=2)
+    etcd = BusyEtcd(other)
+    registrar = Registrar(Etcd("http://127.0.0.1:1"), "ns", registration("a", epoch=2))
+    task = asyncio.create_task(registrar._stay_registered(etcd, lambda: None))
+    await registrar.registered.wait()
+    assert [(each.value, each.lease) for each in etcd.entries] == [(other, 1), (own, 7)]
+    task.cancel()
