@@ -5,6 +5,7 @@ One run serves one workload with one policy (`loadtest/fleet.py`). `--matrix doc
 """
 
 import importlib.metadata
+import math
 import platform
 import re
 import sys
@@ -17,11 +18,13 @@ from typing import Annotated, Any, Final
 
 import msgspec
 from cyclopts import App, Parameter
+from cyclopts.validators import Number
 
 from loadtest.fleet import Run, Scenario, engine_facts
 from loadtest.report import Report, Row, Slo, markdown, plots, summarise, table, write
-from loadtest.workloads import GENERATORS, Workload, load
+from loadtest.workloads import GENERATORS, TRACE_BLOCK_SIZE, Workload, load
 from planes.messages import EngineFacts
+from planes.settings import UnusableSetting, run
 from router.policies import POLICIES, load_policy
 
 _BEGIN, _END = "<!-- results: written by make simulate -->", "<!-- end of results -->"
@@ -166,8 +169,17 @@ class Comparison:
         return self._row(case, policy, self._workload(case), lambda _ended, _all: None)
 
     def _workload(self, case: Case) -> Workload:
-        workload = load(case.workload, block_size=self.facts.block_size, seed=self.seed).scaled(case.rate)
-        return workload if case.limit is None else workload.limited(case.limit)
+        facts = self.facts
+        workload = load(case.workload, block_size=facts.block_size, seed=self.seed).scaled(case.rate)
+        if case.limit is not None:
+            workload = workload.limited(case.limit)
+        longest, most = workload.longest_prompt_tokens, facts.context_length - 2  # the decode leg brings one more
+        if longest > most:
+            raise ValueError(
+                f"--blocks is {facts.num_blocks} and --block-size {facts.block_size}: a worker takes at most {most} "
+                f"tokens of prompt, and {workload.name} has one of {longest}"
+            )
+        return workload
 
     def _row(self, case: Case, policy: str, workload: Workload, on_progress: Callable[[int, int], None]) -> Row:
         scenario = Scenario(
@@ -207,29 +219,34 @@ def versions() -> dict[str, str]:
 app = App(name="python -m loadtest.simulate", help="Compare routing policies on a simulated fleet.", version_flags=[])
 
 
+_AT_LEAST_1: Final = Parameter(validator=Number(gte=1))
+_AT_LEAST_0: Final = Parameter(validator=Number(gte=0))
+_POSITIVE: Final = Parameter(validator=Number(gt=0, lt=math.inf))
+
+
 @app.default
 def main(
     *,
     trace: str = "conversation",
     policies: Annotated[str, Parameter(help="names or module:Class, separated by commas")] = ",".join(POLICIES),
-    prefill: int = 0,
-    decode: int = 0,
-    both: int = 0,
-    rate_scale: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (1.0,),
-    limit: int | None = None,
+    prefill: Annotated[int, _AT_LEAST_0] = 0,
+    decode: Annotated[int, _AT_LEAST_0] = 0,
+    both: Annotated[int, _AT_LEAST_0] = 0,
+    rate_scale: Annotated[tuple[float, ...], Parameter(consume_multiple=True), _POSITIVE] = (1.0,),
+    limit: Annotated[int | None, _AT_LEAST_1] = None,
     seed: int = 0,
-    gateways: int = 1,
-    slow_worker: float = 1.0,
-    link_gbps: float = 100.0,
-    blocks: int = 1000,
-    block_size: int = 512,
-    slo_ttft: float = 5.0,
-    slo_itl: float = 0.05,
+    gateways: Annotated[int, _AT_LEAST_1] = 1,
+    slow_worker: Annotated[float, _POSITIVE] = 1.0,
+    link_gbps: Annotated[float, _POSITIVE] = 100.0,
+    blocks: Annotated[int, _AT_LEAST_1] = 1000,
+    block_size: Annotated[int, _AT_LEAST_1] = 512,
+    slo_ttft: Annotated[float, _POSITIVE] = 5.0,
+    slo_itl: Annotated[float, _POSITIVE] = 0.05,
     json: Path | None = None,
     html: Path | None = None,
     matrix: Path | None = None,
     quick: bool = False,
-    jobs: int = 1,
+    jobs: Annotated[int, _AT_LEAST_1] = 1,
 ) -> None:
     """Run workloads through policies and print a table.
 
@@ -256,12 +273,16 @@ def main(
         jobs: processes to share the runs
     """
     names = [name.strip() for name in policies.split(",") if name.strip()]
+    if not names:
+        raise UnusableSetting(
+            "policies", policies, f"at least one is needed, of {', '.join(POLICIES)} or a module:Class"
+        )
     facts = engine_facts(block_size=block_size, num_blocks=blocks, link_gbps=link_gbps)
     comparison = Comparison(names, facts, seed, Slo(slo_ttft, slo_itl))
     if prefill + decode + both == 0:
         prefill, decode = 8, 4
     if not decode + both:
-        raise SystemExit(f"{prefill} prefill workers alone cannot decode; add --decode or --both")
+        raise UnusableSetting("prefill", prefill, "prefill workers alone cannot decode; add --decode or --both")
     if matrix is not None:
         cases: Sequence[Case] = [_limited(case, limit) for case in (QUICK if quick else MATRIX)]
     else:
@@ -269,17 +290,19 @@ def main(
             Case(trace, rate, prefill, decode, both, slow_worker, gateways, limit, _label(trace, rate))
             for rate in rate_scale
         ]
+    if TRACE_BLOCK_SIZE % block_size and any(case.workload not in GENERATORS for case in cases):
+        raise UnusableSetting("block_size", block_size, f"for a trace it must divide {TRACE_BLOCK_SIZE}")
     try:
         for name in names:
             load_policy(name)  # a misspelt one fails now rather than after an hour
         rows = comparison.run(cases, jobs)
-    except (FileNotFoundError, ValueError) as error:
+        print(table(rows))
+        report = comparison.report(cases, rows)
+        write(report, json=json, folder=html)
+        if matrix is not None and not quick:
+            write_docs(report, matrix)
+    except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
-    print(table(rows))
-    report = comparison.report(cases, rows)
-    write(report, json=json, folder=html)
-    if matrix is not None and not quick:
-        write_docs(report, matrix)
 
 
 def _limited(case: Case, limit: int | None) -> Case:
@@ -312,4 +335,4 @@ def _docs_images(images: Iterable[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    app()
+    sys.exit(run(app))

@@ -63,6 +63,10 @@ class Workload:
     def num_requests(self) -> int:
         return sum(len(session.turns) for session in self.sessions)
 
+    @property
+    def longest_prompt_tokens(self) -> int:
+        return max((turn.prompt_tokens for session in self.sessions for turn in session.turns), default=0)
+
     def scaled(self, rate: float) -> "Workload":
         """The same sessions, starting `rate` times as fast; think times stay."""
         if not rate > 0:
