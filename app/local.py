@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from app.auth import load_keys
 from app.servers import Server, ServerNotStarted, etcd_server, nats_server
 from app.supervisor import Child, Supervisor, ending, say
 from planes.cache import DEMO_MODEL, cache_dir
@@ -29,6 +30,7 @@ from planes.events import parse_servers
 from planes.messages import Role
 from planes.names import check_namespace
 from planes.settings import UnusableSetting, check_setting
+from router.policies import load_policy
 
 _LOCK = "headrace.lock"
 """Locked in the state directory while `headrace up` runs there; its presence says that the directory is ours."""
@@ -54,6 +56,10 @@ class UpSettings:
         Literal["pull", "push", "none"],
         Parameter(help="Who moves the KV cache: the decode worker, the prefill worker, or nobody."),
     ] = "pull"
+    policy: Annotated[str, Parameter(help="Routing policy: a name, or package.module:Class of your own.")] = "headrace"
+    api_keys_file: Annotated[
+        Path | None, Parameter(help="TOML file with the API keys that may ask. Default: everybody may.")
+    ] = None
     host: Annotated[str, Parameter(help="Address that the gateway listens on.")] = "127.0.0.1"
     port: Annotated[int, Parameter(help="Port that the gateway listens on.")] = 8000
     etcd: Annotated[str | None, Parameter(help="URL of an etcd cluster. Default: start one here.")] = None
@@ -80,6 +86,10 @@ class UpSettings:
         if self.nats is not None:
             check_setting("nats", self.nats, parse_servers)
         check_setting("namespace", self.namespace, check_namespace)
+        if ":" not in self.policy:  # a class of the user's is for the gateway to import
+            check_setting("policy", self.policy, load_policy)
+        if self.api_keys_file is not None:
+            check_setting("api_keys_file", str(self.api_keys_file), lambda name: load_keys(Path(name)))
         needed = "config.json" if self.engine == "vllm" else "tokenizer.json"
         if self.model is not None and not Path(self.model, needed).is_file():
             raise UnusableSetting("model", self.model, f"not the directory of a model (it has no {needed})")
@@ -199,7 +209,8 @@ def _worker_children(settings: UpSettings, etcd: str, nats: str, state: Path) ->
 
 def _gateway_child(settings: UpSettings, etcd: str, nats: str, state: Path, num_workers: int) -> Child:
     argv = [sys.executable, "-m", "app.cli", "gateway", "--host", settings.host, "--port", str(settings.port)]
-    argv += ["--etcd", etcd, "--nats", nats, "--namespace", settings.namespace]
+    argv += ["--etcd", etcd, "--nats", nats, "--namespace", settings.namespace, "--policy", settings.policy]
+    argv += ["--api-keys-file", str(settings.api_keys_file)] if settings.api_keys_file else []
     return Child(
         "gateway", argv, state / "gateway.log", probe=lambda: _serves(settings.host, settings.port, num_workers)
     )
@@ -225,18 +236,22 @@ def _served_name(settings: UpSettings) -> str:
 
 def _refuse_taken_port(host: str, port: int) -> None:
     """Raises:  UnusableSetting."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as exc:
-            raise UnusableSetting("port", port, f"{host}:{port} cannot be had ({exc.strerror}); take another") from exc
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as exc:
+        raise UnusableSetting("port", port, f"{host}:{port} cannot be had ({exc.strerror}); take another") from exc
+
+
+def _reachable(host: str) -> str:
+    """Where this machine finds what listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 async def _serves(host: str, port: int, num_workers: int) -> bool:
     """Whether the gateway answers and has connected to every worker."""
     try:
-        reader, writer = await asyncio.open_connection("127.0.0.1" if host == "0.0.0.0" else host, port)
+        reader, writer = await asyncio.open_connection(_reachable(host), port)
     except OSError:
         return False
     writer.write(b"GET /health HTTP/1.1\r\nHost: headrace\r\nConnection: close\r\n\r\n")
@@ -247,7 +262,8 @@ async def _serves(host: str, port: int, num_workers: int) -> bool:
 
 
 def _announce(settings: UpSettings, model: str, seconds: float, state: Path) -> None:
-    url = f"http://{'127.0.0.1' if settings.host == '0.0.0.0' else settings.host}:{settings.port}"
+    host = _reachable(settings.host)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "The capital of France is"}}], '
     body += '"max_tokens": 32, "stream": true}'
     say(f"ready after {seconds:.1f} s; logs in {state}; Ctrl-C stops everything")
@@ -257,4 +273,6 @@ def _announce(settings: UpSettings, model: str, seconds: float, state: Path) -> 
     print(f"  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\")
     if settings.prefill:
         print("    -H 'x-headrace-handover: always' \\")
+    if settings.api_keys_file:
+        print("    -H 'authorization: Bearer YOUR_KEY' \\")
     print(f"    -d '{body}'\n", flush=True)

@@ -28,11 +28,13 @@ def operation_routes(gateway: Gateway) -> APIRouter:
     """The routes for operators. Those below /v1 need an API key where one is needed at all."""
     routes = APIRouter()
 
+    @routes.head("/live", response_model=None, include_in_schema=False)
     @routes.get("/live", response_model=None)
     async def live() -> Response:
         """Whether the process runs."""
         return json_reply({"status": "ok"})
 
+    @routes.head("/health", response_model=None, include_in_schema=False)
     @routes.get("/health", response_model=None)
     async def health() -> Response:
         """Whether some worker could serve a request now; 503 if not."""

@@ -326,3 +326,11 @@ async def test_a_taken_port_is_one_clear_line(site):
         assert await process.ended() == 2
     assert "--port is" in process.log.read_text()
     assert len(process.log.read_text().splitlines()) == 1
+
+
+async def test_head_says_what_get_says_without_a_body(site):
+    gateway = await site.gateway()
+    async with RawClient(gateway.url) as client:
+        for path, status in (("/health", 503), ("/live", 200), ("/live", 200)):
+            client.writer.write(f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            assert (await client.head())[0] == status, "whatever followed the last head was no body"

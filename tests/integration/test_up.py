@@ -129,6 +129,29 @@ async def test_the_printed_line_works_and_ctrl_c_stops_everything(up, until):
     assert running.text.rstrip().endswith("stopped")
 
 
+def has_ipv6():
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+async def test_an_ipv6_address_with_keys_and_a_policy(up, until, tmp_path):
+    keys = tmp_path / "keys.toml"
+    keys.write_text('[[keys]]\ntenant = "t"\nkey = "sk-1"\n')
+    running = up("--host", "::", "--policy", "least_loaded", env={"HEADRACE_API_KEYS_FILE": str(keys)})
+    await running.listens(until)
+    url = f"http://[::1]:{running.port}"
+    assert f"curl -N {url}/v1/chat/completions" in running.text
+    assert "-H 'authorization: Bearer YOUR_KEY'" in running.text
+    body = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    async with httpx.AsyncClient(base_url=url, timeout=60, headers={"authorization": "Bearer sk-1"}) as client:
+        answer = await client.post("/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.headers["x-headrace-policy"]) == (200, "least_loaded")
+
+
 async def test_streams_may_finish_unless_ctrl_c_comes_twice(up, until):
     running = up("--prefill", "0", env={"HEADRACE_SPEEDUP": "1"})
     await running.listens(until)

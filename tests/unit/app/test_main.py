@@ -90,9 +90,10 @@ async def client(gateway):
 
 
 async def test_health_needs_a_worker_and_life_does_not(gateway, client):
-    assert (await client.get("/live")).status_code == 200
+    assert (await client.get("/live")).status_code == (await client.head("/live")).status_code == 200
     health = await client.get("/health")
     assert (health.status_code, health.json()) == (503, {"status": "no worker", "workers": 0})
+    assert (await client.head("/health")).status_code == 503
     running = asyncio.create_task(gateway.fleet.run())
     gateway.fleet.worker_up(registration("d0"))
     for _ in range(10):
