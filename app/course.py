@@ -114,6 +114,8 @@ class Course:
     excluded: frozenset[WorkerId] = frozenset()
     num_replacements: int = 0
     """How often it waited for a worker because none was left."""
+    waits_until: float | None = None
+    """When it stops waiting for one; None: it does not wait."""
     lost: HeadraceError | None = None
     fallback: str = ""
     """Why a request that could have been handed over was not: the code of the failure before."""

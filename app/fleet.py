@@ -17,7 +17,7 @@ import msgspec
 import structlog
 
 from app.dispatch import Clock, Dispatcher
-from app.metrics import Gauge
+from app.metrics import Gauge, Total
 from planes.errors import HeadraceError
 from planes.messages import EngineFacts, KvEvents, LoadReport, Registration, Role, Snapshot, WorkerId, WorkerState
 from planes.streams import WorkerConnection, WorkerUnreachable
@@ -243,7 +243,7 @@ class Fleet:
         for (role, state), count in counts.items():
             yield Gauge("workers", "Registered workers, by stream.", count, (("role", role), ("stream", state)))
         for direction, count in (("received", received), ("sent", sent)):
-            yield Gauge("stream_bytes", "Bytes on workers' streams.", count, (("direction", direction),))
+            yield Total("stream_bytes", "Bytes on workers' streams.", count, (("direction", direction),))
         for worker, member in self._members.items():
             if member.report is not None:
                 yield Gauge("worker_blocks", "Blocks held.", member.report.num_held, (("worker", worker),))

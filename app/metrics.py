@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from router.explain import RouterStats
 
@@ -40,6 +40,11 @@ class Gauge:
     labels: tuple[tuple[str, str], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Total(Gauge):
+    """One that never goes down: a counter, `_total` after its name."""
+
+
 class Metrics:
     """All metrics of one gateway process."""
 
@@ -67,6 +72,12 @@ class Metrics:
             "headrace_migrations",
             "Begun answers continued on another worker, by why.",
             ("code",),
+            registry=self._registry,
+        )
+        self._replacements = Counter(
+            "headrace_replacement_waits",
+            "Waits of begun answers for a worker as none was left: replaced, or gave_up if the answer ended first.",
+            ("outcome",),
             registry=self._registry,
         )
         self._fallbacks = Counter(
@@ -121,6 +132,9 @@ class Metrics:
     def retried(self, code: str, *, is_migration: bool) -> None:
         (self._migrations if is_migration else self._retries).labels(code).inc()
 
+    def waited_for_worker(self, *, is_replaced: bool) -> None:
+        self._replacements.labels("replaced" if is_replaced else "gave_up").inc()
+
     def fell_back(self, code: str) -> None:
         self._fallbacks.labels(code).inc()
 
@@ -154,15 +168,15 @@ def router_gauges(stats: RouterStats) -> Iterator[Gauge]:
         yield Gauge("requests_waiting", "Requests in the gateway's queue.", count, (("priority", str(priority)),))
     yield Gauge("oldest_wait_seconds", "Age of the oldest request in the queue.", stats.oldest_wait_s)
     yield Gauge("requests_bound", "Requests that hold a reservation.", stats.bound)
-    yield Gauge("requests_held", "Requests ever held back for a worker with room.", stats.held)
+    yield Total("requests_held", "Requests ever held back for a worker with room.", stats.held)
     yield Gauge("index_blocks", "Blocks in the index, summed over workers.", stats.index_blocks)
     yield Gauge("index_pure_python", "1 if the block index was not compiled.", bool(stats.index_fallback))
     yield Gauge("inexact_workers", "Workers whose blocks need a snapshot.", stats.inexact_workers)
-    yield Gauge("local_decisions", "Requests bound without a handover.", stats.local_decisions)
+    yield Total("local_decisions", "Requests bound without a handover.", stats.local_decisions)
     for policy, count in stats.decisions.items():
-        yield Gauge("decisions", "Requests bound.", count, (("policy", policy),))
+        yield Total("decisions", "Requests bound.", count, (("policy", policy),))
     for code, count in stats.refusals.items():
-        yield Gauge("refusals", "Requests refused by the router.", count, (("code", code),))
+        yield Total("refusals", "Requests refused by the router.", count, (("code", code),))
     for what, ratio in (
         ("prefill", stats.prefill_error_ratio),
         ("step", stats.step_error_ratio),
@@ -172,9 +186,9 @@ def router_gauges(stats: RouterStats) -> Iterator[Gauge]:
         yield Gauge("prediction_error_ratio", "Mean relative error of predictions.", ratio, (("of", what),))
     if stats.shadow is not None:
         label = (("policy", stats.shadow.policy),)
-        yield Gauge("shadow_decided", "Decisions of the shadow policy.", stats.shadow.decided, label)
-        yield Gauge("shadow_failed", "How often the shadow policy raised.", stats.shadow.failed, label)
-        yield Gauge("shadow_differed", "Those with other workers.", stats.shadow.differed, label)
+        yield Total("shadow_decided", "Decisions of the shadow policy.", stats.shadow.decided, label)
+        yield Total("shadow_failed", "How often the shadow policy raised.", stats.shadow.failed, label)
+        yield Total("shadow_differed", "Those with other workers.", stats.shadow.differed, label)
         yield Gauge("shadow_faster_seconds", "Predicted seconds they would have saved.", stats.shadow.faster_s, label)
 
 
@@ -189,11 +203,10 @@ class _Gauges:
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        families: dict[str, GaugeMetricFamily] = {}
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
         for gauge in self._gauges():
             names = [name for name, _ in gauge.labels]
-            family = families.setdefault(
-                gauge.name, GaugeMetricFamily(f"headrace_{gauge.name}", gauge.help, labels=names)
-            )
+            kind = CounterMetricFamily if isinstance(gauge, Total) else GaugeMetricFamily
+            family = families.setdefault(gauge.name, kind(f"headrace_{gauge.name}", gauge.help, labels=names))
             family.add_metric([value for _, value in gauge.labels], gauge.value)
         return families.values()

@@ -148,11 +148,13 @@ class Relay:
             await _refuse(course, exc)
         finally:
             course.ended_at = self._clock()
+            if course.waits_until is not None:
+                self._metrics.waited_for_worker(is_replaced=False)
             self._metrics.ended(course.summary())
             _log.info("request.finished", **course.record())
 
     async def _answer(self, course: Course) -> None:
-        wait_until, num_joined = None, 0
+        num_joined = 0
         while True:
             num_known = self._workers.num_joined
             try:
@@ -160,12 +162,9 @@ class Relay:
                 break
             except _LegLost as exc:
                 self._lost(course, exc)
-                wait_until, num_joined = None, num_known
+                num_joined = num_known
             except NoWorker as exc:
-                if wait_until is None:
-                    wait_until = self._clock() + self._replacement_s
-                    course.num_replacements += 1
-                await self._replaced(course, exc, wait_until, num_joined)
+                await self._replaced(course, exc, num_joined)
                 num_joined = self._workers.num_joined
         if not course.job.format.is_streaming:
             await course.answer.send_whole(200, [_JSON, *course.headers()], done.payload)
@@ -179,6 +178,9 @@ class Relay:
         """
         async with self._dispatcher.routed(course.routable(), course.observed) as route:
             attempt = course.bound(route, now=self._clock())
+            if course.waits_until is not None:
+                course.waits_until = None
+                self._metrics.waited_for_worker(is_replaced=True)
             if course.fallback:
                 self._metrics.fell_back(course.fallback)
             try:
@@ -380,16 +382,22 @@ class Relay:
             raise exc
         self._metrics.retried(exc.code, is_migration=bool(course.tokens))
 
-    async def _replaced(self, course: Course, exc: NoWorker, until: float, num_joined: int) -> None:
+    async def _replaced(self, course: Course, exc: NoWorker, num_joined: int) -> None:
         """Wait until more than `num_joined` workers have joined, and let any of them go on.
 
-        Raises:  `exc` at `until`; at once if there is nothing to lose, or if the request may be what kills workers.
+        Raises:  `exc` when it has waited too long; at once if there is nothing to lose, or if the request may be what
+        kills workers.
         """
-        if not course.tokens or course.num_replacements > self._max_attempts:
+        if not course.tokens:
+            raise exc
+        if course.waits_until is None:
+            course.waits_until = self._clock() + self._replacement_s
+            course.num_replacements += 1
+        if course.num_replacements > self._max_attempts:
             raise exc
         _log.warning("request.waits_for_worker", request_id=course.job.request, num_tokens=len(course.tokens))
         try:
-            async with asyncio.timeout_at(until):
+            async with asyncio.timeout_at(course.waits_until):
                 await self._workers.joined(num_joined)
         except TimeoutError:
             raise exc from None

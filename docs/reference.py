@@ -98,15 +98,16 @@ def _routes() -> list[tuple[str, str, str]]:
 
 
 def _metrics() -> list[tuple[str, str, str]]:
-    """Counters and histograms from the registry; gauges, which exist per scrape, from the calls that make them."""
+    """Counters and histograms from the registry; what exists per scrape only, from the calls that make it."""
     lines = [line.split(" ", 3) for line in Metrics().exposition().decode().splitlines()]
     kinds = {words[2]: words[3] for words in lines if words[1] == "TYPE"}
     found = [(words[2], kinds[words[2]], words[3]) for words in lines if words[1] == "HELP"]
     for source in sorted((ROOT / "app").rglob("*.py")):
         for node in ast.walk(ast.parse(source.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Gauge":
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Gauge", "Total"):
                 name, text = (arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant))
-                found.append((f"headrace_{name}", "gauge", text))
+                is_total = node.func.id == "Total"
+                found.append((f"headrace_{name}{'_total' * is_total}", "counter" if is_total else "gauge", text))
     return sorted({row for row in found if not row[0].endswith("_created")})
 
 

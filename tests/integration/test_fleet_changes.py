@@ -127,6 +127,7 @@ async def test_a_begun_answer_waits_until_its_only_worker_is_back(site, reach, a
             assert await stream.read() == await whole == await alone.text(unique, max_tokens=400)
             assert (stream.is_done, stream.finish) == (True, "length")
         assert await api.metric("headrace_migrations_total") == 2
+        assert await api.metric("headrace_replacement_waits_total", outcome="replaced") == 2
 
 
 async def test_without_a_worker_the_client_is_told_so(site, reach, unique, until):

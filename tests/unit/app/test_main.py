@@ -145,7 +145,7 @@ async def test_metrics_are_there_before_the_first_request(client):
     for name in (
         "headrace_requests_waiting",
         "headrace_index_pure_python",
-        "headrace_stream_bytes",
+        "headrace_stream_bytes_total",
         "headrace_loop_lag",
     ):
         assert name in text

@@ -1,4 +1,6 @@
-from app.metrics import Gauge, Metrics, RequestSummary
+from app.metrics import Gauge, Metrics, RequestSummary, Total, router_gauges
+from router.policies import load_policy
+from router.route import Router
 
 
 def exposed(metrics, start):
@@ -37,6 +39,25 @@ def test_gauges_are_asked_at_each_scrape():
     assert exposed(metrics, "headrace_queue") == ["headrace_queue 0.0"]
     assert exposed(metrics, "headrace_queue") == ["headrace_queue 1.0"]
     assert exposed(metrics, "headrace_w") == ['headrace_w{role="decode"} 2.0']
+
+
+def test_what_only_grows_is_a_counter():
+    metrics = Metrics()
+    metrics.watch(lambda: [Total("taken", "Taken.", 3, (("code", code),)) for code in ("a", "b")])
+    text = metrics.exposition().decode()
+    assert "# TYPE headrace_taken_total counter" in text
+    assert exposed(metrics, "headrace_taken") == [f'headrace_taken_total{{code="{code}"}} 3.0' for code in ("a", "b")]
+
+
+def test_the_router_s_totals_are_counters_and_what_can_go_down_is_not():
+    metrics, router = Metrics(), Router(shadow=load_policy("random"))
+    metrics.watch(lambda: router_gauges(router.stats(now=0.0)))
+    lines = exposed(metrics, "# TYPE headrace_")
+    kinds = dict(line.removeprefix("# TYPE headrace_").split() for line in lines)
+    for name in ("requests_held", "local_decisions", "shadow_decided", "shadow_failed", "shadow_differed"):
+        assert kinds[f"{name}_total"] == "counter"
+    for name in ("requests_waiting", "requests_bound", "index_blocks", "shadow_faster_seconds"):
+        assert kinds[name] == "gauge"
 
 
 def test_two_gateways_in_one_process_share_nothing():

@@ -343,6 +343,9 @@ async def test_a_begun_answer_waits_for_a_worker_when_none_is_left(scene):
     assert unpack_tokens(request.resume) == [1]
     sink.on_done(done(b"b", [2]))
     assert (await scene.finished()).payloads == [b"a", b"b"]
+    assert metric(scene, "headrace_replacement_waits_total") == [
+        'headrace_replacement_waits_total{outcome="replaced"} 1.0'
+    ]
 
 
 async def test_a_worker_that_is_back_before_the_request_knows_is_not_waited_for(scene):
@@ -380,6 +383,22 @@ async def test_a_request_that_kills_whoever_serves_it_is_given_up():
     answer = await scene.finished()
     assert answer.payloads[:-1] == [b"0", b"1", b"2"]
     assert b'"code":"no_worker"' in answer.payloads[-1]
+    assert metric(scene, "headrace_replacement_waits_total") == [
+        'headrace_replacement_waits_total{outcome="replaced"} 2.0',
+        'headrace_replacement_waits_total{outcome="gave_up"} 1.0',
+    ]
+
+
+async def test_a_wait_that_the_deadline_ends_was_in_vain(scene):
+    await scene.start((None, "d0"), timeout_s=0.1)
+    sink = scene.leg("d0")[1]
+    sink.on_delta(b"a", [1])
+    scene.router.refuses = NoWorker("sim", num_workers=0)
+    sink.on_lost(WorkerLost(WorkerId("d0"), "killed"))
+    assert b'"code":"deadline"' in (await scene.finished()).payloads[-1]
+    assert metric(scene, "headrace_replacement_waits_total") == [
+        'headrace_replacement_waits_total{outcome="gave_up"} 1.0'
+    ]
 
 
 async def test_it_waits_no_longer_than_it_may():
@@ -390,6 +409,9 @@ async def test_it_waits_no_longer_than_it_may():
     scene.router.refuses = NoWorker("sim", num_workers=0)
     sink.on_lost(WorkerLost(WorkerId("d0"), "killed"))
     assert b'"code":"no_worker"' in (await scene.finished()).payloads[-1]
+    assert metric(scene, "headrace_replacement_waits_total") == [
+        'headrace_replacement_waits_total{outcome="gave_up"} 1.0'
+    ]
 
 
 async def test_a_request_without_a_token_is_refused_when_no_worker_is_left(scene):
@@ -397,6 +419,7 @@ async def test_a_request_without_a_token_is_refused_when_no_worker_is_left(scene
     scene.router.refuses = NoWorker("sim", num_workers=0)
     scene.leg("d0")[1].on_lost(WorkerLost(WorkerId("d0"), "killed"))
     assert (await scene.finished()).status == 503
+    assert metric(scene, "headrace_replacement_waits_total") == []
 
 
 async def test_progress_allows_more_attempts():
