@@ -27,7 +27,12 @@ _Port = Annotated[int, Parameter(help="Port to listen on.")]
 _Host = Annotated[str, Parameter(help="Address to listen on.")]
 _Changes = Annotated[
     str,
-    Parameter(name="changes", show_env_var=False, help=f"NAME=VALUE; names are {', '.join(live_config.NAMES)}."),
+    Parameter(
+        name="changes",
+        show_env_var=False,
+        help="NAME=VALUE. The names, and what counts where they are not set:\n\n"
+        + "\n".join(f"- {each.name} ({each.otherwise}): {each.meaning}" for each in live_config.live_settings()),
+    ),
 ]
 _DataDir = Annotated[Path | None, Parameter(help="Where its data lives. Default: a new temporary folder.")]
 

@@ -25,7 +25,6 @@ class LiveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
 
     policy: str | None = None
     shadow_policy: str | None = None
-    """The empty text switches the shadow off."""
     queue_limit: int | None = None
     slo_ttft_s: float | None = None
     aging: float | None = None

@@ -1,7 +1,8 @@
 """`headrace config`: the routing settings that all gateways of a namespace follow while they run (`app/live.py`)."""
 
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Annotated, get_type_hints
 
 import msgspec
 from cyclopts import Parameter
@@ -12,6 +13,7 @@ from planes.control import Etcd, delete_config, get_config, parse_endpoints, put
 from planes.errors import HeadraceError
 from planes.names import check_namespace
 from planes.settings import UnusableSetting
+from router.settings import RouterSettings
 
 NAMES = LiveConfig.__struct_fields__
 
@@ -38,6 +40,26 @@ class ConfigSettings:
                 check(getattr(self, name))
             except ValueError as exc:
                 raise UnusableSetting(name, getattr(self, name), str(exc)) from exc
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSetting:
+    """`otherwise`: what counts where it is not set, a value or the gateway's flag."""
+
+    name: str
+    otherwise: str
+    meaning: str
+
+
+def live_settings() -> Iterator[LiveSetting]:
+    """All that `headrace config` can change, as the router's and the gateway's settings tell it."""
+    flags = {field.name for field in fields(GatewaySettings)}
+    defaults = {field.name: field.default for field in fields(RouterSettings)}
+    hints = get_type_hints(GatewaySettings, include_extras=True) | get_type_hints(RouterSettings, include_extras=True)
+    for name in NAMES:
+        told = hints[name].__metadata__[0]
+        otherwise = f"--{name.replace('_', '-')}" if name in flags else str(defaults[name])
+        yield LiveSetting(name, otherwise, told if isinstance(told, str) else told.help)
 
 
 async def config(changes: tuple[str, ...], settings: ConfigSettings) -> str:

@@ -30,7 +30,7 @@ class GatewaySettings:
     namespace: Annotated[str, Parameter(help="Separates fleets that share etcd and NATS.")] = "default"
     policy: Annotated[str, Parameter(help="Routing policy: a name, or package.module:Class of your own.")] = "headrace"
     shadow_policy: Annotated[
-        str | None, Parameter(help="A second policy that decides too, is measured, and is not obeyed.")
+        str | None, Parameter(help="A second policy that decides too, is measured, and is not obeyed; empty: none.")
     ] = None
     prefill_dispatch: Annotated[
         Literal["direct", "queue"],

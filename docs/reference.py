@@ -1,4 +1,4 @@
-"""Writes docs/reference.md from the code: flags of every command, HTTP routes, metrics.
+"""Writes docs/reference.md from the code: flags of every command, live settings, HTTP routes, metrics.
 
 python docs/reference.py           # write it
 python docs/reference.py --check   # exit status 1 if it is stale
@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from app.fleet_table import FleetTableSettings
-from app.live_config import ConfigSettings
+from app.live_config import ConfigSettings, live_settings
 from app.local import UpSettings
 from app.main import create_app
 from app.metrics import Metrics
@@ -65,7 +65,9 @@ def reference() -> str:
         parts += [f"## `{command}`", "", summary, "", "| flag | variable | default | meaning |", "|---|---|---|---|"]
         parts += [_flag(settings, field) for field in fields(settings)]
         parts += [""]
-    parts += ["## HTTP", "", "| route | what it does |", "|---|---|"]
+    parts += ["| setting | without it | meaning |", "|---|---|---|"]  # of `headrace config`, the last command
+    parts += [f"| `{each.name}` | `{each.otherwise}` | {each.meaning} |" for each in live_settings()]
+    parts += ["", "## HTTP", "", "| route | what it does |", "|---|---|"]
     parts += [f"| `{method} {path}` | {summary} |" for method, path, summary in _routes()]
     parts += ["", "### Headers", "", "| header | of the | meaning |", "|---|---|---|"]
     parts += [f"| `{name}` | {side} | {text} |" for name, side, text in HEADERS]

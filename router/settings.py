@@ -1,30 +1,37 @@
 """What an operator may set about routing; changes while running through `Router.configure`."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
-    """Limits and time constants. Policies have none of their own to tune.
+    """Limits and time constants, each with its meaning. Policies have none of their own to tune.
 
     Raises:  ValueError for a value outside its range.
     """
 
-    queue_limit: int = 4096
-    """Most requests that wait in the gateway, 1 or more."""
-    slo_ttft_s: float | None = None
-    """Refuse a request whose predicted time to first token is longer; None: never. A request's own limit wins."""
-    aging: float = 4.0
-    """Seconds of predicted prefill that one second of waiting makes up for, more than 0. Less lets short prompts pass
-    long ones: beyond saturation more requests meet an SLO, and the longest wait for very long (`docs/routing.md`)."""
-    promote_after_s: float = 30.0
-    """After each such wait a request counts one priority class higher, more than 0."""
-    quantum_tokens: int = 4096
-    """Uncached tokens each tenant with waiting requests gets in one deficit round, 1 or more."""
-    report_delay_s: float = 0.02
-    """A dispatch older than this is taken to be counted in an arriving load report, 0 or more."""
-    history: int = 1024
-    """Most decisions kept for explain, 1 or more."""
+    queue_limit: Annotated[int, "Most requests that wait in the gateway, 1 or more."] = 4096
+    slo_ttft_s: Annotated[
+        float | None,
+        "Refuse a request whose predicted time to first token is longer; none: never. A request's own limit wins.",
+    ] = None
+    aging: Annotated[
+        float,
+        "Seconds of predicted prefill that one second of waiting makes up for, more than 0. Less lets short prompts "
+        "pass long ones: beyond saturation more requests meet an SLO, and the longest wait for very long "
+        "(docs/routing.md).",
+    ] = 4.0
+    promote_after_s: Annotated[
+        float, "After each such wait a request counts one priority class higher, more than 0."
+    ] = 30.0
+    quantum_tokens: Annotated[
+        int, "Uncached tokens each tenant with waiting requests gets in one deficit round, 1 or more."
+    ] = 4096
+    report_delay_s: Annotated[
+        float, "A dispatch older than this is taken to be counted in an arriving load report, 0 or more."
+    ] = 0.02
+    history: Annotated[int, "Most decisions kept for explain, 1 or more."] = 1024
 
     def __post_init__(self) -> None:
         for name in ("queue_limit", "quantum_tokens", "history"):

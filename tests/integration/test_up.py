@@ -371,7 +371,7 @@ async def test_a_worker_that_cannot_start_ends_everything_with_its_own_reason(up
         (["etcd", "--help"], ["--data-dir"]),
         (["nats", "--help"], ["--data-dir"]),
         (["fleet", "--help"], ["--once", "--namespace"]),
-        (["config", "--help"], ["NAME=VALUE", "policy", "slo_ttft_s", "--clear"]),
+        (["config", "--help"], ["NAME=VALUE", "policy", "slo_ttft_s", "--clear", "aging (4.0): Seconds of predicted"]),
         (["--version"], ["."]),
     ],
     ids=lambda value: value[0],

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from app.live_config import ConfigSettings, UnusableConfig, changed
+from app.live_config import NAMES, ConfigSettings, UnusableConfig, changed, live_settings
 from planes.settings import UnusableSetting
 
 
@@ -32,6 +32,14 @@ def test_null_goes_back_to_what_was_started():
 def test_what_gateways_would_refuse_is_refused_at_once(change, message):
     with pytest.raises(UnusableConfig, match=message):
         changed(b'{"policy": "dynamo"}', ("history=5", change))
+
+
+def test_every_setting_is_explained_by_whoever_declares_it():
+    told = {each.name: each for each in live_settings()}
+    assert tuple(told) == NAMES
+    assert (told["aging"].otherwise, told["history"].meaning) == ("4.0", "Most decisions kept for explain, 1 or more.")
+    assert (told["shadow_policy"].otherwise, told["queue_limit"].otherwise) == ("--shadow-policy", "--queue-limit")
+    assert told["policy"].meaning.startswith("Routing policy: a name")
 
 
 def test_a_broken_value_is_said_and_how_to_remove_it():
