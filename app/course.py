@@ -11,7 +11,7 @@ from planes.blocks import Hashes, Tokens
 from planes.errors import HeadraceError
 from planes.frames import Done, Format, Sampling, Usage
 from planes.messages import RequestId, WorkerId
-from router.request import HandoverWish, Observed, Outcome, RoutableRequest, Route
+from router.request import Failure, HandoverWish, Observed, Outcome, RoutableRequest, Route
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +95,7 @@ class Attempt:
     prefill: Usage | None = None
     decode: Usage | None = None
     outcome: Outcome = Outcome.FAILED
+    failure: Failure | None = None
 
     @property
     def prefill_worker(self) -> WorkerId:
@@ -154,8 +155,7 @@ class Course:
             self.tokens.clear()  # it starts over
         self._num_tokens_at_failure = len(self.tokens)
         self.lost = exc
-        worker: WorkerId | None = getattr(exc, "worker", None)
-        if worker is not None:
+        if (worker := worker_of(exc)) is not None:
             self.excluded |= {worker}
         return self._num_failures
 
@@ -204,6 +204,7 @@ class Course:
             completion_tokens=len(self.tokens) - attempt.num_tokens_before,
             outcome=attempt.outcome,
             prefill=attempt.prefilled_by,
+            failure=attempt.failure,
         )
 
     def summary(self) -> RequestSummary:
@@ -249,6 +250,11 @@ class Course:
             "handover_bytes": summary.handover_bytes,
             "handover_s": _rounded(summary.handover_s),
         }
+
+
+def worker_of(exc: HeadraceError) -> WorkerId | None:
+    """The worker that an error names."""
+    return getattr(exc, "worker", None)
 
 
 def drop(_: bytes) -> None:

@@ -20,7 +20,7 @@ from typing import Protocol
 
 import structlog
 
-from app.course import Course, Job, drop
+from app.course import Course, Job, drop, worker_of
 from app.dispatch import Clock, Dispatcher
 from app.http import Answer, Headers
 from app.legs import Leg, WorkerFailed, WorkerRefused
@@ -33,7 +33,7 @@ from planes.frames import Leg as LegKind
 from planes.messages import HandoverEndpoint, HandoverMode, Registration, WorkerId
 from planes.streams import WorkerConnection, WorkerLost, WorkerUnreachable
 from router.errors import NoWorker
-from router.request import Outcome
+from router.request import Failure, Outcome
 
 _log = structlog.get_logger()
 
@@ -188,8 +188,10 @@ class Relay:
                     done = await self._local(course)
                 else:
                     done = await self._disaggregated(course, route.prefill, route.decode)
-            except _LegLost:
-                attempt.outcome = Outcome.INTERRUPTED
+            except HeadraceError as exc:
+                attempt.failure = Failure(exc.code, worker_of(exc), str(exc))
+                if isinstance(exc, _LegLost):
+                    attempt.outcome = Outcome.INTERRUPTED
                 raise
             except asyncio.CancelledError:
                 attempt.outcome = Outcome.CANCELLED

@@ -9,9 +9,8 @@ from planes.messages import RequestId, Role, WorkerId, WorkerState
 from router.request import Candidate, Explanation, Observed
 
 _ERROR_GAIN = 0.05
-
-
 _MAX_CANDIDATES = 32
+_MAX_EARLIER = 8
 
 
 def worth_keeping(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
@@ -22,7 +21,7 @@ def worth_keeping(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
 
 
 class History:
-    """The last `limit` explanations."""
+    """The explanations of the last `limit` requests."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -32,7 +31,12 @@ class History:
         return len(self._explanations)
 
     def add(self, explanation: Explanation) -> None:
-        self._explanations.pop(explanation.request, None)
+        """An id that is known already is the same request's next attempt."""
+        before = self._explanations.pop(explanation.request, None)
+        if before is not None:
+            explanation.attempt = before.attempt + 1
+            explanation.earlier = (*before.earlier, before)[-_MAX_EARLIER:]
+            before.earlier = ()
         self._explanations[explanation.request] = explanation
         self.trim(self.limit)
 

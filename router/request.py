@@ -102,6 +102,16 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt to serve a request ended without an answer."""
+
+    code: str
+    worker: WorkerId | None
+    """Who is to blame, if a worker is: the next attempt leaves it out."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Observed:
     """What really happened to a request, for the latency model and for explain; None where it never came so far."""
 
@@ -115,6 +125,7 @@ class Observed:
     outcome: Outcome = Outcome.FINISHED
     prefill: WorkerId | None = None
     """Who computed the prompt, if not who the route names: another worker may have taken it from the queue."""
+    failure: Failure | None = None
 
 
 @dataclass(slots=True)
@@ -134,3 +145,7 @@ class Explanation:
     observed: Observed | None = None
     shadow: Candidate | None = field(default=None)
     handover: HandoverWish = HandoverWish.AUTO
+    attempt: int = 1
+    """Which attempt to serve the request this is: a retry or a migration is decided anew."""
+    earlier: tuple["Explanation", ...] = ()
+    """The attempts before, oldest first; of many the latest."""

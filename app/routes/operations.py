@@ -60,7 +60,7 @@ def operation_routes(gateway: Gateway) -> APIRouter:
 
     @routes.get("/v1/routes/{request_id}", response_model=None)
     async def explain(request: Request, request_id: str) -> Response:
-        """Why a recent request went where it went, and what came of it."""
+        """Why a recent request went where it went, and what came of it; `earlier`: its attempts before the last one."""
         gateway.keys.authenticate(request.headers)
         explanation = gateway.router.explain(RequestId(request_id))
         if explanation is None:
@@ -81,5 +81,6 @@ def operation_routes(gateway: Gateway) -> APIRouter:
 def _told(explanation: Explanation, now: float) -> dict[str, Any]:
     """As JSON; `age_s` in place of an instant on a clock that only this process has."""
     told: dict[str, Any] = msgspec.to_builtins(explanation)
-    told["age_s"] = now - told.pop("submitted_at")
+    for attempt in (told, *told["earlier"]):
+        attempt["age_s"] = now - attempt.pop("submitted_at")
     return told

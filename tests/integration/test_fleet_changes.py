@@ -64,7 +64,7 @@ async def test_the_streams_of_a_killed_worker_go_on_elsewhere_at_the_very_token(
     prompts = [f"{index} {unique}" for index in range(6)]
     async with reach(gateway) as api:
         begun = [asyncio.Event() for _ in prompts]
-        served = {}
+        served, routes = {}, {}
 
         async def read(index):
             async with api.stream(prompts[index], max_tokens=600) as stream:
@@ -73,6 +73,7 @@ async def test_the_streams_of_a_killed_worker_go_on_elsewhere_at_the_very_token(
                 begun[index].set()
                 text = await stream.read()
                 assert (stream.is_done, stream.finish, stream.error) == (True, "length", None)
+                routes[index] = (await api.get(f"/v1/routes/{stream.headers['x-request-id']}")).json()
                 return text
 
         reading = [asyncio.create_task(read(index)) for index in range(len(prompts))]
@@ -85,6 +86,7 @@ async def test_the_streams_of_a_killed_worker_go_on_elsewhere_at_the_very_token(
         num_lost = sum(worker == killed for worker in served.values())
         assert num_lost >= 1
         assert await api.metric("headrace_migrations_total") >= num_lost
+        _tells_of_both(routes[0], killed)
         assert killed not in {(await api.chat(unique)).headers["x-headrace-decode"] for _ in range(4)}
 
         async def is_gone():
@@ -92,6 +94,20 @@ async def test_the_streams_of_a_killed_worker_go_on_elsewhere_at_the_very_token(
 
         await until(is_gone)
         await until(api.is_idle)
+
+
+def _tells_of_both(route, killed):
+    """The attempt that was lost, and the one that went on."""
+    (first,) = route["earlier"]
+    assert (first["attempt"], route["attempt"]) == (1, 2)
+    assert first["chosen"]["decode"] == killed != route["chosen"]["decode"]
+    assert first["candidates"]
+    assert first["age_s"] > route["age_s"]
+    assert first["observed"]["outcome"] == "interrupted"
+    assert first["observed"]["failure"]["worker"] == killed
+    assert first["observed"]["failure"]["code"] == "worker_lost"
+    assert (route["observed"]["outcome"], route["observed"]["failure"]) == ("finished", None)
+    assert first["observed"]["completion_tokens"] + route["observed"]["completion_tokens"] == 600
 
 
 async def test_a_prefill_worker_that_dies_over_a_prompt_is_replaced(site, reach, alone, unique, until):

@@ -29,7 +29,7 @@ from planes.frames import (
 from planes.messages import HandoverMode, RequestId, Role, WorkerId
 from planes.streams import WorkerLost
 from router.errors import NoWorker
-from router.request import HandoverWish, Outcome
+from router.request import Failure, HandoverWish, Outcome
 from tests.fakes import FakeAnswer, FakeRouter, FakeWorkers, registration, route
 
 PROMPT = np.arange(1, 21, dtype=np.uint32)  # not a multiple of the block size
@@ -312,7 +312,9 @@ async def test_a_stream_that_is_lost_goes_on_elsewhere_from_the_client_s_tokens(
     sink.on_done(done(b"e", [5]))
     assert (await scene.finished()).payloads == [b"a", b"b", b"d", b"e"]
     assert metric(scene, "headrace_migrations_total") == ['headrace_migrations_total{code="worker_lost"} 1.0']
-    assert scene.router.released[-1][1].completion_tokens == 2
+    before, last = (observed for _, observed in scene.router.released)
+    assert before.failure == Failure("worker_lost", WorkerId("d0"), "worker d0 was lost: killed")
+    assert (before.completion_tokens, last.completion_tokens, last.failure) == (3, 2, None)
 
 
 async def test_attempts_in_a_row_without_a_token_are_bounded():

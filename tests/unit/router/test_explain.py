@@ -33,6 +33,18 @@ def test_an_id_that_comes_again_is_the_newest():
     assert history.get(RequestId("a")) is not None
 
 
+def test_the_attempts_before_stay_with_the_last_one_up_to_a_number():
+    history = History(2)
+    for held_s in range(12):
+        attempt = explanation("a")
+        attempt.held_s = held_s
+        history.add(attempt)
+    last = history.get(RequestId("a"))
+    assert (len(history), last.attempt) == (1, 12)
+    kept = [(each.attempt, each.held_s, each.earlier) for each in last.earlier]
+    assert kept == [(k + 1, k, ()) for k in range(3, 11)]
+
+
 def test_a_shadow_counts_where_it_differs_and_by_how_much():
     counts = Counts()
     counts.compare(candidate("p", "d", 2.0), candidate("p", "d", 2.0))

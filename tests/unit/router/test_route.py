@@ -23,7 +23,7 @@ from planes.messages import (
 from router.errors import DeadlineExceeded, DuplicateRequest, NoWorker, QueueFull, SloMissed
 from router.policies.least_loaded import LeastLoaded
 from router.policies.round_robin import RoundRobin
-from router.request import Observed, Outcome, RoutableRequest, Route
+from router.request import Failure, Observed, Outcome, RoutableRequest, Route
 from router.route import Refusal, Router
 from router.settings import RouterSettings
 
@@ -290,6 +290,18 @@ def test_explain_tells_what_was_predicted_and_what_happened_and_forgets_the_olde
     assert explanation.observed.ttft_s == 1.5
     assert len(explanation.candidates) == 2
     assert router.stats(now=30.0).ttft_error_ratio > 0
+
+
+def test_explain_also_tells_of_the_attempts_before_the_last():
+    router = router_of(registration("d0", Role.DECODE), registration("d1", Role.DECODE))
+    (first,) = send(router, "r")
+    lost = Observed(outcome=Outcome.INTERRUPTED, failure=Failure("worker_lost", first.decode, "killed"))
+    router.release(RequestId("r"), lost, now=1.0)
+    (second,) = send(router, "r", now=1.0, excluded=frozenset({first.decode}))
+    explanation = router.explain(RequestId("r"))
+    (before,) = explanation.earlier
+    assert (before.chosen, before.observed) == (first.predicted, lost)
+    assert (explanation.chosen, explanation.observed, explanation.attempt) == (second.predicted, None, 2)
 
 
 def test_preview_changes_nothing():
