@@ -145,6 +145,7 @@ class Explanation:
     observed: Observed | None = None
     shadow: Candidate | None = field(default=None)
     handover: HandoverWish = HandoverWish.AUTO
+    tenant: str = ""
     attempt: int = 1
     """Which attempt to serve the request this is: a retry or a migration is decided anew."""
     earlier: tuple["Explanation", ...] = ()

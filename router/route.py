@@ -325,7 +325,14 @@ class Router:
         return explanation
 
     def _explanation(self, request: RoutableRequest, now: float) -> Explanation:
-        return Explanation(request.request, self._policy.name, request.prompt_tokens, now, handover=request.handover)
+        return Explanation(
+            request.request,
+            self._policy.name,
+            request.prompt_tokens,
+            now,
+            handover=request.handover,
+            tenant=request.tenant,
+        )
 
     def stats(self, *, now: float) -> RouterStats:
         """Everything that metrics show of the router."""

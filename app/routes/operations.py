@@ -16,12 +16,14 @@ from router.request import Explanation
 
 
 class UnknownRequest(InvalidRequest):
-    """No decision is kept for this request."""
+    """No decision is kept for this request, or none that this tenant may see: which of the two is not told."""
 
     code = "not_found"
 
     def __init__(self, request: str) -> None:
-        super().__init__(f"No decision is kept for request {request[:100]!r}: it never was, or is too long ago.")
+        super().__init__(
+            f"No decision is kept for request {request[:100]!r}: it never was, is too long ago, or is not yours."
+        )
 
 
 def operation_routes(gateway: Gateway) -> APIRouter:
@@ -60,10 +62,10 @@ def operation_routes(gateway: Gateway) -> APIRouter:
 
     @routes.get("/v1/routes/{request_id}", response_model=None)
     async def explain(request: Request, request_id: str) -> Response:
-        """Why a recent request went where it went, and what came of it; `earlier`: its attempts before the last one."""
-        gateway.keys.authenticate(request.headers)
+        """Why a recent request of yours went where it went, and what came of it; `earlier`: its attempts before."""
+        tenant = gateway.keys.authenticate(request.headers)
         explanation = gateway.router.explain(RequestId(request_id))
-        if explanation is None:
+        if explanation is None or explanation.tenant != tenant.name:
             raise UnknownRequest(request_id)
         return json_reply(_told(explanation, gateway.clock()))
 

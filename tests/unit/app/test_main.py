@@ -16,6 +16,8 @@ from app.relay import Relay
 from app.settings import GatewaySettings
 from planes.messages import RequestId
 from planes.settings import UnusableSetting
+from router.errors import NoWorker
+from router.request import RoutableRequest
 from router.route import Router
 from tests.fakes import registration
 
@@ -160,6 +162,23 @@ async def test_keys_guard_all_that_is_below_v1(settings, gateway, tmp_path):
             assert (await client.get(path)).status_code == 401
         assert (await client.get("/v1/models", headers={"authorization": "Bearer sk-1"})).status_code == 200
         assert (await client.get("/live")).status_code == 200
+
+
+async def test_a_tenant_sees_the_routes_of_its_own_requests_only(gateway, client, tmp_path):
+    entries = [f'[[keys]]\ntenant = "{tenant}"\nkey = "sk-{tenant}"\n' for tenant in ("one", "two")]
+    (tmp_path / "keys.toml").write_text("".join(entries))
+    gateway.keys.__init__(tmp_path / "keys.toml")
+    with pytest.raises(NoWorker):
+        gateway.router.submit(RoutableRequest(RequestId("r"), "sim", {}, 9, 9, 60.0, tenant="one"), now=0.0)
+
+    async def asked(tenant, request):
+        return await client.get(f"/v1/routes/{request}", headers={"authorization": f"Bearer sk-{tenant}"})
+
+    own, foreign, unknown = await asked("one", "r"), await asked("two", "r"), await asked("two", "never-was")
+    assert (own.status_code, own.json()["tenant"]) == (200, "one")
+    assert foreign.status_code == unknown.status_code == 404
+    assert foreign.json()["error"]["code"] == unknown.json()["error"]["code"] == "not_found"
+    assert foreign.text.replace("'r'", "'never-was'") == unknown.text
 
 
 @pytest.mark.parametrize(
