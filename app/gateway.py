@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from app.auth import ApiKeys
 from app.dispatch import Clock, Dispatcher
 from app.fleet import Fleet
+from app.live import LiveRouting
 from app.metrics import Metrics
 from app.models import Models
 from app.prefills import QueuedPrefills
@@ -25,6 +26,7 @@ class Gateway:
     models: Models
     preprocessor: Preprocessor
     router: Router
+    live: LiveRouting
     dispatcher: Dispatcher
     fleet: Fleet
     relay: Relay

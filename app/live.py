@@ -3,15 +3,16 @@
     {"policy": "dynamo", "queue_limit": 1000}
 
 What it names replaces what the gateway was started with; the rest stays; without the key everything is as it was
-started. An unusable value changes nothing and is said in the log.
+started. An unusable value changes nothing; the log, `GET /v1/fleet` and a metric say so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import msgspec
 import structlog
 
+from app.metrics import Gauge
 from app.settings import GatewaySettings
 from router.policies import load_policy
 from router.policy import Policy
@@ -59,16 +60,27 @@ def routing(started: GatewaySettings, live: LiveConfig) -> Routing:
 class LiveRouting:
     """Takes each new content of the key and lets `apply` have it, if it is any good."""
 
-    def __init__(self, started: GatewaySettings, apply: Callable[[Routing], None]) -> None:
+    def __init__(self, started: GatewaySettings, in_force: Routing, apply: Callable[[Routing], None]) -> None:
+        """`in_force`: what the router was built with."""
         self._started = started
         self._apply = apply
+        self.in_force = in_force
+        self.refused_because = ""
+        """Why the latest content is not in force; empty: it is."""
 
     def take(self, content: bytes | None) -> None:
         """None: the key was deleted."""
         try:
             live = LiveConfig() if content is None else msgspec.json.decode(content, type=LiveConfig)
-            self._apply(routing(self._started, live))
+            changed = routing(self._started, live)
+            self._apply(changed)
         except (ValueError, UnicodeDecodeError) as exc:  # msgspec's errors are ValueErrors
-            _log.warning("config.refused", reason=str(exc))
+            self.refused_because = str(exc)
+            _log.warning("config.refused", reason=self.refused_because)
         else:
+            self.in_force, self.refused_because = changed, ""
             _log.info("config.applied", **msgspec.to_builtins(live))
+
+    def gauges(self) -> Iterator[Gauge]:
+        """For the metrics."""
+        yield Gauge("config_refused", "1 if what `headrace config` set was refused here.", bool(self.refused_because))

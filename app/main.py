@@ -100,8 +100,15 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
     """
     clock = asyncio.get_running_loop().time
     metrics = Metrics()
-    router = _router(settings)
+    start = _routing(settings)
+    router = Router(start.settings, start.policy, shadow=start.shadow, rng=random.Random())
     dispatcher = Dispatcher(router, clock=clock)
+
+    def follow(changed: Routing) -> None:
+        router.configure(changed.settings, changed.policy, shadow=changed.shadow, now=clock())
+        dispatcher.changed()
+
+    live = LiveRouting(settings, start, follow)
     models = Models(ObjectStore(events), settings.assets_dir)
 
     async def connect(worker: Registration) -> WorkerConnection:
@@ -125,6 +132,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         prefills=prefills,
     )
     metrics.watch(fleet.gauges)
+    metrics.watch(live.gauges)
     metrics.watch(lambda: router_gauges(router.stats(now=clock())))
     return Gateway(
         settings=settings,
@@ -132,6 +140,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         models=models,
         preprocessor=Preprocessor(),
         router=router,
+        live=live,
         dispatcher=dispatcher,
         fleet=fleet,
         relay=relay,
@@ -173,7 +182,6 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
     directory = WorkerDirectory(
         Etcd(settings.etcd), settings.namespace, on_up=fleet.worker_up, on_down=fleet.worker_down
     )
-    live = LiveRouting(settings, lambda changed: _reconfigure(gateway, changed))
     await events.subscribe_kv(fleet.kv_changed)
     await events.subscribe_load(fleet.load_reported)
     server = _Server(_uvicorn_config(settings, create_app(gateway)))
@@ -189,7 +197,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
             forever = [
                 tasks.create_task(events.run()),
                 tasks.create_task(directory.run()),
-                tasks.create_task(watch_config(Etcd(settings.etcd), settings.namespace, live.take)),
+                tasks.create_task(watch_config(Etcd(settings.etcd), settings.namespace, gateway.live.take)),
                 tasks.create_task(fleet.run()),
                 tasks.create_task(_watch_loop(gateway.metrics)),
             ]
@@ -217,11 +225,6 @@ def _settle_memory() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
-def _reconfigure(gateway: Gateway, changed: Routing) -> None:
-    gateway.router.configure(changed.settings, changed.policy, shadow=changed.shadow, now=gateway.clock())
-    gateway.dispatcher.changed()
-
-
 async def _watch_loop(metrics: Metrics) -> None:
     loop = asyncio.get_running_loop()
     while True:
@@ -245,12 +248,11 @@ def _uvicorn_config(settings: GatewaySettings, app: FastAPI) -> uvicorn.Config:
     )
 
 
-def _router(settings: GatewaySettings) -> Router:
+def _routing(settings: GatewaySettings) -> Routing:
     try:
-        start = routing(settings, LiveConfig())
+        return routing(settings, LiveConfig())
     except ValueError as exc:
         raise UnusableSetting("policy", settings.policy, str(exc)) from exc
-    return Router(start.settings, start.policy, shadow=start.shadow, rng=random.Random())
 
 
 def _keys(settings: GatewaySettings) -> ApiKeys:

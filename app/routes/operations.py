@@ -1,5 +1,6 @@
 """What operators ask: health, metrics, the fleet, and why a request went where it went."""
 
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -7,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from app.gateway import Gateway
+from app.live import LiveRouting
 from app.openai.chat import parse_chat
 from app.routes.completions import prepared_job
 from app.routes.replies import json_reply
@@ -50,13 +52,14 @@ def operation_routes(gateway: Gateway) -> APIRouter:
 
     @routes.get("/v1/fleet", response_model=None)
     async def fleet(request: Request) -> Response:
-        """The registered workers: roles, state, load, blocks, connection; and how the router sees those it may use."""
+        """The registered workers; how the router sees those it may use; the routing settings in force."""
         gateway.keys.authenticate(request.headers)
         return json_reply(
             {
                 "num_waiting": gateway.dispatcher.num_waiting,
                 "workers": gateway.fleet.statuses(),
                 "router": gateway.router.workers(now=gateway.clock()),
+                "routing": _followed(gateway.live),
             }
         )
 
@@ -86,3 +89,14 @@ def _told(explanation: Explanation, now: float) -> dict[str, Any]:
     for attempt in (told, *told["earlier"]):
         attempt["age_s"] = now - attempt.pop("submitted_at")
     return told
+
+
+def _followed(live: LiveRouting) -> dict[str, Any]:
+    """As JSON: every setting in force under its name in `headrace config`, and what is wrong with those refused."""
+    found = live.in_force
+    return {
+        "policy": found.policy.name,
+        "shadow_policy": None if found.shadow is None else found.shadow.name,
+        **asdict(found.settings),
+        "refused_because": live.refused_because,
+    }

@@ -22,6 +22,11 @@ def config(site):
     return run
 
 
+async def routing(api):
+    """The settings that a gateway follows."""
+    return (await api.get("/v1/fleet")).json()["routing"]
+
+
 async def test_a_valid_change_is_followed_at_once_and_clearing_it_undoes_it(site, reach, alone, unique, until, config):
     site.start_worker("both-1", speedup=2)
     gateway = await site.gateway("--policy", "round_robin", num_workers=1)
@@ -39,6 +44,8 @@ async def test_a_valid_change_is_followed_at_once_and_clearing_it_undoes_it(site
             await until(lambda: decides("dynamo"))
             assert await stream.read() == await alone.text(unique, max_tokens=400)
         assert await config() == (0, '{"policy":"dynamo","slo_ttft_s":2.5}')
+        followed = await routing(api)
+        assert (followed["policy"], followed["slo_ttft_s"], followed["refused_because"]) == ("dynamo", 2.5, "")
         assert await config("--clear") == (0, "{}")
         await until(lambda: decides("round_robin"))
         assert await config() == (0, "{}")
@@ -70,7 +77,15 @@ async def test_a_gateway_refuses_what_it_cannot_use_and_goes_on(site, reach, uni
     site.start_worker("both-1")
     gateway = await site.gateway("--policy", "round_robin", num_workers=1)
     async with reach(gateway) as api:
-        for content, words in ((b'{"polcy": 1}', "polcy"), (b'{"queue_limit": 0}', "queue_limit is 0")):
+        for content, words in (
+            (b'{"polcy": 1}', "polcy"),
+            (b'{"queue_limit": 0}', "queue_limit is 0"),
+            (b'{"policy": "nowhere:Policy"}', "No module named 'nowhere'"),
+        ):
             await put_config(Etcd(site.etcd), site.namespace, content)
             assert "event=config.refused" in await gateway.process.says(words)
+            followed = await routing(api)
+            assert (followed["policy"], followed["queue_limit"]) == ("round_robin", 4096)
+            assert words in followed["refused_because"]
+            assert await api.metric("headrace_config_refused") == 1
         assert (await api.chat(unique)).headers["x-headrace-policy"] == "round_robin"

@@ -8,6 +8,7 @@ from app.auth import ApiKeys
 from app.dispatch import Dispatcher
 from app.fleet import Fleet
 from app.gateway import Gateway
+from app.live import LiveConfig, LiveRouting, routing
 from app.main import create_app
 from app.metrics import Metrics, router_gauges
 from app.models import Models
@@ -58,7 +59,8 @@ def settings(tmp_path):
 @pytest.fixture
 async def gateway(settings, tmp_path):
     clock = asyncio.get_running_loop().time
-    router, metrics = Router(), Metrics()
+    start = routing(settings, LiveConfig())
+    router, metrics = Router(start.settings, start.policy), Metrics()
     dispatcher, models = Dispatcher(router, clock=clock), Models(NoStore(), tmp_path)
     models.load = load
     fleet = Fleet(router, dispatcher, models, models, connect=connect, clock=clock, rng=random.Random(0))
@@ -72,6 +74,7 @@ async def gateway(settings, tmp_path):
         models=models,
         preprocessor=preprocessor,
         router=router,
+        live=LiveRouting(settings, start, lambda changed: None),
         dispatcher=dispatcher,
         fleet=fleet,
         relay=relay,
@@ -112,6 +115,9 @@ async def test_the_fleet_lists_what_is_registered(gateway, client):
     assert (worker["worker"], worker["role"], worker["is_connected"], worker["load"]) == ("d0", "both", False, None)
     assert worker["facts"]["block_size"] == 16
     assert listed["router"] == []
+    followed = listed["routing"]
+    assert set(followed) == {*LiveConfig.__struct_fields__, "refused_because"}
+    assert (followed["policy"], followed["shadow_policy"], followed["queue_limit"]) == ("headrace", None, 4096)
     (model,) = (await client.get("/v1/models")).json()["data"]
     assert model == {"id": "sim", "object": "model", "created": 7, "owned_by": "headrace"}
 
