@@ -6,15 +6,15 @@ The file is TOML:
     tenant = "search"                # the name in metrics and fair shares; several keys may name the same tenant
     sha256 = "9f86d0…"               # of the key, 64 hex digits; or in plain text: key = "sk-…"
     priority = 0                     # class that its requests get; they may ask for a later one, never for a sooner
-    max_concurrent = 64              # requests at once; leave out for no limit
+    max_concurrent = 64              # sequences at once, n of a request with n choices; leave out for no limit
     cache_salt = "…"                 # tenants with different salts never share a cached prompt
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import msgspec
 
@@ -28,14 +28,26 @@ class Unauthenticated(InvalidRequest):
 
 
 class TooManyConcurrent(Rejected):
-    """The tenant has as many requests under way as its key allows."""
+    """The tenant has so many sequences under way that its key does not allow this request's too."""
 
     status, code = 429, "concurrency_limit"
 
-    def __init__(self, tenant: str, limit: int) -> None:
+    def __init__(self, tenant: str, running: int, n: int, limit: int) -> None:
         super().__init__(
-            f"{limit} requests of '{tenant}' are under way and the limit is {limit}; send the next when one has ended.",
+            f"{running} sequences of '{tenant}' are under way, this request is for {n}, and the limit is {limit}; "
+            "send it when some have ended.",
             retry_after_s=1.0,
+        )
+
+
+class TooManyChoices(InvalidRequest):
+    """A request for more sequences than the tenant's key ever allows at once."""
+
+    code = "too_many_choices"
+
+    def __init__(self, tenant: str, n: int, limit: int) -> None:
+        super().__init__(
+            f"'n' is {n} and the key of '{tenant}' allows {limit} sequences at once; ask for fewer choices.", param="n"
         )
 
 
@@ -85,7 +97,7 @@ class KeyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ApiKeys:
-    """The keys of one gateway, and the requests that each tenant has under way."""
+    """The keys of one gateway, and the sequences that each tenant has under way."""
 
     def __init__(self, path: Path | None = None) -> None:
         """Raises:  KeyFileError."""
@@ -116,24 +128,46 @@ class ApiKeys:
             raise Unauthenticated("The API key is not one of this server's.")
         return tenant
 
-    @contextmanager
-    def admitted(self, tenant: Tenant) -> Iterator[None]:
-        """Count a request as under way for as long as the block runs.  Raises:  TooManyConcurrent."""
-        running = self._running.get(tenant.name, 0)
-        if tenant.max_concurrent is not None and running >= tenant.max_concurrent:
-            raise TooManyConcurrent(tenant.name, tenant.max_concurrent)
-        self._running[tenant.name] = running + 1
-        try:
-            yield
-        finally:
-            left = self._running[tenant.name] - 1
-            if left:
-                self._running[tenant.name] = left
-            else:
-                del self._running[tenant.name]
+    def admitted(self, tenant: Tenant) -> "Admission":
+        """Count a request as under way for as long as a `with` block runs."""
+        return Admission(tenant, self._running)
 
     def num_running(self, tenant: Tenant) -> int:
         return self._running.get(tenant.name, 0)
+
+
+class Admission:
+    """The sequences of one request under way. `running`: those of each tenant, by name; changed here."""
+
+    __slots__ = ("_num", "_running", "_tenant")
+
+    def __init__(self, tenant: Tenant, running: dict[str, int]) -> None:
+        self._tenant = tenant
+        self._running = running
+        self._num = 0
+
+    def __enter__(self) -> Self:
+        """One sequence, as long as no more is known.  Raises:  TooManyConcurrent."""
+        self.widen(1)
+        return self
+
+    def widen(self, n: int) -> None:
+        """The request is for `n` sequences.  Raises:  TooManyConcurrent, TooManyChoices."""
+        name, limit = self._tenant.name, self._tenant.max_concurrent
+        others = self._running.get(name, 0) - self._num
+        if limit is not None and n > limit:
+            raise TooManyChoices(name, n, limit)
+        if limit is not None and others + n > limit:
+            raise TooManyConcurrent(name, others, n, limit)
+        self._running[name] = others + n
+        self._num = n
+
+    def __exit__(self, *_: object) -> None:
+        left = self._running[self._tenant.name] - self._num
+        if left:
+            self._running[self._tenant.name] = left
+        else:
+            del self._running[self._tenant.name]
 
 
 def load_keys(path: Path) -> dict[bytes, Tenant]:

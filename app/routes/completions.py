@@ -113,8 +113,9 @@ async def _serve(gateway: Gateway, request: Request, parse: Parse, answer: Answe
     headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in request.scope["headers"]}
     try:
         tenant = gateway.keys.authenticate(headers)
-        with gateway.keys.admitted(tenant):
+        with gateway.keys.admitted(tenant) as admission:
             job = await prepared_job(gateway, request, headers, tenant, request_id, parse)
+            admission.widen(job.sampling.n)
             await gateway.relay.run(job, answer)
     except HeadraceError as exc:
         code = code_of(exc)

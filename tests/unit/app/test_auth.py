@@ -2,7 +2,16 @@ import hashlib
 
 import pytest
 
-from app.auth import ANYBODY, ApiKeys, KeyFileError, Tenant, TooManyConcurrent, Unauthenticated, load_keys
+from app.auth import (
+    ANYBODY,
+    ApiKeys,
+    KeyFileError,
+    Tenant,
+    TooManyChoices,
+    TooManyConcurrent,
+    Unauthenticated,
+    load_keys,
+)
 
 DIGEST = hashlib.sha256(b"sk-two").hexdigest()
 KEYS = f"""
@@ -71,6 +80,34 @@ def test_requests_beyond_the_tenants_limit_are_rejected_until_one_ends(path):
         with keys.admitted(tenant):
             assert keys.num_running(tenant) == 2
     assert keys.num_running(tenant) == 0
+
+
+def test_each_choice_of_a_request_counts(path):
+    keys = ApiKeys(path)
+    tenant = keys.authenticate({"authorization": "Bearer sk-one"})
+    with keys.admitted(tenant) as one:
+        one.widen(2)
+        assert keys.num_running(tenant) == 2
+        with pytest.raises(TooManyConcurrent, match="2 sequences of 'one' are under way"), keys.admitted(tenant):
+            pass
+    with keys.admitted(tenant) as one, keys.admitted(tenant) as other:
+        one.widen(1)
+        with pytest.raises(TooManyConcurrent, match="1 sequences of 'one' are under way, this request is for 2"):
+            other.widen(2)
+        assert keys.num_running(tenant) == 2
+    assert keys.num_running(tenant) == 0
+
+
+def test_a_request_for_more_choices_than_the_limit_is_told_so_rather_than_to_come_again(path):
+    keys = ApiKeys(path)
+    tenant = keys.authenticate({"authorization": "Bearer sk-one"})
+    with keys.admitted(tenant) as one:
+        with pytest.raises(TooManyChoices, match="'n' is 3 and the key of 'one' allows 2") as caught:
+            one.widen(3)
+        assert caught.value.param == "n"
+    assert keys.num_running(tenant) == 0
+    with keys.admitted(ANYBODY) as anybody:
+        anybody.widen(16)
 
 
 def test_a_request_that_fails_is_no_longer_counted(path):

@@ -20,7 +20,7 @@ class QueueFull(Rejected):
         (ModelNotFound("gpt"), 404, "invalid_request_error", "model_not_found"),
         (BodyTooLarge(5, 4), 413, "invalid_request_error", "body_too_large"),
         (QueueFull("x"), 429, "rate_limit_error", "queue_full"),
-        (TooManyConcurrent("t", 3), 429, "rate_limit_error", "concurrency_limit"),
+        (TooManyConcurrent("t", 3, 1, 3), 429, "rate_limit_error", "concurrency_limit"),
         (Rejected("x"), 503, "server_overloaded", "rejected"),
         (Interrupted("x"), 502, "server_error", "interrupted"),
         (HeadraceError("x"), 500, "server_error", "internal_error"),
