@@ -10,8 +10,8 @@
 
 A stall counts the more the less a worker gets to decode. A stream that gets a token per step while the worker computes
 no prompt is 1 / (1 - utilisation) times slower than alone: at first nobody notices, in the end it misses every limit.
-Another second of prompt work costs each stream 0.1 / (1 - utilisation)^4 s on a worker kept for decoding, and on one that
-does both 0.05 / (1 - utilisation)^3 s: next to nothing while streams are fast, and so much when they are slow that
+Another second of prompt work costs each stream 0.1 / (1 - utilisation)^4 s on a worker kept for decoding, and on one
+that does both 0.05 / (1 - utilisation)^3 s: next to nothing while streams are fast, and so much when they are slow that
 prompts gather on few workers and the others decode for them. Where no stream is now, those that may come (the mean of a
 minute) count as if streams were fast. ADR 8 has what was measured.
 
