@@ -10,9 +10,10 @@
 
 A stall counts the more the less a worker gets to decode. A stream that gets a token per step while the worker computes
 no prompt is 1 / (1 - utilisation) times slower than alone: at first nobody notices, in the end it misses every limit.
-Another second of prompt work costs each stream 0.1 / (1 - utilisation)^4 s on a worker kept for decoding, and on one
-that does both 0.05 / (1 - utilisation)^3 s: next to nothing while streams are fast, and so much when they are slow that
-prompts gather on few workers and the others decode for them. Where no stream is now, those that may come (the mean of a
+Another second of prompt work costs each stream 0.05 / (1 - utilisation)^3 s on a worker that does both, and on one kept
+for decoding 0.25 / (1 - utilisation)^4 s: next to nothing while streams are fast, and so much when they are slow that
+prompts gather on few workers and the others decode for them. On the latter a prompt that comes in small chunks costs
+less: pauses of less than ten steps count in proportion. Where no stream is now, those that may come (the mean of a
 minute) count as if streams were fast. ADR 8 has what was measured.
 
 The congestion price is what a second of work adds to the waits of others. In a queue that is busy for a share
@@ -30,9 +31,9 @@ from router.policy import FleetView, WorkerView
 from router.request import Candidate, RoutableRequest
 
 _MAX_UTILISATION = 0.95
-_STALL_DECODE, _STALL_BOTH = (0.1, 4), (0.05, 3)
-"""What a second of standing still counts, against a second of waiting for a first token, on a worker kept for decoding
-and on one that does both: without other prompts, and the power of the slowdown with which it grows."""
+_STALL_BOTH, _POWER_BOTH = 0.05, 3
+_STALL_DECODE, _POWER_DECODE = 0.25, 4
+_NOTICED_STEPS = 10
 
 
 @dataclass(slots=True)
@@ -69,8 +70,7 @@ def prefill_leg(request: RoutableRequest, worker: WorkerView, waiting: float = 0
     busy = min(worker.prefill_utilisation, _MAX_UTILISATION)
     stalled_s = 0.0
     if worker.role.can_decode and (worker.num_running or worker.mean_running):
-        least, power = _STALL_BOTH if worker.role.can_prefill else _STALL_DECODE
-        stall = least / (1 - busy) ** power if worker.num_running else least
+        stall = _stall(worker, uncached, busy if worker.num_running else 0.0)
         stalled_s = seconds * stall * max(worker.num_running, worker.mean_running)
         if worker.num_running:  # every step of the prompt carries the batch along, and begins when the current one ends
             step = worker.latency.step_s(worker.num_running, worker.kv_tokens)
@@ -80,6 +80,17 @@ def prefill_leg(request: RoutableRequest, worker: WorkerView, waiting: float = 0
     price = max(busy / (1 - busy), waiting if worker.role.can_prefill else 0.0)
     inflicted = stalled_s + seconds * price
     return PrefillLeg(worker, queue, seconds, inflicted, queue + seconds + inflicted)
+
+
+def _stall(worker: WorkerView, uncached_tokens: int, busy: float) -> float:
+    """What a second of standing still costs a stream, against a second of waiting for a first token."""
+    if worker.role.can_prefill:
+        return _STALL_BOTH / (1 - busy) ** _POWER_BOTH
+    chunk = min(uncached_tokens, worker.facts.max_step_tokens)
+    pause_s = worker.latency.prefill_s(chunk, chunk)
+    noticed_s = _NOTICED_STEPS * worker.latency.step_s(worker.num_running, worker.kv_tokens)
+    share = pause_s / noticed_s if pause_s < noticed_s else 1.0
+    return share * _STALL_DECODE / (1 - busy) ** _POWER_DECODE
 
 
 def waiting_per_worker(view: FleetView) -> float:

@@ -113,14 +113,18 @@ def _bound_or_held(
 
 def _room_s(worker: WorkerView, uncached_tokens: int) -> float:
     """Prompt work that must lie ready at a worker so that it never idles, a round trip and a step; and what a prompt
-    can share a step with, where steps are dear: prompts in one step start together, and end together, too.
+    can share a step with, where steps are dear: prompts in one step start together, and end together, too. A long one
+    would keep the others: where nobody decodes it waits until they are done. Beside streams they are done in chunks.
     """
     latency = worker.latency
     room_s = _ROUND_TRIP_S + latency.step_s(worker.num_running, worker.kv_tokens)
     beside = worker.facts.max_step_tokens - uncached_tokens
     if beside <= 0:
         return room_s
-    return room_s + min(latency.prefill_s(beside, beside), _SHARED_STEPS * latency.prefill_s(0, 0))
+    shared_s = _SHARED_STEPS * latency.prefill_s(0, 0)
+    if not worker.role.can_decode:
+        shared_s -= latency.prefill_s(uncached_tokens, uncached_tokens)
+    return room_s + max(0.0, min(latency.prefill_s(beside, beside), shared_s))
 
 
 def _cost(leg: PrefillLeg) -> float:

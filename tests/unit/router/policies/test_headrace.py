@@ -1,6 +1,7 @@
 import random
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -143,8 +144,9 @@ def test_a_busy_worker_holds_the_request_and_says_until_when():
 
 def test_a_short_prompt_joins_the_next_step_and_a_long_one_waits_for_it_to_end():
     decode = worker("d", Role.DECODE, **BUSY)
-    queue_s = 0.12  # less than sixteen steps cost anyway
+    queue_s = 0.1  # with the short one less than sixteen steps cost anyway
     assert not choose(worker("p", Role.PREFILL, queue_s=queue_s), decode, routable=request(400)).is_held
+    assert choose(worker("p", Role.PREFILL, queue_s=queue_s), decode, routable=request(1500)).is_held
     assert choose(worker("p", Role.PREFILL, queue_s=queue_s), decode, routable=request(2048)).is_held
 
 
@@ -259,6 +261,16 @@ def test_a_stall_costs_the_more_the_less_a_worker_gets_to_decode():
     assert stall(Role.BOTH, 0.5) == pytest.approx(8 * stall(Role.BOTH, 0.0))
     assert stall(Role.DECODE, 0.5) == pytest.approx(16 * stall(Role.DECODE, 0.0))
     assert stall(Role.DECODE, 0.0) > stall(Role.BOTH, 0.0)
+
+
+def test_pauses_of_a_few_steps_cost_a_decode_workers_streams_less_than_long_ones():
+    def stall(max_step_tokens):
+        facts = msgspec.structs.replace(FACTS, max_step_tokens=max_step_tokens)
+        busy = replace(worker("w", Role.DECODE, num_running=10, kv_tokens=20_000), facts=facts)
+        return prefill_leg(request(), busy).inflicted_s
+
+    assert stall(64) < 0.5 * stall(2048)
+    assert stall(4096) == pytest.approx(stall(2048))
 
 
 def test_prompts_go_to_a_decode_worker_until_its_streams_become_slow():
