@@ -4,22 +4,24 @@
             + inflicted
 
     inflicted = prefill * sequences that decode there * stall        (each stands still meanwhile)
-              + prefill * max(utilisation / (1 - utilisation),       (congestion: those still to come wait longer, and
-                              requests waiting / workers)             so do those who wait for a worker that prefills)
+              + prefill * max(utilisation^3 / (1 - utilisation),     (congestion: those still to come wait longer, and
+                              requests waiting / workers)             so do those who wait)
               + expected_tokens * batch * (step with it - step without)
 
-A stall counts the more the less a worker gets to decode. A stream that gets a token per step while the worker computes
-no prompt is 1 / (1 - utilisation) times slower than alone: at first nobody notices, in the end it misses every limit.
-Another second of prompt work costs each stream 0.05 / (1 - utilisation)^3 s on a worker that does both, and on one kept
-for decoding 0.25 / (1 - utilisation)^4 s: next to nothing while streams are fast, and so much when they are slow that
-prompts gather on few workers and the others decode for them. On the latter a prompt that comes in small chunks costs
-less: pauses of less than ten steps count in proportion. Where no stream is now, those that may come (the mean of a
-minute) count as if streams were fast. ADR 8 has what was measured.
+A stall counts the more the less a worker gets to decode. A stream that gets a token per step while the worker
+computes no prompt is 1 / (1 - utilisation) times slower than alone: at first nobody notices, in the end it misses
+every limit. Another second of prompt work costs each stream 0.04 / (1 - utilisation)^1.5 s on a worker that does
+both, and on one kept for decoding 0.3 / (1 - utilisation)^2 s: next to nothing while streams are fast, and so much
+when they are slow that prompts gather on few workers and the others decode for them. On the latter a prompt that
+comes in small chunks costs less: pauses of less than ten steps count in proportion. Where no stream is now, those
+that may come (the mean of a minute) count as if streams were fast. ADR 8 has what was measured.
 
-The congestion price is what a second of work adds to the waits of others. In a queue that is busy for a share
-`utilisation` of the time, one second of work costs 1 / (1 - utilisation) in all; where requests are waiting it delays
-each of those that this worker would serve by a second. Utilisation is averaged over a minute and knows of no burst yet;
-the queue does at once.
+The congestion price is what a second of work adds to the waits of others. Several workers share the gateway's queue,
+and an arrival waits only when all are busy: in a queue with k servers the wait grows with utilisation^(sqrt(2 k + 2)
+- 1) / (1 - utilisation) (Sakasegawa 1977), so the price is utilisation^3 / (1 - utilisation), as for eight. Where
+requests are waiting each second of work delays those that this worker would serve by a second. Utilisation is
+averaged over a minute and knows of no burst yet; the queue does at once. It counts up to 0.8: above that the queue is
+what tells.
 """
 
 from collections.abc import Sequence
@@ -30,9 +32,9 @@ from router.latency import LinkModel
 from router.policy import FleetView, WorkerView
 from router.request import Candidate, RoutableRequest
 
-_MAX_UTILISATION = 0.95
-_STALL_BOTH, _POWER_BOTH = 0.05, 3
-_STALL_DECODE, _POWER_DECODE = 0.25, 4
+_MAX_UTILISATION = 0.8
+_STALL_BOTH, _POWER_BOTH = 0.04, 1.5
+_STALL_DECODE, _POWER_DECODE = 0.3, 2
 _NOTICED_STEPS = 10
 
 
@@ -77,7 +79,7 @@ def prefill_leg(request: RoutableRequest, worker: WorkerView, waiting: float = 0
             steps = -(-uncached // max(1, worker.facts.max_step_tokens - worker.num_running))
             seconds += steps * max(0.0, step - worker.latency.step_s(0, 0))
             queue += step / 2
-    price = max(busy / (1 - busy), waiting if worker.role.can_prefill else 0.0)
+    price = max(busy**3 / (1 - busy), waiting)
     inflicted = stalled_s + seconds * price
     return PrefillLeg(worker, queue, seconds, inflicted, queue + seconds + inflicted)
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from planes.blocks import Hashes
 from planes.messages import HandoverMode, LoadReport, Registration, RequestId, WorkerState
-from router.latency import LatencyModel
+from router.latency import LatencyModel, is_plausible
 from router.policy import WorkerView
 
 _WINDOW_S = 60.0  # over which utilisation is averaged
@@ -227,32 +227,44 @@ class Worker:
 class Utilisation:
     """How busy a worker was over about the last minute; starts as if it had been idle for ten seconds.
 
-    computing, prefilling: shares of the time, 0.0 to 1.0.  running: mean number of sequences.
+    A step is reported when it has ended, and may be longer than the pause between two reports: what was computed in one
+    report's time may lie before the report before. It is counted when it is told, up to the time since the last steps.
     """
 
     def __init__(self) -> None:
-        self.computing = self.prefilling = self.running = 0.0
+        self.running = 0.0
+        """Mean number of sequences."""
+        self._computing = self._prefilling = 0.0
         self._weight = 1 - math.exp(-10 / _WINDOW_S)
+        self._untold_s = 0.0
+
+    @property
+    def computing(self) -> float:
+        """Share of the time, 0.0 to 1.0."""
+        return min(1.0, self._computing)
+
+    @property
+    def prefilling(self) -> float:
+        """Share of the time that went to prompts, what decoding took of their steps left out, 0.0 to 1.0."""
+        return min(1.0, self._prefilling)
 
     def add(self, report: LoadReport, latency: LatencyModel, elapsed_s: float) -> None:
         if elapsed_s <= 0:
             return
-        computing = sum(step.duration_s for step in report.steps)
-        prefilling = sum(
-            max(0.0, step.duration_s - (latency.step_s(step.batch, step.kv_tokens) if step.batch else 0.0))
-            for step in report.steps
-            if step.prefill_tokens
-        )
-        if not report.steps and report.num_running:
-            computing = elapsed_s
+        self._untold_s += elapsed_s
+        computing = prefilling = 0.0
+        for step in report.steps:
+            if is_plausible(step.duration_s):
+                computing += step.duration_s
+                if step.prefill_tokens:
+                    decoding = latency.step_s(step.batch, step.kv_tokens) if step.batch else 0.0
+                    prefilling += max(0.0, step.duration_s - decoding)
         old = math.exp(-elapsed_s / _WINDOW_S)
         weight = self._weight * old + 1 - old
         new = (1 - old) / weight
         self._weight = weight
-        self.computing += new * (_share(computing, elapsed_s) - self.computing)
-        self.prefilling += new * (_share(prefilling, elapsed_s) - self.prefilling)
+        self._computing += new * (min(computing, self._untold_s) / elapsed_s - self._computing)
+        self._prefilling += new * (min(prefilling, self._untold_s) / elapsed_s - self._prefilling)
         self.running += new * (min(report.num_running, 1 << 20) - self.running)
-
-
-def _share(part_s: float, whole_s: float) -> float:
-    return min(1.0, max(0.0, part_s / whole_s)) if math.isfinite(part_s) else 0.0
+        if report.steps or not report.num_running:
+            self._untold_s = 0.0

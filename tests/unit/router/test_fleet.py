@@ -211,6 +211,26 @@ def test_utilisation_follows_the_steps_reported():
     assert seen.mean_running == pytest.approx(2.0, abs=0.3)
 
 
+def test_a_step_longer_than_the_pause_between_reports_counts_in_full():
+    fleet = fleet_of(registration("d"))
+    fleet.apply_load(report("d"), now=0.0, report_delay_s=0.02)
+    for k in range(1, 2000):  # for one second it computes, for one it rests
+        steps = [StepSample(800, 400_000, 0, 0, 1.0)] if k % 20 == 10 else []
+        fleet.apply_load(report("d", running=1 <= k % 20 < 10, steps=steps), now=k / 10, report_delay_s=0.02)
+    assert view(fleet, D).prefill_utilisation == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_worker_is_never_busier_than_all_the_time():
+    fleet = fleet_of(registration("d"))
+    for k in range(100):
+        steps = [StepSample(800, 400_000, 0, 0, seconds) for seconds in (100.0, math.inf, math.nan, -1.0)]
+        fleet.apply_load(report("d", running=1, steps=steps), now=k / 10, report_delay_s=0.02)
+    assert 0.0 <= view(fleet, D).prefill_utilisation <= 1.0
+    for k in range(100, 3000):
+        fleet.apply_load(report("d"), now=k / 10, report_delay_s=0.02)
+    assert view(fleet, D).prefill_utilisation < 0.05
+
+
 def test_links_are_learned_per_pair_and_per_sender():
     fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE), registration("e", Role.DECODE))
     reservation = fleet.reserve(request(), candidate(P, D), 0.0)

@@ -256,10 +256,10 @@ def test_blocks_that_the_decode_worker_holds_need_no_room():
 def test_a_stall_costs_the_more_the_less_a_worker_gets_to_decode():
     def stall(role, share):
         leg = prefill_leg(request(), worker("w", role, num_running=10, prefill_utilisation=share))
-        return leg.inflicted_s - leg.prefill_s * share / (1 - share)
+        return leg.inflicted_s - leg.prefill_s * share**3 / (1 - share)
 
-    assert stall(Role.BOTH, 0.5) == pytest.approx(8 * stall(Role.BOTH, 0.0))
-    assert stall(Role.DECODE, 0.5) == pytest.approx(16 * stall(Role.DECODE, 0.0))
+    assert stall(Role.BOTH, 0.5) == pytest.approx(2**1.5 * stall(Role.BOTH, 0.0))
+    assert stall(Role.DECODE, 0.5) == pytest.approx(4 * stall(Role.DECODE, 0.0))
     assert stall(Role.DECODE, 0.0) > stall(Role.BOTH, 0.0)
 
 
