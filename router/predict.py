@@ -4,7 +4,7 @@
             + inflicted
 
     inflicted = prefill * sequences that decode there * stall        (each stands still meanwhile)
-              + prefill * max(utilisation^3 / (1 - utilisation),     (congestion: those still to come wait longer, and
+              + prefill * max(utilisation^n / (1 - utilisation),     (congestion: those still to come wait longer, and
                               requests waiting / workers)             so do those who wait)
               + expected_tokens * batch * (step with it - step without)
 
@@ -16,14 +16,15 @@ when they are slow that prompts gather on few workers and the others decode for 
 comes in small chunks costs less: pauses of less than ten steps count in proportion. Where no stream is now, those
 that may come (the mean of a minute) count as if streams were fast. ADR 8 has what was measured.
 
-The congestion price is what a second of work adds to the waits of others. Several workers share the gateway's queue,
-and an arrival waits only when all are busy: in a queue with k servers the wait grows with utilisation^(sqrt(2 k + 2)
-- 1) / (1 - utilisation) (Sakasegawa 1977), so the price is utilisation^3 / (1 - utilisation), as for eight. Where
-requests are waiting each second of work delays those that this worker would serve by a second. Utilisation is
-averaged over a minute and knows of no burst yet; the queue does at once. It counts up to 0.8: above that the queue is
-what tells.
+The congestion price is what a second of work adds to the waits of others. Workers share the gateway's queue, and an
+arrival waits only when all that it may go to are busy: with k servers the wait grows with utilisation^n / (1 -
+utilisation), n = sqrt(2 k + 2) - 1 (Sakasegawa 1977). Cached prefixes tie requests to some of the workers, so k is
+the root of their number. Where requests are waiting each second of work delays those that this worker would serve by
+a second. Utilisation is averaged over a minute and knows of no burst yet; the queue does at once. It counts up to
+0.8: above that the queue is what tells.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,8 +65,29 @@ class DecodeLeg:
     has_room: bool
 
 
-def prefill_leg(request: RoutableRequest, worker: WorkerView, waiting: float = 0.0) -> PrefillLeg:
-    """`waiting`: requests in the gateway's queue per worker that could take them."""
+@dataclass(frozen=True, slots=True)
+class Congestion:
+    """What a second of prompt work adds to the waits of others, in seconds, by how busy its worker is."""
+
+    waiting: float = 0.0
+    """Requests in the gateway's queue, per worker that could take them."""
+    power: float = 1.0
+
+    def price(self, utilisation: float) -> float:
+        """`utilisation`: 0.0 to less than 1."""
+        return max(float(utilisation**self.power) / (1 - utilisation), self.waiting)
+
+
+def congestion(view: FleetView) -> Congestion:
+    """The same for all workers of a view."""
+    num_workers = max(1, len(view.prefill) or len(view.decode))
+    return Congestion(max(0, view.num_waiting - 1) / num_workers, math.sqrt(2 * math.sqrt(num_workers) + 2) - 1)
+
+
+NO_CONGESTION = Congestion()
+
+
+def prefill_leg(request: RoutableRequest, worker: WorkerView, congested: Congestion = NO_CONGESTION) -> PrefillLeg:
     uncached = request.prompt_tokens - worker.cached_tokens
     seconds = worker.latency.prefill_s(uncached, request.prompt_tokens)
     queue = worker.queue_s
@@ -79,25 +101,19 @@ def prefill_leg(request: RoutableRequest, worker: WorkerView, waiting: float = 0
             steps = -(-uncached // max(1, worker.facts.max_step_tokens - worker.num_running))
             seconds += steps * max(0.0, step - worker.latency.step_s(0, 0))
             queue += step / 2
-    price = max(busy**3 / (1 - busy), waiting)
-    inflicted = stalled_s + seconds * price
+    inflicted = stalled_s + seconds * congested.price(busy)
     return PrefillLeg(worker, queue, seconds, inflicted, queue + seconds + inflicted)
 
 
 def _stall(worker: WorkerView, uncached_tokens: int, busy: float) -> float:
     """What a second of standing still costs a stream, against a second of waiting for a first token."""
     if worker.role.can_prefill:
-        return _STALL_BOTH / (1 - busy) ** _POWER_BOTH
+        return _STALL_BOTH / float((1 - busy) ** _POWER_BOTH)
     chunk = min(uncached_tokens, worker.facts.max_step_tokens)
     pause_s = worker.latency.prefill_s(chunk, chunk)
     noticed_s = _NOTICED_STEPS * worker.latency.step_s(worker.num_running, worker.kv_tokens)
     share = pause_s / noticed_s if pause_s < noticed_s else 1.0
-    return share * _STALL_DECODE / (1 - busy) ** _POWER_DECODE
-
-
-def waiting_per_worker(view: FleetView) -> float:
-    """Requests in the gateway's queue that a second of prompt work on one worker keeps waiting for a second more."""
-    return max(0, view.num_waiting - 1) / max(1, len(view.prefill) or len(view.decode))
+    return share * _STALL_DECODE / float((1 - busy) ** _POWER_DECODE)
 
 
 def decode_leg(request: RoutableRequest, worker: WorkerView) -> DecodeLeg:
@@ -165,13 +181,13 @@ def judge(request: RoutableRequest, chosen: Candidate, view: FleetView) -> Candi
     Raises:  ValueError if a worker it names is not in `view`.
     """
     decode = _named(view.decode, chosen.decode)
-    leg, waiting = decode_leg(request, decode), waiting_per_worker(view)
+    leg, congested = decode_leg(request, decode), congestion(view)
     if chosen.prefill is not None and chosen.prefill != chosen.decode:
         prefill = _named(view.prefill, chosen.prefill)
         if can_hand_over(prefill, decode):
             link = view.links.link(prefill.worker, decode.worker)
-            return pair(request, prefill_leg(request, prefill, waiting), leg, link)
-    return local(prefill_leg(request, decode, waiting), leg)
+            return pair(request, prefill_leg(request, prefill, congested), leg, link)
+    return local(prefill_leg(request, decode, congested), leg)
 
 
 def _named(workers: Sequence[WorkerView], name: WorkerId) -> WorkerView:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from planes.messages import HandoverMode
 from router.policy import Choice, FleetView, Links, WorkerView
-from router.predict import DecodeLeg, PrefillLeg, decode_leg, local, pair, prefill_leg, waiting_per_worker
+from router.predict import DecodeLeg, PrefillLeg, congestion, decode_leg, local, pair, prefill_leg
 from router.request import Candidate, RoutableRequest
 
 _ROUND_TRIP_S = 0.01
@@ -32,13 +32,13 @@ class Headrace:
     name = "headrace"
 
     def choose(self, request: RoutableRequest, view: FleetView) -> Choice:
-        waiting = waiting_per_worker(view)
+        congested = congestion(view)
         decodes = [decode_leg(request, worker) for worker in view.decode]
-        locals_ = [prefill_leg(request, worker, waiting) for worker in view.decode]
+        locals_ = [prefill_leg(request, worker, congested) for worker in view.decode]
         options = [local(prefill, decode) for prefill, decode in zip(locals_, decodes, strict=True)]
         if not request.is_local_only:
             known = {leg.worker.worker: leg for leg in locals_}
-            prefills = [known.get(worker.worker) or prefill_leg(request, worker, waiting) for worker in view.prefill]
+            prefills = [known.get(worker.worker) or prefill_leg(request, worker, congested) for worker in view.prefill]
             for mode in HandoverMode:
                 options += _pairs(
                     request,

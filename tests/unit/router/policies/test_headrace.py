@@ -11,7 +11,7 @@ from planes.messages import EngineFacts, HandoverMode, LatencyPrior, RequestId, 
 from router.latency import LatencyModel, LinkModel
 from router.policies.headrace import Headrace
 from router.policy import FleetView, WorkerView
-from router.predict import can_hand_over, decode_leg, judge, local, pair, prefill_leg
+from router.predict import can_hand_over, congestion, decode_leg, judge, local, pair, prefill_leg
 from router.request import Candidate, RoutableRequest
 
 FACTS = EngineFacts(
@@ -201,9 +201,10 @@ LOADS = st.fixed_dictionaries(
 
 
 def every_way(routable, view):
-    ways = [local(prefill_leg(routable, d), decode_leg(routable, d)) for d in view.decode]
+    here = congestion(view)
+    ways = [local(prefill_leg(routable, d, here), decode_leg(routable, d)) for d in view.decode]
     return ways + [
-        pair(routable, prefill_leg(routable, p), decode_leg(routable, d), view.links.link(p.worker, d.worker))
+        pair(routable, prefill_leg(routable, p, here), decode_leg(routable, d), view.links.link(p.worker, d.worker))
         for p in view.prefill
         for d in view.decode
         if can_hand_over(p, d)
@@ -256,7 +257,7 @@ def test_blocks_that_the_decode_worker_holds_need_no_room():
 def test_a_stall_costs_the_more_the_less_a_worker_gets_to_decode():
     def stall(role, share):
         leg = prefill_leg(request(), worker("w", role, num_running=10, prefill_utilisation=share))
-        return leg.inflicted_s - leg.prefill_s * share**3 / (1 - share)
+        return leg.inflicted_s - leg.prefill_s * share / (1 - share)
 
     assert stall(Role.BOTH, 0.5) == pytest.approx(2**1.5 * stall(Role.BOTH, 0.0))
     assert stall(Role.DECODE, 0.5) == pytest.approx(4 * stall(Role.DECODE, 0.0))
