@@ -266,5 +266,5 @@ class Utilisation:
         self._computing += new * (min(computing, self._untold_s) / elapsed_s - self._computing)
         self._prefilling += new * (min(prefilling, self._untold_s) / elapsed_s - self._prefilling)
         self.running += new * (min(report.num_running, 1 << 20) - self.running)
-        if report.steps or not report.num_running:
+        if report.steps or not (report.num_running or report.waiting_prefill_tokens):
             self._untold_s = 0.0

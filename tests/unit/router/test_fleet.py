@@ -216,7 +216,8 @@ def test_a_step_longer_than_the_pause_between_reports_counts_in_full():
     fleet.apply_load(report("d"), now=0.0, report_delay_s=0.02)
     for k in range(1, 2000):  # for one second it computes, for one it rests
         steps = [StepSample(800, 400_000, 0, 0, 1.0)] if k % 20 == 10 else []
-        fleet.apply_load(report("d", running=1 <= k % 20 < 10, steps=steps), now=k / 10, report_delay_s=0.02)
+        # An engine that tells what runs at the end of a step has nothing running until then.
+        fleet.apply_load(report("d", tokens=800 * (1 <= k % 20 < 10), steps=steps), now=k / 10, report_delay_s=0.02)
     assert view(fleet, D).prefill_utilisation == pytest.approx(0.5, abs=0.05)
 
 
