@@ -20,9 +20,10 @@ VERSION = "0.32.0"
 
 CPU_KV_CACHE_BYTES = 256 << 20
 
-CPU_DECODE_STEP_TOKENS = 40
-"""Tokens that a decode worker on CPU computes in one step. A step streams the weights whatever it computes, which takes
-about as long as 40 tokens more: chats beside a prompt become slower by half, rather than standing still."""
+CPU_DECODE_STEP_TOKENS = {"bfloat16": 64, "float32": 40}
+"""Tokens that a decode worker on CPU computes in one step, by what it computes in. A step streams the weights whatever
+it computes, which takes about as long as 40 tokens more: chats beside a prompt become slower, two times or so, rather
+than standing still. Where bfloat16 is native a step is so short (0.05 s) that a few tokens more do no harm."""
 
 CPU_PRIOR = LatencyPrior(
     prefill_fixed_s=0.03,
@@ -136,7 +137,7 @@ def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
 
 def _step_tokens(options: VllmOptions, *, is_cpu: bool) -> int:
     if is_cpu and options.role is Role.DECODE:
-        return max(CPU_DECODE_STEP_TOKENS, options.max_num_seqs)
+        return max(CPU_DECODE_STEP_TOKENS.get(options.dtype, CPU_DECODE_STEP_TOKENS["float32"]), options.max_num_seqs)
     return 2048
 
 

@@ -108,8 +108,9 @@ if current_platform.is_cpu():
     UnquantizedEmbeddingMethod.process_weights_after_loading = pack_when_needed
 
 
-def _is_prompt(request: Request) -> bool:
-    return bool(request.is_prefill_chunk)
+def _left(request: Request) -> int:
+    """Prompt tokens still to be computed; 0: it decodes."""
+    return request.num_tokens - request.num_computed_tokens if request.is_prefill_chunk else 0
 
 
 def _is_new(request: Request) -> bool:
@@ -121,7 +122,7 @@ def _is_new(request: Request) -> bool:
 class _Scheduling:
     """Sends `{"headrace": …}` in the place of the connector's statistics, which nobody reads here.
 
-    No prompt keeps others from their token of a step: vLLM serves sequences in the order in which they came, and gives
+    No prompt keeps others from their part of a step: vLLM serves sequences in the order in which they came, and gives
     each prompt all that is left.
     """
 
@@ -135,6 +136,7 @@ class _Scheduling:
         self._step: tuple[float, tuple[int, int, int, int]] = (0.0, (0, 0, 0, 0))
         self._step_s = 0.0
         self._ended_at = 0.0
+        self._was_short = False
         self._reported_at = 0.0
         self._reported: tuple[Any, ...] = ()
 
@@ -142,18 +144,29 @@ class _Scheduling:
         begun_at = time.monotonic()
         self._share_step()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        if output.num_scheduled_tokens:
+            self._was_short = self.scheduler_config.long_prefill_token_threshold == 1  # type: ignore[attr-defined]
         self._begun.append((output, begun_at, self._composition(output.num_scheduled_tokens)))
         return output
 
     def _share_step(self) -> None:
-        """Decoding sequences first; then prompts, which leave a token for whoever's KV cache is here or could be."""
-        prompts = sum(request.is_prefill_chunk for request in self.running)
+        """Decoding sequences first; then prompts, the one with least left first. One that waits and is shorter gets its
+        share, too. Whoever's KV cache is here, or could be, gets a token in a step that computes next to no prompts;
+        there are never two such steps in a row.
+        """
+        prompts = [left for request in self.running if (left := _left(request))]
         if prompts:
-            self.running.sort(key=_is_prompt)
-        arrivals = len(self.finished_recving_kv_req_ids) + bool(self.waiting and _is_new(self.waiting.peek_request()))  # type: ignore[attr-defined]
-        left = self.max_num_scheduled_tokens - (len(self.running) - prompts) - arrivals  # type: ignore[attr-defined]
-        threshold = max(1, left // max(1, prompts)) if arrivals else 0
-        self.scheduler_config.long_prefill_token_threshold = threshold  # type: ignore[attr-defined] # of each prompt; 0: none
+            self.running.sort(key=_left)
+        first = self.waiting.peek_request() if self.waiting else None
+        is_arriving = bool(self.finished_recving_kv_req_ids) or (first is not None and _is_new(first))  # type: ignore[attr-defined]
+        is_shorter = bool(prompts) and first is not None and first.num_tokens < min(prompts)
+        threshold = 0  # tokens of each prompt; 0: as many as there are
+        if is_arriving and not self._was_short:
+            threshold = 1
+        elif is_arriving or is_shorter:
+            left = self.max_num_scheduled_tokens - (len(self.running) - len(prompts))  # type: ignore[attr-defined]
+            threshold = max(1, left // (len(prompts) + 1))
+        self.scheduler_config.long_prefill_token_threshold = threshold  # type: ignore[attr-defined]
 
     def _composition(self, scheduled: dict[str, int]) -> tuple[int, int, int, int]:
         """prefill_tokens, prefill_pairs, batch, kv_tokens as in `planes.messages.StepSample`."""

@@ -145,6 +145,17 @@ async def test_a_long_prompt_leaves_room_for_the_tokens_of_handed_over_requests(
     decode.send("abort", id=long)
 
 
+async def test_a_short_prompt_passes_a_long_one_that_is_computed_in_chunks(pair):
+    _, _, decode = pair
+    num_said = len(decode.said)
+    long, computing = decode.begin(prompt(72, 1000), {"max_tokens": 8})
+    await decode.until(lambda: [news for news in decode.said[num_said:] if news["kind"] == "step"])
+    answer = await decode.run(prompt(73, 70), {"max_tokens": 1})
+    assert answer.last["finish"] == "length"
+    assert not computing.outputs
+    decode.send("abort", id=long)
+
+
 async def test_malformed_handover_parameters_are_refused_and_the_engine_lives(pair):
     mode, _, decode = pair
     if mode is HandoverMode.PUSH:
