@@ -20,7 +20,7 @@ VERSION = "0.32.0"
 
 CPU_KV_CACHE_BYTES = 256 << 20
 
-CPU_DECODE_STEP_TOKENS = {"bfloat16": 64, "float32": 40}
+CPU_DECODE_STEP_TOKENS = {"bfloat16": 48, "float32": 40}
 """Tokens that a decode worker on CPU computes in one step, by what it computes in. A step streams the weights whatever
 it computes, which takes about as long as 40 tokens more: chats beside a prompt become slower, two times or so, rather
 than standing still. Where bfloat16 is native a step is so short (0.05 s) that a few tokens more do no harm."""
