@@ -79,6 +79,8 @@ class EngineFacts(msgspec.Struct, frozen=True):
     """KV bytes that a handover moves per block."""
     vocab_size: int
     latency: LatencyPrior = LatencyPrior()
+    is_shortest_first: bool = False
+    """Whether a prompt shorter than those being computed has a part in the next step; else they go in turn."""
 
 
 class HandoverEndpoint(msgspec.Struct, frozen=True):

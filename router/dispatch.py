@@ -5,7 +5,8 @@ held keeps what every worker bid for it: its predicted cost there without the wo
 in order of service. Each request takes the worker that is cheapest by its bid plus that worker's queue, where the work
 of those before it counts as queue already (list scheduling). If that worker has room the policy is asked, and decides
 anew with fresh numbers; if not, the request's work lies before those that follow. The walk ends when no worker has room
-left, or after `_MAX_WALK` requests.
+left, or after `_MAX_WALK` requests. Where an engine computes the shortest prompt first, one shorter than all that are
+bound there needs no room.
 
 So a hot worker's line grows, for those at its end, until an idle worker is cheaper for them. Bids go stale by at most
 `_STALE_S` or the time until the request comes into reach of the walk; they only choose whom to ask.
@@ -42,12 +43,15 @@ answer is to hold it. None: the request was refused instead."""
 class _Walk:
     """State of one walk. queue_s: per worker, work of requests that this walk has passed included; `ahead` that alone.
 
-    room: rows of workers that may take another request.
+    room: rows of workers that may take another request.  passed_tokens: shorter prompts need no room there;
+    most_passed is the largest.
     """
 
     now: float
     queue_s: npt.NDArray[np.float64]
     room: set[int]
+    passed_tokens: npt.NDArray[np.int64]
+    most_passed: int
     ahead: dict[WorkerId, float] = field(default_factory=dict)
     num_asked: int = 0
     num_refreshed: int = 0
@@ -89,12 +93,16 @@ class Dispatch:
             self._names = list(self._fleet.workers)
             self._rows = {name: row for row, name in enumerate(self._names)}
         queue_s = np.array([worker.backlog_s(now) for worker in self._fleet.workers.values()])
-        walk = _Walk(now, queue_s, set(np.flatnonzero(queue_s <= self._room_s).tolist()))
+        passed = np.array([worker.passed_tokens(now) for worker in self._fleet.workers.values()], dtype=np.int64)
+        room = set(np.flatnonzero(queue_s <= self._room_s).tolist())
+        walk = _Walk(now, queue_s, room, passed, int(passed.max(initial=0)))
         self._wakeup = now + _POLL_S
         max_asked = max(4, _MAX_ASKED_WORKERS // max(1, len(self._names)))
         for waiting in list(islice(self._queue.walk(), _MAX_WALK)):
-            if not walk.room or walk.num_blocked >= _MAX_BLOCKED:
+            if walk.num_blocked >= _MAX_BLOCKED or not (walk.room or walk.most_passed):
                 break
+            if not walk.room and waiting.uncached_tokens >= walk.most_passed:
+                continue
             if walk.num_asked >= max_asked:
                 self._wakeup = now
                 return
@@ -110,9 +118,10 @@ class Dispatch:
         if bids.made_at < walk.now - _STALE_S and walk.num_refreshed < _MAX_REFRESHED:
             walk.num_refreshed += 1
             return True
-        cheapest = int((bids.cost_s + walk.queue_s[bids.rows]).argmin())
+        queue_s = np.where(waiting.uncached_tokens < walk.passed_tokens, 0.0, walk.queue_s)[bids.rows]
+        cheapest = int((bids.cost_s + queue_s).argmin())
         row = int(bids.rows[cheapest])
-        if walk.queue_s[row] > bids.room_s:
+        if queue_s[cheapest] > bids.room_s:
             self._pass(row, float(bids.work_s[cheapest]), bids.room_s, walk)
             return False
         if waiting.blocked == self._room_changes:
@@ -128,7 +137,10 @@ class Dispatch:
         name = chosen.prefill or chosen.decode
         row = self._rows[name]
         if not choice.is_held:
-            walk.queue_s[row] = self._fleet.workers[name].backlog_s(walk.now) + walk.ahead.get(name, 0.0)
+            worker = self._fleet.workers[name]
+            walk.queue_s[row] = worker.backlog_s(walk.now) + walk.ahead.get(name, 0.0)
+            walk.passed_tokens[row] = worker.passed_tokens(walk.now)
+            walk.most_passed = int(walk.passed_tokens.max())
             if walk.queue_s[row] > self._room_s:
                 walk.room.discard(row)
             return

@@ -219,7 +219,9 @@ class Fleet:
             if name in cached:
                 size = worker.facts.block_size
                 cached_tokens = min(cached[name], (request.prompt_tokens - 1) // size) * size
-            view = worker.view(cached_tokens, self.index.num_held(name), ahead.get(name, 0.0), now)
+            view = worker.view(
+                cached_tokens, request.prompt_tokens, self.index.num_held(name), ahead.get(name, 0.0), now
+            )
             if role.can_prefill and not is_local:
                 prefill.append(view)
             if role.can_decode:

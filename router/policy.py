@@ -40,6 +40,8 @@ class WorkerView:
     """Share of the last minute spent on prompts alone."""
     mean_running: float = 0.0
     """Sequences that decoded here over the last minute, on average."""
+    is_passing: bool = False
+    """Its engine would compute this prompt before those that it has; `queue_s` then is the step they are in."""
     num_held: int = 0
     """Blocks held here in all, of whichever prompts."""
 

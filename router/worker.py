@@ -201,8 +201,22 @@ class Worker:
             return _LATE_SHARE * max(reservation.prefill_s for reservation in self.computing.values())
         return max(0.0, backlog)
 
-    def view(self, cached_tokens: int, num_held: int, ahead_s: float, now: float) -> WorkerView:
+    def passed_tokens(self, now: float) -> int:
+        """A prompt with fewer uncached tokens would be computed before all of ours here; 0: they go in turn.
+
+        What is in a step stays there: where a step has place for all that is to be computed, nobody is passed.
+        """
+        if not self.facts.is_shortest_first or not self.computing or self.backlog_s(now) <= self._full_step_s:
+            return 0
+        return min(reservation.uncached_tokens for reservation in self.computing.values())
+
+    @property
+    def _full_step_s(self) -> float:
+        return self.latency.prefill_s(self.facts.max_step_tokens, self.facts.max_step_tokens)
+
+    def view(self, cached_tokens: int, prompt_tokens: int, num_held: int, ahead_s: float, now: float) -> WorkerView:
         used = self.utilisation
+        is_passing = self.facts.is_shortest_first and prompt_tokens - cached_tokens < self.passed_tokens(now)
         free_blocks = self.free_blocks - self.unseen_blocks
         return WorkerView(
             self.worker,
@@ -213,13 +227,14 @@ class Worker:
             self.num_running + self.unseen_decodes,
             self.num_waiting + self.unseen_prefills,
             self.waiting_prefill_tokens + self.unseen_prefill_tokens,
-            self.backlog_s(now) + ahead_s,
+            self._full_step_s if is_passing else self.backlog_s(now) + ahead_s,
             self.kv_tokens + self.unseen_kv_tokens,
             free_blocks if free_blocks > 0 else 0,  # noqa: FURB136 - max() takes three times as long here
             used.computing,
             self.handover,
             used.prefilling,
             used.running,
+            is_passing,
             num_held,
         )
 

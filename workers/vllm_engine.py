@@ -195,6 +195,7 @@ class VllmEngine:
             bytes_per_block=sum(group.block_bytes for group in self._latest.groups),
             vocab_size=self._llm.model_config.get_vocab_size(),
             latency=CPU_PRIOR if current_platform.is_cpu() else LatencyPrior(),
+            is_shortest_first=True,
         )
 
     @property

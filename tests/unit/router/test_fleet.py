@@ -3,6 +3,7 @@ import random
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from planes.blocks import pack
 from planes.messages import (
@@ -35,9 +36,9 @@ FACTS = EngineFacts(
 P, D = WorkerId("p"), WorkerId("d")
 
 
-def registration(name, role=Role.BOTH, *, epoch=1, model="m", state=WorkerState.READY):
+def registration(name, role=Role.BOTH, *, epoch=1, model="m", state=WorkerState.READY, facts=FACTS):
     endpoint = HandoverEndpoint(HandoverMode.PULL, f"{name}{epoch}", "h", 1)
-    return Registration(WorkerId(name), epoch, role, model, "h:1", "sim", FACTS, "", endpoint, state)
+    return Registration(WorkerId(name), epoch, role, model, "h:1", "sim", facts, "", endpoint, state)
 
 
 def report(name, *, epoch=1, running=0, waiting=0, tokens=0, free=1000, kv=0, state=WorkerState.READY, steps=()):
@@ -128,6 +129,17 @@ def test_a_worker_that_is_late_is_not_taken_for_idle():
     fleet = fleet_of(registration("d"))
     fleet.reserve(request(), candidate(None, D, seconds=2.0), 0.0)
     assert view(fleet, D, now=10.0).queue_s == pytest.approx(0.2)
+
+
+def test_a_prompt_that_would_pass_those_before_it_waits_for_a_step():
+    fleet = fleet_of(registration("d", facts=replace(FACTS, max_step_tokens=64, is_shortest_first=True)))
+    fleet.reserve(request("long", tokens=900), candidate(None, D, seconds=2.0), 0.0)
+    step_s = fleet.workers[D].latency.prefill_s(64, 64)
+    shorter, longer = view(fleet, D, routable=request(tokens=899)), view(fleet, D, routable=request(tokens=900))
+    assert (shorter.is_passing, shorter.queue_s) == (True, step_s)
+    assert (longer.is_passing, longer.queue_s) == (False, 2.0)
+    seen = view(fleet, D, now=1.99, routable=request(tokens=100))
+    assert (seen.is_passing, seen.queue_s) == (False, pytest.approx(0.01))
 
 
 def test_a_prompt_under_way_counts_as_cached_where_it_is_computed():

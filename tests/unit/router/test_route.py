@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from planes.blocks import pack
 from planes.messages import (
@@ -38,9 +39,11 @@ FACTS = EngineFacts(
 )
 
 
-def registration(name, role=Role.BOTH, *, epoch=1, model="m", state=WorkerState.READY, mode=HandoverMode.PULL):
+def registration(
+    name, role=Role.BOTH, *, epoch=1, model="m", state=WorkerState.READY, mode=HandoverMode.PULL, facts=FACTS
+):
     endpoint = HandoverEndpoint(mode, f"{name}{epoch}", "h", 1)
-    return Registration(WorkerId(name), epoch, role, model, "h:1", "sim", FACTS, "", endpoint, state)
+    return Registration(WorkerId(name), epoch, role, model, "h:1", "sim", facts, "", endpoint, state)
 
 
 def report(name, *, tokens=0, running=0, epoch=1):
@@ -96,6 +99,30 @@ def test_a_busy_worker_gets_its_next_request_when_it_has_room():
     assert "b has" in explanation.held_because
     assert router.stats(now=1.2).held == 1
     assert router.wakeup() is None
+
+
+def shortest_first(max_step_tokens=128, is_shortest_first=True):
+    return replace(FACTS, max_step_tokens=max_step_tokens, is_shortest_first=is_shortest_first)
+
+
+def test_a_short_prompt_is_not_held_where_it_would_pass_those_that_are_computed():
+    router = router_of(registration("b", facts=shortest_first()))
+    send(router, "long")
+    assert send(router, "another", now=0.05, tokens=8000) == []
+    (chat,) = send(router, "chat", now=1.0, tokens=100)  # "another" has waited so long that it comes first
+    assert (chat.request, chat.held_s) == ("chat", 0.0)
+    assert chat.predicted.ttft_s < 0.1
+    assert send(router, "next", now=1.0, tokens=100) == []  # not shorter than the one before: it comes after it
+    router.prefilled(RequestId("chat"), now=1.1)
+    (second,) = router.dispatch(now=1.1)
+    assert (second.request, second.held_s) == ("next", pytest.approx(0.1))
+
+
+@pytest.mark.parametrize("facts", [shortest_first(is_shortest_first=False), shortest_first(max_step_tokens=100_000)])
+def test_a_short_prompt_is_held_where_it_would_pass_nobody(facts):
+    router = router_of(registration("b", facts=facts))
+    send(router, "long")
+    assert send(router, "chat", now=0.1, tokens=100) == []
 
 
 def test_a_request_waits_for_the_worker_that_holds_its_prefix_if_that_is_sooner():
