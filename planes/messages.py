@@ -80,7 +80,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     vocab_size: int
     latency: LatencyPrior = LatencyPrior()
     is_shortest_first: bool = False
-    """Whether a prompt shorter than those being computed has a part in the next step; else they go in turn."""
+    """Whether a prompt shorter than what is left of those being computed is computed before them; else in turn."""
 
 
 class HandoverEndpoint(msgspec.Struct, frozen=True):

@@ -43,15 +43,16 @@ answer is to hold it. None: the request was refused instead."""
 class _Walk:
     """State of one walk. queue_s: per worker, work of requests that this walk has passed included; `ahead` that alone.
 
-    room: rows of workers that may take another request.  passed_tokens: shorter prompts need no room there;
-    most_passed is the largest.
+    room: rows of workers that may take another request.  passed_tokens: shorter prompts need no room there and begin
+    after `begin_s`; most_passed is the largest.
     """
 
     now: float
     queue_s: npt.NDArray[np.float64]
     room: set[int]
-    passed_tokens: npt.NDArray[np.int64]
-    most_passed: int
+    passed_tokens: npt.NDArray[np.float64]
+    begin_s: npt.NDArray[np.float64]
+    most_passed: float
     ahead: dict[WorkerId, float] = field(default_factory=dict)
     num_asked: int = 0
     num_refreshed: int = 0
@@ -93,15 +94,16 @@ class Dispatch:
             self._names = list(self._fleet.workers)
             self._rows = {name: row for row, name in enumerate(self._names)}
         queue_s = np.array([worker.backlog_s(now) for worker in self._fleet.workers.values()])
-        passed = np.array([worker.passed_tokens(now) for worker in self._fleet.workers.values()], dtype=np.int64)
         room = set(np.flatnonzero(queue_s <= self._room_s).tolist())
-        walk = _Walk(now, queue_s, room, passed, int(passed.max(initial=0)))
+        workers = zip(self._fleet.workers.values(), queue_s.tolist(), strict=True)
+        passing = np.array([worker.passing(backlog_s) for worker, backlog_s in workers]).reshape(-1, 2)
+        walk = _Walk(now, queue_s, room, passing[:, 0], passing[:, 1], float(passing[:, 0].max(initial=0.0)))
         self._wakeup = now + _POLL_S
         max_asked = max(4, _MAX_ASKED_WORKERS // max(1, len(self._names)))
         for waiting in list(islice(self._queue.walk(), _MAX_WALK)):
             if walk.num_blocked >= _MAX_BLOCKED or not (walk.room or walk.most_passed):
                 break
-            if not walk.room and waiting.uncached_tokens >= walk.most_passed:
+            if not walk.room and waiting.request.prompt_tokens >= walk.most_passed:
                 continue
             if walk.num_asked >= max_asked:
                 self._wakeup = now
@@ -115,13 +117,16 @@ class Dispatch:
         bids = waiting.bids
         if bids is None or bids.version != self._version:
             return True
-        if bids.made_at < walk.now - _STALE_S and walk.num_refreshed < _MAX_REFRESHED:
+        if walk.room and bids.made_at < walk.now - _STALE_S and walk.num_refreshed < _MAX_REFRESHED:
             walk.num_refreshed += 1
             return True
-        queue_s = np.where(waiting.uncached_tokens < walk.passed_tokens, 0.0, walk.queue_s)[bids.rows]
+        rows, tokens = bids.rows, waiting.request.prompt_tokens
+        queue_s = walk.queue_s[rows]
+        if tokens < walk.most_passed:
+            queue_s = np.where(tokens < walk.passed_tokens[rows], walk.begin_s[rows], queue_s)
         cheapest = int((bids.cost_s + queue_s).argmin())
-        row = int(bids.rows[cheapest])
-        if queue_s[cheapest] > bids.room_s:
+        row = int(rows[cheapest])
+        if queue_s[cheapest] > bids.room_s and tokens >= walk.passed_tokens[row]:
             self._pass(row, float(bids.work_s[cheapest]), bids.room_s, walk)
             return False
         if waiting.blocked == self._room_changes:
@@ -138,9 +143,10 @@ class Dispatch:
         row = self._rows[name]
         if not choice.is_held:
             worker = self._fleet.workers[name]
-            walk.queue_s[row] = worker.backlog_s(walk.now) + walk.ahead.get(name, 0.0)
-            walk.passed_tokens[row] = worker.passed_tokens(walk.now)
-            walk.most_passed = int(walk.passed_tokens.max())
+            backlog_s = worker.backlog_s(walk.now)
+            walk.queue_s[row] = backlog_s + walk.ahead.get(name, 0.0)
+            walk.passed_tokens[row], walk.begin_s[row] = worker.passing(backlog_s)
+            walk.most_passed = float(walk.passed_tokens.max())
             if walk.queue_s[row] > self._room_s:
                 walk.room.discard(row)
             return
@@ -148,7 +154,7 @@ class Dispatch:
         waiting.bids = self._bids(choice, walk.now)
         best = min(choice.candidates, key=_prefill_s)
         self._queue.update(waiting, max(0, waiting.request.prompt_tokens - best.cached_tokens), best.prefill_s)
-        if walk.queue_s[row] > choice.room_s:
+        if walk.queue_s[row] > choice.room_s and not chosen.num_passed:
             self._pass(row, chosen.prefill_s, choice.room_s, walk)
         else:
             waiting.blocked = self._room_changes

@@ -40,8 +40,10 @@ class WorkerView:
     """Share of the last minute spent on prompts alone."""
     mean_running: float = 0.0
     """Sequences that decoded here over the last minute, on average."""
-    is_passing: bool = False
-    """Its engine would compute this prompt before those that it has; `queue_s` then is the step they are in."""
+    num_passed: int = 0
+    """Prompts here that this one, because it is shorter, would be computed before."""
+    begin_s: float = 0.0
+    """Where `num_passed` is not 0: predicted seconds until this prompt would begin, less than `queue_s`."""
     num_held: int = 0
     """Blocks held here in all, of whichever prompts."""
 

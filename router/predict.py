@@ -4,6 +4,7 @@
             + inflicted
 
     inflicted = prefill * sequences that decode there * stall        (each stands still meanwhile)
+              + prefill * prompts there that it passes               (being shorter: they begin later)
               + prefill * max(utilisation^n / (1 - utilisation),     (congestion: those still to come wait longer, and
                               requests waiting / workers)             so do those who wait)
               + expected_tokens * batch * (step with it - step without)
@@ -13,8 +14,11 @@ computes no prompt is 1 / (1 - utilisation) times slower than alone: at first no
 every limit. Another second of prompt work costs each stream 0.04 / (1 - utilisation)^1.5 s on a worker that does
 both, and on one kept for decoding 0.3 / (1 - utilisation)^2 s: next to nothing while streams are fast, and so much
 when they are slow that prompts gather on few workers and the others decode for them. On the latter a prompt that
-comes in small chunks costs less: pauses of less than ten steps count in proportion. Where no stream is now, those
-that may come (the mean of a minute) count as if streams were fast. ADR 8 has what was measured.
+comes in small chunks costs less: a pause of one step nothing, one of ten or more the whole. Where no stream is now,
+those that may come (the mean of a minute) count as if streams were fast. ADR 8 has what was measured.
+
+Its own stream is charged like anybody's: for prompts that are left where it begins to decode; and where the client gets
+the prefill worker's token at once, for the handover and the first step after it, which then only interrupt the stream.
 
 The congestion price is what a second of work adds to the waits of others. Workers share the gateway's queue, and an
 arrival waits only when all that it may go to are busy: with k servers the wait grows with utilisation^n / (1 -
@@ -59,8 +63,10 @@ class DecodeLeg:
     decode_s: float
     inflicted_s: float
     cost_s: float
-    stall_s: float
-    """Prompt work there that its decoding has to share steps with."""
+    prompts_s: float
+    """Prompt work there, with which its decoding shares steps until it is done."""
+    stall: float
+    """What a second of that costs it."""
     missing_bytes: int
     has_room: bool
 
@@ -90,7 +96,7 @@ NO_CONGESTION = Congestion()
 def prefill_leg(request: RoutableRequest, worker: WorkerView, congested: Congestion = NO_CONGESTION) -> PrefillLeg:
     uncached = request.prompt_tokens - worker.cached_tokens
     seconds = worker.latency.prefill_s(uncached, request.prompt_tokens)
-    queue = worker.queue_s
+    queue = worker.begin_s if worker.num_passed else worker.queue_s
     busy = min(worker.prefill_utilisation, _MAX_UTILISATION)
     stalled_s = 0.0
     if worker.role.can_decode and (worker.num_running or worker.mean_running):
@@ -101,7 +107,7 @@ def prefill_leg(request: RoutableRequest, worker: WorkerView, congested: Congest
             steps = -(-uncached // max(1, worker.facts.max_step_tokens - worker.num_running))
             seconds += steps * max(0.0, step - worker.latency.step_s(0, 0))
             queue += step / 2
-    inflicted = stalled_s + seconds * congested.price(busy)
+    inflicted = stalled_s + seconds * (congested.price(busy) + worker.num_passed)
     return PrefillLeg(worker, queue, seconds, inflicted, queue + seconds + inflicted)
 
 
@@ -111,8 +117,9 @@ def _stall(worker: WorkerView, uncached_tokens: int, busy: float) -> float:
         return _STALL_BOTH / float((1 - busy) ** _POWER_BOTH)
     chunk = min(uncached_tokens, worker.facts.max_step_tokens)
     pause_s = worker.latency.prefill_s(chunk, chunk)
-    noticed_s = _NOTICED_STEPS * worker.latency.step_s(worker.num_running, worker.kv_tokens)
-    share = pause_s / noticed_s if pause_s < noticed_s else 1.0
+    step_s = worker.latency.step_s(worker.num_running, worker.kv_tokens)
+    longer_s, noticed_s = max(0.0, pause_s - step_s), (_NOTICED_STEPS - 1) * step_s
+    share = longer_s / noticed_s if longer_s < noticed_s else 1.0
     return share * _STALL_DECODE / float((1 - busy) ** _POWER_DECODE)
 
 
@@ -129,13 +136,22 @@ def decode_leg(request: RoutableRequest, worker: WorkerView) -> DecodeLeg:
     if not has_room:  # somebody has to finish first: on average one does so every `decoding / batch`
         first += decoding / batch
     missing = -(-(request.prompt_tokens - worker.cached_tokens) // facts.block_size) * facts.bytes_per_block
-    return DecodeLeg(worker, first, decoding, slowdown, first + decoding + slowdown, worker.queue_s, missing, has_room)
+    cost, prompts_s, stall = first + decoding + slowdown, worker.queue_s, 0.0
+    if prompts_s:
+        stall = _stall(worker, facts.max_step_tokens, min(worker.prefill_utilisation, _MAX_UTILISATION))
+    return DecodeLeg(worker, first, decoding, slowdown, cost, prompts_s, stall, missing, has_room)
+
+
+def _stalled_s(decode: DecodeLeg, begins_s: float) -> float:
+    """What the prompts that are left there when it begins to decode cost it."""
+    return decode.stall * max(0.0, decode.prompts_s - begins_s)
 
 
 def local(prefill: PrefillLeg, decode: DecodeLeg) -> Candidate:
     """Both legs on one worker: the prompt's last step gives the first token."""
     worker = decode.worker
     wait = 0.0 if decode.has_room else decode.first_step_s
+    stalled_s = _stalled_s(decode, prefill.queue_s + prefill.prefill_s)  # by the prompts that it has passed
     return Candidate(
         None,
         worker.worker,
@@ -146,15 +162,17 @@ def local(prefill: PrefillLeg, decode: DecodeLeg) -> Candidate:
         0.0,
         wait,
         prefill.inflicted_s + decode.inflicted_s,
-        prefill.cost_s + wait + decode.decode_s + decode.inflicted_s,
-        decode_s=decode.decode_s,
+        prefill.cost_s + wait + decode.decode_s + stalled_s + decode.inflicted_s,
+        decode_s=decode.decode_s + stalled_s,
+        num_passed=worker.num_passed,
     )
 
 
 def pair(request: RoutableRequest, prefill: PrefillLeg, decode: DecodeLeg, link: LinkModel) -> Candidate:
     """The legs on two workers, and the handover between them."""
     handover = link.handover_s(decode.missing_bytes)
-    stall = max(0.0, decode.stall_s - prefill.queue_s - prefill.prefill_s - handover)
+    stalled_s = _stalled_s(decode, prefill.queue_s + prefill.prefill_s + handover)
+    early_s = (1 - _STALL_DECODE) * (handover + decode.first_step_s) if request.is_first_token_exact else 0.0
     return Candidate(
         prefill.worker.worker,
         decode.worker.worker,
@@ -165,9 +183,11 @@ def pair(request: RoutableRequest, prefill: PrefillLeg, decode: DecodeLeg, link:
         handover,
         decode.first_step_s,
         prefill.inflicted_s + decode.inflicted_s,
-        prefill.cost_s + handover + stall + decode.cost_s,
+        prefill.cost_s + handover + stalled_s + decode.cost_s - early_s,
         request.is_first_token_exact,
-        decode.decode_s + stall,
+        decode.decode_s + stalled_s,
+        prefill.worker.num_passed,
+        early_s,
     )
 
 

@@ -67,7 +67,11 @@ class Candidate:
     is_first_early: bool = False
     """The first token does not wait for the handover."""
     decode_s: float = 0.0
-    """Its own decoding after the first step. With it, the seconds above add up to `total_s`."""
+    """Its own decoding after the first step. With it, the seconds above add up to `total_s`, less `early_s`."""
+    num_passed: int = 0
+    """Prompts on the computing worker that this one would be computed before: its queue is without them."""
+    early_s: float = 0.0
+    """Where the first token is early, handover and first step only interrupt the stream: so much less they count."""
 
     @property
     def ttft_s(self) -> float:

@@ -142,9 +142,8 @@ class Router:
         slo = self._slo(request)
         view = self._fleet.view(request, {}, now, self._rng, len(self._queue) + 1) if slo is not None else None
         if slo is not None and view is not None:
-            waiting_s = self._dispatch.wait_s(request, now, aging=self._settings.aging)
             chosen = predict.judge(request, _choose(self._policy, request, view).chosen, view)
-            self._check_slo(chosen, waiting_s, slo)
+            self._check_slo(chosen, self._wait_s(request, chosen, now), slo)
 
     def dispatch(self, *, now: float) -> list[Route | Refusal]:
         """Bind every request whose time has come, and reserve for it. Call after anything changed, and at `wakeup`."""
@@ -250,6 +249,10 @@ class Router:
     def _slo(self, request: RoutableRequest) -> float | None:
         return request.slo_ttft_s if request.slo_ttft_s is not None else self._settings.slo_ttft_s
 
+    def _wait_s(self, request: RoutableRequest, chosen: Candidate, now: float) -> float:
+        """Predicted wait in the queue; who passes those that are computed need not wait for room."""
+        return 0.0 if chosen.num_passed else self._dispatch.wait_s(request, now, aging=self._settings.aging)
+
     def _check_slo(self, chosen: Candidate, waiting_s: float, slo_s: float) -> None:
         ttft_s = waiting_s + chosen.ttft_s
         if ttft_s > slo_s:
@@ -318,8 +321,7 @@ class Router:
             explanation.held_because = choice.held_because
             slo = self._slo(request)
             if slo is not None:
-                waiting_s = self._dispatch.wait_s(request, now, aging=self._settings.aging)
-                self._check_slo(explanation.chosen, waiting_s, slo)
+                self._check_slo(explanation.chosen, self._wait_s(request, explanation.chosen, now), slo)
         except Rejected as exc:
             explanation.refused_because = str(exc)
         return explanation

@@ -46,6 +46,8 @@ class Reservation:
     is_prefilled: bool = False
     prefill_seen: bool = False
     decode_seen: bool = False
+    passed_s: float = 0.0
+    """Predicted prefills of shorter prompts that were bound after it and go before it."""
     arrived_at: float = math.inf
     """When its decode leg reached the decode worker."""
 
@@ -75,6 +77,7 @@ class Worker:
         self.unseen_decodes = self.unseen_kv_tokens = self.unseen_blocks = 0
         self.seen_tokens = self.seen_prompt_tokens = 0
         self.seen_s = 0.0
+        self._others_s = 0.0
 
     def register(self, registration: Registration) -> None:
         """Take over a changed registration of the same epoch."""
@@ -95,6 +98,10 @@ class Worker:
     # --- reservations --------------------------------------------------------------------------------------------
 
     def reserve_prefill(self, reservation: Reservation, now: float) -> None:
+        if self.facts.is_shortest_first:
+            for other in self.computing.values():
+                if reservation.prompt_tokens < other.uncached_tokens:
+                    other.passed_s += reservation.prefill_s
         self.computing[reservation.request] = reservation
         self._sent.append(reservation)
         self.unseen_prefills += 1
@@ -187,10 +194,11 @@ class Worker:
         tokens = report.waiting_prefill_tokens
         own_s = self.seen_s * min(1.0, tokens / self.seen_tokens) if self.seen_tokens else 0.0
         others = tokens - max(self.seen_prompt_tokens, self.seen_tokens)
-        if others <= 0:
-            return own_s
-        mean = others // max(1, report.num_waiting - len(self.computing)) or 1
-        return own_s + self.latency.prefill_s(mean, mean) * others / mean
+        self._others_s = 0.0
+        if others > 0:
+            mean = others // max(1, report.num_waiting - len(self.computing)) or 1
+            self._others_s = self.latency.prefill_s(mean, mean) * others / mean
+        return own_s + self._others_s
 
     # --- answers -------------------------------------------------------------------------------------------------
 
@@ -201,22 +209,35 @@ class Worker:
             return _LATE_SHARE * max(reservation.prefill_s for reservation in self.computing.values())
         return max(0.0, backlog)
 
-    def passed_tokens(self, now: float) -> int:
-        """A prompt with fewer uncached tokens would be computed before all of ours here; 0: they go in turn.
+    def passing(self, backlog_s: float) -> tuple[int, float]:
+        """A prompt of fewer tokens than the first of these begins before all of ours, after the second, in seconds.
 
-        What is in a step stays there: where a step has place for all that is to be computed, nobody is passed.
+        It is compared whole with what is left of ours, as the engine does, which does not know yet what is cached.
+        What is in a step stays there; other gateways' prompts may be short ones. Nobody is passed for longer than it
+        takes itself.
+
+        Returns 0 tokens where all go in turn.
         """
-        if not self.facts.is_shortest_first or not self.computing or self.backlog_s(now) <= self._full_step_s:
-            return 0
-        return min(reservation.uncached_tokens for reservation in self.computing.values())
-
-    @property
-    def _full_step_s(self) -> float:
-        return self.latency.prefill_s(self.facts.max_step_tokens, self.facts.max_step_tokens)
+        if not self.facts.is_shortest_first or not self.computing:
+            return 0, backlog_s
+        step_s = self.latency.prefill_s(self.facts.max_step_tokens, self.facts.max_step_tokens)
+        begin_s = step_s + self._others_s
+        if self._others_s > step_s or begin_s >= backlog_s:
+            return 0, backlog_s
+        tokens = self.waiting_prefill_tokens + self.unseen_prefill_tokens
+        for reservation in self.computing.values():
+            tokens = min(tokens, reservation.uncached_tokens)
+            if reservation.passed_s > reservation.prefill_s:
+                return 0, backlog_s
+        return tokens, begin_s
 
     def view(self, cached_tokens: int, prompt_tokens: int, num_held: int, ahead_s: float, now: float) -> WorkerView:
-        used = self.utilisation
-        is_passing = self.facts.is_shortest_first and prompt_tokens - cached_tokens < self.passed_tokens(now)
+        used, backlog_s = self.utilisation, self.backlog_s(now)
+        num_passed, begin_s = 0, 0.0
+        if self.facts.is_shortest_first:
+            passed_tokens, begin_s = self.passing(backlog_s)
+            if prompt_tokens < passed_tokens:
+                num_passed = len(self.computing)
         free_blocks = self.free_blocks - self.unseen_blocks
         return WorkerView(
             self.worker,
@@ -227,14 +248,15 @@ class Worker:
             self.num_running + self.unseen_decodes,
             self.num_waiting + self.unseen_prefills,
             self.waiting_prefill_tokens + self.unseen_prefill_tokens,
-            self._full_step_s if is_passing else self.backlog_s(now) + ahead_s,
+            backlog_s + ahead_s,
             self.kv_tokens + self.unseen_kv_tokens,
             free_blocks if free_blocks > 0 else 0,  # noqa: FURB136 - max() takes three times as long here
             used.computing,
             self.handover,
             used.prefilling,
             used.running,
-            is_passing,
+            num_passed,
+            begin_s,
             num_held,
         )
 

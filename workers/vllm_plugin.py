@@ -136,23 +136,27 @@ class _Scheduling:
         self._step: tuple[float, tuple[int, int, int, int]] = (0.0, (0, 0, 0, 0))
         self._step_s = 0.0
         self._ended_at = 0.0
-        self._was_short = False
+        self._was_short = self._was_aside = False
         self._reported_at = 0.0
         self._reported: tuple[Any, ...] = ()
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         begun_at = time.monotonic()
-        self._share_step()
-        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        aside = self._share_step()
+        try:
+            output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.running += aside
         if output.num_scheduled_tokens:
             self._was_short = self.scheduler_config.long_prefill_token_threshold == 1  # type: ignore[attr-defined]
         self._begun.append((output, begun_at, self._composition(output.num_scheduled_tokens)))
         return output
 
-    def _share_step(self) -> None:
-        """Decoding sequences first; then prompts, the one with least left first. One that waits and is shorter gets its
-        share, too. Whoever's KV cache is here, or could be, gets a token in a step that computes next to no prompts;
-        there are never two such steps in a row.
+    def _share_step(self) -> list[Request]:
+        """Decoding sequences first; then prompts, the one with least left first. One that waits and is shorter passes
+        them: they are taken out of `running` for this step, and returned. Whoever's KV cache is here, or could be, gets
+        a token in a step that computes next to no prompts. Neither is done in two steps in a row; then, as where not
+        all have a seat, prompts share what is left.
         """
         prompts = [left for request in self.running if (left := _left(request))]
         if prompts:
@@ -160,13 +164,23 @@ class _Scheduling:
         first = self.waiting.peek_request() if self.waiting else None
         is_arriving = bool(self.finished_recving_kv_req_ids) or (first is not None and _is_new(first))  # type: ignore[attr-defined]
         is_shorter = bool(prompts) and first is not None and first.num_tokens < min(prompts)
+        num_decoding = len(self.running) - len(prompts)
+        aside: list[Request] = []
         threshold = 0  # tokens of each prompt; 0: as many as there are
         if is_arriving and not self._was_short:
             threshold = 1
+        elif is_shorter and not is_arriving and not self._was_aside and self._has_seats():
+            aside, self.running = self.running[num_decoding:], self.running[:num_decoding]
         elif is_arriving or is_shorter:
-            left = self.max_num_scheduled_tokens - (len(self.running) - len(prompts))  # type: ignore[attr-defined]
-            threshold = max(1, left // (len(prompts) + 1))
+            threshold = max(1, (self.max_num_scheduled_tokens - num_decoding) // (len(prompts) + 1))  # type: ignore[attr-defined]
+        self._was_aside = bool(aside)
         self.scheduler_config.long_prefill_token_threshold = threshold  # type: ignore[attr-defined]
+        return aside
+
+    def _has_seats(self) -> bool:
+        """Whether all that wait could run beside all that do."""
+        num_running, num_waiting = self.get_request_counts()  # type: ignore[attr-defined]
+        return bool(num_running + num_waiting <= self.max_num_running_reqs)  # type: ignore[attr-defined]
 
     def _composition(self, scheduled: dict[str, int]) -> tuple[int, int, int, int]:
         """prefill_tokens, prefill_pairs, batch, kv_tokens as in `planes.messages.StepSample`."""

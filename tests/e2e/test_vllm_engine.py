@@ -150,10 +150,16 @@ async def test_a_short_prompt_passes_a_long_one_that_is_computed_in_chunks(pair)
     num_said = len(decode.said)
     long, computing = decode.begin(prompt(72, 1000), {"max_tokens": 8})
     await decode.until(lambda: [news for news in decode.said[num_said:] if news["kind"] == "step"])
+    num_said = len(decode.said)
     answer = await decode.run(prompt(73, 70), {"max_tokens": 1})
     assert answer.last["finish"] == "length"
     assert not computing.outputs
     decode.send("abort", id=long)
+    facts = decode.ready["facts"]
+    assert facts["is_shortest_first"]
+    steps = [tuple(news["sample"][:2]) for news in decode.said[num_said:] if news["kind"] == "step"]
+    all_its = facts["max_step_tokens"]  # a step that computes nothing but its beginning
+    assert (all_its, all_its * (all_its + 1) // 2) in steps
 
 
 async def test_malformed_handover_parameters_are_refused_and_the_engine_lives(pair):

@@ -118,6 +118,25 @@ def test_a_short_prompt_is_not_held_where_it_would_pass_those_that_are_computed(
     assert (second.request, second.held_s) == ("next", pytest.approx(0.1))
 
 
+def test_a_short_prompt_that_lacks_room_to_decode_is_asked_about_once_for_each_change():
+    facts = replace(shortest_first(), max_batch=1)
+    router = router_of(registration("b", facts=facts))
+    send(router, "long", expected=4000)
+    for number in range(20):
+        assert send(router, f"chat-{number}", now=0.1, tokens=100, expected=900) == []
+    assert router.wakeup() > 0.1  # it does not ask again and again
+
+
+def test_who_passes_others_is_not_refused_for_those_that_wait():
+    router = router_of(registration("b", facts=shortest_first()), slo_ttft_s=2.5)
+    send(router, "long")
+    router.submit(request("another", slo_ttft_s=60.0), now=0.05)
+    router.submit(request("a third", slo_ttft_s=60.0), now=0.06)
+    assert router.dispatch(now=0.06) == []
+    (chat,) = send(router, "chat", now=0.1, tokens=7000)
+    assert chat.request == "chat"
+
+
 @pytest.mark.parametrize("facts", [shortest_first(is_shortest_first=False), shortest_first(max_step_tokens=100_000)])
 def test_a_short_prompt_is_held_where_it_would_pass_nobody(facts):
     router = router_of(registration("b", facts=facts))

@@ -274,6 +274,29 @@ def test_pauses_of_a_few_steps_cost_a_decode_workers_streams_less_than_long_ones
     assert stall(4096) == pytest.approx(stall(2048))
 
 
+def test_a_pause_of_a_step_costs_no_stream_anything_and_steps_that_take_no_time_do_no_harm():
+    for fixed_s, is_charged in ((0.05, False), (0.0, True)):
+        prior = LatencyPrior(prefill_fixed_s=0.01, prefill_per_token_s=1e-3, step_fixed_s=fixed_s)
+        facts = msgspec.structs.replace(FACTS, max_step_tokens=32, latency=prior)
+        latency = LatencyModel(prior, 32)
+        busy = replace(worker("w", Role.DECODE, num_running=1), facts=facts, latency=latency)
+        inflicted_s = prefill_leg(request(640), busy).inflicted_s
+        assert (inflicted_s > 0.01) is is_charged
+
+
+def test_a_request_that_passes_others_is_charged_for_it_and_never_held():
+    facts = msgspec.structs.replace(FACTS, max_step_tokens=64, is_shortest_first=True)
+    idle = replace(worker("d", Role.BOTH, queue_s=2.0), facts=facts)
+    passing = replace(idle, num_passed=2, begin_s=0.1)
+    assert choose(idle, routable=request(60)).is_held
+    choice = choose(passing, routable=request(60))
+    chosen, leg = choice.chosen, prefill_leg(request(60), passing)
+    assert not choice.is_held
+    assert (chosen.queue_s, chosen.num_passed) == (0.1, 2)
+    assert leg.inflicted_s == pytest.approx(2 * leg.prefill_s)
+    assert chosen.decode_s > choose(replace(idle, queue_s=0.0), routable=request(60)).chosen.decode_s
+
+
 def test_prompts_go_to_a_decode_worker_until_its_streams_become_slow():
     backlog = worker("p", Role.PREFILL, queue_s=3.0, prefill_utilisation=0.8)
     fast = worker("d", Role.DECODE, num_running=4, kv_tokens=8000, mean_running=4.0)
@@ -294,4 +317,4 @@ def test_the_parts_of_every_candidate_add_up():
     assert len(choice.candidates) > 2
     for way in choice.candidates:
         parts = way.queue_s + way.prefill_s + way.handover_s + way.first_step_s + way.decode_s + way.inflicted_s
-        assert parts == pytest.approx(way.total_s)
+        assert parts - way.early_s == pytest.approx(way.total_s)
