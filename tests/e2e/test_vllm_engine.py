@@ -289,7 +289,7 @@ def resident_bytes(pid):
 
 async def test_an_engine_packs_no_embedding_that_is_only_looked_up(pair):
     _, prefill, _ = pair
-    assert resident_bytes(prefill.ready["pids"][0]) < 2.8e9  # 2.5 GB; 3.2 with a second pack of the input embeddings
+    assert resident_bytes(prefill.ready["pids"][0]) < 3e9  # 2.5 to 2.8 GB; with a second pack of the embeddings 3.2
 
 
 async def test_the_engine_process_ends_with_its_worker_and_the_worker_hears_of_its_engine_s_end(pair):
