@@ -25,6 +25,7 @@ from router.admission import Bids, Queue, Waiting
 from router.fleet import Fleet
 from router.policy import Choice
 from router.request import Candidate, RoutableRequest
+from router.worker import Worker
 
 _MAX_WALK = 256
 _MAX_ASKED_WORKERS = 256  # a walk asks about as many requests as give this many workers to weigh, and about 4
@@ -50,9 +51,9 @@ class _Walk:
     now: float
     queue_s: npt.NDArray[np.float64]
     room: set[int]
-    passed_tokens: npt.NDArray[np.float64]
+    passed_tokens: npt.NDArray[np.int64]
     begin_s: npt.NDArray[np.float64]
-    most_passed: float
+    most_passed: int = 0
     ahead: dict[WorkerId, float] = field(default_factory=dict)
     num_asked: int = 0
     num_refreshed: int = 0
@@ -69,6 +70,7 @@ class Dispatch:
         self._fleet_version = -1
         self._names: list[WorkerId] = []
         self._rows: dict[WorkerId, int] = {}
+        self._shortest_first: list[tuple[int, Worker]] = []
         self._room_changes = 0
         self._room_s = math.inf
         self._wakeup = math.inf
@@ -93,11 +95,15 @@ class Dispatch:
             self._version += 1
             self._names = list(self._fleet.workers)
             self._rows = {name: row for row, name in enumerate(self._names)}
+            workers = enumerate(self._fleet.workers.values())
+            self._shortest_first = [(row, worker) for row, worker in workers if worker.facts.is_shortest_first]
         queue_s = np.array([worker.backlog_s(now) for worker in self._fleet.workers.values()])
         room = set(np.flatnonzero(queue_s <= self._room_s).tolist())
-        workers = zip(self._fleet.workers.values(), queue_s.tolist(), strict=True)
-        passing = np.array([worker.passing(backlog_s) for worker, backlog_s in workers]).reshape(-1, 2)
-        walk = _Walk(now, queue_s, room, passing[:, 0], passing[:, 1], float(passing[:, 0].max(initial=0.0)))
+        walk = _Walk(now, queue_s, room, np.zeros(len(queue_s), dtype=np.int64), np.zeros(len(queue_s)))
+        for row, worker in self._shortest_first:
+            walk.passed_tokens[row], walk.begin_s[row] = worker.passing(float(queue_s[row]))
+        if self._shortest_first:
+            walk.most_passed = int(walk.passed_tokens.max())
         self._wakeup = now + _POLL_S
         max_asked = max(4, _MAX_ASKED_WORKERS // max(1, len(self._names)))
         for waiting in list(islice(self._queue.walk(), _MAX_WALK)):
@@ -146,7 +152,7 @@ class Dispatch:
             backlog_s = worker.backlog_s(walk.now)
             walk.queue_s[row] = backlog_s + walk.ahead.get(name, 0.0)
             walk.passed_tokens[row], walk.begin_s[row] = worker.passing(backlog_s)
-            walk.most_passed = float(walk.passed_tokens.max())
+            walk.most_passed = int(walk.passed_tokens.max())
             if walk.queue_s[row] > self._room_s:
                 walk.room.discard(row)
             return

@@ -47,6 +47,12 @@ class WorkerView:
     num_held: int = 0
     """Blocks held here in all, of whichever prompts."""
 
+    def busy_because(self, room_s: float) -> str:
+        """Why a prompt bound now would start no sooner than one bound later; empty: at most `room_s` lie before it."""
+        if self.num_passed or self.queue_s <= room_s:
+            return ""
+        return f"{self.worker} has {self.queue_s:.2f} s to compute"
+
 
 @dataclass(frozen=True, slots=True)
 class FleetView:

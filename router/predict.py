@@ -125,21 +125,21 @@ def _stall(worker: WorkerView, uncached_tokens: int, busy: float) -> float:
 
 def decode_leg(request: RoutableRequest, worker: WorkerView) -> DecodeLeg:
     batch, kv_tokens, facts = worker.num_running, worker.kv_tokens, worker.facts
-    expected = request.expected_tokens
+    expected, busy = request.expected_tokens, min(worker.prefill_utilisation, _MAX_UTILISATION)
     before = worker.latency.step_s(batch, kv_tokens)
     after = worker.latency.step_s(batch + 1, kv_tokens + request.prompt_tokens)
     slowdown = max(0.0, after - before) * batch * expected
-    decoding = after * expected / (1 - min(worker.prefill_utilisation, _MAX_UTILISATION))
+    decoding = after * expected / (1 - busy)
     first = after
     needed = -(-(request.prompt_tokens - worker.cached_tokens + expected) // facts.block_size)
     has_room = not batch or (batch < facts.max_batch and needed <= worker.free_blocks)
     if not has_room:  # somebody has to finish first: on average one does so every `decoding / batch`
         first += decoding / batch
     missing = -(-(request.prompt_tokens - worker.cached_tokens) // facts.block_size) * facts.bytes_per_block
-    cost, prompts_s, stall = first + decoding + slowdown, worker.queue_s, 0.0
-    if prompts_s:
-        stall = _stall(worker, facts.max_step_tokens, min(worker.prefill_utilisation, _MAX_UTILISATION))
-    return DecodeLeg(worker, first, decoding, slowdown, cost, prompts_s, stall, missing, has_room)
+    stall = _stall(worker, facts.max_step_tokens, busy) if worker.queue_s else 0.0
+    return DecodeLeg(
+        worker, first, decoding, slowdown, first + decoding + slowdown, worker.queue_s, stall, missing, has_room
+    )
 
 
 def _stalled_s(decode: DecodeLeg, begins_s: float) -> float:
@@ -151,7 +151,9 @@ def local(prefill: PrefillLeg, decode: DecodeLeg) -> Candidate:
     """Both legs on one worker: the prompt's last step gives the first token."""
     worker = decode.worker
     wait = 0.0 if decode.has_room else decode.first_step_s
-    stalled_s = _stalled_s(decode, prefill.queue_s + prefill.prefill_s)  # by the prompts that it has passed
+    stalled_s = 0.0
+    if worker.num_passed:  # else nothing is left there when it begins to decode
+        stalled_s = _stalled_s(decode, prefill.queue_s + prefill.prefill_s)
     return Candidate(
         None,
         worker.worker,
@@ -171,7 +173,7 @@ def local(prefill: PrefillLeg, decode: DecodeLeg) -> Candidate:
 def pair(request: RoutableRequest, prefill: PrefillLeg, decode: DecodeLeg, link: LinkModel) -> Candidate:
     """The legs on two workers, and the handover between them."""
     handover = link.handover_s(decode.missing_bytes)
-    stalled_s = _stalled_s(decode, prefill.queue_s + prefill.prefill_s + handover)
+    stalled_s = _stalled_s(decode, prefill.queue_s + prefill.prefill_s + handover) if decode.prompts_s else 0.0
     early_s = (1 - _STALL_DECODE) * (handover + decode.first_step_s) if request.is_first_token_exact else 0.0
     return Candidate(
         prefill.worker.worker,

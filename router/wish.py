@@ -41,8 +41,8 @@ def _held_because(request: RoutableRequest, chosen: Candidate, view: FleetView, 
     if not room_s:
         return ""
     giver = next(worker for worker in view.prefill if worker.worker == chosen.prefill)
-    if giver.queue_s > room_s and not giver.num_passed:
-        return f"{giver.worker} has {giver.queue_s:.2f} s to compute"
+    if because := giver.busy_because(room_s):
+        return because
     taker = next(worker for worker in view.decode if worker.worker == chosen.decode)
     return "" if predict.decode_leg(request, taker).has_room else f"{chosen.decode} has no room to decode"
 

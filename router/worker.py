@@ -233,11 +233,9 @@ class Worker:
 
     def view(self, cached_tokens: int, prompt_tokens: int, num_held: int, ahead_s: float, now: float) -> WorkerView:
         used, backlog_s = self.utilisation, self.backlog_s(now)
-        num_passed, begin_s = 0, 0.0
-        if self.facts.is_shortest_first:
+        passed_tokens, begin_s = 0, 0.0
+        if self.facts.is_shortest_first:  # asked here, too: the call costs a decision among 256 workers 7 %
             passed_tokens, begin_s = self.passing(backlog_s)
-            if prompt_tokens < passed_tokens:
-                num_passed = len(self.computing)
         free_blocks = self.free_blocks - self.unseen_blocks
         return WorkerView(
             self.worker,
@@ -255,7 +253,7 @@ class Worker:
             self.handover,
             used.prefilling,
             used.running,
-            num_passed,
+            len(self.computing) if prompt_tokens < passed_tokens else 0,
             begin_s,
             num_held,
         )

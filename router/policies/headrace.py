@@ -103,8 +103,8 @@ def _bound_or_held(
     if chosen.prefill is not None:
         computing = next(worker for worker in view.prefill if worker.worker == chosen.prefill)
     room_s = _room_s(computing, request.prompt_tokens - computing.cached_tokens)
-    if computing.queue_s > room_s and not computing.num_passed:
-        return Choice(chosen, options, True, f"{computing.worker} has {computing.queue_s:.2f} s to compute", room_s)
+    if because := computing.busy_because(room_s):
+        return Choice(chosen, options, True, because, room_s)
     computing_s = chosen.prefill_s + chosen.handover_s
     if not decode.has_room and decode.decode_s > _PATIENCE * decode.worker.num_running * computing_s:
         return Choice(chosen, options, True, f"{chosen.decode} has no room to decode", room_s)

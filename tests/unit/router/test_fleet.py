@@ -131,9 +131,15 @@ def test_a_worker_that_is_late_is_not_taken_for_idle():
     assert view(fleet, D, now=10.0).queue_s == pytest.approx(0.2)
 
 
-def test_a_prompt_that_would_pass_those_before_it_waits_for_a_step():
+def shortest_first(computing):
+    """A worker that computes 64 tokens a step and the shortest prompt first, with two seconds of one to compute."""
     fleet = fleet_of(registration("d", facts=replace(FACTS, max_step_tokens=64, is_shortest_first=True)))
-    fleet.reserve(request("long", tokens=900), candidate(None, D, seconds=2.0), 0.0)
+    fleet.reserve(computing, candidate(None, D, seconds=2.0), 0.0)
+    return fleet
+
+
+def test_a_prompt_that_would_pass_those_before_it_waits_for_a_step():
+    fleet = shortest_first(request("long", tokens=900))
     step_s = fleet.workers[D].latency.prefill_s(64, 64)
     shorter, longer = view(fleet, D, routable=request(tokens=899)), view(fleet, D, routable=request(tokens=900))
     assert (shorter.num_passed, shorter.begin_s, shorter.queue_s) == (1, step_s, 2.0)
@@ -142,23 +148,20 @@ def test_a_prompt_that_would_pass_those_before_it_waits_for_a_step():
 
 
 def test_a_prompt_is_compared_with_what_is_left_of_those_before_it():
-    fleet = fleet_of(registration("d", facts=replace(FACTS, max_step_tokens=64, is_shortest_first=True)))
-    fleet.reserve(request("long", tokens=900), candidate(None, D, seconds=2.0), 0.0)
+    fleet = shortest_first(request("long", tokens=900))
     fleet.apply_load(report("d", tokens=500), now=1.0, report_delay_s=0.02)
     assert view(fleet, D, now=1.0, routable=request(tokens=499)).num_passed == 1
     assert view(fleet, D, now=1.0, routable=request(tokens=500)).num_passed == 0
 
 
 def test_cached_tokens_make_no_prompt_shorter_for_an_engine_that_does_not_know_of_them_yet():
-    fleet = fleet_of(registration("d", facts=replace(FACTS, max_step_tokens=64, is_shortest_first=True)))
-    fleet.reserve(request("first", tokens=900, blocks=range(1, 91)), candidate(None, D, seconds=2.0), 0.0)
+    fleet = shortest_first(request("first", tokens=900, blocks=range(1, 91)))
     seen = view(fleet, D, routable=request("second", tokens=950, blocks=range(1, 91)))
     assert (seen.cached_tokens, seen.num_passed) == (900, 0)
 
 
 def test_nobody_is_passed_for_longer_than_it_takes_itself():
-    fleet = fleet_of(registration("d", facts=replace(FACTS, max_step_tokens=64, is_shortest_first=True)))
-    fleet.reserve(request("long", tokens=900), candidate(None, D, seconds=2.0), 0.0)
+    fleet = shortest_first(request("long", tokens=900))
     for number in range(3):
         assert view(fleet, D, routable=request(tokens=100)).num_passed == 1
         short = fleet.reserve(request(f"short-{number}"), candidate(None, D, seconds=0.7), 0.0)
@@ -168,8 +171,7 @@ def test_nobody_is_passed_for_longer_than_it_takes_itself():
 
 
 def test_other_gateways_prompts_are_not_passed():
-    fleet = fleet_of(registration("d", facts=replace(FACTS, max_step_tokens=64, is_shortest_first=True)))
-    fleet.reserve(request("long", tokens=900), candidate(None, D, seconds=2.0), 0.0)
+    fleet = shortest_first(request("long", tokens=900))
     step_s = fleet.workers[D].latency.prefill_s(64, 64)
     fleet.apply_load(report("d", waiting=2, tokens=920), now=0.1, report_delay_s=0.02)
     seen = view(fleet, D, now=0.1, routable=request(tokens=100))
