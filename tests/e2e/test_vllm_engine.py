@@ -62,6 +62,16 @@ def tagged(leg):
     return msgspec.to_builtins(leg)
 
 
+def resident_bytes(pid):
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
+
+
+async def test_an_engine_packs_no_embedding_that_is_only_looked_up(pair):
+    _, prefill, _ = pair
+    assert resident_bytes(prefill.ready["pids"][0]) < 2.8e9  # 2.5 GB; 3.2 with a second pack of the input embeddings
+
+
 async def test_a_handed_over_answer_equals_one_engine_s_token_for_token(pair):
     mode, prefill, _ = pair
     for seed, num_tokens in ((1, 150), (2, 641), (3, 256)):
@@ -280,16 +290,6 @@ async def test_requests_together_and_aborted_ones_leave_nothing_behind(pair):
     assert kv_tokens >= 4 * 60
     assert duration_s > 0
     assert prefill_tokens >= 0 <= pairs
-
-
-def resident_bytes(pid):
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
-
-
-async def test_an_engine_packs_no_embedding_that_is_only_looked_up(pair):
-    _, prefill, _ = pair
-    assert resident_bytes(prefill.ready["pids"][0]) < 3e9  # 2.5 to 2.8 GB; with a second pack of the embeddings 3.2
 
 
 async def test_the_engine_process_ends_with_its_worker_and_the_worker_hears_of_its_engine_s_end(pair):
