@@ -12,7 +12,7 @@ PIP  := $(VENV)/bin/pip
 RUN  := $(VENV)/bin/python
 TORCH := torch==2.13.0+cpu
 NIXL  := nixl-cu12==1.5.1
-BUILT_FROM := pyproject.toml hatch_build.py router/block_table.c
+BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test unit lint format docs bench simulate load docker clean
@@ -89,4 +89,4 @@ docker: ## Build both images; FLAVOR=cpu (default), cuda or sim
 	docker build --network=host -f docker/worker.Dockerfile --build-arg FLAVOR=$(FLAVOR) -t headrace/worker:$(FLAVOR) -t headrace/worker .
 
 clean: ## Remove what make made
-	rm -rf router/libblock_table.so $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf router/index/libblock_table.so $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,7 +12,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-_SOURCE, _LIBRARY = "router/block_table.c", "router/libblock_table.so"
+_SOURCE, _LIBRARY = "router/index/block_table.c", "router/index/libblock_table.so"
 _FLAGS = ("-std=c99", "-O3", "-fPIC", "-shared", "-fvisibility=hidden")  # -O2 takes half as long again to twice as long
 
 

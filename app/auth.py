@@ -18,7 +18,7 @@ from typing import Self
 
 import msgspec
 
-from planes.errors import InvalidRequest, Rejected
+from planes.wire.errors import InvalidRequest, Rejected
 
 
 class Unauthenticated(InvalidRequest):

@@ -4,17 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from app.auth import ApiKeys
-from app.dispatch import Clock, Dispatcher
-from app.fleet import Fleet
-from app.live import LiveRouting
+from app.fleet.connections import Fleet
+from app.fleet.routing_config import LiveRouting
 from app.metrics import Metrics
-from app.models import Models
-from app.prefills import QueuedPrefills
-from app.preprocess import Preprocessor
-from app.relay import Relay
+from app.prompt.catalog import Models
+from app.prompt.prepare import Preprocessor
+from app.serving.binding import Clock, Dispatcher
+from app.serving.prefill_queue import QueuedPrefills
+from app.serving.relay import Relay
 from app.settings import GatewaySettings
-from planes.messages import RequestId
-from router.route import Router
+from planes.wire.messages import RequestId
+from router.router import Router
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,30 +19,29 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from app.auth import ApiKeys, KeyFileError
-from app.dispatch import Dispatcher
-from app.fleet import Fleet
+from app.fleet.connections import Fleet
+from app.fleet.routing_config import LiveConfig, LiveRouting, Routing, routing
 from app.gateway import Gateway
-from app.http import Streamed, StreamingProtocol
-from app.live import LiveConfig, LiveRouting, Routing, routing
+from app.http.response import Streamed, StreamingProtocol
+from app.http.routes.completions import completion_routes
+from app.http.routes.operations import operation_routes
+from app.http.routes.replies import error_reply
 from app.metrics import Metrics, router_gauges
-from app.models import Models
-from app.prefills import QueuedPrefills
-from app.preprocess import Preprocessor
-from app.relay import Relay
-from app.routes.completions import completion_routes
-from app.routes.operations import operation_routes
-from app.routes.replies import error_reply
+from app.prompt.catalog import Models
+from app.prompt.prepare import Preprocessor
+from app.serving.binding import Dispatcher
+from app.serving.prefill_queue import QueuedPrefills
+from app.serving.relay import Relay
 from app.settings import GatewaySettings
 from planes.control import Etcd, WorkerDirectory, watch_config
-from planes.errors import HeadraceError, InvalidRequest
 from planes.events import EventPlane
-from planes.jobs import PrefillQueue
-from planes.logs import configure
-from planes.messages import Registration, RequestId
 from planes.objects import ObjectStore
-from planes.settings import UnusableSetting
 from planes.streams import WorkerConnection
-from router.route import Router
+from planes.wire.errors import HeadraceError, InvalidRequest, UnusableSetting
+from planes.wire.messages import Registration, RequestId
+from planes.work_queue import PrefillQueue
+from process.logging import configure
+from router.router import Router
 
 _log = structlog.get_logger()
 

@@ -6,12 +6,13 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from planes.cache import cache_dir
 from planes.control import parse_endpoints
 from planes.events import parse_servers
-from planes.names import check_namespace
-from planes.settings import UnusableSetting, check_setting
 from planes.streams import StreamLimits
+from planes.wire.errors import UnusableSetting
+from planes.wire.names import check_namespace
+from process.paths import cache_dir
+from process.settings import check_setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,9 @@ import typing
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from app.fleet_table import FleetTableSettings
-from app.live_config import ConfigSettings, live_settings
-from app.local import UpSettings
+from app.cli.config import ConfigSettings, live_settings
+from app.cli.fleet import FleetTableSettings
+from app.cli.up import UpSettings
 from app.main import create_app
 from app.metrics import Metrics
 from app.settings import GatewaySettings

@@ -23,9 +23,9 @@ from cyclopts import App, Parameter
 from loadtest.client import Client, Sample
 from loadtest.processes import Process
 from loadtest.stack import Stack, stack
-from planes.frames import Done, Failed, Format, Generate, Sampling, StreamId, pack_tokens
-from planes.messages import RequestId, WorkerId
 from planes.streams import WorkerConnection, WorkerLost
+from planes.wire.frames import Done, Failed, Format, Generate, Sampling, StreamId, pack_tokens
+from planes.wire.messages import RequestId, WorkerId
 
 SPEEDUP = 20.0
 app = App(help=__doc__, version_flags=[])

@@ -18,10 +18,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from planes.blocks import pack
-from planes.messages import BlocksRemoved, BlocksStored, KvEvents, WorkerId
-from router.block_masks import BlockMasks
-from router.index import BlockIndex, Blocks, fastest_blocks
+from planes.wire.blocks import pack
+from planes.wire.messages import BlocksRemoved, BlocksStored, KvEvents, WorkerId
+from router.index.block_masks import BlockMasks
+from router.index.index import BlockIndex, Blocks, fastest_blocks
 
 _PROMPT = 128  # blocks
 _ROUNDS = 5

@@ -24,8 +24,8 @@ from typing import Any, Final
 import numpy as np
 
 from loadtest.workloads import Session, Turn, Workload
-from planes.errors import Rejected
-from planes.messages import (
+from planes.wire.errors import Rejected
+from planes.wire.messages import (
     EngineFacts,
     HandoverEndpoint,
     HandoverMode,
@@ -42,10 +42,10 @@ from planes.messages import (
 )
 from router.policies import load_policy
 from router.request import Observed, Outcome, RoutableRequest, Route
-from router.route import Refusal, Router
+from router.router import Refusal, Router
 from router.settings import RouterSettings
-from workers.publisher import HeldBlocks
-from workers.sim_core import SimCore, SimLeg, SimOutput, SimReport, SimRequest
+from workers.kv_events import CachedBlocks
+from workers.sim.core import SimCore, SimLeg, SimOutput, SimReport, SimRequest
 
 MODEL: Final = "simulated"
 _EPOCH: Final = 1
@@ -235,7 +235,7 @@ class Worker:
         self.peers: dict[WorkerId, Worker] = {}
         self._clock, self._scenario, self._gaps = clock, scenario, gaps
         self._events: list[KvEvent] = []
-        self._held = HeldBlocks()
+        self._held = CachedBlocks()
         self._seq = 0
         self._flows: dict[RequestId, Flow] = {}
         self._nic_free_at = 0.0
@@ -395,7 +395,7 @@ class Worker:
             free_blocks=load.free_blocks,
             kv_tokens=load.kv_tokens,
             seq=self._seq,
-            num_held=len(self._held),
+            num_cached=len(self._held),
             digest=self._held.digest,
             steps=self.core.take_samples(),
         )

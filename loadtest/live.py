@@ -27,7 +27,7 @@ from loadtest.client import Client, Sample
 from loadtest.fleet import Run, Scenario
 from loadtest.stack import Stack, stack
 from loadtest.workloads import Turn, Workload, load
-from planes.messages import EngineFacts
+from planes.wire.messages import EngineFacts
 
 app = App(help=__doc__, version_flags=[])
 _Out = Annotated[Path | None, Parameter(name="--json", help="Write everything there too.")]

@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from loadtest.fleet import Ending, Record, Result
-from planes.messages import Role
+from planes.wire.messages import Role
 
 QUANTILES: Final = tuple(step / 100 for step in range(101))
 _OURS: Final = "headrace"

@@ -23,8 +23,9 @@ from cyclopts.validators import Number
 from loadtest.fleet import Run, Scenario, engine_facts
 from loadtest.report import Report, Row, Slo, markdown, plots, summarise, table, write
 from loadtest.workloads import GENERATORS, TRACE_BLOCK_SIZE, Workload, load
-from planes.messages import EngineFacts
-from planes.settings import UnusableSetting, run
+from planes.wire.errors import UnusableSetting
+from planes.wire.messages import EngineFacts
+from process.settings import run
 from router.policies import POLICIES, load_policy
 
 _BEGIN, _END = "<!-- results: written by make simulate -->", "<!-- end of results -->"

@@ -5,7 +5,7 @@ before after a think time. A load of independent requests (open loop) has one tu
 
 Prompts have names of blocks but no tokens. A prompt is a path in a tree of segments (a system prompt, a document, a
 question): the id of the segment in which a block ends tells, together with all ids before it, what the block holds. So
-block names are `planes.blocks.name_blocks` over one id per block, and two prompts share names exactly as far as they
+block names are `wire.blocks.name_blocks` over one id per block, and two prompts share names exactly as far as they
 share segments. `hash_ids` of a trace are such ids already.
 """
 
@@ -22,7 +22,7 @@ from typing import Annotated, Final
 import msgspec
 import numpy as np
 
-from planes.blocks import Hashes, name_blocks, root
+from planes.wire.blocks import Hashes, name_blocks, root
 
 TRACE_BLOCK_SIZE: Final = 512
 """Tokens behind one entry of `hash_ids`."""

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import msgspec
 
-from planes.errors import HeadraceError
+from planes.wire.errors import HeadraceError
 
 FILES_OF_INTEREST = (
     "tokenizer.json",

@@ -27,11 +27,10 @@ import structlog
 from aetcd import rpc
 from aetcd.utils import prefix_range_end
 
-from planes.errors import HeadraceError
-from planes.messages import Registration, WorkerId
-from planes.names import check_namespace
-from planes.settings import UnusableSetting
 from planes.streams import WorkerConnection, WorkerUnreachable
+from planes.wire.errors import HeadraceError, UnusableSetting
+from planes.wire.messages import Registration, WorkerId
+from planes.wire.names import check_namespace
 
 _log = structlog.get_logger()
 

@@ -5,7 +5,7 @@
     headrace.{ns}.snapshot.{worker}  request, answered with the parts of a Snapshot
 
 NATS may come late, go away and come back: publications meanwhile are dropped and counted, requests fail at once, and
-subscriptions are there again before `on_connect` is told. `planes/jobs.py` and `planes/objects.py` speak JetStream's
+subscriptions are there again before `on_connect` is told. `work_queue.py` and `objects.py` speak JetStream's
 JSON over the same connection.
 
 Snapshots travel in parts because a message may hold 1 MB by default and a worker may hold a million blocks (8 MB).
@@ -29,9 +29,9 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from planes.errors import HeadraceError
-from planes.messages import KvEvents, LoadReport, Snapshot, WorkerId
-from planes.names import check_namespace, subject_token
+from planes.wire.errors import HeadraceError
+from planes.wire.messages import KvEvents, LoadReport, Snapshot, WorkerId
+from planes.wire.names import check_namespace, subject_token
 
 _log = structlog.get_logger()
 _Message = TypeVar("_Message")

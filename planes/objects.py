@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from planes.errors import HeadraceError
 from planes.events import EventPlane, JetStreamRefused
+from planes.wire.errors import HeadraceError
 
 _CHUNK_BYTES = 128 * 1024
 _WRITTEN_BEFORE = 10071

@@ -1,6 +1,6 @@
 """Streams: one TCP connection per (gateway process, worker), many requests on it.
 
-A frame is a 4-byte little-endian length and that many bytes of msgpack (`planes/frames.py`). A worker writes one Step
+A frame is a 4-byte little-endian length and that many bytes of msgpack (`wire/frames.py`). A worker writes one Step
 per engine step and gateway, so the cost of a frame is shared by all requests of the step. Both sides send a Ping when
 they have heard nothing for a while, and give the other up when several in a row stay unanswered.
 
@@ -24,8 +24,8 @@ from typing import Protocol, cast
 import msgspec
 import structlog
 
-from planes.errors import Interrupted, Rejected
-from planes.frames import (
+from planes.wire.errors import Interrupted, Rejected
+from planes.wire.frames import (
     Cancel,
     Delta,
     Done,
@@ -39,7 +39,7 @@ from planes.frames import (
     Step,
     StreamId,
 )
-from planes.messages import WorkerId
+from planes.wire.messages import WorkerId
 
 _log = structlog.get_logger()
 _encode = msgspec.msgpack.Encoder().encode

@@ -1,6 +1,6 @@
 """Why a request was turned away before any worker saw it. `status` and `code`: hints for the HTTP edge and metrics."""
 
-from planes.errors import Rejected
+from planes.wire.errors import Rejected
 
 
 class QueueFull(Rejected):

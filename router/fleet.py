@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from planes.messages import HandoverMode, LatencyPrior, LoadReport, Registration, RequestId, WorkerId, WorkerState
-from router.explain import WorkerStatus
-from router.index import BlockIndex
+from planes.wire.messages import HandoverMode, LatencyPrior, LoadReport, Registration, RequestId, WorkerId, WorkerState
+from router.decision_log import WorkerStatus
+from router.index.index import BlockIndex
 from router.latency import LinkModel
 from router.policy import FleetView, WorkerView
-from router.request import Candidate, HandoverWish, Observed, RoutableRequest
+from router.request import Candidate, HandoverPreference, Observed, RoutableRequest
 from router.worker import Reservation, Worker
 
 _MAX_SHARING = 64  # prompts under way with the same first block that a new one is compared with
@@ -173,7 +173,7 @@ class Fleet:
 
     def can_serve(self, request: RoutableRequest) -> bool:
         """Whether any worker that may take the request can decode; as the client wants it, with a handover."""
-        if request.handover is HandoverWish.ALWAYS:
+        if request.handover is HandoverPreference.ALWAYS:
             return bool(_pairable(self.eligible(request)))
         eligible = self.eligible(request)
         if not request.excluded:
@@ -211,16 +211,16 @@ class Fleet:
         prefill: list[WorkerView] = []
         decode: list[WorkerView] = []
         workers = self.eligible(request)
-        if request.handover is HandoverWish.ALWAYS:
+        if request.handover is HandoverPreference.ALWAYS:
             workers = _pairable(workers)
-        is_local = request.is_local_only or request.handover is HandoverWish.NEVER
+        is_local = request.is_local_only or request.handover is HandoverPreference.NEVER
         for worker in workers:
             name, role, cached_tokens = worker.worker, worker.role, 0
             if name in cached:
                 size = worker.facts.block_size
                 cached_tokens = min(cached[name], (request.prompt_tokens - 1) // size) * size
             view = worker.view(
-                cached_tokens, request.prompt_tokens, self.index.num_held(name), ahead.get(name, 0.0), now
+                cached_tokens, request.prompt_tokens, self.index.num_cached(name), ahead.get(name, 0.0), now
             )
             if role.can_prefill and not is_local:
                 prefill.append(view)
@@ -256,7 +256,7 @@ class Fleet:
                 kv_tokens=worker.kv_tokens + worker.unseen_kv_tokens,
                 free_blocks=max(0, worker.free_blocks - worker.unseen_blocks),
                 num_blocks=worker.registration.facts.num_blocks,
-                indexed_blocks=self.index.num_held(name),
+                indexed_blocks=self.index.num_cached(name),
                 is_exact=self.index.is_exact(name),
                 utilisation=worker.utilisation.computing,
                 speed=worker.latency.speed,

@@ -17,7 +17,7 @@ monotone in each argument.
 import math
 from collections.abc import Sequence
 
-from planes.messages import LatencyPrior, StepSample
+from planes.wire.messages import LatencyPrior, StepSample
 
 _FORGET = 0.99
 _FORGET_FAR_OFF = 0.6  # a few samples in a row that are off by the whole clip leave little of what was learned before

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from planes.messages import EngineFacts, HandoverMode, Role, WorkerId
+from planes.wire.messages import EngineFacts, HandoverMode, Role, WorkerId
 from router.latency import LatencyModel, LinkModel
 from router.request import Candidate, RoutableRequest
 
@@ -44,7 +44,7 @@ class WorkerView:
     """Prompts here that this one, because it is shorter, would be computed before."""
     begin_s: float = 0.0
     """Where `num_passed` is not 0: predicted seconds until this prompt would begin, less than `queue_s`."""
-    num_held: int = 0
+    num_cached: int = 0
     """Blocks held here in all, of whichever prompts."""
 
     def busy_because(self, room_s: float) -> str:

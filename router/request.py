@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from planes.blocks import Hashes
-from planes.messages import RequestId, WorkerId
+from planes.wire.blocks import Hashes
+from planes.wire.messages import RequestId, WorkerId
 
 
-class HandoverWish(StrEnum):
-    """What a client asks for in place of the cheapest way; honoured whatever the policy (`router/wish.py`)."""
+class HandoverPreference(StrEnum):
+    """What a client asks for in place of the cheapest way; enforced whatever the policy."""
 
     AUTO = "auto"
     ALWAYS = "always"
@@ -21,7 +21,7 @@ class HandoverWish(StrEnum):
 class RoutableRequest:
     """All that routing may know of a request.
 
-    blocks: names of the prompt's full blocks (`planes/blocks.py`), per block size of the model's workers.
+    blocks: names of the prompt's full blocks (`planes/wire/blocks.py`), per block size of the model's workers.
     expected_tokens: completion tokens to plan with.  deadline: instant after which an answer is worthless.
     """
 
@@ -42,7 +42,7 @@ class RoutableRequest:
     """Must be prefilled where it decodes (`n > 1`, resumed streams)."""
     is_first_token_exact: bool = True
     """The client gets the prefill worker's first token at once, before the handover."""
-    handover: HandoverWish = HandoverWish.AUTO
+    handover: HandoverPreference = HandoverPreference.AUTO
 
 
 @dataclass(slots=True)
@@ -148,7 +148,7 @@ class Explanation:
     refused_because: str = ""
     observed: Observed | None = None
     shadow: Candidate | None = field(default=None)
-    handover: HandoverWish = HandoverWish.AUTO
+    handover: HandoverPreference = HandoverPreference.AUTO
     tenant: str = ""
     attempt: int = 1
     """Which attempt to serve the request this is: a retry or a migration is decided anew."""

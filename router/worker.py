@@ -19,8 +19,8 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from planes.blocks import Hashes
-from planes.messages import HandoverMode, LoadReport, Registration, RequestId, WorkerState
+from planes.wire.blocks import Hashes
+from planes.wire.messages import HandoverMode, LoadReport, Registration, RequestId, WorkerState
 from router.latency import LatencyModel, is_plausible
 from router.policy import WorkerView
 
@@ -231,7 +231,7 @@ class Worker:
                 return 0, backlog_s
         return tokens, begin_s
 
-    def view(self, cached_tokens: int, prompt_tokens: int, num_held: int, ahead_s: float, now: float) -> WorkerView:
+    def view(self, cached_tokens: int, prompt_tokens: int, num_cached: int, ahead_s: float, now: float) -> WorkerView:
         used, backlog_s = self.utilisation, self.backlog_s(now)
         passed_tokens, begin_s = 0, 0.0
         if self.facts.is_shortest_first:  # asked here, too: the call costs a decision among 256 workers 7 %
@@ -255,7 +255,7 @@ class Worker:
             used.running,
             len(self.computing) if prompt_tokens < passed_tokens else 0,
             begin_s,
-            num_held,
+            num_cached,
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from app.servers import etcd_server, nats_server
+from app.cli.servers import etcd_server, nats_server
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

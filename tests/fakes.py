@@ -2,8 +2,9 @@
 
 import asyncio
 
-from planes.frames import Generate
-from planes.messages import (
+from planes.streams import WorkerUnreachable
+from planes.wire.frames import Generate
+from planes.wire.messages import (
     EngineFacts,
     HandoverEndpoint,
     HandoverMode,
@@ -13,7 +14,6 @@ from planes.messages import (
     WorkerId,
     WorkerState,
 )
-from planes.streams import WorkerUnreachable
 from router.request import Candidate, RoutableRequest, Route
 
 FACTS = EngineFacts(

@@ -9,10 +9,10 @@ from typing import Annotated
 import uvloop
 from cyclopts import Parameter
 
-from planes import logs
-from planes.settings import command_line, run
-from workers.demo_model import ensure_demo_model
-from workers.process import Ending, progressed, serve
+from process import logging as logs
+from process.settings import command_line, run
+from workers.demo_model.convert import ensure_demo_model
+from workers.main import Ending, progressed, serve
 from workers.settings import WorkerSettings
 
 app = command_line(

@@ -10,7 +10,7 @@ import msgspec
 import structlog
 
 from planes.assets import AssetsUnavailable, ModelCard, Store, make_card, publish_card, read_model_files, sha256
-from planes.errors import HeadraceError
+from planes.wire.errors import HeadraceError
 
 _log = structlog.get_logger()
 

@@ -18,8 +18,8 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from planes.errors import HeadraceError, InvalidRequest, Rejected
-from planes.frames import (
+from planes.wire.errors import HeadraceError, InvalidRequest, Rejected
+from planes.wire.frames import (
     DecodeLeg,
     Delta,
     Done,
@@ -32,11 +32,11 @@ from planes.frames import (
     Ticket,
     Usage,
 )
-from planes.messages import HandoverMode, RequestId, Role
-from workers.admission import admit
-from workers.detokenizer import Vocabulary
-from workers.engine import Engine, EngineOutput, EngineRequest, is_drawn_again
-from workers.formatter import Formatter
+from planes.wire.messages import HandoverMode, RequestId, Role
+from workers.answer.detokenizer import Vocabulary
+from workers.answer.formatter import Formatter
+from workers.engine.base import Engine, EngineOutput, EngineRequest, is_drawn_again
+from workers.validate import admit
 
 _log = structlog.get_logger()
 

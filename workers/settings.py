@@ -11,14 +11,14 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from planes.cache import DEMO_MODEL
 from planes.control import parse_endpoints
 from planes.events import parse_servers
-from planes.messages import HandoverMode, Role
-from planes.names import check_namespace
-from planes.settings import UnusableSetting
+from planes.wire.errors import UnusableSetting
+from planes.wire.messages import HandoverMode, Role
+from planes.wire.names import check_namespace
+from process.paths import DEMO_MODEL
 
-SIM_MODEL = Path(__file__).parent / "sim_model"
+SIM_MODEL = Path(__file__).parent / "sim" / "model"
 """Tokenizer and chat template of the simulated engine's own model."""
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")

@@ -26,7 +26,7 @@ from app.openai.schema import (
     StreamOptions,
     ToolCall,
 )
-from planes.errors import InvalidRequest
+from planes.wire.errors import InvalidRequest
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 

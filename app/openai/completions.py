@@ -17,7 +17,7 @@ from app.openai.sampling import (
     parse_seconds,
 )
 from app.openai.schema import UNSUPPORTED_COMPLETION, CompletionBody, Kind, Limits, ParsedRequest
-from planes.errors import InvalidRequest
+from planes.wire.errors import InvalidRequest
 
 DEFAULT_MAX_TOKENS: Final = 16
 """OpenAI's, for this endpoint only."""

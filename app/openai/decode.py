@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from planes.errors import InvalidRequest
+from planes.wire.errors import InvalidRequest
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 

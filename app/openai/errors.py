@@ -1,4 +1,4 @@
-"""How errors reach a client: the one table from `planes/errors.py` to HTTP status, OpenAI's body and SSE event.
+"""How errors reach a client: the one table from `planes/wire/errors.py` to HTTP status, OpenAI's body and SSE event.
 
 | error                                   | status              | type                                      |
 |-----------------------------------------|---------------------|-------------------------------------------|
@@ -19,7 +19,7 @@ from typing import Final
 
 import msgspec
 
-from planes.errors import HeadraceError, Interrupted, InvalidRequest, Rejected
+from planes.wire.errors import HeadraceError, Interrupted, InvalidRequest, Rejected
 
 _STATUS_OF_CODE: Final = {
     "invalid_api_key": 401,

@@ -8,8 +8,8 @@ import msgspec
 
 from app.openai.decode import check_count, check_range, shown
 from app.openai.schema import NULL, CommonBody, Limits
-from planes.errors import InvalidRequest
-from planes.frames import Sampling
+from planes.wire.errors import InvalidRequest
+from planes.wire.frames import Sampling
 
 _INT32: Final = 2**31 - 1
 _UINT32: Final = 2**32 - 1
@@ -62,7 +62,7 @@ def parse_sampling(body: CommonBody, limits: Limits, *, max_tokens: int | None, 
 
 
 def parse_max_tokens(name: str, value: int | None) -> int | None:
-    """Raises:  InvalidRequest below 1; the upper limit is the context, which `app/preprocess.py` knows."""
+    """Raises:  InvalidRequest below 1; the upper limit is the context, which `app/prompt/prepare.py` knows."""
     if value is not None:
         check_range(name, value, 1, inf)
     return value

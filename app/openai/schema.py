@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from planes.frames import Sampling
+from planes.wire.frames import Sampling
 
 Json = Any
 """Any JSON value, decoded."""
@@ -24,7 +24,7 @@ NULL: Final = msgspec.Raw(b"null")
 
 
 class Kind(StrEnum):
-    """Which of the two endpoints; the values are those of `planes.frames.Format.kind`."""
+    """Which of the two endpoints; the values are those of `planes.wire.frames.Format.kind`."""
 
     CHAT = "chat"
     COMPLETION = "completion"
@@ -46,7 +46,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ParsedRequest:
-    """A request whose every field is valid by itself; what depends on the model is checked by `app/preprocess.py`.
+    """A request whose every field is valid by itself; what depends on the model is checked by `app/prompt/prepare.py`.
 
     messages: chat only, as the template gets them.  prompt: completions only, text or token ids (shape (n,), uint32).
     sampling: ranges checked; its `max_tokens` is 0 until `Preprocessor.prepare` has resolved the `max_tokens` here,

@@ -4,7 +4,7 @@ import random
 import statistics
 from collections.abc import Sequence
 
-from router.policies.legs import LegPolicy, num_requests
+from router.policies.leg_policy import LegPolicy, num_requests
 from router.policy import WorkerView
 from router.request import RoutableRequest
 

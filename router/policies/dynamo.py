@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Sequence
 
-from router.policies.legs import LegPolicy, least, num_requests
+from router.policies.leg_policy import LegPolicy, least, num_requests
 from router.policy import WorkerView
 from router.request import RoutableRequest
 

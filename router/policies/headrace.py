@@ -1,6 +1,6 @@
 """Headrace: serve a request in the way that costs everybody the least, in predicted seconds; bind it late.
 
-`router/predict.py` has the cost of one way; there are no weights to set. Conditional disaggregation falls out: a short
+`router/cost.py` has the cost of one way; there are no weights to set. Conditional disaggregation falls out: a short
 or cached prompt costs less where it decodes than a handover would, unless many sequences would have to stand still.
 
 The cheapest of P x D pairs is found in O(P + D): for the cheapest prefill worker take the best decode worker, for that
@@ -15,9 +15,9 @@ request whose decode worker has no room for it: its KV cache would only wait in 
 
 from collections.abc import Sequence
 
-from planes.messages import HandoverMode
+from planes.wire.messages import HandoverMode
+from router.cost import DecodeLeg, PrefillLeg, congestion, decode_leg, local, pair, prefill_leg
 from router.policy import Choice, FleetView, Links, WorkerView
-from router.predict import DecodeLeg, PrefillLeg, congestion, decode_leg, local, pair, prefill_leg
 from router.request import Candidate, RoutableRequest
 
 _ROUND_TRIP_S = 0.01

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 
-from router.policies.legs import LegPolicy, num_requests
+from router.policies.leg_policy import LegPolicy, num_requests
 from router.policy import WorkerView
 from router.request import RoutableRequest
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 
-from router.policies.legs import LegPolicy, num_requests
+from router.policies.leg_policy import LegPolicy, num_requests
 from router.policies.power_of_two import two_of
 from router.policy import WorkerView
 from router.request import RoutableRequest
@@ -39,5 +39,5 @@ class RayPrefix(LegPolicy):
         longest = max(worker.cached_tokens for worker in workers)
         if longest / request.prompt_tokens >= self._match_threshold:
             return [index for index, worker in enumerate(workers) if worker.cached_tokens == longest]
-        smallest = min(worker.num_held for worker in workers)
-        return [index for index, worker in enumerate(workers) if worker.num_held == smallest]
+        smallest = min(worker.num_cached for worker in workers)
+        return [index for index, worker in enumerate(workers) if worker.num_cached == smallest]

@@ -3,8 +3,8 @@
 import random
 from collections.abc import Sequence
 
-from planes.messages import WorkerId
-from router.policies.legs import LegPolicy
+from planes.wire.messages import WorkerId
+from router.policies.leg_policy import LegPolicy
 from router.policy import WorkerView
 from router.request import RoutableRequest
 

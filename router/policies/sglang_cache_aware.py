@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 
-from router.policies.legs import LegPolicy, num_requests
+from router.policies.leg_policy import LegPolicy, num_requests
 from router.policy import WorkerView
 from router.request import RoutableRequest
 
@@ -35,6 +35,6 @@ class SglangCacheAware(LegPolicy):
             return [float(load) for load in loads]
         if max(worker.cached_tokens for worker in workers) / request.prompt_tokens > self._cache_threshold:
             return [float(-worker.cached_tokens) for worker in workers]
-        return [float(worker.num_held) for worker in workers]
+        return [float(worker.num_cached) for worker in workers]
 
     decode_costs = prefill_costs

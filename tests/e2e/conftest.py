@@ -13,9 +13,9 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from planes.frames import Sampling, Ticket
-from planes.messages import HandoverEndpoint
-from workers.demo_model import ensure_demo_model
+from planes.wire.frames import Sampling, Ticket
+from planes.wire.messages import HandoverEndpoint
+from workers.demo_model.convert import ensure_demo_model
 
 DRIVER = Path(__file__).parent / "engine_driver.py"
 ROOT = DRIVER.parents[2]

@@ -9,12 +9,12 @@ import msgspec
 import numpy as np
 import uvloop
 
-from planes.blocks import unpack
-from planes.errors import InvalidRequest
-from planes.frames import Leg, Sampling
-from planes.messages import AllCleared, BlocksRemoved, BlocksStored, RequestId
-from workers.engine import EngineRequest, EngineStartError
-from workers.vllm_engine import VllmEngine, VllmOptions
+from planes.wire.blocks import unpack
+from planes.wire.errors import InvalidRequest
+from planes.wire.frames import Leg, Sampling
+from planes.wire.messages import AllCleared, BlocksRemoved, BlocksStored, RequestId
+from workers.engine.base import EngineRequest, EngineStartError
+from workers.vllm.engine import VllmEngine, VllmOptions
 
 
 class Run(msgspec.Struct, tag="run"):

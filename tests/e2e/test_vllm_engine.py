@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from planes.blocks import name_blocks, root
-from planes.frames import DecodeLeg, PrefillLeg
-from planes.messages import HandoverMode
+from planes.wire.blocks import name_blocks, root
+from planes.wire.frames import DecodeLeg, PrefillLeg
+from planes.wire.messages import HandoverMode
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 

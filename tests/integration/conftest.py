@@ -21,7 +21,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from app.servers import tied_to_parent
+from app.cli.servers import tied_to_parent
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 60.0

@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
-SIM_MODEL = Path(__file__).parents[2] / "workers" / "sim_model"
+SIM_MODEL = Path(__file__).parents[2] / "workers" / "sim" / "model"
 LIMIT = 32768
 USER = [{"role": "user", "content": "hi"}]
 HUNDRED_MB = 100 * 1024 * 1024
@@ -62,7 +62,7 @@ BAD = [
 async def _counts(api):
     """All that a worker counts of what it has seen."""
     fleet = await api.fleet()
-    return {name: (w["load"]["seq"], w["load"]["num_held"], w["load"]["digest"]) for name, w in fleet.items()}
+    return {name: (w["load"]["seq"], w["load"]["num_cached"], w["load"]["digest"]) for name, w in fleet.items()}
 
 
 async def _refused(api, response, param, code, words):

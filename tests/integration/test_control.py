@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from app.servers import etcd_server
+from app.cli.servers import etcd_server
 from planes.control import (
     ControlPlaneUnavailable,
     Etcd,
@@ -24,8 +24,8 @@ from planes.control import (
     watch_config,
     workers_prefix,
 )
-from planes.messages import EngineFacts, Registration, Role, WorkerId, WorkerState
 from planes.streams import StreamServer
+from planes.wire.messages import EngineFacts, Registration, Role, WorkerId, WorkerState
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
 
@@ -156,7 +156,7 @@ KILLED = """
 import asyncio, sys
 import msgspec
 from planes.control import Etcd, Registrar
-from planes.messages import Registration
+from planes.wire.messages import Registration
 url, namespace, entry = sys.argv[1:]
 asyncio.run(Registrar(Etcd(url), namespace, msgspec.json.decode(entry, type=Registration), ttl_s=2).run())
 """

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.servers import nats_server
+from app.cli.servers import nats_server
 from planes.events import EventPlane, EventPlaneUnavailable
-from planes.jobs import JobLimits, PrefillQueue, PrefillQueueFull
-from planes.messages import BlocksStored, KvEvents, LoadReport, Snapshot, WorkerId, WorkerState
+from planes.wire.messages import BlocksStored, KvEvents, LoadReport, Snapshot, WorkerId, WorkerState
+from planes.work_queue import JobLimits, PrefillQueue, PrefillQueueFull
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
 
@@ -52,7 +52,7 @@ def report(seq: int) -> LoadReport:
         free_blocks=0,
         kv_tokens=0,
         seq=seq,
-        num_held=0,
+        num_cached=0,
         digest=2**64 - 1,
     )
 

@@ -14,14 +14,14 @@ import pytest
 from planes.assets import make_card, publish_card, read_model_files
 from planes.control import Etcd, Registrar
 from planes.events import EventPlane
-from planes.frames import Delta, Done, Failed, FailureKind, FinishReason, Generate, Usage, unpack_tokens
-from planes.messages import EngineFacts, Registration, Role, WorkerId, WorkerState
 from planes.objects import ObjectStore
 from planes.streams import StreamLimits, StreamServer
+from planes.wire.frames import Delta, Done, Failed, FailureKind, FinishReason, Generate, Usage, unpack_tokens
+from planes.wire.messages import EngineFacts, Registration, Role, WorkerId, WorkerState
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
-FILES = read_model_files(Path(__file__).parents[2] / "workers" / "sim_model")
+FILES = read_model_files(Path(__file__).parents[2] / "workers" / "sim" / "model")
 FACTS = EngineFacts(16, 1000, 4096, 8, 2048, 1000, 300)
 END = b"data: [DONE]\n\n"
 

@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from app.servers import etcd_server, nats_server
+from app.cli.servers import etcd_server, nats_server
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 

@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from app.servers import nats_server
+from app.cli.servers import nats_server
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 

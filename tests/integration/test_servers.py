@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.servers import ServerNotStarted, etcd_server, nats_server
+from app.cli.servers import ServerNotStarted, etcd_server, nats_server
 
 pytestmark = pytest.mark.integration
 
@@ -14,7 +14,7 @@ SERVERS = {"etcd": etcd_server, "nats": nats_server}
 
 PARENT = """
 import asyncio, pathlib, sys
-from app.servers import {name}_server
+from app.cli.servers import {name}_server
 async def main():
     async with {name}_server(pathlib.Path(sys.argv[1])) as server:
         print(server.pid, flush=True)

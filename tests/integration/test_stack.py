@@ -28,17 +28,17 @@ async def test_headers_name_the_request_and_the_workers_that_served_it(api, pair
 
 
 async def test_a_request_may_wish_for_a_handover_or_for_none(api, pairing, alone, unique):
-    wish = "x-headrace-handover"
-    apart = await api.chat(unique, headers={wish: "always", "x-headrace-explain": "1"})
+    preference = "x-headrace-handover"
+    apart = await api.chat(unique, headers={preference: "always", "x-headrace-explain": "1"})
     assert apart.headers["x-headrace-prefill"] == "prefill-1"
     assert apart.json()["choices"][0]["message"]["content"] == await alone.text(unique)
     assert json.loads(apart.headers["x-headrace-route"])["prefill"] == "prefill-1"
-    local = await pairing.chat(unique, headers={wish: "never"})
+    local = await pairing.chat(unique, headers={preference: "never"})
     assert local.headers["x-headrace-prefill"] == local.headers["x-headrace-decode"] != "prefill-1"
-    impossible = await alone.chat(unique, headers={wish: "always"})
+    impossible = await alone.chat(unique, headers={preference: "always"})
     assert impossible.status_code == 503, "there is one worker only"
-    misspelt = await api.chat(unique, headers={wish: "maybe"})
-    assert (misspelt.status_code, misspelt.json()["error"]["param"]) == (400, wish)
+    misspelt = await api.chat(unique, headers={preference: "maybe"})
+    assert (misspelt.status_code, misspelt.json()["error"]["param"]) == (400, preference)
 
 
 async def test_no_header_is_sent_twice(api, unique):

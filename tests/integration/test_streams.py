@@ -6,9 +6,9 @@ import socket
 import pytest
 import uvloop
 
-from planes.frames import Delta, Done, FinishReason, Format, Generate, Sampling, StreamId, Usage
-from planes.messages import RequestId, WorkerId
 from planes.streams import StreamLimits, StreamServer, WorkerConnection, WorkerUnreachable
+from planes.wire.frames import Delta, Done, FinishReason, Format, Generate, Sampling, StreamId, Usage
+from planes.wire.messages import RequestId, WorkerId
 
 pytestmark = pytest.mark.integration
 

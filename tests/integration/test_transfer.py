@@ -10,12 +10,12 @@ from asyncio.subprocess import PIPE
 import numpy as np
 import pytest
 
-from planes.errors import InvalidRequest
-from planes.frames import DecodeLeg, LocalLeg, PrefillLeg, Sampling
-from planes.messages import EngineFacts, HandoverEndpoint, HandoverMode, RequestId, WorkerId
-from planes.transfer import CountingTransfer, HandoverFailed, KvPool, NixlTransfer, has_nixl
-from workers.engine import EngineRequest
-from workers.sim_engine import SimEngine, SimOptions
+from planes.wire.errors import InvalidRequest
+from planes.wire.frames import DecodeLeg, LocalLeg, PrefillLeg, Sampling
+from planes.wire.messages import EngineFacts, HandoverEndpoint, HandoverMode, RequestId, WorkerId
+from workers.engine.base import EngineRequest
+from workers.sim.engine import SimEngine, SimOptions
+from workers.sim.transfer import CountingTransfer, HandoverFailed, KvPool, NixlTransfer, has_nixl
 
 pytestmark = [
     pytest.mark.integration,
@@ -232,8 +232,8 @@ async def test_polling_ends_when_nothing_is_in_flight():
 PREFILL_PROCESS = """
 import asyncio, sys
 import numpy as np
-from planes.messages import HandoverMode
-from planes.transfer import KvPool, NixlTransfer
+from planes.wire.messages import HandoverMode
+from workers.sim.transfer import KvPool, NixlTransfer
 
 async def main():
     transfer = NixlTransfer(KvPool(512, 4096), mode=HandoverMode(sys.argv[1]), engine_id="child", host="127.0.0.1")

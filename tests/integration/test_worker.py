@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from app.servers import tied_to_parent
+from app.cli.servers import tied_to_parent
 from planes.assets import fetch_card
-from planes.blocks import digest, unpack
 from planes.control import Etcd, WorkerDirectory, WorkerIdTaken
 from planes.events import EventPlane
-from planes.frames import (
+from planes.objects import ObjectStore
+from planes.streams import WorkerConnection
+from planes.wire.blocks import digest, unpack
+from planes.wire.frames import (
     DecodeLeg,
     Done,
     Failed,
@@ -32,7 +34,7 @@ from planes.frames import (
     StreamId,
     pack_tokens,
 )
-from planes.messages import (
+from planes.wire.messages import (
     BlocksRemoved,
     BlocksStored,
     EngineFacts,
@@ -42,11 +44,9 @@ from planes.messages import (
     Role,
     WorkerState,
 )
-from planes.objects import ObjectStore
-from planes.streams import WorkerConnection
-from workers.process import Ending, serve
+from workers.main import Ending, serve
 from workers.settings import WorkerSettings
-from workers.sim_engine import SimEngine, SimOptions
+from workers.sim.engine import SimEngine, SimOptions
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(90)]
 
@@ -338,7 +338,7 @@ async def test_what_is_published_adds_up_to_what_is_held(fleet):
             news.clear()
         last = reports[-1]
         assert (last.num_running, last.num_waiting, last.free_blocks) == (0, 0, 64)
-        assert last.num_held == len(held) > 0
+        assert last.num_cached == len(held) > 0
         assert last.digest == digest(unpack((await plane.request_snapshot(last.worker)).hashes))
         assert sum(sample.prefill_tokens for report in reports for sample in report.steps) >= 24 * 100
     task.cancel()

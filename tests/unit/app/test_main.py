@@ -5,21 +5,21 @@ import httpx
 import pytest
 
 from app.auth import ApiKeys
-from app.dispatch import Dispatcher
-from app.fleet import Fleet
+from app.fleet.connections import Fleet
+from app.fleet.routing_config import LiveConfig, LiveRouting, routing
 from app.gateway import Gateway
-from app.live import LiveConfig, LiveRouting, routing
 from app.main import create_app
 from app.metrics import Metrics, router_gauges
-from app.models import Models
-from app.preprocess import Preprocessor
-from app.relay import Relay
+from app.prompt.catalog import Models
+from app.prompt.prepare import Preprocessor
+from app.serving.binding import Dispatcher
+from app.serving.relay import Relay
 from app.settings import GatewaySettings
-from planes.messages import RequestId
-from planes.settings import UnusableSetting
+from planes.wire.errors import UnusableSetting
+from planes.wire.messages import RequestId
 from router.errors import NoWorker
 from router.request import RoutableRequest
-from router.route import Router
+from router.router import Router
 from tests.fakes import registration
 
 

@@ -1,6 +1,6 @@
 from app.metrics import Gauge, Metrics, RequestSummary, Total, router_gauges
 from router.policies import load_policy
-from router.route import Router
+from router.router import Router
 
 
 def exposed(metrics, start):

@@ -7,8 +7,8 @@ import pytest
 
 from loadtest.fleet import Clock, Ending, Gaps, Run, Scenario, engine_facts
 from loadtest.workloads import Session, Turn, Workload, load, segment_names
-from planes.errors import Rejected
-from router.route import Router
+from planes.wire.errors import Rejected
+from router.router import Router
 
 FACTS = engine_facts(block_size=512, num_blocks=1000, link_gbps=100)
 HOP_S = 0.0005

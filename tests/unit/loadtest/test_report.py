@@ -3,7 +3,7 @@ import pytest
 
 from loadtest.fleet import Ending, Gaps, Record, Result, WorkerTotals
 from loadtest.report import Report, Row, Slo, is_good, markdown, page, plots, quantile, slug, summarise, table, write
-from planes.messages import Role, WorkerId
+from planes.wire.messages import Role, WorkerId
 
 
 def record(sent_at, ttft_s, tpot_s=0.01, ending=Ending.FINISHED, **more):

@@ -8,7 +8,7 @@ from cyclopts import CycloptsError
 from loadtest.fleet import engine_facts
 from loadtest.report import Slo
 from loadtest.simulate import MATRIX, QUICK, Case, Comparison, Progress, app, write_docs
-from planes.settings import UnusableSetting
+from planes.wire.errors import UnusableSetting
 from router.policies import POLICIES
 
 FACTS = engine_facts(block_size=512, num_blocks=1000, link_gbps=100)

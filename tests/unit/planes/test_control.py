@@ -10,7 +10,7 @@ import pytest
 from aetcd import Transactions
 
 from planes.control import Etcd, Registrar, WorkerDirectory, _pauses, parse_endpoints, workers_prefix
-from planes.messages import EngineFacts, Registration, Role, WorkerId, WorkerState
+from planes.wire.messages import EngineFacts, Registration, Role, WorkerId, WorkerState
 
 FACTS = EngineFacts(
     block_size=16, num_blocks=8, context_length=64, max_batch=2, max_step_tokens=32, bytes_per_block=1, vocab_size=9

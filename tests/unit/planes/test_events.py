@@ -6,7 +6,7 @@ from nats.aio.msg import Msg
 
 from planes import events
 from planes.events import EventPlane, EventPlaneUnavailable, Reply, parse_servers
-from planes.messages import BlocksStored, KvEvents, Snapshot, WorkerId
+from planes.wire.messages import BlocksStored, KvEvents, Snapshot, WorkerId
 
 WORKER = WorkerId("w")
 

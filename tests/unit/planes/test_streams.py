@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planes.frames import (
+from planes.streams import (
+    FrameBuffer,
+    GatewayConnection,
+    ProtocolError,
+    StreamLimits,
+    StreamServer,
+    WorkerConnection,
+    WorkerLost,
+    WorkerUnreachable,
+)
+from planes.wire.frames import (
     Cancel,
     Delta,
     Done,
@@ -24,17 +34,7 @@ from planes.frames import (
     StreamId,
     Usage,
 )
-from planes.messages import RequestId, WorkerId
-from planes.streams import (
-    FrameBuffer,
-    GatewayConnection,
-    ProtocolError,
-    StreamLimits,
-    StreamServer,
-    WorkerConnection,
-    WorkerLost,
-    WorkerUnreachable,
-)
+from planes.wire.messages import RequestId, WorkerId
 
 WORKER = WorkerId("d0")
 LIMITS = StreamLimits(ping_s=1.0, dead_s=3.0, max_frame_bytes=4096, max_unsent_bytes=10_000)

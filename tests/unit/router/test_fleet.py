@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from planes.blocks import pack
-from planes.messages import (
+from planes.wire.blocks import pack
+from planes.wire.messages import (
     BlocksStored,
     EngineFacts,
     HandoverEndpoint,
@@ -80,7 +80,7 @@ def test_dispatches_count_at_once_and_are_gone_after_the_release():
 def test_views_tell_how_many_blocks_a_worker_holds():
     fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
     fleet.index.apply(KvEvents(P, 1, 1, [BlocksStored(pack(np.array([1, 2, 3], dtype=np.uint64)))]))
-    assert (view(fleet, P).num_held, view(fleet, D).num_held) == (3, 0)
+    assert (view(fleet, P).num_cached, view(fleet, D).num_cached) == (3, 0)
 
 
 def test_a_report_that_counts_a_dispatch_does_not_count_it_twice():

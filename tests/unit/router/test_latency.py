@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planes.messages import LatencyPrior, StepSample
+from planes.wire.messages import LatencyPrior, StepSample
 from router.latency import LatencyModel, LinkModel
 
 PRIOR = LatencyPrior()

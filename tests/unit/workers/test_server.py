@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planes.errors import InvalidRequest
-from planes.frames import (
+from planes.wire.errors import InvalidRequest
+from planes.wire.frames import (
     DecodeLeg,
     Delta,
     Done,
@@ -21,12 +21,12 @@ from planes.frames import (
     Ticket,
     pack_tokens,
 )
-from planes.messages import EngineFacts, HandoverEndpoint, HandoverMode, RequestId, Role, WorkerId
-from workers.detokenizer import load_vocabulary
-from workers.engine import EngineOutput
+from planes.wire.messages import EngineFacts, HandoverEndpoint, HandoverMode, RequestId, Role, WorkerId
+from workers.answer.detokenizer import load_vocabulary
+from workers.engine.base import EngineOutput
 from workers.server import WorkerServer
 
-VOCABULARY = load_vocabulary(Path("workers/sim_model/tokenizer.json"))
+VOCABULARY = load_vocabulary(Path("workers/sim/model/tokenizer.json"))
 END = 259
 TICKET = Ticket(WorkerId("p"), HandoverMode.PULL, num_tokens=3, lease_s=30.0, params=b"{}")
 

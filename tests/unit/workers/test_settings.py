@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from cyclopts import CycloptsError
 
-from planes.messages import HandoverMode, Role
-from planes.settings import UnusableSetting
+from planes.wire.errors import UnusableSetting
+from planes.wire.messages import HandoverMode, Role
 from workers import __main__ as command
 from workers.settings import SIM_MODEL, WorkerSettings, own_address
 

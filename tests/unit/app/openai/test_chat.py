@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from app.openai.chat import parse_chat
 from app.openai.schema import ChatBody, Kind, Limits, ParsedRequest
-from planes.errors import InvalidRequest
+from planes.wire.errors import InvalidRequest
 
 USER = {"role": "user", "content": "hi"}
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from app.openai.completions import parse_completion
 from app.openai.schema import CompletionBody, Kind, ParsedRequest
-from planes.errors import InvalidRequest
+from planes.wire.errors import InvalidRequest
 
 
 def parse(**fields):

@@ -11,7 +11,7 @@ from app.openai.completions import parse_completion
 from app.openai.decode import check_range, shown
 from app.openai.errors import response
 from app.openai.schema import ParsedRequest
-from planes.errors import InvalidRequest
+from planes.wire.errors import InvalidRequest
 
 START = b'{"model":"m","metadata":'
 

@@ -4,7 +4,7 @@ import pytest
 
 from app.auth import TooManyConcurrent, Unauthenticated
 from app.openai.errors import BodyTooLarge, ModelNotFound, code_of, response, sse_event
-from planes.errors import HeadraceError, Interrupted, InvalidRequest, Rejected
+from planes.wire.errors import HeadraceError, Interrupted, InvalidRequest, Rejected
 
 
 class QueueFull(Rejected):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from planes.messages import EngineFacts, LatencyPrior, RequestId, Role, WorkerId
+from planes.wire.messages import EngineFacts, LatencyPrior, RequestId, Role, WorkerId
 from router.latency import LatencyModel, LinkModel
 from router.policy import FleetView, WorkerView
 from router.request import RoutableRequest
@@ -32,7 +32,7 @@ def worker():
             "kv_tokens": 0,
             "free_blocks": 1000,
             "utilisation": 0.0,
-            "num_held": 0,
+            "num_cached": 0,
         } | load
         return WorkerView(
             worker=WorkerId(name), role=Role(role), facts=FACTS, latency=LatencyModel(LatencyPrior()), **fields

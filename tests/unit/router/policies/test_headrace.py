@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planes.messages import EngineFacts, HandoverMode, LatencyPrior, RequestId, Role, WorkerId
+from planes.wire.messages import EngineFacts, HandoverMode, LatencyPrior, RequestId, Role, WorkerId
+from router.cost import can_hand_over, congestion, decode_leg, judge, local, pair, prefill_leg
 from router.latency import LatencyModel, LinkModel
 from router.policies.headrace import Headrace
 from router.policy import FleetView, WorkerView
-from router.predict import can_hand_over, congestion, decode_leg, judge, local, pair, prefill_leg
 from router.request import Candidate, RoutableRequest
 
 FACTS = EngineFacts(

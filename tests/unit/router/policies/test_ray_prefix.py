@@ -12,7 +12,7 @@ def test_uneven_queues_mean_power_of_two(worker, view, request_of):
 
 
 def test_a_short_match_counts_for_nothing_and_the_emptiest_wins(worker, view, request_of):
-    fleet = view(worker("a", cached_tokens=16, num_held=5), worker("b", num_held=4))
+    fleet = view(worker("a", cached_tokens=16, num_cached=5), worker("b", num_cached=4))
     assert RayPrefix().choose(request_of(161), fleet).chosen.decode == "b"
 
 

@@ -1,0 +1,1 @@
+"""The `headrace` command; the gateway never imports it."""

@@ -1,0 +1,108 @@
+"""`headrace config`: the settings that all gateways of a namespace follow while they run
+(`app/fleet/routing_config.py`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Annotated, get_type_hints
+
+import msgspec
+from cyclopts import Parameter
+
+from app.fleet.routing_config import LiveConfig, routing
+from app.settings import GatewaySettings
+from planes.control import Etcd, delete_config, get_config, parse_endpoints, put_config
+from planes.wire.errors import HeadraceError, UnusableSetting
+from planes.wire.names import check_namespace
+from router.settings import RouterSettings
+
+NAMES = LiveConfig.__struct_fields__
+
+
+class UnusableConfig(HeadraceError):  # noqa: N818 - names what is wrong
+    """Settings that gateways would refuse."""
+
+    code = "unusable_config"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigSettings:
+    """Where the settings are, and whether to take them away."""
+
+    etcd: Annotated[str, Parameter(help="URL of the etcd cluster.")] = "http://127.0.0.1:2379"
+    namespace: Annotated[str, Parameter(help="Separates fleets that share etcd and NATS.")] = "default"
+    clear: Annotated[
+        bool, Parameter(help="Remove all: gateways go back to what they were started with.", negative="")
+    ] = False
+
+    def __post_init__(self) -> None:
+        for name, check in (("etcd", parse_endpoints), ("namespace", check_namespace)):
+            try:
+                check(getattr(self, name))
+            except ValueError as exc:
+                raise UnusableSetting(name, getattr(self, name), str(exc)) from exc
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSetting:
+    """`otherwise`: what counts where it is not set, a value or the gateway's flag."""
+
+    name: str
+    otherwise: str
+    meaning: str
+
+
+def live_settings() -> Iterator[LiveSetting]:
+    """All that `headrace config` can change, as the router's and the gateway's settings tell it."""
+    flags = {field.name for field in fields(GatewaySettings)}
+    defaults = {field.name: field.default for field in fields(RouterSettings)}
+    hints = get_type_hints(GatewaySettings, include_extras=True) | get_type_hints(RouterSettings, include_extras=True)
+    for name in NAMES:
+        told = hints[name].__metadata__[0]
+        otherwise = f"--{name.replace('_', '-')}" if name in flags else str(defaults[name])
+        yield LiveSetting(name, otherwise, told if isinstance(told, str) else told.help)
+
+
+async def change_config(changes: tuple[str, ...], settings: ConfigSettings) -> str:
+    """Make the changes, each `name=value`.
+
+    Returns:  what etcd holds now, as JSON.  Raises:  UnusableConfig; ControlPlaneUnavailable.
+    """
+    etcd, namespace = Etcd(settings.etcd), settings.namespace
+    if settings.clear and changes:
+        raise UnusableConfig(f"--clear takes no settings, and there is {changes[0]!r}")
+    if settings.clear:
+        await delete_config(etcd, namespace)
+        return "{}"
+    changed(None, changes)  # whoever misspells is told even without etcd
+    content = await get_config(etcd, namespace)
+    if changes:
+        content = changed(content, changes)
+        await put_config(etcd, namespace, content)
+    return content.decode(errors="replace") if content is not None else "{}"
+
+
+def changed(content: bytes | None, changes: tuple[str, ...]) -> bytes:
+    """The settings with the changes, fit for every gateway.  Raises:  UnusableConfig naming what is wrong."""
+    try:
+        current = LiveConfig() if content is None else msgspec.json.decode(content, type=LiveConfig)
+    except (ValueError, UnicodeDecodeError) as exc:
+        raise UnusableConfig(
+            f"what etcd holds is refused by gateways ({exc}); headrace config --clear removes it"
+        ) from exc
+    named = msgspec.to_builtins(current)
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise UnusableConfig(f"{change!r} must look like name=value, e.g. policy=dynamo")
+        if name not in NAMES:
+            raise UnusableConfig(f"{name!r} is no live setting; there are {', '.join(NAMES)}")
+        named.pop(name, None)
+        if value != "null":
+            named[name] = value
+    try:
+        live = msgspec.convert(named, LiveConfig, strict=False)
+        routing(GatewaySettings(), live)
+    except ValueError as exc:
+        raise UnusableConfig(str(exc)) from exc
+    return msgspec.json.encode(live)

@@ -1,0 +1,131 @@
+"""`headrace fleet`: what is registered in etcd and what its workers last reported over NATS, as a table.
+
+On a terminal the table stays and follows every change until Ctrl-C; elsewhere it is printed once.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from planes.control import Etcd, WorkerDirectory, parse_endpoints
+from planes.events import EventPlane, parse_servers
+from planes.wire.errors import HeadraceError, UnusableSetting
+from planes.wire.messages import LoadReport, Registration, WorkerId
+from planes.wire.names import check_namespace
+from process.logging import configure
+from process.settings import check_setting
+
+_REPORT_WAIT_S = 1.5
+"""Idle workers report every second."""
+_REFRESH_S = 1.0
+_POLL_S = 0.05
+_FILE_WIDTH = 250
+"""Lines in a file or a pipe may be longer than those on a terminal."""
+
+
+class NoAnswer(HeadraceError):  # noqa: N818 - names the outcome
+    """etcd did not answer."""
+
+    code = "no_answer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetTableSettings:
+    """Where to look."""
+
+    etcd: Annotated[str, Parameter(help="URL of the etcd cluster.")] = "http://127.0.0.1:2379"
+    nats: Annotated[str, Parameter(help="URL of the NATS cluster.")] = "nats://127.0.0.1:4222"
+    namespace: Annotated[str, Parameter(help="Separates fleets that share etcd and NATS.")] = "default"
+    once: Annotated[bool, Parameter(help="Print the table once, on a terminal too.")] = False
+    timeout_s: Annotated[float, Parameter(help="Longest wait for etcd, in seconds.")] = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.timeout_s > 0:
+            raise UnusableSetting("timeout_s", self.timeout_s, "it must be more than 0 seconds")
+        check_setting("etcd", self.etcd, parse_endpoints)
+        check_setting("nats", self.nats, parse_servers)
+        check_setting("namespace", self.namespace, check_namespace)
+
+
+class _Fleet:
+    """The rows, kept current by etcd's watch and by load reports."""
+
+    def __init__(self) -> None:
+        self.registrations: dict[WorkerId, Registration] = {}
+        self.reports: dict[WorkerId, LoadReport] = {}
+
+    def up(self, registration: Registration) -> None:
+        self.registrations[registration.worker] = registration
+
+    def down(self, worker: WorkerId) -> None:
+        self.registrations.pop(worker, None)
+        self.reports.pop(worker, None)
+
+    def reported(self, report: LoadReport) -> None:
+        if report.worker in self.registrations:
+            self.reports[report.worker] = report
+
+    def table(self, namespace: str) -> Table:
+        title = f"fleet {namespace!r}: {len(self.registrations)} workers"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("worker", "role", "model", "engine", "state", "address"):
+            table.add_column(column, overflow="fold", no_wrap=column in ("worker", "role", "state"))
+        for column in ("run", "wait", "free blocks", "held"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for worker, entry in sorted(self.registrations.items()):
+            report = self.reports.get(worker)
+            load = ["?"] * 4
+            if report is not None:
+                free = f"{report.free_blocks}/{entry.facts.num_blocks}"
+                load = [str(report.num_running), str(report.num_waiting), free, str(report.num_cached)]
+            table.add_row(worker, entry.role, entry.model, entry.engine, entry.state, entry.address, *load)
+        return table
+
+
+async def show(settings: FleetTableSettings) -> int:
+    """Returns the exit status.  Raises:  NoAnswer if etcd does not answer in time."""
+    configure("error")
+    fleet = _Fleet()
+    directory = WorkerDirectory(Etcd(settings.etcd), settings.namespace, on_up=fleet.up, on_down=fleet.down)
+    events = EventPlane(settings.nats, settings.namespace)
+    await events.subscribe_load(fleet.reported)
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(directory.run()), group.create_task(events.run())]
+        is_known = await _within(settings.timeout_s, lambda: directory.is_current)
+        if is_known:
+            await _within(_REPORT_WAIT_S, lambda: len(fleet.reports) == len(fleet.registrations))
+            await _print(fleet, settings)
+        for task in tasks:
+            task.cancel()
+    if not is_known:
+        raise NoAnswer(f"etcd at {settings.etcd} did not answer within {settings.timeout_s:g} s")
+    return 0
+
+
+async def _print(fleet: _Fleet, settings: FleetTableSettings) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
+    if settings.once or not console.is_terminal:
+        console.print(fleet.table(settings.namespace))
+        return
+    with Live(fleet.table(settings.namespace), console=console, auto_refresh=False) as live:
+        while True:
+            await asyncio.sleep(_REFRESH_S)
+            live.update(fleet.table(settings.namespace), refresh=True)
+
+
+async def _within(seconds: float, is_so: Callable[[], bool]) -> bool:
+    """Whether it becomes so in time."""
+    deadline = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < deadline:  # noqa: ASYNC110 - a person waits, once
+        await asyncio.sleep(_POLL_S)
+    return is_so()

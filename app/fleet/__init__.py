@@ -1,0 +1,1 @@
+"""What this gateway knows of the workers, and the routing settings it follows."""

@@ -1,0 +1,1 @@
+"""The HTTP side: the connection, the streamed response, the routes."""

@@ -1,0 +1,127 @@
+"""`POST /v1/chat/completions` and `POST /v1/completions`; `GET /v1/models` and `/v1/models/{model}`."""
+
+from collections.abc import Callable, Mapping
+
+import structlog
+from fastapi import APIRouter, Request, Response
+from starlette.routing import Route
+
+from app.auth import Tenant
+from app.gateway import Gateway
+from app.http.response import Answer, Streamed, read_body
+from app.http.routes.replies import json_reply
+from app.metrics import RequestSummary
+from app.openai.chat import parse_chat
+from app.openai.completions import parse_completion
+from app.openai.errors import ModelNotFound, code_of
+from app.openai.request_headers import parse_header_options
+from app.openai.schema import Kind, ParsedRequest
+from app.serving.course import Job
+from app.serving.relay import refuse
+from planes.wire.errors import HeadraceError
+from planes.wire.frames import Format
+from planes.wire.messages import RequestId
+
+_log = structlog.get_logger()
+
+_ID_PREFIX = {Kind.CHAT: "chatcmpl", Kind.COMPLETION: "cmpl"}
+
+Parse = Callable[[bytes], ParsedRequest]
+
+
+def completion_routes(gateway: Gateway) -> APIRouter:
+    """The routes that generate, and the models they generate with."""
+    routes = APIRouter()
+
+    async def chat(request: Request, answer: Answer) -> None:
+        """Continue a conversation (OpenAI's chat completions)."""
+        await _serve(gateway, request, parse_chat, answer)
+
+    async def completion(request: Request, answer: Answer) -> None:
+        """Continue a text (OpenAI's completions)."""
+        await _serve(gateway, request, parse_completion, answer)
+
+    for path, produce in (("/v1/chat/completions", chat), ("/v1/completions", completion)):
+        streamed = Streamed(
+            produce,
+            max_unsent_bytes=gateway.settings.slow_client_bytes,
+            on_cut_off=gateway.metrics.client_cut_off,
+        )
+        routes.routes.append(Route(path, streamed, methods=["POST"]))
+
+    @routes.get("/v1/models", response_model=None)
+    async def models(request: Request) -> Response:
+        """The models that registered workers serve."""
+        gateway.keys.authenticate(request.headers)
+        listed = [_model(name, created) for name, created in gateway.fleet.models().items()]
+        return json_reply({"object": "list", "data": listed})
+
+    @routes.get("/v1/models/{model:path}", response_model=None)
+    async def model(request: Request, model: str) -> Response:
+        """One of the models; 404 if no worker serves it."""
+        gateway.keys.authenticate(request.headers)
+        if (created := gateway.fleet.models().get(model)) is None:
+            raise ModelNotFound(model)
+        return json_reply(_model(model, created))
+
+    return routes
+
+
+def _model(name: str, created: int) -> dict[str, object]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "headrace"}
+
+
+async def prepared_job(
+    gateway: Gateway, request: Request, headers: Mapping[str, str], tenant: Tenant, request_id: RequestId, parse: Parse
+) -> Job:
+    """Everything between the socket and the router.  Raises:  HeadraceError."""
+    arrived_at = gateway.clock()
+    parsed = parse(await read_body(request, gateway.settings.max_body_bytes))
+    model = gateway.models.entry(parsed.model)
+    prepared = await gateway.preprocessor.prepare(parsed, model, cache_salt=tenant.salted(parsed.cache_salt))
+    options = parse_header_options(headers, n=prepared.sampling.n)
+    limit_s = gateway.settings.request_timeout_s
+    return Job(
+        request=request_id,
+        model=parsed.model,
+        prompt=prepared.tokens,
+        blocks=prepared.blocks,
+        block_size=model.block_size,
+        sampling=prepared.sampling,
+        format=Format(
+            kind=parsed.kind.value,
+            response_id=f"{_ID_PREFIX[parsed.kind]}-{request_id}",
+            model=parsed.model,
+            created=int(gateway.wall_clock()),
+            is_streaming=parsed.is_streaming,
+            include_usage=parsed.include_usage,
+            echo=prepared.echo,
+        ),
+        arrived_at=arrived_at,
+        deadline=arrived_at + min(limit_s, parsed.timeout_s or limit_s),
+        cache_salt=prepared.cache_salt,
+        priority=tenant.priority_of(parsed.priority),
+        tenant=tenant.name,
+        slo_ttft_s=parsed.slo_ttft_s,
+        options=options,
+    )
+
+
+async def _serve(gateway: Gateway, request: Request, parse: Parse, answer: Answer) -> None:
+    request_id = gateway.new_request_id()
+    # A dictionary, because starlette's own headers are searched one by one for each that is not there.
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in request.scope["headers"]}
+    try:
+        tenant = gateway.keys.authenticate(headers)
+        with gateway.keys.admitted(tenant) as admission:
+            job = await prepared_job(gateway, request, headers, tenant, request_id, parse)
+            admission.widen(job.sampling.n)
+            await gateway.relay.run(job, answer)
+    except HeadraceError as exc:
+        code = code_of(exc)
+        gateway.metrics.ended(RequestSummary(model="", code=code))
+        _log.info("request.finished", request_id=request_id, outcome=code, reason=str(exc))
+        await refuse(answer, exc, [("x-request-id", request_id)])
+    except Exception as exc:  # noqa: BLE001 - our own bug: it is logged, and the client gets an answer all the same
+        _log.exception("request.bug", request_id=request_id)
+        await refuse(answer, exc, [("x-request-id", request_id)])

@@ -1,0 +1,102 @@
+"""What operators ask: health, metrics, the fleet, and why a request went where it went."""
+
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from app.fleet.routing_config import LiveRouting
+from app.gateway import Gateway
+from app.http.routes.completions import prepared_job
+from app.http.routes.replies import json_reply
+from app.openai.chat import parse_chat
+from planes.wire.errors import InvalidRequest
+from planes.wire.messages import RequestId
+from router.request import Explanation
+
+
+class UnknownRequest(InvalidRequest):
+    """No decision is kept for this request, or none that this tenant may see: which of the two is not told."""
+
+    code = "not_found"
+
+    def __init__(self, request: str) -> None:
+        super().__init__(
+            f"No decision is kept for request {request[:100]!r}: it never was, is too long ago, or is not yours."
+        )
+
+
+def operation_routes(gateway: Gateway) -> APIRouter:
+    """The routes for operators. Those below /v1 need an API key where one is needed at all."""
+    routes = APIRouter()
+
+    @routes.head("/live", response_model=None, include_in_schema=False)
+    @routes.get("/live", response_model=None)
+    async def live() -> Response:
+        """Whether the process runs."""
+        return json_reply({"status": "ok"})
+
+    @routes.head("/health", response_model=None, include_in_schema=False)
+    @routes.get("/health", response_model=None)
+    async def health() -> Response:
+        """Whether some worker could serve a request now; 503 if not."""
+        body = {"status": "ok" if gateway.fleet.is_serving else "no worker", "workers": gateway.fleet.num_connected}
+        return json_reply(body, 200 if gateway.fleet.is_serving else 503)
+
+    @routes.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        """Metrics for Prometheus."""
+        return Response(gateway.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    @routes.get("/v1/fleet", response_model=None)
+    async def fleet(request: Request) -> Response:
+        """The registered workers; how the router sees those it may use; the routing settings in force."""
+        gateway.keys.authenticate(request.headers)
+        return json_reply(
+            {
+                "num_waiting": gateway.dispatcher.num_waiting,
+                "workers": gateway.fleet.statuses(),
+                "router": gateway.router.workers(now=gateway.clock()),
+                "routing": _followed(gateway.live),
+            }
+        )
+
+    @routes.get("/v1/routes/{request_id}", response_model=None)
+    async def explain(request: Request, request_id: str) -> Response:
+        """Why a recent request of yours went where it went, and what came of it; `earlier`: its attempts before."""
+        tenant = gateway.keys.authenticate(request.headers)
+        explanation = gateway.router.explain(RequestId(request_id))
+        if explanation is None or explanation.tenant != tenant.name:
+            raise UnknownRequest(request_id)
+        return json_reply(_told(explanation, gateway.clock()))
+
+    @routes.post("/v1/routes", response_model=None)
+    async def preview(request: Request) -> Response:
+        """Where a chat body would go now, without running it."""
+        tenant = gateway.keys.authenticate(request.headers)
+        job = await prepared_job(gateway, request, request.headers, tenant, gateway.new_request_id(), parse_chat)
+        now = gateway.clock()
+        return json_reply(_told(gateway.router.preview(job.routable(), now=now), now))
+
+    return routes
+
+
+def _told(explanation: Explanation, now: float) -> dict[str, Any]:
+    """As JSON; `age_s` in place of an instant on a clock that only this process has."""
+    told: dict[str, Any] = msgspec.to_builtins(explanation)
+    for attempt in (told, *told["earlier"]):
+        attempt["age_s"] = now - attempt.pop("submitted_at")
+    return told
+
+
+def _followed(live: LiveRouting) -> dict[str, Any]:
+    """As JSON: every setting in force under its name in `headrace config`, and what is wrong with those refused."""
+    found = live.in_force
+    return {
+        "policy": found.policy.name,
+        "shadow_policy": None if found.shadow is None else found.shadow.name,
+        **asdict(found.settings),
+        "refused_because": live.refused_because,
+    }

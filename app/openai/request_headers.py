@@ -1,0 +1,61 @@
+"""What a client asks of the gateway beside OpenAI's body, in request headers.
+
+| header                 | values                | meaning                                                        |
+|------------------------|-----------------------|----------------------------------------------------------------|
+| `x-headrace-handover`  | auto, always, never   | prefill and decode on different workers: as is best, or not    |
+| `x-headrace-explain`   | 0, 1                  | send the chosen route and its predicted seconds as a header    |
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from planes.wire.errors import InvalidRequest
+from router.request import HandoverPreference, Route
+
+HANDOVER, EXPLAIN, ROUTE = "x-headrace-handover", "x-headrace-explain", "x-headrace-route"
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderOptions:
+    """is_explained: the answer's head has `x-headrace-route`."""
+
+    handover: HandoverPreference = HandoverPreference.AUTO
+    is_explained: bool = False
+
+
+NONE = HeaderOptions()
+
+
+def parse_header_options(headers: Mapping[str, str], *, n: int) -> HeaderOptions:
+    """The options in these headers (lower-case names), for an answer of `n` choices.  Raises:  InvalidRequest."""
+    if HANDOVER not in headers and EXPLAIN not in headers:
+        return NONE
+    handover = HandoverPreference(_one_of(headers, HANDOVER, tuple(HandoverPreference), HandoverPreference.AUTO))
+    if handover is HandoverPreference.ALWAYS and n > 1:
+        raise InvalidRequest(f"{HANDOVER} is 'always' and n is {n}: a handover serves one choice", param=HANDOVER)
+    return HeaderOptions(handover, _one_of(headers, EXPLAIN, ("0", "1"), "0") == "1")
+
+
+def route_header(route: Route) -> str:
+    """What was chosen and its predicted seconds, as compact JSON in ASCII, well below 2 KiB."""
+    chosen = route.predicted
+    told = {
+        "prefill": route.prefill,
+        "decode": route.decode,
+        "cached_tokens": route.cached_tokens,
+        **{name: round(getattr(chosen, name), 6) for name in _SECONDS},
+        "held_s": round(route.held_s, 6),
+        "candidates": route.num_candidates,
+    }
+    return json.dumps(told, separators=(",", ":"))
+
+
+_SECONDS = ("queue_s", "prefill_s", "handover_s", "inflicted_s", "total_s")
+
+
+def _one_of(headers: Mapping[str, str], name: str, allowed: Iterable[str], default: str) -> str:
+    value = headers.get(name, default).strip()
+    if value not in allowed:
+        raise InvalidRequest(f"{name} is {value[:100]!r}; {', '.join(allowed)} are possible", param=name)
+    return value

@@ -1,0 +1,1 @@
+"""From a parsed body to named blocks: templates, tokenizers, the models known."""

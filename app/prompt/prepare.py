@@ -1,0 +1,210 @@
+"""From a parsed request to what is sent and routed: the prompt's tokens, its block names, the resolved sampling.
+
+Short requests are rendered and tokenized on the event loop (microseconds), long ones on a small thread pool, whose size
+bounds how many run at once. A prompt that provably cannot fit is not tokenized at all.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from app.openai.schema import Kind, ParsedRequest
+from app.prompt.template import ChatTemplate
+from app.prompt.tokenizer import Tokenizer
+from planes.wire import blocks
+from planes.wire.blocks import Hashes, Tokens
+from planes.wire.errors import InvalidRequest, Rejected
+from planes.wire.frames import Sampling
+
+DEFAULT_INLINE_BYTES: Final = 16_384
+"""Tokenizing this much takes about half a millisecond; a thread costs a tenth of one and leaves the loop free."""
+
+
+class ContextExceeded(InvalidRequest):
+    """Prompt, or prompt and completion, are longer than the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class TokenizersBusy(Rejected):
+    """Too many long prompts wait to be tokenized."""
+
+    code = "tokenizers_busy"
+
+    def __init__(self, waiting: int, limit: int) -> None:
+        super().__init__(f"{waiting} long prompts wait to be tokenized and the limit is {limit}", retry_after_s=1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """What the gateway needs of a model to prepare its requests. Lengths in tokens."""
+
+    model: str
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    context_length: int
+    block_size: int
+    vocab_size: int
+    """Of the engine, which may pad beyond the tokenizer's."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A request that fits its model.
+
+    tokens: the prompt, shape (n,), uint32, n >= 1.  blocks: names of its full blocks, under `cache_salt`.
+    sampling: `max_tokens` resolved.  echo: the prompt's text if the client wants it back, else "".
+    """
+
+    tokens: Tokens
+    blocks: Hashes
+    sampling: Sampling
+    cache_salt: str
+    echo: str = ""
+
+
+class Preprocessor:
+    """Prepares requests for all models. Close it when the process ends."""
+
+    def __init__(
+        self, *, inline_bytes: int = DEFAULT_INLINE_BYTES, num_threads: int = 2, max_waiting: int = 1024
+    ) -> None:
+        """
+        Args:  inline_bytes: longest body whose prompt is tokenized on the event loop.  num_threads: long prompts
+        tokenized at once.  max_waiting: long prompts under way, those on the threads included.
+        """
+        self._inline_bytes = inline_bytes
+        self._max_waiting = max_waiting
+        self._num_waiting = 0
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenize")
+
+    async def prepare(self, parsed: ParsedRequest, model: ModelEntry, *, cache_salt: str | None = None) -> Prepared:
+        """
+        Args:  cache_salt: instead of the request's own (see `Tenant.salted`).
+        Raises:  InvalidRequest, ContextExceeded among them; TokenizersBusy.
+        """
+        salt = parsed.cache_salt if cache_salt is None else cache_salt
+        if parsed.num_bytes <= self._inline_bytes or not isinstance(parsed.prompt, str):
+            return _prepared(parsed, model, salt)
+        return await self._on_thread(parsed, model, salt)
+
+    def close(self) -> None:
+        """Waits for prompts that are being tokenized; those that wait for a thread are cancelled."""
+        self._threads.shutdown(cancel_futures=True)
+
+    async def _on_thread(self, parsed: ParsedRequest, model: ModelEntry, salt: str) -> Prepared:
+        if self._num_waiting >= self._max_waiting:
+            raise TokenizersBusy(self._num_waiting, self._max_waiting)
+        self._num_waiting += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, _prepared, parsed, model, salt)
+        finally:
+            self._num_waiting -= 1
+
+
+def chat_template_of(config: Mapping[str, Any]) -> str | None:
+    """The template in tokenizer_config.json; where there are several, the one named default."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _prepared(parsed: ParsedRequest, model: ModelEntry, salt: str) -> Prepared:
+    """May run on a thread."""
+    _check_ids(parsed.sampling, model)
+    if parsed.kind is Kind.CHAT:
+        tokens = _chat_tokens(parsed, model)
+    elif isinstance(parsed.prompt, str):
+        _check_provable(len(parsed.prompt), parsed, model)
+        tokens = model.tokenizer.encode_prompt(parsed.prompt)
+    else:
+        tokens = parsed.prompt
+        _check_vocabulary("prompt", int(tokens.max()), model)
+    max_tokens = _max_tokens(len(tokens), parsed, model)
+    return Prepared(
+        tokens=tokens,
+        blocks=blocks.name_blocks(tokens, model.block_size, blocks.root(model.model, salt)),
+        sampling=msgspec.structs.replace(parsed.sampling, max_tokens=max_tokens),
+        cache_salt=salt,
+        echo=_echo(parsed, model) if parsed.echo else "",
+    )
+
+
+def _chat_tokens(parsed: ParsedRequest, model: ModelEntry) -> Tokens:
+    if model.template is None:
+        raise InvalidRequest(
+            f"The model '{model.model}' has no chat template; use /v1/completions.",
+            param="messages",
+            code="no_chat_template",
+        )
+    segments = model.template.render(parsed.messages, parsed.template_kwargs)
+    _check_provable(sum(len(segment.text) for segment in segments), parsed, model)
+    return model.tokenizer.encode_segments(segments)
+
+
+def _check_provable(num_chars: int, parsed: ParsedRequest, model: ModelEntry) -> None:
+    """Refuse a text that has too many tokens however it is cut."""
+    per_token = model.tokenizer.max_chars_per_token
+    if per_token is not None and (at_least := -(-num_chars // per_token)) >= model.context_length:
+        raise ContextExceeded(
+            f"This model's maximum context length is {model.context_length} tokens. However, your prompt has "
+            f"{num_chars} characters, which are at least {at_least} tokens. Please reduce its length.",
+            param=_field(parsed),
+        )
+
+
+def _max_tokens(num_tokens: int, parsed: ParsedRequest, model: ModelEntry) -> int:
+    """What the client asked for, or all the room there is."""
+    context, field = model.context_length, _field(parsed)
+    if not num_tokens:
+        raise InvalidRequest(f"Invalid '{field}': it has no tokens; send at least one.", param=field)
+    room = context - num_tokens
+    if room < 1:
+        raise ContextExceeded(
+            f"This model's maximum context length is {context} tokens. However, your prompt has {num_tokens} tokens, "
+            "which leaves no room for a completion. Please reduce its length.",
+            param=field,
+        )
+    if parsed.max_tokens is not None and parsed.max_tokens > room:
+        raise ContextExceeded(
+            f"This model's maximum context length is {context} tokens. However, you requested "
+            f"{num_tokens + parsed.max_tokens} tokens ({num_tokens} in the {field}, {parsed.max_tokens} in the "
+            f"completion). Please reduce the {field} or the completion.",
+            param=field,
+        )
+    if parsed.sampling.min_tokens > room:
+        raise InvalidRequest(
+            f"Invalid 'min_tokens': {parsed.sampling.min_tokens} is out of range; the prompt leaves room for {room}.",
+            param="min_tokens",
+        )
+    return room if parsed.max_tokens is None else parsed.max_tokens
+
+
+def _check_ids(sampling: Sampling, model: ModelEntry) -> None:
+    for field, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias)):
+        if ids:
+            _check_vocabulary(field, max(ids), model)
+
+
+def _check_vocabulary(field: str, largest: int, model: ModelEntry) -> None:
+    """Token ids outside the vocabulary would index past the engine's embeddings and logits."""
+    if largest >= model.vocab_size:
+        raise InvalidRequest(
+            f"Invalid '{field}': token id {largest} is not in the vocabulary, which ends at {model.vocab_size - 1}.",
+            param=field,
+        )
+
+
+def _echo(parsed: ParsedRequest, model: ModelEntry) -> str:
+    return parsed.prompt if isinstance(parsed.prompt, str) else model.tokenizer.decode(parsed.prompt)
+
+
+def _field(parsed: ParsedRequest) -> str:
+    return "messages" if parsed.kind is Kind.CHAT else "prompt"

@@ -1,0 +1,347 @@
+"""Chat templates: messages in, prompt text out, in segments that say which control tokens may be recognised.
+
+Templates are rendered as `transformers` renders them (same sandbox, whitespace rules and helpers), with bounds on the
+iterations and the size of the output.
+
+A control token that a user typed must stay text. So before rendering, each spelling of one inside a message is put
+between two sentinels: strings of private-use characters drawn anew for every rendering. They travel through the
+template with the text; afterwards every control token in the output that overlaps a sentinel pair is the user's, every
+other one the template's. The output is cut *at the template's own control tokens* around a user's one, which is where
+tokenizers cut anyway: apart from the user's control token itself, tokens come out as if the text were encoded whole.
+"""
+
+import itertools
+import json
+import re
+import secrets
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from planes.wire.errors import InvalidRequest
+
+Json = Any
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a prompt. Control tokens spelt out in untrusted text are encoded as text."""
+
+    text: str
+    is_trusted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialToken:
+    """A control token's spelling, and whether the tokenizer lets it swallow the white space beside it."""
+
+    text: str
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateLimits:
+    """Bounds on one rendering."""
+
+    iterations: int = 1_000_000
+    spelt_tokens: int = 10_000
+    """Control tokens spelt out by the client; each costs some microseconds."""
+    output_chars: int = 64_000_000
+
+
+class TemplateError(InvalidRequest):
+    """The template refused the messages, or could not be rendered with them."""
+
+    code = "template_error"
+
+
+class ChatTemplate:
+    """One model's compiled chat template. `render` may run on several threads at once."""
+
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Sequence[SpecialToken] = (),
+        *,
+        variables: Mapping[str, Json] | None = None,
+        limits: TemplateLimits = TemplateLimits(),
+        clock: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        """
+        Args:  special_tokens: every control token of the tokenizer.  variables: what the template sees beside the
+        messages (`bos_token`, …).  clock: for `strftime_now`.
+        Raises:  jinja2.TemplateSyntaxError.
+        """
+        self._template = _environment(clock).from_string(source)
+        # The globals too: Jinja would merge them anew for every rendering, which takes as long as rendering.
+        self._variables = {**self._template.globals, "tools": None, "documents": None, **(variables or {})}
+        self._specials = {token.text: token for token in special_tokens if token.text}
+        self._special = re.compile(_alternatives(self._specials)) if self._specials else None
+        self._limits = limits
+        # Most templates know only system, user and assistant; developer is OpenAI's newer word for system.
+        self._knows_developer = "developer" in source
+
+    def render(self, messages: Sequence[dict[str, Json]], kwargs: Mapping[str, Json] | None = None) -> list[Segment]:
+        """The prompt, ready for the assistant's turn, as one or more segments.
+
+        Args:  kwargs: the request's `chat_template_kwargs`.
+        Raises:  TemplateError.
+        """
+        if not self._knows_developer:
+            messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
+        if self._special is None or not (
+            _spells(messages, self._special) or (kwargs and _spells(kwargs, self._special))
+        ):
+            return [Segment(self._rendered(messages, kwargs), is_trusted=True)]
+        sentinels = _Sentinels(self._limits.spelt_tokens)
+        marked = [_marked(m, self._special, sentinels) for m in messages]
+        return self._segments(self._rendered(marked, _marked(kwargs, self._special, sentinels)), sentinels)
+
+    def _rendered(self, messages: Sequence[dict[str, Json]], kwargs: Mapping[str, Json] | None) -> str:
+        budget = _Budget(self._limits)
+        variables = {
+            **self._variables,
+            **(kwargs or {}),
+            "messages": messages,
+            "add_generation_prompt": True,
+            _BUDGET: budget,
+        }
+        try:
+            context = self._template.new_context(variables, shared=True)
+            return "".join(budget.output(self._template.root_render_func(context)))
+        except InvalidRequest:
+            raise
+        except jinja2.TemplateError as exc:
+            raise TemplateError(f"The chat template refused the messages: {exc}", param="messages") from exc
+        except RecursionError as exc:
+            raise TemplateError("The chat template recursed too deeply.", param="messages") from exc
+        # A template is a program from outside: whatever it trips over is about this request, not about the gateway.
+        except Exception as exc:
+            raise TemplateError(
+                f"The chat template failed on these messages: {type(exc).__name__}: {exc}", param="messages"
+            ) from exc
+
+    def _segments(self, rendered: str, sentinels: "_Sentinels") -> list[Segment]:
+        if self._special is None:
+            return [Segment(rendered, is_trusted=True)]
+        text, untrusted = sentinels.removed(rendered)
+        cuts: list[tuple[int, int]] = []  # the template's control tokens: [start, end)
+        ours: list[int] = []  # where the users' begin
+        pairs = iter(untrusted)
+        theirs_start, theirs_end = next(pairs, _NOWHERE)
+        for match in self._special.finditer(text):
+            start, end = match.span()
+            while theirs_end <= start:
+                theirs_start, theirs_end = next(pairs, _NOWHERE)
+            if theirs_start < end:
+                ours.append(start)
+            else:
+                token = self._specials[match[0]]
+                swallowed_from = _skip_back(text, start) if token.lstrip else start
+                cuts.append((swallowed_from, _skip(text, end) if token.rstrip else end))
+        return list(_cut(text, cuts, ours))
+
+
+_NOWHERE: Final = (sys.maxsize, sys.maxsize)
+_BUDGET: Final = "_headrace_budget"
+_PRIVATE_USE: Final = 0xF0000
+
+
+class _Sentinels:
+    """Two strings of 64 random bits each: a message that held one, to hide a control token in, would have to guess."""
+
+    __slots__ = ("_left", "_limit", "closing", "opening")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = self._left = limit
+        drawn = [chr(_PRIVATE_USE + int.from_bytes(secrets.token_bytes(2))) for _ in range(8)]
+        self.opening, self.closing = "".join(drawn[:4]), "".join(drawn[4:])
+
+    def around(self, match: re.Match[str]) -> str:
+        self._left -= 1
+        if self._left < 0:
+            raise TemplateError(
+                f"The messages spell out more than {self._limit} of the model's control tokens, which is the limit.",
+                param="messages",
+            )
+        return f"{self.opening}{match[0]}{self.closing}"
+
+    def removed(self, marked: str) -> tuple[str, list[tuple[int, int]]]:
+        """The text without sentinels, and what stood between pairs of them; a half that lost its other is dropped."""
+        before, *opened = marked.split(self.opening)
+        pieces = [before.replace(self.closing, "")]
+        ranges: list[tuple[int, int]] = []
+        length = len(pieces[0])
+        for piece in opened:
+            inside, closing, after = piece.partition(self.closing)
+            if closing:
+                ranges.append((length, length + len(inside)))
+            text = inside + after.replace(self.closing, "")
+            pieces.append(text)
+            length += len(text)
+        return "".join(pieces), ranges
+
+
+class _Budget:
+    """Counts one rendering's iterations and characters."""
+
+    __slots__ = ("_chars_left", "_iterations_left", "_limits")
+
+    def __init__(self, limits: TemplateLimits) -> None:
+        self._limits = limits
+        self._iterations_left = limits.iterations
+        self._chars_left = limits.output_chars
+
+    def iterate(self, items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            self._iterations_left -= 1
+            if self._iterations_left < 0:
+                raise TemplateError(
+                    f"The chat template looped more than {self._limits.iterations} times over these messages.",
+                    param="messages",
+                )
+            yield item
+
+    def output(self, pieces: Iterable[str]) -> Iterator[str]:
+        for piece in pieces:
+            self._chars_left -= len(piece)
+            if self._chars_left < 0:
+                raise TemplateError(
+                    f"The rendered prompt has more than {self._limits.output_chars} characters, which is the limit.",
+                    param="messages",
+                )
+            yield piece
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """transformers' sandbox; every `for` counts against the rendering's budget."""
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(jinja2.nodes.For):
+            loop.iter = jinja2.nodes.Filter(loop.iter, _BUDGET, [], [], None, None, lineno=loop.lineno)
+        return tree
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}` marks text for training; for serving it is the text."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@jinja2.pass_context
+def _counted(context: jinja2.runtime.Context, items: Any) -> Iterator[Any]:
+    budget: _Budget = context[_BUDGET]
+    return budget.iterate(items)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Without the HTML escapes of Jinja's own."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _environment(clock: Callable[[], datetime]) -> _Environment:
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.filters[_BUDGET] = _counted
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda pattern: clock().strftime(pattern)
+    return environment
+
+
+def _spells(value: Json, special: re.Pattern[str]) -> bool:
+    """Whether a control token is spelt out anywhere in a JSON value."""
+    if isinstance(value, str):
+        return special.search(value) is not None
+    if isinstance(value, Mapping):
+        return any(_spells(key, special) or _spells(item, special) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return any(_spells(item, special) for item in value)
+    return False
+
+
+def _marked(value: Json, special: re.Pattern[str], sentinels: _Sentinels) -> Json:
+    """A copy of a JSON value with each control token in its strings between sentinels."""
+    if isinstance(value, str):
+        return special.sub(sentinels.around, value)
+    if isinstance(value, Mapping):
+        return {_marked(k, special, sentinels): _marked(item, special, sentinels) for k, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(item, special, sentinels) for item in value]
+    return value
+
+
+def _cut(text: str, cuts: Sequence[tuple[int, int]], users: Sequence[int]) -> Iterator[Segment]:
+    """Segments of `text`: untrusted are the stretches between two of `cuts` in which one of `users` begins."""
+    bounds = [(0, 0), *cuts, (len(text), len(text))]
+    trusted_from, next_user = 0, 0
+    for (_, start), (end, _) in itertools.pairwise(bounds):
+        if next_user == len(users) or users[next_user] >= end:
+            continue
+        while next_user < len(users) and users[next_user] < end:
+            next_user += 1
+        if trusted_from < start:
+            yield Segment(text[trusted_from:start], is_trusted=True)
+        yield Segment(text[start:end], is_trusted=False)
+        trusted_from = end
+    if trusted_from < len(text):
+        yield Segment(text[trusted_from:], is_trusted=True)
+
+
+def _skip(text: str, position: int) -> int:
+    while position < len(text) and text[position].isspace():
+        position += 1
+    return position
+
+
+def _skip_back(text: str, position: int) -> int:
+    while position > 0 and text[position - 1].isspace():
+        position -= 1
+    return position
+
+
+def _alternatives(words: Iterable[str]) -> str:
+    """A pattern that matches the longest of `words`, built as a trie: some models have thousands of control tokens."""
+    trie: dict[str, Any] = {}
+    for word in words:
+        node = trie
+        for char in word:
+            node = node.setdefault(char, {})
+        node[""] = {}
+    return _pattern(trie)
+
+
+def _pattern(trie: dict[str, Any]) -> str:
+    prefix = ""
+    while len(trie) == 1:  # one way on: no choice to write down
+        ((char, trie),) = trie.items()
+        if not char:
+            return prefix
+        prefix += re.escape(char)
+    branches = [re.escape(char) + _pattern(node) for char, node in sorted(trie.items()) if char]
+    if not branches:
+        return prefix
+    return f"{prefix}(?:{'|'.join(branches)}){'?' if '' in trie else ''}"

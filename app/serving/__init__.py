@@ -1,0 +1,1 @@
+"""One request between the router and its client."""

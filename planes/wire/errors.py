@@ -1,0 +1,49 @@
+"""The three ways a request can end badly; every other error of ours is a kind of one of them."""
+
+
+class HeadraceError(Exception):
+    """Base of all errors that a request or a process can end with."""
+
+    code = "internal_error"
+    """Label for metrics and OpenAI's `error.code`; a fixed word, never data."""
+
+
+class InvalidRequest(HeadraceError):  # noqa: N818 - names the outcome, as the style guide asks
+    """The client's mistake; sending it again changes nothing. `param` names the field."""
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class Rejected(HeadraceError):  # noqa: N818
+    """No worker has begun; the request may be sent again, here or elsewhere.
+
+    `status` is a hint for the HTTP edge (429 or 503), `retry_after_s` an honest guess or None.
+    """
+
+    code = "rejected"
+    status = 503
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Interrupted(HeadraceError):  # noqa: N818
+    """A worker had begun and was lost or failed; migration continues it elsewhere."""
+
+    code = "interrupted"
+
+
+class UnusableSetting(HeadraceError):  # noqa: N818 - names what is wrong
+    """A setting that no start can use. The message names the setting, its value and what is allowed."""
+
+    code = "unusable_setting"
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        super().__init__(f"--{name.replace('_', '-')} is {value!r}: {allowed}")

@@ -1,0 +1,223 @@
+"""What gateway and worker say on a stream (`planes/streams.py`): msgpack, one tagged struct per frame.
+
+Token ids travel packed: little-endian uint32 (`pack_tokens`, `unpack_tokens`).
+"""
+
+from enum import StrEnum
+from typing import NewType
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from planes.wire.messages import HandoverEndpoint, HandoverMode, RequestId, WorkerId
+
+StreamId = NewType("StreamId", int)
+"""Names one request on one connection; chosen by the gateway, never reused while the connection lives."""
+
+
+def pack_tokens(tokens: list[int] | npt.NDArray[np.uint32]) -> bytes:
+    return np.asarray(tokens, dtype="<u4").tobytes()
+
+
+def unpack_tokens(packed: bytes) -> list[int]:
+    """Raises:  ValueError if the length is no multiple of four."""
+    tokens: list[int] = np.frombuffer(packed, dtype="<u4").tolist()
+    return tokens
+
+
+class FinishReason(StrEnum):
+    """Why a choice ended; `stop` and `length` are OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How to choose tokens. Ranges are checked by the gateway; the worker trusts them."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """How many alternatives to report per token (0: only the token's own); None: no logprobs."""
+    n: int = 1
+    logit_bias: dict[int, float] = {}
+
+
+class Format(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the worker's formatter writes the answer; the gateway passes its bytes on verbatim."""
+
+    kind: str
+    """`chat` or `completion`."""
+    response_id: str
+    model: str
+    created: int
+    is_streaming: bool = False
+    include_usage: bool = False
+    echo: str = ""
+    """Completions only: the prompt's text, when the client wants it in front of the answer."""
+
+
+class Ticket(msgspec.Struct, frozen=True):
+    """A prefill worker's promise to keep one prompt's KV cache for `lease_s` seconds after it was written."""
+
+    worker: WorkerId
+    mode: HandoverMode
+    num_tokens: int
+    """Prompt tokens whose KV cache is on offer."""
+    lease_s: float
+    params: bytes
+    """What the decode engine needs, as the prefill engine wrote it; opaque to the gateway."""
+    cached_tokens: int = 0
+    """Prompt tokens that the prefill worker did not have to compute: what the answer's usage says."""
+
+
+class LocalLeg(msgspec.Struct, frozen=True, tag="local"):
+    """Prefill and decode here."""
+
+
+class PrefillLeg(msgspec.Struct, frozen=True, tag="prefill"):
+    """Compute the prompt and one token, keep the KV cache for the decode worker.
+
+    `emit_first` asks for the first token as a formatted event too, because the client may have it at once.
+    """
+
+    mode: HandoverMode
+    emit_first: bool = False
+
+
+class DecodeLeg(msgspec.Struct, frozen=True, tag="decode"):
+    """Take the prompt's KV cache from a prefill worker, then decode.
+
+    pull: `ticket` is the prefill worker's.  push: `source` names the prefill worker that will WRITE, and the
+    request id, the same in both legs, matches the two.
+    """
+
+    ticket: Ticket | None = None
+    source: HandoverEndpoint | None = None
+
+
+Leg = LocalLeg | PrefillLeg | DecodeLeg
+
+
+class Generate(msgspec.Struct, frozen=True, tag="generate"):
+    """Gateway → worker: run this.
+
+    `resume` are tokens that the client has already got (packed): the engine continues after prompt + resume, the
+    formatter folds them without emitting. `sampling.max_tokens` counts them in.
+    """
+
+    stream: StreamId
+    request: RequestId
+    prompt: bytes
+    sampling: Sampling
+    format: Format
+    leg: Leg = LocalLeg()
+    resume: bytes = b""
+    cache_salt: str = ""
+    priority: int = 0
+    """Lower is sooner."""
+    timeout_s: float = 600.0
+    """Seconds until the request's deadline, counted from arrival."""
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Gateway → worker: nobody waits for this any more; nothing is answered."""
+
+    stream: StreamId
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Either way; the other side answers Pong at once."""
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """The answer to Ping."""
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """Worker → gateway, its first frame: who answers here. An address may have passed on to another worker by now."""
+
+    worker: WorkerId
+    epoch: int
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """OpenAI's usage words, and what the worker measured."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    queue_s: float = 0.0
+    """Accepted until first scheduled."""
+    prefill_s: float = 0.0
+    """First scheduled until first token (decode leg: 0)."""
+    handover_s: float = 0.0
+    """Decode leg: arrival until the KV cache was here."""
+    handover_bytes: int = 0
+    decode_s: float = 0.0
+    """First until last token."""
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """One request's news from one engine step: finished bytes for the client, and the token ids behind them."""
+
+    stream: StreamId
+    payload: bytes
+    tokens: list[int]
+
+
+class Done(msgspec.Struct, frozen=True, array_like=True):
+    """The request ended well. `payload`: the last bytes for the client (for a non-streamed answer: all of them)."""
+
+    stream: StreamId
+    reason: FinishReason
+    usage: Usage
+    payload: bytes = b""
+    tokens: list[int] = []
+    ticket: Ticket | None = None
+    """Prefill leg only; None there means that the request is complete (its first token ended it)."""
+
+
+class FailureKind(StrEnum):
+    """The three branches of `planes/wire/errors.py`."""
+
+    INVALID = "invalid"
+    REJECTED = "rejected"
+    INTERRUPTED = "interrupted"
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True):
+    """The request ended badly; nothing more follows."""
+
+    stream: StreamId
+    kind: FailureKind
+    code: str
+    message: str
+    param: str | None = None
+
+
+class Step(msgspec.Struct, frozen=True, tag="step"):
+    """Worker → gateway: everything one engine step had for this gateway, in this order."""
+
+    deltas: list[Delta] = []
+    done: list[Done] = []
+    failed: list[Failed] = []
+
+
+FromGateway = Generate | Cancel | Ping | Pong
+FromWorker = Step | Ping | Pong | Hello

@@ -1,0 +1,247 @@
+"""The gateway's queue: who is next, who has waited too long.
+
+Order of service, first rule first:
+
+1. Priority class, 0 before 1. A request counts one class higher after each `promote_after_s`: nobody starves.
+2. Within a class, deficit round robin between tenants (Shreedhar, Varghese: Efficient fair queueing using deficit round
+   robin, SIGCOMM 1995), in uncached prompt tokens: each round gives every tenant `quantum_tokens`; a request is due in
+   the first round in which its tenant has saved enough for it and for all before it.
+3. Within a tenant's round, the shortest predicted prefill first, less `aging` seconds per second waited. Everybody
+   ages alike, so `predicted + aging * submitted_at` is a key that never changes by itself.
+
+A request leaves by being bound, withdrawn or expired. Everything here is O(log n) in requests or O(1), the walk apart.
+"""
+
+import heapq
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from planes.wire.messages import RequestId
+from router.request import Explanation, RoutableRequest
+from router.settings import RouterSettings
+
+_MAX_SAVED_ROUNDS = 8
+"""A tenant whose requests wait for a certain worker saves up no more than this."""
+
+
+@dataclass(slots=True)
+class Bids:
+    """What each worker asks for a request that was held: seconds without the worker's queue, and of prompt work.
+
+    Row numbers of workers hold for one `version` of the dispatch.
+    """
+
+    version: int
+    made_at: float
+    rows: npt.NDArray[np.intp]
+    cost_s: npt.NDArray[np.float64]
+    work_s: npt.NDArray[np.float64]
+    room_s: float
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A request in the queue."""
+
+    request: RoutableRequest
+    submitted_at: float
+    uncached_tokens: int
+    prefill_s: float
+    """Shortest predicted prefill."""
+    explanation: Explanation
+    number: int
+    level: int
+    """Its class now: `request.priority`, less one for each promotion."""
+    bids: Bids | None = None
+    blocked: int = -1
+    """Number of room changes there had been when it last lacked room to decode."""
+    key: float = 0.0
+
+
+@dataclass(slots=True)
+class _Tenant:
+    """One tenant's requests of one class, sorted. `spent`: tokens bound since `joined`, the round of its first."""
+
+    joined: int
+    spent: int = 0
+    line: list[Waiting] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Level:
+    """One priority class. `round`: deficit rounds begun."""
+
+    round: int = 0
+    tenants: dict[str, _Tenant] = field(default_factory=dict)
+
+
+class Queue:
+    """Waiting requests of one gateway; its bound is the router's to keep."""
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self.settings = settings
+        self._waiting: dict[RequestId, Waiting] = {}
+        self._levels: dict[int, _Level] = {}
+        self._deadlines: list[tuple[float, int, Waiting]] = []
+        self._promotions: list[tuple[float, int, Waiting]] = []
+        self._number = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __contains__(self, request: RequestId) -> bool:
+        return request in self._waiting
+
+    def get(self, request: RequestId) -> Waiting | None:
+        return self._waiting.get(request)
+
+    def add(
+        self, request: RoutableRequest, uncached_tokens: int, prefill_s: float, explanation: Explanation, *, now: float
+    ) -> Waiting:
+        self._number += 1
+        number, level = self._number, max(0, request.priority)
+        waiting = Waiting(request, now, uncached_tokens, prefill_s, explanation, number, level)
+        waiting.key = prefill_s + self.settings.aging * now
+        self._waiting[request.request] = waiting
+        self._enter(waiting)
+        heapq.heappush(self._deadlines, (request.deadline, number, waiting))
+        if level:
+            heapq.heappush(self._promotions, (now + self.settings.promote_after_s, number, waiting))
+        return waiting
+
+    def remove(self, waiting: Waiting) -> None:
+        """Withdrawn or expired: its tenant has not been served."""
+        del self._waiting[waiting.request.request]
+        self._leave(waiting)
+        if len(self._deadlines) > 2 * len(self._waiting) + 64:
+            self._tidy()
+
+    def serve(self, waiting: Waiting) -> None:
+        """Bound: its tenant pays for it, and rounds go on as far as that needs."""
+        level = self._levels[waiting.level]
+        tenant = level.tenants[waiting.request.tenant]
+        level.round += self._rounds(level, tenant, waiting.uncached_tokens)
+        tenant.spent += waiting.uncached_tokens
+        self.remove(waiting)
+
+    def update(self, waiting: Waiting, uncached_tokens: int, prefill_s: float) -> None:
+        """What is cached has changed, and with it the request's place."""
+        key = prefill_s + self.settings.aging * waiting.submitted_at
+        if key != waiting.key:
+            tenant = self._levels[waiting.level].tenants[waiting.request.tenant]
+            del tenant.line[_place(tenant.line, waiting)]
+            waiting.key, waiting.prefill_s = key, prefill_s
+            insort(tenant.line, waiting, key=_sort_key)
+        waiting.uncached_tokens = uncached_tokens
+
+    def expired(self, now: float) -> list[Waiting]:
+        """Requests whose deadline has passed; they are still in the queue."""
+        late = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            waiting = heapq.heappop(self._deadlines)[2]
+            if self._waiting.get(waiting.request.request) is waiting:
+                late.append(waiting)
+        return late
+
+    def promote(self, now: float) -> None:
+        """Move those that have waited long enough one class up."""
+        while self._promotions and self._promotions[0][0] <= now:
+            instant, number, waiting = heapq.heappop(self._promotions)
+            if self._waiting.get(waiting.request.request) is not waiting:
+                continue
+            self._leave(waiting)
+            waiting.level -= 1
+            self._enter(waiting)
+            if waiting.level:
+                heapq.heappush(self._promotions, (instant + self.settings.promote_after_s, number, waiting))
+
+    def wakeup(self) -> float:
+        """The next deadline or promotion; infinity if there is none."""
+        ends = [heap[0][0] for heap in (self._deadlines, self._promotions) if heap]
+        return min(ends, default=math.inf)
+
+    # --- order ---------------------------------------------------------------------------------------------------
+
+    def walk(self) -> Iterator[Waiting]:
+        """All requests in order of service. The queue must not change during the walk."""
+        for number in sorted(self._levels):
+            level = self._levels[number]
+            if len(level.tenants) == 1:
+                yield from next(iter(level.tenants.values())).line
+            else:
+                lines = [self._due(level, tenant) for tenant in level.tenants.values()]
+                for _, _, _, waiting in heapq.merge(*lines):
+                    yield waiting
+
+    def _due(self, level: _Level, tenant: _Tenant) -> Iterator[tuple[int, float, int, Waiting]]:
+        """A tenant's requests with the round in which each is due, counted from now."""
+        tokens = 0
+        for waiting in tenant.line:
+            tokens += waiting.uncached_tokens
+            yield self._rounds(level, tenant, tokens), waiting.key, waiting.number, waiting
+
+    def _rounds(self, level: _Level, tenant: _Tenant, tokens: int) -> int:
+        """Further rounds until a tenant can pay `tokens`."""
+        quantum = self.settings.quantum_tokens
+        saved = (level.round - tenant.joined) * quantum - tenant.spent
+        if saved > _MAX_SAVED_ROUNDS * quantum:
+            tenant.spent += saved - _MAX_SAVED_ROUNDS * quantum
+            saved = _MAX_SAVED_ROUNDS * quantum
+        return max(0, -(-(tokens - saved) // quantum))
+
+    def _enter(self, waiting: Waiting) -> None:
+        level = self._levels.setdefault(waiting.level, _Level())
+        tenant = level.tenants.get(waiting.request.tenant)
+        if tenant is None:
+            tenant = level.tenants[waiting.request.tenant] = _Tenant(level.round)
+        insort(tenant.line, waiting, key=_sort_key)
+
+    def _leave(self, waiting: Waiting) -> None:
+        level = self._levels[waiting.level]
+        tenant = level.tenants[waiting.request.tenant]
+        del tenant.line[_place(tenant.line, waiting)]
+        if not tenant.line:  # as deficit round robin has it: who has nothing to send saves nothing
+            del level.tenants[waiting.request.tenant]
+            if not level.tenants:
+                del self._levels[waiting.level]
+
+    def _tidy(self) -> None:
+        """Drop what the heaps still keep of requests that left: they stay in proportion to the queue."""
+        for heap in (self._deadlines, self._promotions):
+            heap[:] = [entry for entry in heap if self._waiting.get(entry[2].request.request) is entry[2]]
+            heapq.heapify(heap)
+
+    # --- answers about itself ------------------------------------------------------------------------------------
+
+    def all(self) -> Iterator[Waiting]:
+        """Everybody, oldest first."""
+        return iter(self._waiting.values())
+
+    def work_before_s(self, request: RoutableRequest, key: float) -> float:
+        """Predicted prefill seconds of all that would be served before a new request; tenants' rounds left out."""
+        level = max(0, request.priority)
+        return sum(
+            waiting.prefill_s
+            for waiting in self._waiting.values()
+            if waiting.request.model == request.model
+            and (waiting.level < level or (waiting.level == level and waiting.key <= key))
+        )
+
+    def depths(self) -> dict[int, int]:
+        """Requests per class, as promoted."""
+        return {
+            number: sum(len(tenant.line) for tenant in level.tenants.values()) for number, level in self._levels.items()
+        }
+
+
+def _sort_key(waiting: Waiting) -> tuple[float, int]:
+    return waiting.key, waiting.number
+
+
+def _place(line: list[Waiting], waiting: Waiting) -> int:
+    return bisect_left(line, _sort_key(waiting), key=_sort_key)

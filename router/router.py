@@ -1,0 +1,406 @@
+"""The router: one object that decides and reserves in the same step. No I/O; every method takes `now` in seconds.
+
+This file is the contract that the gateway and the simulator are written against; see `docs/adr/` for why it queues.
+
+    submit ── refused: QueueFull, SloMissed, NoWorker, DuplicateRequest (raised)
+       └────► waiting ── dispatch ──► bound ── prefilled ── release
+                 │  └── refused: DeadlineExceeded, SloMissed, NoWorker (returned)
+                 └── withdraw
+
+How a request is bound is in `router/late_binding.py`.
+"""
+
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from planes.wire.errors import Rejected
+from planes.wire.messages import KvEvents, LoadReport, Registration, RequestId, Snapshot, WorkerId
+from router import cost
+from router.decision_log import Counts, History, RouterStats, ShadowStats, WorkerStatus, worth_keeping
+from router.errors import DeadlineExceeded, DuplicateRequest, NoPair, NoWorker, PolicyFailed, QueueFull, SloMissed
+from router.fleet import Fleet
+from router.handover_preference import enforced
+from router.late_binding import Dispatch
+from router.policies.headrace import Headrace
+from router.policy import Choice, FleetView, Policy
+from router.queue import Queue, Waiting
+from router.request import Candidate, Explanation, HandoverPreference, Observed, Outcome, RoutableRequest, Route
+from router.settings import RouterSettings
+from router.worker import Reservation
+
+_LENGTH_GAIN = 0.02
+_LEAST_SHARE = 0.01
+_RATE_WINDOW_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A queued request that will not be served; `error` says why."""
+
+    request: RequestId
+    error: Rejected
+
+
+class Router:
+    """Fleet, block index, queue and policy of one gateway."""
+
+    def __init__(
+        self,
+        settings: RouterSettings | None = None,
+        policy: Policy | None = None,
+        *,
+        shadow: Policy | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        """`shadow` decides too and is not obeyed; `rng` breaks ties between equally good workers."""
+        self._settings = settings or RouterSettings()
+        self._policy: Policy = policy or Headrace()
+        self._shadow = shadow
+        self._rng = rng or random.Random(0)
+        self._fleet = Fleet()
+        self._queue = Queue(self._settings)
+        self._dispatch = Dispatch(self._fleet, self._queue)
+        self._fleet_version = -1
+        self._bound: dict[RequestId, tuple[Reservation, Candidate]] = {}
+        self._history = History(self._settings.history)
+        self._counts = Counts()
+        self._length_shares: dict[str, float] = {}
+        self._bind_rate = BindRate()
+
+    def configure(self, settings: RouterSettings, policy: Policy, *, shadow: Policy | None = None, now: float) -> None:
+        """Change settings and policies. Waiting requests stay, and are decided anew at the next `dispatch`."""
+        del now
+        if shadow is None or self._shadow is None or shadow.name != self._shadow.name:
+            self._counts.forget_shadow()
+        self._settings, self._policy, self._shadow = settings, policy, shadow
+        self._queue.settings = settings
+        self._history.trim(settings.history)
+        self._dispatch.forget()
+
+    # --- the fleet: control and event plane ---------------------------------------------------------------------
+
+    def worker_up(self, registration: Registration, *, now: float) -> None:
+        """A worker registered or changed its registration. A new epoch forgets everything about the old one."""
+        del now
+        self._fleet.up(registration)
+
+    def worker_down(self, worker: WorkerId, *, now: float) -> None:
+        """A worker's registration is gone, or its stream was found dead. Its reservations stay until released."""
+        del now
+        self._fleet.down(worker)
+
+    def apply_events(self, batch: KvEvents, *, now: float) -> None:
+        """Apply one publication; duplicates, gaps and foreign epochs are noticed here and healed by a snapshot."""
+        del now
+        self._fleet.index.apply(batch)
+
+    def apply_snapshot(self, snapshot: Snapshot, *, now: float) -> None:
+        """Replace what is known of a worker's blocks."""
+        del now
+        self._fleet.index.apply_snapshot(snapshot)
+
+    def apply_load(self, report: LoadReport, *, now: float) -> None:
+        """Take over a load report; a digest that differs from our copy's marks the worker for a snapshot."""
+        self._fleet.apply_load(report, now=now, report_delay_s=self._settings.report_delay_s)
+        self._dispatch.room_changed()
+
+    def workers_to_snapshot(self) -> list[WorkerId]:
+        """Workers whose blocks we do not know for sure. Stays so until `apply_snapshot`; the caller paces itself."""
+        return self._fleet.index.inexact()
+
+    # --- requests ------------------------------------------------------------------------------------------------
+
+    def submit(self, request: RoutableRequest, *, now: float) -> None:
+        """Queue a request; call `dispatch` next.
+
+        Raises:  QueueFull, SloMissed, NoWorker, NoPair, DuplicateRequest (all Rejected): the request is not queued.
+        """
+        if request.request in self._queue or request.request in self._bound:
+            raise DuplicateRequest(request.request)
+        share = self._length_shares.get(request.model, 1.0)
+        if share < 1.0:
+            request = replace(request, expected_tokens=max(1, round(request.expected_tokens * share)))
+        explanation = self._explanation(request, now)
+        try:
+            self._check(request, now)
+        except Rejected as exc:
+            self._refused(explanation, exc)
+            self._history.add(explanation)
+            raise
+        uncached, seconds = self._dispatch.shortest(request)
+        self._queue.add(request, uncached, seconds, explanation, now=now)
+        self._history.add(explanation)
+
+    def _check(self, request: RoutableRequest, now: float) -> None:
+        limit = self._settings.queue_limit
+        if len(self._queue) >= limit:
+            raise QueueFull(len(self._queue), limit, retry_after_s=self._bind_rate.seconds_for(limit / 10, now))
+        if not self._fleet.can_serve(request):
+            raise self._nobody(request)
+        slo = self._slo(request)
+        view = self._fleet.view(request, {}, now, self._rng, len(self._queue) + 1) if slo is not None else None
+        if slo is not None and view is not None:
+            chosen = cost.judge(request, _choose(self._policy, request, view).chosen, view)
+            self._check_slo(chosen, self._wait_s(request, chosen, now), slo)
+
+    def dispatch(self, *, now: float) -> list[Route | Refusal]:
+        """Bind every request whose time has come, and reserve for it. Call after anything changed, and at `wakeup`."""
+        answers: list[Route | Refusal] = [
+            self._turn_away(waiting, DeadlineExceeded(now - waiting.submitted_at))
+            for waiting in self._queue.expired(now)
+        ]
+        if len(self._queue):
+            answers += self._refuse_unservable()
+            self._queue.promote(now)
+            self._dispatch.run(lambda waiting, ahead: self._decide(waiting, ahead, now, answers), now)
+        return answers
+
+    def _refuse_unservable(self) -> list[Refusal]:
+        """Those that waited for workers which are gone: looked for only when the fleet has changed."""
+        if self._fleet_version == self._fleet.version:
+            return []
+        self._fleet_version = self._fleet.version
+        lost = [waiting for waiting in self._queue.all() if not self._fleet.can_serve(waiting.request)]
+        return [self._turn_away(waiting, self._nobody(waiting.request)) for waiting in lost]
+
+    def _nobody(self, request: RoutableRequest) -> Rejected:
+        """Why `Fleet.can_serve` says no."""
+        error = NoPair if request.handover is HandoverPreference.ALWAYS else NoWorker
+        return error(request.model, num_workers=len(self._fleet.workers))
+
+    def _decide(
+        self, waiting: Waiting, ahead: dict[WorkerId, float], now: float, answers: list[Route | Refusal]
+    ) -> Choice | None:
+        """Ask the policy about one request, and bind it unless it is held. None: it was refused."""
+        request = waiting.request
+        view = self._fleet.view(request, ahead, now, self._rng, len(self._queue))
+        if view is None:
+            answers.append(self._turn_away(waiting, self._nobody(request)))
+            return None
+        try:
+            choice = _choose(self._policy, request, view)
+            # Published rules predict no seconds, and may name a pair that cannot hand over.
+            is_judged = choice.is_held or choice.chosen.prefill_s > 0
+            chosen = choice.chosen if is_judged else cost.judge(request, choice.chosen, view)
+        except Exception as exc:  # noqa: BLE001 - a policy may be a user's own: its bug is this request's alone
+            answers.append(self._turn_away(waiting, PolicyFailed(self._policy.name, exc)))
+            return None
+        explanation = waiting.explanation
+        explanation.policy = self._policy.name
+        explanation.candidates, explanation.chosen = worth_keeping(choice.candidates), choice.chosen
+        explanation.held_s = now - waiting.submitted_at
+        if choice.is_held:
+            self._counts.held += not explanation.held_because
+            explanation.held_because = choice.held_because
+            return choice
+        slo = self._slo(request)
+        try:
+            if slo is not None:
+                self._check_slo(chosen, now - waiting.submitted_at, slo)
+        except SloMissed as exc:
+            answers.append(self._turn_away(waiting, exc))
+            return None
+        answers.append(self._bind(waiting, chosen, view, now))
+        return Choice(chosen, choice.candidates)
+
+    def _bind(self, waiting: Waiting, chosen: Candidate, view: FleetView, now: float) -> Route:
+        request, held_s = waiting.request, now - waiting.submitted_at
+        self._queue.serve(waiting)
+        self._bound[request.request] = self._fleet.reserve(request, chosen, now), chosen
+        waiting.explanation.chosen = chosen
+        self._bind_rate.add(now)
+        self._counts.decisions[self._policy.name] += 1
+        self._counts.local += chosen.prefill is None
+        if self._shadow is not None:
+            self._ask_shadow(self._shadow, waiting, chosen, view)
+        return Route(
+            request.request,
+            chosen.prefill,
+            chosen.decode,
+            chosen.cached_tokens,
+            chosen.decode_cached_tokens,
+            chosen,
+            self._policy.name,
+            held_s,
+            len(waiting.explanation.candidates),
+        )
+
+    def _ask_shadow(self, shadow: Policy, waiting: Waiting, chosen: Candidate, view: FleetView) -> None:
+        request = waiting.request
+        try:
+            other = cost.judge(request, _choose(shadow, request, view).chosen, view)
+        except Exception:  # noqa: BLE001 - it is not obeyed, so it must not do harm either
+            self._counts.shadow_failed += 1
+            return
+        waiting.explanation.shadow = other
+        self._counts.compare(chosen, other)
+
+    def _turn_away(self, waiting: Waiting, error: Rejected) -> Refusal:
+        self._queue.remove(waiting)
+        self._refused(waiting.explanation, error)
+        return Refusal(waiting.request.request, error)
+
+    def _refused(self, explanation: Explanation, error: Rejected) -> None:
+        explanation.refused_because = str(error)
+        self._counts.refusals[error.code] += 1
+
+    def _slo(self, request: RoutableRequest) -> float | None:
+        return request.slo_ttft_s if request.slo_ttft_s is not None else self._settings.slo_ttft_s
+
+    def _wait_s(self, request: RoutableRequest, chosen: Candidate, now: float) -> float:
+        """Predicted wait in the queue; who passes those that are computed need not wait for room."""
+        return 0.0 if chosen.num_passed else self._dispatch.wait_s(request, now, aging=self._settings.aging)
+
+    def _check_slo(self, chosen: Candidate, waiting_s: float, slo_s: float) -> None:
+        ttft_s = waiting_s + chosen.ttft_s
+        if ttft_s > slo_s:
+            # What lies before it shrinks by a second a second; its own prefill does not.
+            waits_s = waiting_s + chosen.queue_s
+            missing_s = ttft_s - slo_s
+            raise SloMissed(ttft_s, slo_s, retry_after_s=missing_s if missing_s <= waits_s else None)
+
+    def wakeup(self) -> float | None:
+        """The instant at which `dispatch` should run though nothing else happened; None: no need."""
+        if not len(self._queue):
+            return None
+        return min(self._queue.wakeup(), self._dispatch.wakeup())
+
+    def withdraw(self, request: RequestId, *, now: float) -> None:
+        """The client of a queued request went away. Unknown ids are ignored (it may just have been bound)."""
+        waiting = self._queue.get(request)
+        if waiting is not None:
+            self._queue.remove(waiting)
+            waiting.explanation.held_s = now - waiting.submitted_at
+            waiting.explanation.refused_because = "withdrawn by its client"
+
+    def prefilled(self, request: RequestId, *, now: float) -> None:
+        """The prompt has been computed (prefill leg answered, or a local first token came): frees prefill load."""
+        bound = self._bound.get(request)
+        if bound is not None:
+            self._fleet.prefilled(bound[0], now)
+
+    def release(self, request: RequestId, observed: Observed, *, now: float) -> None:
+        """Give back the reservation of a bound request, exactly once, and learn from it. Raises KeyError if unbound."""
+        reservation, predicted = self._bound.pop(request)
+        self._fleet.release(reservation, observed.completion_tokens, now)
+        self._dispatch.room_changed()
+        self._fleet.learn(reservation, observed)
+        self._counts.observe(predicted, observed)
+        if observed.outcome is Outcome.FINISHED and observed.completion_tokens > 0:
+            model = reservation.decoding.registration.model
+            self._learn_length(model, observed.completion_tokens / max(1, reservation.expected_tokens))
+        explanation = self._history.get(request)
+        if explanation is not None:
+            explanation.observed = observed
+
+    def _learn_length(self, model: str, ratio: float) -> None:
+        """Callers plan with `max_tokens` where they know no better; answers are mostly shorter, by much the same."""
+        share = self._length_shares.get(model, 1.0)
+        share += _LENGTH_GAIN * (min(ratio, 2.0) * share - share)
+        self._length_shares[model] = min(max(share, _LEAST_SHARE), 1.0)
+
+    # --- answers about itself --------------------------------------------------------------------------------------
+
+    def explain(self, request: RequestId) -> Explanation | None:
+        """What was decided for a recent request, and what came of it."""
+        return self._history.get(request)
+
+    def preview(self, request: RoutableRequest, *, now: float) -> Explanation:
+        """What would be decided now. Changes nothing."""
+        explanation = self._explanation(request, now)
+        # A policy may keep what it decided, and draws numbers: neither is to be felt by real requests.
+        view = self._fleet.view(request, {}, now, random.Random(0), len(self._queue) + 1)
+        try:
+            if view is None:
+                raise self._nobody(request)
+            choice = _choose(self._policy, request, view)
+            explanation.candidates = worth_keeping(choice.candidates)
+            explanation.chosen = cost.judge(request, choice.chosen, view)
+            explanation.held_because = choice.held_because
+            slo = self._slo(request)
+            if slo is not None:
+                self._check_slo(explanation.chosen, self._wait_s(request, explanation.chosen, now), slo)
+        except Rejected as exc:
+            explanation.refused_because = str(exc)
+        return explanation
+
+    def _explanation(self, request: RoutableRequest, now: float) -> Explanation:
+        return Explanation(
+            request.request,
+            self._policy.name,
+            request.prompt_tokens,
+            now,
+            handover=request.handover,
+            tenant=request.tenant,
+        )
+
+    def stats(self, *, now: float) -> RouterStats:
+        """Everything that metrics show of the router."""
+        counts, models = self._counts, [worker.latency for worker in self._fleet.workers.values()]
+        shadow = None
+        if self._shadow is not None:
+            shadow = ShadowStats(
+                self._shadow.name,
+                counts.shadow_decided,
+                counts.shadow_differed,
+                counts.shadow_faster_s,
+                counts.shadow_failed,
+            )
+        oldest = next(self._queue.all(), None)
+        return RouterStats(
+            waiting=self._queue.depths(),
+            oldest_wait_s=now - oldest.submitted_at if oldest is not None else 0.0,
+            bound=len(self._bound),
+            index_blocks=len(self._fleet.index),
+            index_fallback=self._fleet.index.fallback,
+            inexact_workers=len(self._fleet.index.inexact()),
+            decisions=dict(counts.decisions),
+            local_decisions=counts.local,
+            refusals=dict(counts.refusals),
+            held=counts.held,
+            prefill_error_ratio=_mean(model.prefill_error_ratio for model in models),
+            step_error_ratio=_mean(model.step_error_ratio for model in models),
+            handover_error_ratio=self._fleet.links.error_ratio(),
+            ttft_error_ratio=counts.ttft_error_ratio,
+            shadow=shadow,
+        )
+
+    def workers(self, *, now: float) -> list[WorkerStatus]:
+        """Every registered worker as the router sees it."""
+        return self._fleet.statuses(now)
+
+
+def _choose(policy: Policy, request: RoutableRequest, view: FleetView) -> Choice:
+    return enforced(request, policy.choose(request, view), view)
+
+
+class BindRate:
+    """Requests bound per second, over about the last ten seconds."""
+
+    def __init__(self) -> None:
+        self._count = 0.0
+        self._at: float | None = None
+        self._since = 0.0
+
+    def add(self, now: float) -> None:
+        if self._at is None:
+            self._since = now
+        else:
+            self._count *= math.exp((self._at - now) / _RATE_WINDOW_S)
+        self._count += 1.0
+        self._at = now
+
+    def seconds_for(self, requests: float, now: float) -> float:
+        """How long it takes to bind that many at this rate, 1 to 60."""
+        if self._at is None:
+            return 1.0
+        window = _RATE_WINDOW_S * (1 - math.exp(-max(now - self._since, 1.0) / _RATE_WINDOW_S))
+        rate = self._count * math.exp((self._at - now) / _RATE_WINDOW_S) / window
+        return min(60.0, max(1.0, requests / rate)) if rate > 0 else 60.0
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = [value for value in values if value]
+    return sum(known) / len(known) if known else 0.0

@@ -1,0 +1,52 @@
+import json
+
+import pytest
+
+from app.cli.config import NAMES, ConfigSettings, UnusableConfig, changed, live_settings
+from planes.wire.errors import UnusableSetting
+
+
+def test_changes_join_what_is_there():
+    first = changed(None, ("policy=dynamo", "slo_ttft_s=2.5"))
+    assert json.loads(first) == {"policy": "dynamo", "slo_ttft_s": 2.5}
+    second = changed(first, ("queue_limit=7", "policy=random", "shadow_policy="))
+    assert json.loads(second) == {"policy": "random", "slo_ttft_s": 2.5, "queue_limit": 7, "shadow_policy": ""}
+
+
+def test_null_goes_back_to_what_was_started():
+    assert json.loads(changed(b'{"policy": "dynamo", "queue_limit": 7}', ("policy=null",))) == {"queue_limit": 7}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("policy", "'policy' must look like name=value"),
+        ("polcy=random", "'polcy' is no live setting; there are policy, shadow_policy"),
+        ("policy=none_such", "policy is 'none_such' and must be"),
+        ("queue_limit=x", r"Expected `int \| null`, got `str` - at `\$.queue_limit`"),
+        ("queue_limit=0", "queue_limit is 0 and must be at least 1"),
+        ("slo_ttft_s=-1", "slo_ttft_s is -1.0"),
+        ("slo_ttft_s=nan", "slo_ttft_s is nan"),
+    ],
+)
+def test_what_gateways_would_refuse_is_refused_at_once(change, message):
+    with pytest.raises(UnusableConfig, match=message):
+        changed(b'{"policy": "dynamo"}', ("history=5", change))
+
+
+def test_every_setting_is_explained_by_whoever_declares_it():
+    told = {each.name: each for each in live_settings()}
+    assert tuple(told) == NAMES
+    assert (told["aging"].otherwise, told["history"].meaning) == ("4.0", "Most decisions kept for explain, 1 or more.")
+    assert (told["shadow_policy"].otherwise, told["queue_limit"].otherwise) == ("--shadow-policy", "--queue-limit")
+    assert told["policy"].meaning.startswith("Routing policy: a name")
+
+
+def test_a_broken_value_is_said_and_how_to_remove_it():
+    with pytest.raises(UnusableConfig, match="headrace config --clear"):
+        changed(b'{"polcy": 1}', ("policy=dynamo",))
+
+
+def test_a_setting_that_cannot_work_is_named():
+    with pytest.raises(UnusableSetting, match="--namespace is 'a/b'"):
+        ConfigSettings(namespace="a/b")

@@ -1,0 +1,361 @@
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+import uvicorn
+from starlette.requests import Request
+
+from app.http.response import Answer, Streamed, StreamingProtocol, read_body
+from app.openai.errors import BodyTooLarge
+
+MAX_UNSENT = 100_000
+
+
+class Recorder:
+    """What the application under test saw."""
+
+    def __init__(self):
+        self.ended: asyncio.Queue[str] = asyncio.Queue()
+        self.cut_off = 0
+        self.produce = None
+
+    def count_cut_off(self):
+        self.cut_off += 1
+
+
+@pytest.fixture
+def recorder():
+    return Recorder()
+
+
+@pytest.fixture
+async def connect(recorder):
+    """Connections to a uvicorn of ours that answers everything with `recorder.produce`."""
+
+    async def produce(request: Request, answer: Answer) -> None:
+        try:
+            await recorder.produce(request, answer)
+            recorder.ended.put_nowait("done")
+        except asyncio.CancelledError:
+            recorder.ended.put_nowait("cancelled")
+            raise
+
+    app = Streamed(produce, max_unsent_bytes=MAX_UNSENT, on_cut_off=recorder.count_cut_off)
+    config = uvicorn.Config(app, http=StreamingProtocol, ws="none", lifespan="off", log_config=None)
+    config.load()
+    state = uvicorn.Server(config).server_state
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: StreamingProtocol(config, state, {}), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+
+    @asynccontextmanager
+    async def connected():
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            yield reader, writer
+        finally:
+            writer.close()
+
+    yield connected
+    server.close()
+    for connection in list(state.connections):
+        connection.transport.abort()
+    while state.tasks:
+        await asyncio.wait(state.tasks)
+
+
+def post(version="1.1", method="POST", body=b"", extra=b""):
+    head = f"{method} / HTTP/{version}\r\nHost: x\r\nContent-Length: {len(body)}\r\n".encode()
+    return head + extra + b"\r\n" + body
+
+
+async def read_head(reader):
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    status, *lines = head.decode().strip().split("\r\n")
+    return status.split()[1], dict(line.split(": ", 1) for line in lines)
+
+
+async def read_chunks(reader):
+    chunks = []
+    while True:
+        size = int(await asyncio.wait_for(reader.readline(), 5), 16)
+        chunks.append(await reader.readexactly(size))
+        assert await reader.readexactly(2) == b"\r\n"
+        if not size:
+            return chunks[:-1]
+
+
+async def say_hello(request, answer):
+    answer.write(b"held back ")
+    await answer.begin([("x-policy", "test")])
+    answer.write(b"hello")
+    answer.write(b"world")
+    await answer.end()
+
+
+async def test_each_payload_is_a_chunk_and_the_connection_serves_again(recorder, connect):
+    recorder.produce = say_hello
+    async with connect() as (reader, writer):
+        for _ in range(3):
+            writer.write(post())
+            status, headers = await read_head(reader)
+            assert (status, headers["x-policy"]) == ("200", "test")
+            assert headers["transfer-encoding"] == "chunked"
+            assert headers["content-type"] == "text/event-stream"
+            assert await read_chunks(reader) == [b"held back ", b"hello", b"world"]
+
+
+class Counting:
+    """A transport that remembers what is written to it."""
+
+    def __init__(self, transport):
+        self._transport = transport
+        self.writes = []
+
+    def write(self, data):
+        self.writes.append(data)
+        self._transport.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self._transport, name)
+
+
+def counted(recorder, produce):
+    """Let `recorder` answer with `produce`.  Returns: the transports of its answers."""
+    transports = []
+
+    async def watched(request, answer):
+        answer._transport = Counting(answer._transport)
+        transports.append(answer._transport)
+        await produce(request, answer)
+
+    recorder.produce = watched
+    return transports
+
+
+async def test_the_head_and_what_was_held_back_are_one_write(recorder, connect):
+    transports = counted(recorder, say_hello)
+    async with connect() as (reader, writer):
+        writer.write(post())
+        await read_head(reader)
+        assert await read_chunks(reader) == [b"held back ", b"hello", b"world"]
+    begin, _, _, end = transports[0].writes
+    assert begin.endswith(b"\r\n\r\na\r\nheld back \r\n")
+    assert end == b"0\r\n\r\n"
+
+
+async def test_an_answer_that_is_known_whole_is_one_write(recorder, connect):
+    async def short(request, answer):
+        answer.write(b"held back ")
+        await answer.end(b"last", [("x-policy", "test")])
+
+    transports = counted(recorder, short)
+    async with connect() as (reader, writer):
+        for _ in range(2):
+            writer.write(post())
+            status, headers = await read_head(reader)
+            assert (status, headers["x-policy"]) == ("200", "test")
+            assert await read_chunks(reader) == [b"held back ", b"last"]
+    assert [len(transport.writes) for transport in transports] == [1, 1]
+
+
+async def test_the_last_chunk_and_the_end_are_one_write(recorder, connect):
+    async def stream(request, answer):
+        await answer.begin([])
+        answer.write(b"first")
+        await answer.end(b"last")
+
+    transports = counted(recorder, stream)
+    async with connect() as (reader, writer):
+        writer.write(post(extra=b"Connection: close\r\n"))
+        await read_head(reader)
+        assert await read_chunks(reader) == [b"first", b"last"]
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+    assert transports[0].writes[1:] == [b"5\r\nfirst\r\n", b"4\r\nlast\r\n0\r\n\r\n"]
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("method", ["POST", "HEAD"])
+async def test_an_end_without_a_beginning_has_a_head_all_the_same(recorder, connect, method, version):
+    async def short(request, answer):
+        await answer.end(b"all", [("x-policy", "test")])
+
+    recorder.produce = short
+    async with connect() as (reader, writer):
+        writer.write(post(version, method, extra=b"Connection: close\r\n"))
+        status, headers = await read_head(reader)
+        assert (status, headers["x-policy"]) == ("200", "test")
+        body = await asyncio.wait_for(reader.read(), 5)
+    expected = {("POST", "1.1"): b"3\r\nall\r\n0\r\n\r\n", ("POST", "1.0"): b"all"}
+    assert body == expected.get((method, version), b"")
+
+
+async def test_a_client_that_wants_no_more_is_told_so_and_let_go(recorder, connect):
+    recorder.produce = say_hello
+    async with connect() as (reader, writer):
+        writer.write(post(extra=b"Connection: close\r\n"))
+        _, headers = await read_head(reader)
+        assert headers["connection"] == "close"
+        assert await read_chunks(reader) == [b"held back ", b"hello", b"world"]
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+
+
+async def test_a_header_cannot_smuggle_in_another(recorder, connect):
+    async def smuggle(request, answer):
+        with pytest.raises(RuntimeError, match="line break"):
+            await answer.begin([("x-policy", "a\r\nset-cookie: b")])
+        await answer.send_whole(500, [], b"")
+
+    recorder.produce = smuggle
+    async with connect() as (reader, writer):
+        writer.write(post())
+        status, headers = await read_head(reader)
+        assert (status, "set-cookie" in headers) == ("500", False)
+
+
+async def test_pipelined_requests_are_answered_in_order(recorder, connect):
+    async def echo(request, answer):
+        body = await read_body(request, 100)
+        await answer.begin([])
+        answer.write(body)
+        await answer.end()
+
+    recorder.produce = echo
+    async with connect() as (reader, writer):
+        writer.write(post(body=b"first") + post(body=b"second"))
+        for expected in (b"first", b"second"):
+            await read_head(reader)
+            assert await read_chunks(reader) == [expected]
+
+
+async def test_http_1_0_gets_a_body_that_ends_with_the_connection(recorder, connect):
+    recorder.produce = say_hello
+    async with connect() as (reader, writer):
+        writer.write(post("1.0"))
+        _, headers = await read_head(reader)
+        assert "transfer-encoding" not in headers
+        assert headers["connection"] == "close"
+        assert await asyncio.wait_for(reader.read(), 5) == b"held back helloworld"
+
+
+async def test_head_gets_no_body(recorder, connect):
+    recorder.produce = say_hello
+    async with connect() as (reader, writer):
+        writer.write(post(method="HEAD") + post())
+        _, headers = await read_head(reader)
+        assert "transfer-encoding" not in headers
+        await read_head(reader)
+        assert await read_chunks(reader) == [b"held back ", b"hello", b"world"]
+
+
+async def test_an_answer_in_one_piece_drops_what_was_held_back(recorder, connect):
+    async def refuse(request, answer):
+        answer.write(b"never seen")
+        await answer.send_whole(429, [("retry-after", "1")], b"{}")
+
+    recorder.produce = refuse
+    async with connect() as (reader, writer):
+        writer.write(post())
+        status, headers = await read_head(reader)
+        assert (status, headers["content-length"], headers["retry-after"]) == ("429", "2", "1")
+        assert await reader.readexactly(2) == b"{}"
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+async def test_a_gone_client_ends_the_answer_though_nothing_is_written(recorder, connect, is_begun):
+    started = asyncio.Event()
+
+    async def wait_for_ever(request, answer):
+        if is_begun:
+            await answer.begin([])
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            assert answer.is_gone
+
+    recorder.produce = wait_for_ever
+    async with connect() as (_, writer):
+        writer.write(post())
+        await asyncio.wait_for(started.wait(), 5)
+    assert await asyncio.wait_for(recorder.ended.get(), 5) == "cancelled"
+
+
+async def test_a_client_that_does_not_read_is_cut_off_at_the_limit(recorder, connect):
+    written = 0
+
+    async def flood(request, answer):
+        nonlocal written
+        await answer.begin([])
+        while True:
+            answer.write(b"x" * 10_000)
+            written += 10_000
+            await asyncio.sleep(0)
+
+    recorder.produce = flood
+    async with connect() as (_, writer):
+        writer.transport.pause_reading()
+        writer.write(post())
+        assert await asyncio.wait_for(recorder.ended.get(), 20) == "cancelled"
+    assert recorder.cut_off == 1
+    assert written > MAX_UNSENT
+
+
+async def test_a_slow_client_below_the_limit_gets_everything(recorder, connect):
+    async def burst(request, answer):
+        await answer.begin([])
+        for i in range(9):
+            answer.write(b"%d" % i * 10_000)
+        await answer.end()
+
+    recorder.produce = burst
+    async with connect() as (reader, writer):
+        writer.write(post())
+        await read_head(reader)
+        assert [len(chunk) for chunk in await read_chunks(reader)] == [10_000] * 9
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+async def test_a_body_beyond_the_limit_is_refused_before_it_has_come(recorder, connect, is_announced):
+    async def read(request, answer):
+        try:
+            await read_body(request, 10)
+        except BodyTooLarge as exc:
+            await answer.send_whole(413, [], str(exc).encode())
+
+    recorder.produce = read
+    async with connect() as (reader, writer):
+        if is_announced:
+            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
+        else:
+            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nb\r\n12345678901\r\n")
+        status, headers = await read_head(reader)
+        assert status == "413"
+        body = await reader.readexactly(int(headers["content-length"]))
+        assert b"limit is 10" in body
+        assert (b"100000000" if is_announced else b"11 bytes") in body
+
+
+async def test_a_body_at_the_limit_is_read(recorder, connect):
+    async def read(request, answer):
+        await answer.send_whole(200, [], await read_body(request, 10))
+
+    recorder.produce = read
+    async with connect() as (reader, writer):
+        writer.write(post(body=b"0123456789"))
+        await read_head(reader)
+        assert await reader.readexactly(10) == b"0123456789"
+
+
+async def test_a_client_that_leaves_while_sending_ends_the_request(recorder, connect):
+    reading = asyncio.Event()
+
+    async def read(request, answer):
+        reading.set()
+        await read_body(request, 100)
+
+    recorder.produce = read
+    async with connect() as (_, writer):
+        writer.write(post(body=b"x" * 50)[:-20])
+        await asyncio.wait_for(reading.wait(), 5)
+    assert await asyncio.wait_for(recorder.ended.get(), 5) == "cancelled"

@@ -1,0 +1,58 @@
+import json
+
+import pytest
+
+from app.openai.request_headers import HeaderOptions, parse_header_options, route_header
+from planes.wire.errors import InvalidRequest
+from planes.wire.messages import RequestId, WorkerId
+from router.request import Candidate, HandoverPreference, Route
+
+
+def test_without_headers_nothing_is_wished():
+    assert parse_header_options({}, n=4) == HeaderOptions(HandoverPreference.AUTO, is_explained=False)
+
+
+def test_wishes_are_read_from_the_headers():
+    headers = {"x-headrace-handover": " never", "x-headrace-explain": "1"}
+    assert parse_header_options(headers, n=4) == HeaderOptions(HandoverPreference.NEVER, is_explained=True)
+    assert parse_header_options({"x-headrace-handover": "always"}, n=1).handover is HandoverPreference.ALWAYS
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("x-headrace-handover", "maybe", "auto, always, never"),
+        ("x-headrace-handover", "", "auto, always, never"),
+        ("x-headrace-handover", "Always", "auto, always, never"),
+        ("x-headrace-explain", "yes", "0, 1"),
+    ],
+)
+def test_any_other_value_is_refused_with_what_is_allowed(name, value, allowed):
+    with pytest.raises(InvalidRequest, match=f"{name} is '{value}'; {allowed} are possible") as refused:
+        parse_header_options({name: value}, n=1)
+    assert refused.value.param == name
+
+
+def test_several_choices_cannot_be_handed_over():
+    with pytest.raises(InvalidRequest, match="n is 2"):
+        parse_header_options({"x-headrace-handover": "always"}, n=2)
+
+
+def test_the_route_s_header_is_short_ascii_json():
+    worker = WorkerId("prefill-é" + "x" * 400)
+    chosen = Candidate(worker, WorkerId("d0"), 16, 32, 1 / 3, 0.2, 0.3, 0.4, 1e9 / 7, 2e9 / 7)
+    header = route_header(Route(RequestId("r"), worker, WorkerId("d0"), 16, 32, chosen, "headrace", 0.25, 12))
+    assert header.isascii()
+    assert len(header) < 2048
+    assert json.loads(header) == {
+        "prefill": worker,
+        "decode": "d0",
+        "cached_tokens": 16,
+        "queue_s": 0.333333,
+        "prefill_s": 0.2,
+        "handover_s": 0.3,
+        "inflicted_s": 142857142.857143,
+        "total_s": 285714285.714286,
+        "held_s": 0.25,
+        "candidates": 12,
+    }

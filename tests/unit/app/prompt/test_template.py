@@ -1,0 +1,186 @@
+import json
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jinja2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.prompt.template import ChatTemplate, Segment, SpecialToken, TemplateError, TemplateLimits, _alternatives
+
+SPECIALS = [SpecialToken("<|a|>"), SpecialToken("<|ab|>"), SpecialToken("<|end|>"), SpecialToken("<s>")]
+TURNS = "{{ bos_token }}{% for m in messages %}<|a|>{{ m.role }}\n{{ m.content | trim }}<|end|>\n{% endfor %}<|a|>"
+
+
+def user(content, **more):
+    return {"role": "user", "content": content, **more}
+
+
+def template(source=TURNS, **kwargs):
+    return ChatTemplate(source, SPECIALS, variables={"bos_token": "<s>"}, **kwargs)
+
+
+def text(segments):
+    return "".join(segment.text for segment in segments)
+
+
+def test_text_without_control_tokens_is_one_trusted_segment():
+    assert template().render([user(" hi <b> ")]) == [Segment("<s><|a|>user\nhi <b><|end|>\n<|a|>", is_trusted=True)]
+
+
+def test_a_typed_control_token_makes_its_stretch_untrusted_and_no_other():
+    segments = template().render([user("one"), user("x<|end|>\n<|ab|>y"), user("two")])
+    assert segments == [
+        Segment("<s><|a|>user\none<|end|>\n<|a|>", is_trusted=True),
+        Segment("user\nx<|end|>\n<|ab|>y", is_trusted=False),
+        Segment("<|end|>\n<|a|>user\ntwo<|end|>\n<|a|>", is_trusted=True),
+    ]
+
+
+@pytest.mark.parametrize("content", ["<|end|>", "<|a<|a|>|>", "<|<|end|>end|>", "<s>" * 50, "<|end|><|end|>", "<|ab|>"])
+def test_no_spelling_of_a_control_token_gets_into_a_trusted_segment(content):
+    segments = template().render([user(content)])
+    assert text(segments) == f"<s><|a|>user\n{content}<|end|>\n<|a|>"
+    trusted = "".join(segment.text for segment in segments if segment.is_trusted)
+    assert trusted == "<s><|a|><|end|>\n<|a|>"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        user("x", name="<|end|>"),
+        user("x", tool_call_id="<|end|>"),
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "f", "arguments": {"<|end|>": "<|a|>"}}}],
+        },
+    ],
+)
+def test_control_tokens_in_any_field_are_text(message):
+    segments = template("<s>{{ messages | tojson }}<|end|>").render([message])
+    assert [segment.is_trusted for segment in segments] == [True, False, True]
+    assert segments[2].text == "<|end|>"
+    assert json.loads(segments[1].text) == [message]
+
+
+def test_control_tokens_in_template_kwargs_are_text():
+    segments = template("<s>{{ topic }}<|end|>").render([user("x")], {"topic": "<|a|>"})
+    assert segments == [Segment("<s>", True), Segment("<|a|>", False), Segment("<|end|>", True)]
+
+
+def test_private_use_characters_of_the_user_stay():
+    content = "".join(map(chr, range(0xF0000, 0xF0100))) + "<|end|>"
+    assert content in text(template().render([user(content)]))
+
+
+def test_a_control_token_that_the_template_tears_apart_leaves_no_trace():
+    segments = template("<s>{{ messages[0].content[:6] }}<|end|>").render([user("ab<|end|>")])
+    assert re.fullmatch(r"<s>ab[\U000f0000-\U000fffff]*<\|end\|>", text(segments)) is not None
+
+
+def test_white_space_that_a_control_token_swallows_stays_on_its_side():
+    specials = [SpecialToken("<|a|>", rstrip=True), SpecialToken("<|end|>", lstrip=True)]
+    segments = ChatTemplate("<|a|>  {{ messages[0].content }} \n<|end|>", specials).render([user("x<|a|>y")])
+    assert segments == [Segment("<|a|>  ", True), Segment("x<|a|>y", False), Segment(" \n<|end|>", True)]
+
+
+@given(
+    pieces=st.lists(st.sampled_from(["<|a|>", "<|end|>", "<s>", "<|", "|>", "a", " ", "\n", "b|>", "<"]), max_size=12)
+)
+def test_whatever_the_user_types_the_templates_control_tokens_are_the_trusted_ones(pieces):
+    content = "".join(pieces)
+    plain = f"<s><|a|>user\n{content.strip()}<|end|>\n<|a|>"
+    segments = template().render([user(content)])
+    assert text(segments) == plain
+    trusted = "".join(segment.text for segment in segments if segment.is_trusted)
+    assert re.findall(r"<\|a\|>|<\|ab\|>|<\|end\|>|<s>", trusted) == ["<s>", "<|a|>", "<|end|>", "<|a|>"]
+
+
+@given(
+    words=st.lists(st.text("ab<|", min_size=1, max_size=5), min_size=1, max_size=8), body=st.text("ab<|", max_size=20)
+)
+def test_the_trie_pattern_matches_the_longest_word_like_an_ordered_alternation(words, body):
+    naive = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    assert re.findall(_alternatives(words), body) == re.findall(naive, body)
+
+
+def test_a_template_that_raises_is_the_requests_fault_with_its_message():
+    with pytest.raises(TemplateError, match="roles must alternate") as caught:
+        template("{{ raise_exception('roles must alternate') }}").render([user("x")])
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ nothing.at.all }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}{{ ().__class__.__bases__[0].__subclasses__() }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ range(1000000000) }}",
+        "{% include 'x' %}",
+    ],
+)
+def test_a_template_that_fails_refuses_the_request(source):
+    with pytest.raises(TemplateError):
+        template(source).render([user("x")])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+        "{% for c in messages[0].content %}{% for d in messages[0].content %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_template_that_loops_too_long_is_stopped(source):
+    with pytest.raises(TemplateError, match="looped more than 5000 times"):
+        template(source, limits=TemplateLimits(iterations=5000)).render([user("x" * 100)])
+
+
+def test_more_spelt_out_control_tokens_than_the_limit_are_refused():
+    limited = template(limits=TemplateLimits(spelt_tokens=3))
+    assert limited.render([user("<s>" * 3)])
+    with pytest.raises(TemplateError, match="more than 3 of the model's control tokens"):
+        limited.render([user("<s>" * 4)])
+
+
+def test_a_template_that_writes_too_much_is_stopped():
+    source = "{% for i in range(1000) %}{{ messages[0].content }}{% endfor %}"
+    with pytest.raises(TemplateError, match="more than 2000 characters"):
+        template(source, limits=TemplateLimits(output_chars=2000)).render([user("x" * 100)])
+
+
+def test_a_template_that_does_not_compile_is_an_error_at_the_start():
+    with pytest.raises(jinja2.TemplateSyntaxError):
+        template("{% for %}")
+
+
+def test_the_helpers_of_transformers_are_there():
+    source = (
+        "{% for m in messages %}\n"
+        "  {% if loop.first %}first{% endif %}{% if loop.last %}last {{ loop.length }}{% endif %}\n"
+        "  {% generation %}{{ {'é': '<'} | tojson }}{% endgeneration %}\n"
+        "  {% if loop.index0 == 0 %}{% continue %}{% endif %}\n"
+        "{% endfor %}\n"
+        "{{ strftime_now('%Y-%m-%d') }}{{ tools is none }}{{ add_generation_prompt }}"
+    )
+    rendered = template(source, clock=lambda: datetime(2026, 7, 4, tzinfo=UTC)).render([user("a"), user("b")])
+    assert text(rendered) == 'first{"é": "<"}last 2{"é": "<"}2026-07-04TrueTrue'
+
+
+def test_developer_becomes_system_where_the_template_does_not_know_it():
+    message = {"role": "developer", "content": "x"}
+    assert "system" in text(template().render([message]))
+    assert "developer" in text(template("{{ messages[0].role }}{# developer #}").render([message]))
+
+
+def test_the_shipped_template_renders():
+    config = json.loads(Path("workers/sim/model/tokenizer_config.json").read_text())
+    shipped = ChatTemplate(config["chat_template"], variables={"bos_token": "<s>"})
+    assert text(shipped.render([user("hi")])) == "<s><|turn|>user\nhi<|end_of_turn|>\n<|turn|>assistant\n"

@@ -1,0 +1,695 @@
+import asyncio
+
+import msgspec
+import numpy as np
+import pytest
+
+from app.metrics import Metrics
+from app.openai.request_headers import HeaderOptions
+from app.serving.binding import Dispatcher
+from app.serving.course import Job
+from app.serving.prefill_queue import NotQueued, Prefilled
+from app.serving.relay import Relay
+from planes.streams import WorkerLost
+from planes.wire.errors import Rejected
+from planes.wire.frames import (
+    DecodeLeg,
+    Done,
+    Failed,
+    FailureKind,
+    FinishReason,
+    Format,
+    LocalLeg,
+    PrefillLeg,
+    Sampling,
+    StreamId,
+    Ticket,
+    Usage,
+    unpack_tokens,
+)
+from planes.wire.messages import HandoverMode, RequestId, Role, WorkerId
+from router.errors import NoWorker
+from router.request import Failure, HandoverPreference, Outcome
+from tests.fakes import FakeAnswer, FakeRouter, FakeWorkers, registration, route
+
+PROMPT = np.arange(1, 21, dtype=np.uint32)  # not a multiple of the block size
+TICKET = Ticket(WorkerId("p0"), HandoverMode.PULL, 20, 30.0, b"params")
+USAGE = Usage(20, 3, 16, queue_s=0.1, prefill_s=0.2)
+
+
+def done(payload=b"", tokens=(), ticket=None, usage=USAGE):
+    return Done(StreamId(1), FinishReason.STOP, usage, payload, list(tokens), ticket)
+
+
+class Scene:
+    """A relay among fakes, and the job under way."""
+
+    def __init__(self, mode=HandoverMode.PULL, max_attempts=3, replacement_s=60.0, prefills=None):
+        self.router = FakeRouter()
+        self.workers = FakeWorkers(
+            registration("p0", Role.PREFILL, mode=mode),
+            registration("p1", Role.PREFILL, mode=mode),
+            registration("d0", Role.DECODE, mode=mode),
+            registration("d1", Role.DECODE, mode=mode),
+        )
+        self.loop = asyncio.get_running_loop()
+        self.dispatcher = Dispatcher(self.router, clock=self.loop.time)
+        self.metrics = Metrics()
+        self.relay = Relay(
+            self.dispatcher,
+            self.workers,
+            self.metrics,
+            clock=self.loop.time,
+            max_attempts=max_attempts,
+            replacement_s=replacement_s,
+            prefills=prefills,
+        )
+        self.answer = FakeAnswer()
+        self.task = None
+
+    def job(self, *, is_streaming=True, timeout_s=100.0, prompt=PROMPT, options=None, **sampling):
+        now = self.loop.time()
+        return Job(
+            request=RequestId("r"),
+            model="sim",
+            prompt=prompt,
+            blocks=np.empty(0, np.uint64),
+            block_size=16,
+            sampling=Sampling(**{"max_tokens": 10, "temperature": 0.0, **sampling}),
+            format=Format("chat", "id", "sim", 0, is_streaming=is_streaming),
+            arrived_at=now,
+            deadline=now + timeout_s,
+            options=options or HeaderOptions(),
+        )
+
+    async def start(self, *routes, **job):
+        self.router.answers = [route("r", decode, prefill) for prefill, decode in routes]
+        self.task = asyncio.create_task(self.relay.run(self.job(**job), self.answer))
+        await settle()
+
+    def leg(self, worker, number=-1):
+        connection = self.workers.connections[worker]
+        return connection.started[number], connection.sinks[number]
+
+    async def finished(self):
+        await asyncio.wait_for(self.task, 5)
+        assert self.router.bound == set()
+        assert self.answer.is_ended
+        return self.answer
+
+
+async def settle():
+    for _ in range(12):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def scene():
+    scene = Scene()
+    yield scene
+    scene.dispatcher.stop()
+
+
+def metric(scene, line):
+    return [found for found in scene.metrics.exposition().decode().splitlines() if found.startswith(line)]
+
+
+async def test_a_local_leg_is_relayed_verbatim_and_released_with_what_it_measured(scene):
+    await scene.start((None, "d0"))
+    request, sink = scene.leg("d0")
+    assert request.leg == LocalLeg()
+    assert unpack_tokens(request.prompt) == PROMPT.tolist()
+    sink.on_delta(b"one", [7])
+    await settle()
+    assert scene.answer.is_begun
+    assert scene.router.prefills == ["r"]
+    sink.on_delta(b"", [8])
+    sink.on_done(done(b"three", [9]))
+    answer = await scene.finished()
+    assert answer.payloads == [b"one", b"three"]
+    assert answer.headers == {
+        "x-request-id": "r",
+        "x-headrace-prefill": "d0",
+        "x-headrace-decode": "d0",
+        "x-headrace-policy": "fake",
+    }
+    ((_, observed),) = scene.router.released
+    assert observed.outcome is Outcome.FINISHED
+    assert observed.completion_tokens == 3
+    assert (observed.prefill_s, observed.cached_tokens, observed.handover_s) == (0.2, 16, None)
+    assert observed.ttft_s is not None
+    assert metric(scene, "headrace_requests_total") == ['headrace_requests_total{code="ok",model="sim"} 1.0']
+
+
+async def test_an_answer_in_one_piece_is_the_body_of_the_done(scene):
+    await scene.start((None, "d0"), is_streaming=False)
+    _, sink = scene.leg("d0")
+    sink.on_delta(b"", [7])
+    sink.on_done(done(b'{"whole":1}', [8]))
+    answer = await scene.finished()
+    assert (answer.status, answer.body, answer.payloads) == (200, b'{"whole":1}', [])
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-headrace-decode"] == "d0"
+
+
+async def test_pull_streams_the_first_token_before_the_handover(scene):
+    await scene.start(("p0", "d0"))
+    request, sink = scene.leg("p0")
+    assert request.leg == PrefillLeg(HandoverMode.PULL, emit_first=True)
+    assert request.sampling.max_tokens == 10
+    sink.on_done(done(b"first", [7], TICKET))
+    await settle()
+    assert scene.answer.is_begun
+    assert scene.answer.payloads == [b"first"]
+    assert scene.router.prefills == ["r"]
+    request, sink = scene.leg("d0")
+    assert request.leg == DecodeLeg(ticket=TICKET)
+    assert unpack_tokens(request.resume) == [7]
+    sink.on_done(done(b"rest", [8, 9], usage=Usage(20, 3, 16, handover_s=0.5, handover_bytes=1000)))
+    answer = await scene.finished()
+    assert answer.payloads == [b"first", b"rest"]
+    assert (answer.headers["x-headrace-prefill"], answer.headers["x-headrace-decode"]) == ("p0", "d0")
+    ((_, observed),) = scene.router.released
+    assert (observed.prefill_s, observed.handover_s, observed.handover_bytes) == (0.2, 0.5, 1000)
+    assert observed.completion_tokens == 3
+    assert metric(scene, "headrace_handover_bytes_total") == ['headrace_handover_bytes_total{model="sim"} 1000.0']
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 1.0, "seed": 1},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": 0.5},
+        {"repetition_penalty": 1.1},
+        {"min_tokens": 2},
+        {"is_streaming": False},
+        {"prompt": PROMPT[:16]},
+    ],
+)
+async def test_a_first_token_that_might_differ_comes_from_the_decode_worker(scene, sampling):
+    await scene.start(("p0", "d0"), **sampling)
+    request, sink = scene.leg("p0")
+    assert request.leg == PrefillLeg(HandoverMode.PULL)
+    sink.on_done(done(ticket=TICKET))
+    await settle()
+    request, sink = scene.leg("d0")
+    assert request.resume == b""
+    assert not scene.answer.is_begun
+    sink.on_done(done(b"all", [7]))
+    await scene.finished()
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 0.0, "seed": 3}, {"min_p": 0.1}])
+async def test_a_first_token_that_cannot_differ_is_asked_of_the_prefill_worker(scene, sampling):
+    await scene.start(("p0", "d0"), **sampling)
+    request, sink = scene.leg("p0")
+    assert request.leg.emit_first
+    sink.on_done(done(b"x", [7]))
+    await scene.finished()
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+async def test_a_first_token_that_ends_the_request_needs_no_decode_worker(scene, seed):
+    await scene.start(("p0", "d0"), seed=seed, temperature=1.0)
+    _, sink = scene.leg("p0")
+    sink.on_done(done(b"all of it", [7]))
+    answer = await scene.finished()
+    assert answer.payloads == [b"all of it"]
+    assert scene.workers.connections["d0"].started == []
+    ((_, observed),) = scene.router.released
+    assert observed.completion_tokens == 1
+
+
+async def test_push_starts_both_legs_at_once_under_one_name():
+    scene = Scene(HandoverMode.PUSH)
+    await scene.start(("p0", "d0"))
+    (prefill, giver), (decode, taker) = scene.leg("p0"), scene.leg("d0")
+    assert prefill.leg == PrefillLeg(HandoverMode.PUSH)
+    assert decode.leg == DecodeLeg(source=scene.workers.registration("p0").handover)
+    assert prefill.request == decode.request
+    giver.on_done(done(ticket=TICKET))
+    await settle()
+    assert scene.router.prefills == ["r"]
+    taker.on_delta(b"one", [7])
+    taker.on_done(done(b"two", [8]))
+    assert (await scene.finished()).payloads == [b"one", b"two"]
+
+
+async def test_a_push_whose_giver_is_lost_is_routed_again_and_the_taker_stopped():
+    scene = Scene(HandoverMode.PUSH)
+    await scene.start(("p0", "d0"), (None, "d0"))
+    _, giver = scene.leg("p0")
+    giver.on_lost(WorkerLost(WorkerId("p0"), "killed"))
+    await settle()
+    assert scene.workers.connections["d0"].cancelled == [1]
+    assert scene.router.submitted[-1].excluded == {"p0"}
+    request, sink = scene.leg("d0")
+    assert request.leg == LocalLeg()
+    assert request.request == "r.2"
+    sink.on_done(done(b"x", [7]))
+    answer = await scene.finished()
+    assert answer.headers["x-headrace-fallback"] == "worker_lost"
+    assert metric(scene, "headrace_fallbacks_total") == ['headrace_fallbacks_total{code="worker_lost"} 1.0']
+
+
+@pytest.mark.parametrize("failure", ["lost", "rejected", "interrupted", "unreachable"])
+async def test_a_prefill_that_fails_is_tried_elsewhere(scene, failure):
+    scene.workers.connections["p0"].refuses = failure == "unreachable"
+    await scene.start(("p0", "d0"), ("p1", "d0"))
+    if failure == "lost":
+        scene.leg("p0")[1].on_lost(WorkerLost(WorkerId("p0"), "killed"))
+    elif failure != "unreachable":
+        scene.leg("p0")[1].on_failed(Failed(StreamId(1), FailureKind(failure), "worker_busy", "busy"))
+    await settle()
+    assert scene.router.submitted[-1].excluded == {"p0"}
+    assert not scene.router.submitted[-1].is_local_only
+    scene.leg("p1")[1].on_done(done(b"x", [7]))
+    answer = await scene.finished()
+    assert answer.headers["x-headrace-prefill"] == "p1"
+    assert "x-headrace-fallback" not in answer.headers
+    assert [observed.outcome for _, observed in scene.router.released] == [Outcome.INTERRUPTED, Outcome.FINISHED]
+
+
+async def test_a_taker_that_fails_at_once_puts_the_giver_under_suspicion(scene):
+    await scene.start(("p0", "d0"), (None, "d0"))
+    scene.leg("p0")[1].on_done(done(b"first", [7], TICKET))
+    await settle()
+    scene.leg("d0")[1].on_failed(Failed(StreamId(1), FailureKind.INTERRUPTED, "engine_error", "no KV cache"))
+    await settle()
+    assert scene.router.submitted[-1].excluded == {"p0"}
+    request, sink = scene.leg("d0")
+    assert (request.leg, unpack_tokens(request.resume)) == (LocalLeg(), [7])
+    sink.on_done(done(b"rest", [8]))
+    assert (await scene.finished()).payloads == [b"first", b"rest"]
+
+
+async def test_an_expired_ticket_is_not_used(scene):
+    await scene.start(("p0", "d0"), ("p1", "d0"), seed=1, temperature=1.0)
+    scene.leg("p0")[1].on_done(done(ticket=msgspec.structs.replace(TICKET, lease_s=0.0)))
+    await settle()
+    assert scene.workers.connections["d0"].started == []
+    scene.leg("p1")[1].on_done(done(b"x", [7]))
+    await scene.finished()
+    assert metric(scene, "headrace_retries_total") == ['headrace_retries_total{code="ticket_expired"} 1.0']
+
+
+async def test_a_stream_that_is_lost_goes_on_elsewhere_from_the_client_s_tokens(scene):
+    await scene.start(("p0", "d0"), (None, "d1"))
+    scene.leg("p0")[1].on_done(done(b"a", [1], TICKET))
+    await settle()
+    sink = scene.leg("d0")[1]
+    sink.on_delta(b"b", [2])
+    sink.on_delta(b"", [3])
+    sink.on_lost(WorkerLost(WorkerId("d0"), "killed"))
+    await settle()
+    again = scene.router.submitted[-1]
+    assert (again.excluded, again.is_local_only, again.expected_tokens) == ({"d0"}, True, 7)
+    request, sink = scene.leg("d1")
+    assert unpack_tokens(request.resume) == [1, 2, 3]
+    assert unpack_tokens(request.prompt) == PROMPT.tolist()
+    sink.on_delta(b"d", [4])
+    sink.on_done(done(b"e", [5]))
+    assert (await scene.finished()).payloads == [b"a", b"b", b"d", b"e"]
+    assert metric(scene, "headrace_migrations_total") == ['headrace_migrations_total{code="worker_lost"} 1.0']
+    before, last = (observed for _, observed in scene.router.released)
+    assert before.failure == Failure("worker_lost", WorkerId("d0"), "worker d0 was lost: killed")
+    assert (before.completion_tokens, last.completion_tokens, last.failure) == (3, 2, None)
+
+
+async def test_attempts_in_a_row_without_a_token_are_bounded():
+    scene = Scene(max_attempts=2)
+    await scene.start((None, "d0"), (None, "d1"))
+    scene.leg("d0")[1].on_lost(WorkerLost(WorkerId("d0"), "killed"))
+    await settle()
+    scene.leg("d1")[1].on_lost(WorkerLost(WorkerId("d1"), "killed"))
+    answer = await scene.finished()
+    assert answer.status == 502
+    assert b"worker d1 was lost: killed" in answer.body
+
+
+async def test_a_begun_answer_waits_for_a_worker_when_none_is_left(scene):
+    await scene.start((None, "d0"))
+    sink = scene.leg("d0")[1]
+    sink.on_delta(b"a", [1])
+    scene.router.refuses = NoWorker("sim", num_workers=0)
+    sink.on_lost(WorkerLost(WorkerId("d0"), "killed"))
+    await settle()
+    assert not scene.answer.is_ended
+    scene.router.refuses = None
+    scene.router.answers = [route("r", "d0", None)]  # the same worker, started again
+    scene.workers.join()
+    await settle()
+    assert scene.router.submitted[-1].excluded == frozenset()
+    request, sink = scene.leg("d0")
+    assert unpack_tokens(request.resume) == [1]
+    sink.on_done(done(b"b", [2]))
+    assert (await scene.finished()).payloads == [b"a", b"b"]
+    assert metric(scene, "headrace_replacement_waits_total") == [
+        'headrace_replacement_waits_total{outcome="replaced"} 1.0'
+    ]
+
+
+async def test_a_worker_that_is_back_before_the_request_knows_is_not_waited_for(scene):
+    await scene.start((None, "d0"))
+    sink = scene.leg("d0")[1]
+    sink.on_delta(b"a", [1])
+    scene.workers.join()
+    submit = scene.router.submit
+
+    def refuse_once(_request, *, now):
+        scene.router.submit = submit
+        raise NoWorker("sim", num_workers=1)
+
+    scene.router.submit = refuse_once
+    scene.router.answers = [route("r", "d0", None)]
+    sink.on_lost(WorkerLost(WorkerId("d0"), "killed"))
+    await settle()
+    scene.leg("d0")[1].on_done(done(b"b", [2]))
+    assert (await scene.finished()).payloads == [b"a", b"b"]
+
+
+async def test_a_request_that_kills_whoever_serves_it_is_given_up():
+    scene = Scene(max_attempts=2)
+    await scene.start((None, "d0"))
+    for number in range(3):
+        sink = scene.leg("d0")[1]
+        sink.on_delta(b"%d" % number, [number])
+        scene.router.refuses = NoWorker("sim", num_workers=0)
+        sink.on_lost(WorkerLost(WorkerId("d0"), "killed"))
+        await settle()
+        scene.router.refuses = None
+        scene.router.answers = [route("r", "d0", None)]
+        scene.workers.join()
+        await settle()
+    answer = await scene.finished()
+    assert answer.payloads[:-1] == [b"0", b"1", b"2"]
+    assert b'"code":"no_worker"' in answer.payloads[-1]
+    assert metric(scene, "headrace_replacement_waits_total") == [
+        'headrace_replacement_waits_total{outcome="replaced"} 2.0',
+        'headrace_replacement_waits_total{outcome="gave_up"} 1.0',
+    ]
+
+
+async def test_a_wait_that_the_deadline_ends_was_in_vain(scene):
+    await scene.start((None, "d0"), timeout_s=0.1)
+    sink = scene.leg("d0")[1]
+    sink.on_delta(b"a", [1])
+    scene.router.refuses = NoWorker("sim", num_workers=0)
+    sink.on_lost(WorkerLost(WorkerId("d0"), "killed"))
+    assert b'"code":"deadline"' in (await scene.finished()).payloads[-1]
+    assert metric(scene, "headrace_replacement_waits_total") == [
+        'headrace_replacement_waits_total{outcome="gave_up"} 1.0'
+    ]
+
+
+async def test_it_waits_no_longer_than_it_may():
+    scene = Scene(replacement_s=0.0)
+    await scene.start((None, "d0"))
+    sink = scene.leg("d0")[1]
+    sink.on_delta(b"a", [1])
+    scene.router.refuses = NoWorker("sim", num_workers=0)
+    sink.on_lost(WorkerLost(WorkerId("d0"), "killed"))
+    assert b'"code":"no_worker"' in (await scene.finished()).payloads[-1]
+    assert metric(scene, "headrace_replacement_waits_total") == [
+        'headrace_replacement_waits_total{outcome="gave_up"} 1.0'
+    ]
+
+
+async def test_a_request_without_a_token_is_refused_when_no_worker_is_left(scene):
+    await scene.start((None, "d0"))
+    scene.router.refuses = NoWorker("sim", num_workers=0)
+    scene.leg("d0")[1].on_lost(WorkerLost(WorkerId("d0"), "killed"))
+    assert (await scene.finished()).status == 503
+    assert metric(scene, "headrace_replacement_waits_total") == []
+
+
+async def test_progress_allows_more_attempts():
+    scene = Scene(max_attempts=2)
+    await scene.start(*[(None, f"d{i % 2}") for i in range(4)])
+    for i in range(3):
+        sink = scene.leg(f"d{i % 2}")[1]
+        sink.on_delta(b"%d" % i, [i])
+        sink.on_lost(WorkerLost(WorkerId(f"d{i % 2}"), "killed"))
+        await settle()
+    scene.leg("d1")[1].on_done(done(b"end", [9]))
+    assert (await scene.finished()).payloads == [b"0", b"1", b"2", b"end"]
+
+
+async def test_a_stream_of_several_choices_that_is_lost_ends_with_an_error_event(scene):
+    await scene.start((None, "d0"), n=2, temperature=1.0)
+    assert scene.router.submitted[0].is_local_only
+    sink = scene.leg("d0")[1]
+    sink.on_delta(b"a", [1])
+    await settle()
+    sink.on_lost(WorkerLost(WorkerId("d0"), "killed"))
+    answer = await scene.finished()
+    assert answer.payloads[0] == b"a"
+    assert b'"code":"not_resumable"' in answer.payloads[1]
+
+
+@pytest.mark.parametrize("sampling", [{"n": 2, "temperature": 1.0}, {"logprobs": 1}])
+async def test_a_whole_answer_that_cannot_be_resumed_starts_over(scene, sampling):
+    await scene.start((None, "d0"), (None, "d1"), is_streaming=False, **sampling)
+    sink = scene.leg("d0")[1]
+    sink.on_delta(b"", [1])
+    sink.on_lost(WorkerLost(WorkerId("d0"), "killed"))
+    await settle()
+    request, sink = scene.leg("d1")
+    assert request.resume == b""
+    sink.on_done(done(b"{}", [1, 2]))
+    assert (await scene.finished()).body == b"{}"
+
+
+async def test_what_a_worker_finds_invalid_is_the_client_s_error(scene):
+    await scene.start((None, "d0"))
+    failed = Failed(StreamId(1), FailureKind.INVALID, "context_length_exceeded", "too long", "messages")
+    scene.leg("d0")[1].on_failed(failed)
+    answer = await scene.finished()
+    assert answer.status == 400
+    assert msgspec.json.decode(answer.body)["error"]["param"] == "messages"
+    assert len(scene.router.submitted) == 1
+
+
+async def test_the_router_s_refusal_reaches_the_client(scene):
+    scene.router.refuses = Rejected("no room", retry_after_s=2.0)
+    await scene.start()
+    answer = await scene.finished()
+    assert (answer.status, answer.headers["retry-after"], answer.headers["x-request-id"]) == (503, "2", "r")
+
+
+async def test_a_client_that_goes_cancels_its_legs_and_frees_its_reservation():
+    scene = Scene(HandoverMode.PUSH)
+    await scene.start(("p0", "d0"))
+    scene.answer.is_gone = True
+    scene.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await scene.task
+    assert scene.workers.connections["p0"].cancelled == [1]
+    assert scene.workers.connections["d0"].cancelled == [1]
+    ((_, observed),) = scene.router.released
+    assert observed.outcome is Outcome.CANCELLED
+    assert scene.answer.status is None
+    assert 'code="cancelled"' in metric(scene, "headrace_requests_total")[0]
+
+
+async def test_a_client_that_goes_in_mid_stream_stops_its_worker(scene):
+    await scene.start((None, "d0"))
+    scene.leg("d0")[1].on_delta(b"a", [1])
+    await settle()
+    scene.answer.is_gone = True
+    scene.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await scene.task
+    assert scene.workers.connections["d0"].cancelled == [1]
+
+
+async def test_a_client_that_goes_while_its_request_waits_is_withdrawn(scene):
+    await scene.start()
+    scene.answer.is_gone = True
+    scene.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await scene.task
+    assert scene.router.withdrawn == ["r"]
+    assert scene.router.released == []
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+async def test_a_stopping_gateway_says_so(scene, is_begun):
+    await scene.start((None, "d0"))
+    if is_begun:
+        scene.leg("d0")[1].on_delta(b"a", [1])
+        await settle()
+    scene.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await scene.task
+    told = scene.answer.payloads[-1] if is_begun else scene.answer.body
+    assert b"gateway_stopping" in told
+    assert scene.answer.is_ended
+    assert scene.router.bound == set()
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+async def test_a_deadline_ends_the_request_in_the_shape_that_is_left(scene, is_begun):
+    await scene.start((None, "d0"), timeout_s=0.01)
+    if is_begun:
+        scene.leg("d0")[1].on_delta(b"a", [1])
+    answer = await scene.finished()
+    told = answer.payloads[-1] if is_begun else answer.body
+    assert b'"code":"deadline"' in told
+    assert answer.status == (200 if is_begun else 504)
+    assert scene.workers.connections["d0"].cancelled == [1]
+
+
+async def test_a_bug_of_ours_is_answered_and_counted(scene):
+    def broken(worker):
+        raise ZeroDivisionError("secret prompt")
+
+    scene.workers.connection = broken
+    await scene.start((None, "d0"))
+    answer = await scene.finished()
+    assert answer.status == 500
+    assert b"secret" not in answer.body
+    assert 'code="internal_error"' in metric(scene, "headrace_requests_total")[0]
+
+
+async def test_a_prefill_worker_without_an_endpoint_is_not_used(scene):
+    scene.workers.registrations[WorkerId("p0")] = registration("p0", Role.PREFILL, mode=None)
+    await scene.start(("p0", "d0"), (None, "d0"))
+    scene.leg("d0")[1].on_done(done(b"x", [1]))
+    answer = await scene.finished()
+    assert answer.headers["x-headrace-fallback"] == "worker_unreachable"
+
+
+async def test_a_failed_handover_is_not_insisted_on(scene):
+    options = HeaderOptions(HandoverPreference.ALWAYS, is_explained=True)
+    await scene.start(("p0", "d0"), (None, "d1"), options=options)
+    assert scene.router.submitted[0].handover is HandoverPreference.ALWAYS
+    _, sink = scene.leg("p0")
+    sink.on_failed(Failed(StreamId(1), FailureKind.INTERRUPTED, "engine_error", "out of luck"))
+    await settle()
+    assert scene.router.submitted[1].handover is HandoverPreference.AUTO
+    _, sink = scene.leg("d1")
+    sink.on_done(done(b"all", [7]))
+    answer = await scene.finished()
+    assert answer.headers["x-headrace-fallback"] == "engine_error"
+    assert '"prefill":null,"decode":"d1"' in answer.headers["x-headrace-route"]
+
+
+async def test_a_request_that_wants_no_handover_never_gets_one(scene):
+    await scene.start((None, "d0"), (None, "d1"), options=HeaderOptions(HandoverPreference.NEVER))
+    scene.leg("d0")[1].on_lost(WorkerLost(WorkerId("d0"), "gone"))
+    await settle()
+    assert [each.handover for each in scene.router.submitted] == [HandoverPreference.NEVER] * 2
+    scene.leg("d1")[1].on_done(done(b"all", [7]))
+    assert "x-headrace-route" not in (await scene.finished()).headers
+
+
+class FakePrefills:
+    def __init__(self):
+        self.asked, self.released = [], []
+        self.outcome = asyncio.get_running_loop().create_future()
+
+    async def prefill(self, model, request):
+        self.asked.append((model, request))
+        return await self.outcome
+
+    def release(self, model, given):
+        self.released.append(given)
+
+
+@pytest.fixture
+async def queueing():
+    scene = Scene(prefills=FakePrefills())
+    scene.prefills = scene.relay._prefills
+    yield scene
+    scene.dispatcher.stop()
+
+
+async def test_a_prompt_from_the_queue_is_decoded_with_the_ticket_of_whoever_took_it(queueing):
+    scene = queueing
+    await scene.start(("p0", "d0"))
+    ((model, request),) = scene.prefills.asked
+    assert (model, request.request, request.leg) == ("sim", "r", PrefillLeg(HandoverMode.PULL, emit_first=True))
+    assert scene.workers.connections["p0"].started == []
+    ticket = msgspec.structs.replace(TICKET, worker=WorkerId("p1"))
+    scene.prefills.outcome.set_result(Prefilled(WorkerId("p1"), done(b"first", [7], ticket), scene.loop.time()))
+    await settle()
+    assert (scene.answer.headers["x-headrace-prefill"], scene.answer.payloads) == ("p1", [b"first"])
+    request, sink = scene.leg("d0")
+    assert request.leg == DecodeLeg(ticket=ticket)
+    assert unpack_tokens(request.resume) == [7]
+    sink.on_done(done(b"rest", [8]))
+    answer = await scene.finished()
+    assert answer.payloads == [b"first", b"rest"]
+    assert "x-headrace-fallback" not in answer.headers
+    ((_, observed),) = scene.router.released
+    assert (observed.prefill, observed.completion_tokens) == ("p1", 2)
+    assert scene.router.prefills == ["r"]
+
+
+async def test_who_took_its_own_prompt_goes_on_without_fetching(queueing):
+    scene = queueing
+    await scene.start(("p0", "d0"))
+    given = Prefilled(WorkerId("d0"), done(b"first", [7], TICKET), scene.loop.time(), RequestId("r.q"))
+    scene.prefills.outcome.set_result(given)
+    await settle()
+    request, sink = scene.leg("d0")
+    assert (request.leg, unpack_tokens(request.resume)) == (LocalLeg(), [7])
+    assert scene.prefills.released == [given]
+    sink.on_done(done(b"rest", [8]))
+    assert (await scene.finished()).payloads == [b"first", b"rest"]
+
+
+async def test_what_the_queue_cannot_take_is_sent_directly_and_it_is_said(queueing):
+    scene = queueing
+    await scene.start(("p0", "d0"))
+    scene.prefills.outcome.set_exception(NotQueued("prefill_queue_full", "full"))
+    await settle()
+    scene.leg("p0")[1].on_done(done(b"first", [7], TICKET))
+    await settle()
+    scene.leg("d0")[1].on_done(done(b"rest", [8]))
+    answer = await scene.finished()
+    assert answer.headers["x-headrace-prefill"] == "p0"
+    assert answer.headers["x-headrace-fallback"] == "prefill_queue_full"
+    assert metric(scene, "headrace_prefill_queue_bypasses_total") == [
+        'headrace_prefill_queue_bypasses_total{code="prefill_queue_full"} 1.0'
+    ]
+
+
+async def test_a_prompt_that_failed_from_the_queue_goes_directly_to_another_worker(queueing):
+    scene = queueing
+    await scene.start(("p0", "d0"), ("p0", "d0"))
+    scene.prefills.outcome.set_exception(WorkerLost(WorkerId("p1"), "gone"))
+    await settle()
+    assert scene.router.submitted[1].excluded == {"p1"}
+    scene.leg("p0")[1].on_done(done(b"first", [7], TICKET))
+    await settle()
+    scene.leg("d0")[1].on_done(done(b"rest", [8]))
+    answer = await scene.finished()
+    assert answer.headers["x-headrace-fallback"] == "retried"
+    assert len(scene.prefills.asked) == 1
+
+
+async def test_a_client_that_goes_while_its_prompt_is_queued_is_not_waited_for(queueing):
+    scene = queueing
+    await scene.start(("p0", "d0"))
+    scene.answer.is_gone = True
+    scene.task.cancel()
+    await asyncio.gather(scene.task, return_exceptions=True)
+    assert scene.prefills.outcome.cancelled()
+    assert scene.router.bound == set()
+
+
+async def test_a_handed_over_request_asks_the_router_three_times_at_most(scene):
+    await scene.start(("p0", "d0"))
+    _, prefill = scene.leg("p0")
+    prefill.on_done(done(b"a", [1], TICKET))
+    await settle()
+    _, decode = scene.leg("d0")
+    for _ in range(5):
+        decode.on_delta(b"b", [2])
+    decode.on_done(done())
+    await scene.finished()
+    await settle()
+    assert scene.router.log.count("dispatch") <= 3  # bound, prefilled, released

@@ -1,0 +1,169 @@
+import random
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planes.wire.messages import RequestId
+from router.queue import Queue
+from router.request import Explanation, RoutableRequest
+from router.settings import RouterSettings
+
+
+def request(name, *, priority=0, tenant="", deadline=1e9, tokens=100):
+    return RoutableRequest(
+        request=RequestId(name),
+        model="m",
+        blocks=np.empty(0, dtype=np.uint64),
+        prompt_tokens=tokens,
+        expected_tokens=10,
+        deadline=deadline,
+        priority=priority,
+        tenant=tenant,
+    )
+
+
+def add(queue, name, *, now=0.0, seconds=1.0, tokens=100, **fields):
+    routable = request(name, tokens=tokens, **fields)
+    return queue.add(routable, tokens, seconds, Explanation(routable.request, "", tokens, now), now=now)
+
+
+def order(queue):
+    return [waiting.request.request for waiting in queue.walk()]
+
+
+def test_shorter_prefills_go_first_and_waiting_makes_up_for_length():
+    queue = Queue(RouterSettings(aging=0.1))
+    add(queue, "long", now=0.0, seconds=3.0)
+    add(queue, "short", now=10.0, seconds=1.0)
+    add(queue, "late", now=25.0, seconds=1.0)
+    assert order(queue) == ["short", "long", "late"]
+
+
+def test_class_zero_goes_first_until_a_wait_has_promoted_the_others():
+    queue = Queue(RouterSettings(promote_after_s=30.0))
+    add(queue, "low", now=0.0, priority=2)
+    add(queue, "high", now=50.0, priority=0)
+    assert order(queue) == ["high", "low"]
+    queue.promote(now=59.0)
+    assert queue.depths() == {0: 1, 1: 1}
+    queue.promote(now=60.0)
+    assert order(queue) == ["low", "high"]
+
+
+def test_a_tenant_that_floods_the_queue_does_not_hold_up_another():
+    queue = Queue(RouterSettings(quantum_tokens=1000))
+    for k in range(100):
+        add(queue, f"flood{k}", tenant="a", tokens=500)
+    for k in range(4):
+        add(queue, f"few{k}", now=1.0, tenant="b", tokens=500)
+    first = order(queue)[:8]
+    assert sum(name.startswith("few") for name in first) == 4
+
+
+def test_shares_are_counted_in_uncached_tokens():
+    queue = Queue(RouterSettings(quantum_tokens=1000))
+    for k in range(200):
+        add(queue, f"big{k}", tenant="a", tokens=2000)
+        add(queue, f"small{k}", tenant="b", tokens=200)
+    tokens = {"a": 0, "b": 0}
+    for _ in range(110):
+        waiting = next(queue.walk())
+        tokens[waiting.request.tenant] += waiting.uncached_tokens
+        queue.serve(waiting)
+    assert abs(tokens["a"] - tokens["b"]) <= 4000
+
+
+def test_an_idle_tenant_saves_nothing():
+    queue = Queue(RouterSettings(quantum_tokens=1000))
+    add(queue, "early", tenant="b", tokens=100)
+    queue.serve(next(queue.walk()))
+    for k in range(50):
+        add(queue, f"a{k}", tenant="a", tokens=1000)
+    for _ in range(20):
+        queue.serve(next(queue.walk()))
+    for k in range(50):
+        add(queue, f"b{k}", tenant="b", tokens=1000, now=1.0)
+    assert sum(name.startswith("b") for name in order(queue)[:10]) <= 6
+
+
+def test_a_new_estimate_changes_the_place():
+    queue = Queue(RouterSettings())
+    first = add(queue, "first", seconds=1.0)
+    add(queue, "second", seconds=2.0)
+    queue.update(first, 900, 3.0)
+    assert order(queue) == ["second", "first"]
+    assert first.uncached_tokens == 900
+
+
+def test_expired_requests_are_told_once_and_stay_until_removed():
+    queue = Queue(RouterSettings())
+    waiting = add(queue, "x", deadline=5.0)
+    assert queue.wakeup() == 5.0
+    assert queue.expired(4.9) == []
+    assert queue.expired(5.0) == [waiting]
+    queue.remove(waiting)
+    assert queue.expired(9.0) == []
+    assert len(queue) == 0
+
+
+def test_work_before_counts_what_would_be_served_sooner():
+    queue = Queue(RouterSettings(aging=0.1))
+    add(queue, "short", seconds=1.0)
+    add(queue, "long", seconds=9.0)
+    add(queue, "low", seconds=1.0, priority=3)
+    assert queue.work_before_s(request("new"), 2.0) == 1.0
+    assert queue.work_before_s(request("new", priority=5), 2.0) == 11.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["add", "add", "serve", "remove", "update", "promote"]),
+            st.integers(0, 3),
+            st.sampled_from(["a", "b", "c"]),
+            st.integers(1, 9000),
+            st.integers(0, 30),
+        ),
+        max_size=60,
+    )
+)
+def test_every_request_is_in_the_walk_exactly_once_whatever_happens(history):
+    queue, now, present = Queue(RouterSettings()), 0.0, {}
+    for number, (what, priority, tenant, tokens, place) in enumerate(history):
+        now += 3.0
+        some = list(present.values())[place % len(present)] if present else None
+        if what == "add":
+            name = f"r{number}"
+            present[name] = add(queue, name, now=now, priority=priority, tenant=tenant, tokens=tokens)
+        elif what == "promote":
+            queue.promote(now)
+        elif some is not None and what == "update":
+            queue.update(some, tokens, tokens / 1000)
+        elif some is not None:
+            (queue.serve if what == "serve" else queue.remove)(some)
+            del present[some.request.request]
+        assert sorted(order(queue)) == sorted(present)
+        assert sum(queue.depths().values()) == len(queue) == len(present)
+    for waiting in list(present.values()):
+        queue.remove(waiting)
+    assert order(queue) == []
+    assert queue.depths() == {}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 3), st.sampled_from([1, 100, 20_000]))
+def test_nobody_starves_while_others_keep_coming(seed, priority, tokens):
+    rng = random.Random(seed)
+    queue, now = Queue(RouterSettings(promote_after_s=5.0, aging=0.1)), 0.0
+    victim = add(queue, "victim", priority=priority, tenant="v", tokens=tokens, seconds=tokens / 8000)
+    for number in range(3000):
+        now += 0.1
+        add(queue, f"r{number}", now=now, tenant=rng.choice("ab"), tokens=rng.randint(1, 4000), seconds=0.01)
+        queue.promote(now)
+        served = next(queue.walk())
+        queue.serve(served)
+        if served is victim:
+            return
+    raise AssertionError("the victim is still waiting")

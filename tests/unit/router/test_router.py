@@ -1,0 +1,493 @@
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from planes.wire.blocks import pack
+from planes.wire.messages import (
+    BlocksStored,
+    EngineFacts,
+    HandoverEndpoint,
+    HandoverMode,
+    KvEvents,
+    LoadReport,
+    Registration,
+    RequestId,
+    Role,
+    Snapshot,
+    WorkerId,
+    WorkerState,
+)
+from router.errors import DeadlineExceeded, DuplicateRequest, NoWorker, QueueFull, SloMissed
+from router.policies.least_loaded import LeastLoaded
+from router.policies.round_robin import RoundRobin
+from router.request import Failure, Observed, Outcome, RoutableRequest, Route
+from router.router import Refusal, Router
+from router.settings import RouterSettings
+
+FACTS = EngineFacts(
+    block_size=16,
+    num_blocks=10_000,
+    context_length=100_000,
+    max_batch=64,
+    max_step_tokens=2048,
+    bytes_per_block=1000,
+    vocab_size=9,
+)
+
+
+def registration(
+    name, role=Role.BOTH, *, epoch=1, model="m", state=WorkerState.READY, mode=HandoverMode.PULL, facts=FACTS
+):
+    endpoint = HandoverEndpoint(mode, f"{name}{epoch}", "h", 1)
+    return Registration(WorkerId(name), epoch, role, model, "h:1", "sim", facts, "", endpoint, state)
+
+
+def report(name, *, tokens=0, running=0, epoch=1):
+    return LoadReport(WorkerId(name), epoch, WorkerState.READY, running, 0, tokens, 10_000, 0, 0, 0, 0)
+
+
+def request(name, *, tokens=8000, blocks=(), expected=10, deadline=1e9, model="m", **fields):
+    names = np.array(blocks, dtype=np.uint64)
+    return RoutableRequest(RequestId(name), model, names, tokens, expected, deadline, **fields)
+
+
+def router_of(*registrations, policy=None, shadow=None, **limits):
+    router = Router(RouterSettings(**limits), policy, shadow=shadow, rng=random.Random(0))
+    for each in registrations:
+        router.worker_up(each, now=0.0)
+    return router
+
+
+def split(prefill=1, decode=1):
+    workers = [registration(f"p{k}", Role.PREFILL) for k in range(prefill)]
+    return workers + [registration(f"d{k}", Role.DECODE) for k in range(decode)]
+
+
+def send(router, name, *, now=0.0, **fields):
+    router.submit(request(name, **fields), now=now)
+    return router.dispatch(now=now)
+
+
+def test_an_idle_fleet_binds_at_once_and_the_reservation_balances():
+    router = router_of(*split())
+    (route,) = send(router, "r")
+    assert isinstance(route, Route)
+    assert (route.policy, route.held_s) == ("headrace", 0.0)
+    assert router.stats(now=0.0).bound == 1
+    router.prefilled(RequestId("r"), now=1.0)
+    router.release(RequestId("r"), Observed(), now=2.0)
+    assert router.stats(now=2.0).bound == 0
+    with pytest.raises(KeyError):
+        router.release(RequestId("r"), Observed(), now=2.0)
+
+
+def test_a_busy_worker_gets_its_next_request_when_it_has_room():
+    router = router_of(registration("b"))
+    (first,) = send(router, "first")
+    assert send(router, "second", now=0.1) == []
+    assert router.stats(now=0.1).waiting == {0: 1}
+    wakeup = router.wakeup()
+    assert wakeup == pytest.approx(min(0.6, 0.1 + first.predicted.prefill_s), abs=0.2)
+    router.prefilled(RequestId("first"), now=1.2)
+    (second,) = router.dispatch(now=1.2)
+    assert (second.request, second.held_s) == ("second", pytest.approx(1.1))
+    explanation = router.explain(RequestId("second"))
+    assert "b has" in explanation.held_because
+    assert router.stats(now=1.2).held == 1
+    assert router.wakeup() is None
+
+
+def shortest_first(max_step_tokens=128, is_shortest_first=True):
+    return replace(FACTS, max_step_tokens=max_step_tokens, is_shortest_first=is_shortest_first)
+
+
+def test_a_short_prompt_is_not_held_where_it_would_pass_those_that_are_computed():
+    router = router_of(registration("b", facts=shortest_first()))
+    send(router, "long")
+    assert send(router, "another", now=0.05, tokens=8000) == []
+    (chat,) = send(router, "chat", now=1.0, tokens=100)  # "another" has waited so long that it comes first
+    assert (chat.request, chat.held_s) == ("chat", 0.0)
+    assert chat.predicted.ttft_s < 0.1
+    assert send(router, "next", now=1.0, tokens=100) == []  # not shorter than the one before: it comes after it
+    router.prefilled(RequestId("chat"), now=1.1)
+    (second,) = router.dispatch(now=1.1)
+    assert (second.request, second.held_s) == ("next", pytest.approx(0.1))
+
+
+def test_a_short_prompt_that_lacks_room_to_decode_is_asked_about_once_for_each_change():
+    facts = replace(shortest_first(), max_batch=1)
+    router = router_of(registration("b", facts=facts))
+    send(router, "long", expected=4000)
+    for number in range(20):
+        assert send(router, f"chat-{number}", now=0.1, tokens=100, expected=900) == []
+    assert router.wakeup() > 0.1  # it does not ask again and again
+
+
+def test_who_passes_others_is_not_refused_for_those_that_wait():
+    router = router_of(registration("b", facts=shortest_first()), slo_ttft_s=2.5)
+    send(router, "long")
+    router.submit(request("another", slo_ttft_s=60.0), now=0.05)
+    router.submit(request("a third", slo_ttft_s=60.0), now=0.06)
+    assert router.dispatch(now=0.06) == []
+    (chat,) = send(router, "chat", now=0.1, tokens=7000)
+    assert chat.request == "chat"
+
+
+@pytest.mark.parametrize("facts", [shortest_first(is_shortest_first=False), shortest_first(max_step_tokens=100_000)])
+def test_a_short_prompt_is_held_where_it_would_pass_nobody(facts):
+    router = router_of(registration("b", facts=facts))
+    send(router, "long")
+    assert send(router, "chat", now=0.1, tokens=100) == []
+
+
+def test_a_request_waits_for_the_worker_that_holds_its_prefix_if_that_is_sooner():
+    router = router_of(*split(prefill=2))
+    names = np.arange(1, 501, dtype=np.uint64)
+    router.apply_events(KvEvents(WorkerId("p0"), 1, 1, [BlocksStored(pack(names))]), now=0.0)
+    router.apply_load(report("d0", running=30), now=0.0)
+    router.apply_load(report("p0", tokens=2400), now=0.0)
+    assert send(router, "r", tokens=8005, blocks=names) == []
+    (route,) = router.dispatch(now=0.35)
+    assert (route.prefill, route.cached_tokens) == ("p0", 8000)
+
+
+def test_a_request_does_not_queue_for_a_hot_worker_behind_others_while_one_is_idle():
+    router = router_of(*split(prefill=2))
+    names = np.arange(1, 251, dtype=np.uint64)
+    router.apply_events(KvEvents(WorkerId("p0"), 1, 1, [BlocksStored(pack(names))]), now=0.0)
+    router.apply_load(report("d0", running=100), now=0.0)
+    router.apply_load(report("p0", tokens=2400), now=0.0)
+    for k in range(10):
+        router.submit(request(f"r{k}", tokens=8000 + k, blocks=names), now=0.0)
+    routes = router.dispatch(now=0.0)
+    assert {route.prefill for route in routes} == {"p1"}
+
+
+def test_peers_policies_bind_at_once_with_honest_seconds():
+    router = router_of(*split(2, 2), policy=LeastLoaded())
+    routes = [route for k in range(6) for route in send(router, f"r{k}")]
+    assert len(routes) == 6
+    assert all(route.predicted.prefill_s > 0.5 for route in routes)
+    assert routes[-1].predicted.queue_s > 1.0
+    assert router.stats(now=0.0).decisions == {"least_loaded": 6}
+
+
+def test_a_pair_that_cannot_hand_over_is_served_locally_whatever_the_policy_says():
+    push = registration("p", Role.PREFILL, mode=HandoverMode.PUSH)
+    router = router_of(push, registration("d", Role.DECODE), policy=RoundRobin())
+    (route,) = send(router, "r")
+    assert (route.prefill, route.decode) == (None, "d")
+
+
+def test_the_queue_has_a_limit_and_says_when_to_come_back():
+    router = router_of(registration("b"), queue_limit=2)
+    send(router, "first")
+    for name in ("second", "third"):
+        send(router, name)
+    with pytest.raises(QueueFull, match="2 requests are waiting and the limit is 2") as refused:
+        router.submit(request("fourth"), now=0.0)
+    assert refused.value.status == 429
+    assert refused.value.retry_after_s >= 1.0
+    assert router.stats(now=0.0).refusals == {"queue_full": 1}
+
+
+def test_a_prediction_beyond_the_slo_is_refused_before_any_prefill():
+    router = router_of(registration("b"), slo_ttft_s=2.0)
+    send(router, "first")
+    with pytest.raises(SloMissed) as refused:
+        router.submit(request("second", tokens=8000), now=0.0)
+    assert 0 < refused.value.retry_after_s < 1.5
+    router.submit(request("second", slo_ttft_s=9.0), now=0.0)
+    with pytest.raises(SloMissed) as refused:
+        router.submit(request("huge", tokens=60_000), now=0.0)
+    assert refused.value.retry_after_s is None
+    assert "shorter prompt" in router.explain(RequestId("huge")).refused_because
+
+
+def test_waiting_the_retry_after_helps():
+    router = router_of(registration("b"), slo_ttft_s=2.0)
+    send(router, "first")
+    with pytest.raises(SloMissed) as refused:
+        router.submit(request("second"), now=0.0)
+    later = refused.value.retry_after_s + 0.01
+    router.submit(request("second"), now=later)
+
+
+def test_a_request_that_has_waited_past_its_slo_is_refused_rather_than_started():
+    router = router_of(registration("b"))
+    send(router, "first")
+    assert send(router, "second", slo_ttft_s=3.0) == []
+    router.prefilled(RequestId("first"), now=2.5)
+    (refusal,) = router.dispatch(now=2.5)
+    assert isinstance(refusal, Refusal)
+    assert isinstance(refusal.error, SloMissed)
+
+
+def test_no_worker_is_a_503():
+    router = router_of(registration("p", Role.PREFILL), registration("x", model="other"))
+    with pytest.raises(NoWorker, match="none of 2 registered") as refused:
+        router.submit(request("r"), now=0.0)
+    assert refused.value.status == 503
+
+
+def test_waiting_requests_are_refused_when_the_last_worker_leaves():
+    router = router_of(registration("b"))
+    send(router, "first")
+    assert send(router, "second") == []
+    router.worker_down(WorkerId("b"), now=1.0)
+    (refusal,) = router.dispatch(now=1.0)
+    assert isinstance(refusal.error, NoWorker)
+    router.release(RequestId("first"), Observed(outcome=Outcome.INTERRUPTED), now=1.0)
+    assert router.stats(now=1.0).bound == 0
+
+
+def test_a_deadline_that_passes_in_the_queue_is_told():
+    router = router_of(registration("b"))
+    send(router, "first")
+    assert send(router, "second", deadline=0.3) == []
+    assert router.wakeup() == 0.3
+    (refusal,) = router.dispatch(now=0.3)
+    assert isinstance(refusal.error, DeadlineExceeded)
+    assert refusal.error.status == 504
+
+
+def test_one_id_cannot_be_live_twice():
+    router = router_of(registration("b"))
+    send(router, "r")
+    with pytest.raises(DuplicateRequest):
+        router.submit(request("r"), now=0.0)
+
+
+def test_a_withdrawn_request_is_never_bound():
+    router = router_of(registration("b"))
+    send(router, "first")
+    send(router, "second")
+    router.withdraw(RequestId("second"), now=0.5)
+    router.withdraw(RequestId("unknown"), now=0.5)
+    router.prefilled(RequestId("first"), now=2.0)
+    assert router.dispatch(now=2.0) == []
+
+
+def test_draining_workers_get_nothing_new():
+    router = router_of(registration("a"), registration("b", state=WorkerState.DRAINING))
+    (route,) = send(router, "r")
+    assert route.decode == "a"
+
+
+def test_policy_and_settings_change_without_losing_a_request():
+    router = router_of(registration("b"))
+    send(router, "first")
+    assert send(router, "second") == []
+    router.configure(RouterSettings(queue_limit=1), RoundRobin(), now=0.1)
+    (route,) = router.dispatch(now=0.1)
+    assert (route.request, route.policy) == ("second", "round_robin")
+
+
+def test_a_shadow_decides_and_is_not_obeyed():
+    router = router_of(*split(3, 1), policy=LeastLoaded(), shadow=RoundRobin())
+    for k in range(12):
+        send(router, f"r{k}", tokens=1000 * (k % 3 + 1))
+    shadow = router.stats(now=0.0).shadow
+    assert (shadow.policy, shadow.decided) == ("round_robin", 12)
+    assert 0 < shadow.differed < 12
+    assert shadow.faster_s != 0.0
+    assert router.explain(RequestId("r11")).shadow is not None
+    router.configure(RouterSettings(), LeastLoaded(), now=0.0)
+    assert router.stats(now=0.0).shadow is None
+
+
+class Broken:
+    name = "broken"
+
+    def choose(self, request, view):
+        raise KeyError("mine")
+
+
+def test_a_policy_that_raises_fails_its_request_and_nothing_else():
+    router = router_of(*split(), policy=Broken())
+    router.submit(request("r"), now=0.0)
+    (refusal,) = router.dispatch(now=0.0)
+    assert (refusal.error.status, refusal.error.code) == (500, "policy_failed")
+    assert "'broken' raised KeyError" in str(refusal.error)
+    assert router.stats(now=0.0).bound == 0
+
+
+def test_a_shadow_that_raises_does_no_harm():
+    router = router_of(*split(), shadow=Broken())
+    (route,) = send(router, "r")
+    assert router.stats(now=0.0).shadow.failed == 1
+    router.release(route.request, Observed(), now=1.0)
+    assert router.stats(now=1.0).bound == 0
+
+
+def test_explain_tells_what_was_predicted_and_what_happened_and_forgets_the_oldest():
+    router = router_of(*split(), history=2)
+    for k in range(3):
+        (route,) = send(router, f"r{k}", now=k * 10.0)
+        observed = Observed(ttft_s=1.5, completion_tokens=10)
+        router.release(RequestId(f"r{k}"), observed, now=k * 10.0 + 5)
+    assert router.explain(RequestId("r0")) is None
+    explanation = router.explain(RequestId("r2"))
+    assert explanation.chosen == route.predicted
+    assert explanation.observed.ttft_s == 1.5
+    assert len(explanation.candidates) == 2
+    assert router.stats(now=30.0).ttft_error_ratio > 0
+
+
+def test_explain_also_tells_of_the_attempts_before_the_last():
+    router = router_of(registration("d0", Role.DECODE), registration("d1", Role.DECODE))
+    (first,) = send(router, "r")
+    lost = Observed(outcome=Outcome.INTERRUPTED, failure=Failure("worker_lost", first.decode, "killed"))
+    router.release(RequestId("r"), lost, now=1.0)
+    (second,) = send(router, "r", now=1.0, excluded=frozenset({first.decode}))
+    explanation = router.explain(RequestId("r"))
+    (before,) = explanation.earlier
+    assert (before.chosen, before.observed) == (first.predicted, lost)
+    assert (explanation.chosen, explanation.observed, explanation.attempt) == (second.predicted, None, 2)
+
+
+def test_preview_changes_nothing():
+    router = router_of(*split())
+    explanation = router.preview(request("r"), now=0.0)
+    assert explanation.chosen is not None
+    assert router.explain(RequestId("r")) is None
+    assert router.stats(now=0.0).decisions == {}
+    assert router.wakeup() is None
+    refused = router.preview(request("r", model="?"), now=0.0)
+    assert "'?'" in refused.refused_because
+
+
+def test_answers_shorter_than_allowed_are_learned():
+    router = router_of(registration("b"))
+    for k in range(300):
+        send(router, f"r{k}", now=k * 10.0, tokens=100, expected=1000)
+        router.release(RequestId(f"r{k}"), Observed(completion_tokens=100), now=k * 10.0 + 5)
+    chosen = router.preview(request("x", tokens=100, expected=1000), now=4000.0).chosen
+    (route,) = send(router, "x", now=4000.0, tokens=100, expected=1000)
+    assert route.predicted.total_s < chosen.total_s / 5
+
+
+def test_snapshots_are_asked_for_until_they_come():
+    router = router_of(registration("b"))
+    names = np.arange(1, 5, dtype=np.uint64)
+    router.apply_events(KvEvents(WorkerId("b"), 1, 2, [BlocksStored(pack(names))]), now=0.0)
+    assert router.workers_to_snapshot() == ["b"]
+    router.apply_snapshot(Snapshot(WorkerId("b"), 1, 2, pack(names)), now=0.0)
+    assert router.workers_to_snapshot() == []
+    assert router.workers(now=0.0)[0].indexed_blocks == 4
+
+
+def test_two_gateways_do_not_herd():
+    """Both see the same reports, and of each other's dispatches only what the reports tell."""
+    workers = [registration(f"p{k}", Role.PREFILL) for k in range(6)] + [registration("d", Role.DECODE)]
+    gateways = [router_of(*workers), router_of(*workers)]
+    gateways[1] = Router(RouterSettings(), rng=random.Random(7))
+    for each in workers:
+        gateways[1].worker_up(each, now=0.0)
+    backlog = dict.fromkeys([f"p{k}" for k in range(6)], 0)
+    now = 0.0
+    for step in range(60):
+        now = step * 0.1
+        for name, tokens in backlog.items():
+            for gateway in gateways:
+                gateway.apply_load(report(name, tokens=tokens), now=now)
+        for number, gateway in enumerate(gateways):
+            gateway.submit(request(f"{number}/{step}", tokens=1600), now=now)
+            for route in gateway.dispatch(now=now):
+                backlog[route.prefill or "p0"] += 1600
+        assert max(backlog.values()) <= 3 * 1600
+        backlog = {name: max(0, tokens - 800) for name, tokens in backlog.items()}
+        for gateway in gateways:
+            for request_id in [key for key in gateway._bound if int(key.split("/")[1]) < step - 2]:
+                gateway.release(request_id, Observed(), now=now)
+
+
+NAMES = st.sampled_from([f"w{k}" for k in range(4)])
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(
+                ["submit", "submit", "submit", "prefilled", "release", "withdraw", "down", "up", "report", "configure"]
+            ),
+            NAMES,
+            st.integers(0, 40),
+            st.integers(1, 9000),
+        ),
+        max_size=80,
+    ),
+    st.sampled_from([None, LeastLoaded, RoundRobin]),
+)
+def test_everything_balances_to_zero_after_any_history(history, policy):  # noqa: C901, PLR0912 - a branch a rule
+    roles = {"w0": Role.PREFILL, "w1": Role.DECODE, "w2": Role.BOTH, "w3": Role.DECODE}
+    router = router_of(*(registration(name, role) for name, role in roles.items()), policy=policy and policy())
+    epochs = dict.fromkeys(roles, 1)
+    submitted, bound, ended, now = set(), [], set(), 0.0
+
+    def dispatch():
+        for answer in router.dispatch(now=now):
+            assert answer.request in submitted
+            submitted.discard(answer.request)
+            if isinstance(answer, Route):
+                bound.append(answer.request)
+            else:
+                ended.add(answer.request)
+
+    for number, (what, name, place, tokens) in enumerate(history):
+        now += 0.05
+        if what == "submit":
+            deadline = now + 1.0 if place % 5 == 0 else 1e9
+            try:
+                router.submit(request(f"r{number}", tokens=tokens, deadline=deadline, priority=place % 3), now=now)
+                submitted.add(f"r{number}")
+            except NoWorker:
+                pass
+        elif what == "withdraw" and submitted:
+            gone = sorted(submitted)[place % len(submitted)]
+            router.withdraw(RequestId(gone), now=now)
+            submitted.discard(gone)
+        elif what == "prefilled" and bound:
+            router.prefilled(bound[place % len(bound)], now=now)
+        elif what == "release" and bound:
+            router.release(bound.pop(place % len(bound)), Observed(completion_tokens=3), now=now)
+        elif what == "down":
+            router.worker_down(WorkerId(name), now=now)
+        elif what == "up":
+            epochs[name] += place % 2
+            router.worker_up(registration(name, roles[name], epoch=epochs[name]), now=now)
+        elif what == "report":
+            router.apply_load(report(name, tokens=tokens, running=place, epoch=epochs[name]), now=now)
+        elif what == "configure":
+            router.configure(RouterSettings(), LeastLoaded(), now=now)
+        dispatch()
+        stats = router.stats(now=now)
+        assert stats.bound == len(bound)
+        assert sum(stats.waiting.values()) == len(submitted)
+    for name, role in roles.items():
+        router.worker_up(registration(name, role, epoch=epochs[name]), now=now)
+    for _ in range(1000):
+        for request_id in bound:
+            router.release(request_id, Observed(), now=now)
+        bound.clear()
+        now += 1.0
+        dispatch()
+        if not submitted:
+            break
+    assert not submitted, "a request waits for ever though the fleet is idle"
+    for request_id in bound:
+        router.release(request_id, Observed(), now=now)
+    now += 100.0
+    for name in roles:
+        router.apply_load(report(name, epoch=epochs[name]), now=now)
+    assert router.wakeup() is None
+    for status in router.workers(now=now):
+        assert (status.num_running, status.num_waiting, status.waiting_prefill_tokens, status.kv_tokens) == (0, 0, 0, 0)
+        assert (status.queue_s, status.free_blocks) == (0.0, 10_000)
+    assert router._fleet._departed == {}
+    assert router._fleet._computing == {}

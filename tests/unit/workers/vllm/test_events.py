@@ -1,0 +1,126 @@
+"""vLLM's events become our block names: on hand-made batches, encoded as vLLM encodes them."""
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planes.wire.blocks import name_blocks, root, unpack
+from planes.wire.messages import AllCleared, BlocksRemoved, BlocksStored
+from workers.vllm.events import EventTranslator
+
+BLOCK = 4
+MODEL = "tiny"
+FULL, WINDOW = 5, 0
+
+
+def batch(*events):
+    return msgspec.msgpack.encode([12.5, list(events), 0])
+
+
+def stored(hashes, tokens, parent=None, *, group=FULL, kind="full_attention", salt=None):
+    event = {
+        "type": "BlockStored",
+        "block_hashes": hashes,
+        "parent_block_hash": parent,
+        "token_ids": tokens,
+        "block_size": BLOCK,
+        "lora_id": None,
+        "medium": "GPU",
+        "lora_name": None,
+        "group_idx": group,
+        "kv_cache_spec_kind": kind,
+    }
+    keys = [[salt] if salt and parent is None and i == 0 else None for i in range(len(hashes))]
+    return event | {"extra_keys": keys}
+
+
+def removed(hashes, *, group=FULL):
+    return {"type": "BlockRemoved", "block_hashes": hashes, "medium": "GPU", "group_idx": group}
+
+
+def names(tokens, salt=""):
+    return name_blocks(np.array(tokens, dtype=np.uint32), BLOCK, root(MODEL, salt)).tolist()
+
+
+def names_in(event):
+    return unpack(event.hashes).tolist()
+
+
+def test_stored_blocks_get_the_names_that_the_gateway_computes():
+    (event,) = EventTranslator(MODEL).translate(batch(stored([101, 102], list(range(8)))))
+    assert isinstance(event, BlocksStored)
+    assert names_in(event) == names(range(8))
+
+
+def test_blocks_stored_later_continue_their_parent():
+    translator = EventTranslator(MODEL)
+    translator.translate(batch(stored([101, 102], list(range(8)))))
+    (event,) = translator.translate(batch(stored([103], [8, 9, 10, 11], parent=102)))
+    assert names_in(event) == names(range(12))[2:]
+
+
+def test_a_cache_salt_gives_other_names_and_its_children_inherit_them():
+    translator = EventTranslator(MODEL)
+    first, second = translator.translate(
+        batch(stored([201], [0, 1, 2, 3], salt="tenant"), stored([202], [4, 5, 6, 7], parent=201))
+    )
+    assert names_in(first) + names_in(second) == names(range(8), "tenant")
+
+
+def test_only_the_first_group_with_full_attention_counts():
+    translator = EventTranslator(MODEL)
+    tokens = list(range(8))
+    window = stored([102], tokens, group=WINDOW, kind="sliding_window")
+    assert translator.translate(batch(window)) == []
+    (event,) = translator.translate(batch(window, stored([101, 102], tokens), stored([101], tokens[:4], group=6)))
+    assert names_in(event) == names(tokens)
+    assert translator.translate(batch(removed([102], group=WINDOW))) == []
+    assert translator.num_cached == 2
+
+
+def test_a_block_held_twice_is_gone_when_both_copies_are():
+    translator = EventTranslator(MODEL)
+    translator.translate(batch(stored([101], [0, 1, 2, 3])))
+    assert translator.translate(batch(stored([101], [0, 1, 2, 3]))) == []
+    assert translator.translate(batch(removed([101]))) == []
+    (event,) = translator.translate(batch(removed([101])))
+    assert isinstance(event, BlocksRemoved)
+    assert names_in(event) == names(range(4))
+    assert translator.num_cached == 0
+
+
+def test_children_of_an_unknown_block_and_unknown_removals_are_left_out():
+    translator = EventTranslator(MODEL)
+    assert translator.translate(batch(stored([103], [8, 9, 10, 11], parent=102), removed([7]))) == []
+
+
+def test_a_cleared_cache_forgets_everything():
+    translator = EventTranslator(MODEL)
+    translator.translate(batch(stored([101], [0, 1, 2, 3])))
+    assert translator.translate(batch({"type": "AllBlocksCleared"})) == [AllCleared()]
+    assert translator.num_cached == 0
+
+
+def test_a_partly_filled_block_has_no_name():
+    assert EventTranslator(MODEL).translate(batch(stored([101], [0, 1, 2]))) == []
+
+
+def test_what_vllm_never_sends_is_refused():
+    with pytest.raises(msgspec.DecodeError):
+        EventTranslator(MODEL).translate(batch({"type": "Surprise"}))
+
+
+@given(st.lists(st.integers(0, 300), min_size=BLOCK, max_size=60), st.data())
+def test_however_a_prompt_is_stored_in_parts_its_names_are_the_same(tokens, data):
+    num_blocks = len(tokens) // BLOCK
+    cuts = sorted(data.draw(st.sets(st.integers(1, num_blocks), max_size=4)) | {num_blocks})
+    translator, start, seen = EventTranslator(MODEL), 0, []
+    for end in cuts:
+        parent = 1000 + start - 1 if start else None
+        part = stored([1000 + i for i in range(start, end)], tokens[start * BLOCK : end * BLOCK], parent)
+        for event in translator.translate(batch(part)):
+            seen += names_in(event)
+        start = end
+    assert seen == names(tokens)

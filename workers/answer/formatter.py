@@ -1,0 +1,193 @@
+"""Tokens in, OpenAI bytes out: a fold over each choice's token sequence.
+
+What has been written after k tokens depends on those tokens alone, not on how they came in: every token gives at most
+one event, and nothing is held back that the tokens cannot give again. So a formatter that has folded the first k
+tokens without writing (`fold`) goes on with exactly the bytes that an uninterrupted one would write. The log
+probability of a token leaves with the token, though its text may still be held back, for the same reason.
+
+A choice writes: opening event → one event per token that has news → held text → closing event.
+"""
+
+from collections.abc import Sequence
+
+from planes.wire.frames import FinishReason, Format, Sampling, Usage
+from workers.answer.detokenizer import Vocabulary
+from workers.answer.sse import Answer, Events, TokenNote
+from workers.answer.stop_strings import StopFinder
+from workers.engine.base import EngineOutput, TokenLogprob
+
+
+class Formatter:
+    """The answer to one request, as bytes for its client.
+
+    Streamed: `feed` returns the events that are due, `finish` the last ones. Otherwise `feed` returns nothing and
+    `finish` the whole body.
+    """
+
+    def __init__(
+        self,
+        layout: Format,
+        sampling: Sampling,
+        vocabulary: Vocabulary,
+        *,
+        end_tokens: frozenset[int] = frozenset(),
+        context: Sequence[int] = (),
+    ) -> None:
+        """
+        Args:  end_tokens: the model's end-of-sequence ids.  context: the prompt's last tokens, for tokenizers whose
+        text depends on what stands before.
+        """
+        self._events = Events(layout, sampling.n, vocabulary)
+        self._has_logprobs = sampling.logprobs is not None
+        self._end_tokens = end_tokens | frozenset(sampling.stop_token_ids)
+        self._choices = [_Choice(index, self._events, vocabulary, sampling, context) for index in range(sampling.n)]
+        self._num_open = sampling.n
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(choice.num_tokens for choice in self._choices)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why choice 0 ended, once all choices have; None before."""
+        return None if self._num_open else self._choices[0].finish
+
+    def fold(self, tokens: Sequence[int]) -> None:
+        """Take choice 0's first tokens, which the client has got already: nothing is written for them."""
+        self._num_open -= self._choices[0].advance(tokens, ())
+        self._choices[0].take()
+
+    def feed(self, output: EngineOutput) -> tuple[bytes, Sequence[int]]:
+        """Take what one engine step produced for one choice.
+
+        Returns:  the events due now, and the tokens that count: those after a stop string do not, and nothing does
+        once the choice has ended.
+        """
+        choice = self._choices[output.index]
+        if choice.finish is not None:
+            return b"", ()
+        before, tokens = choice.num_tokens, output.tokens
+        is_end_token = output.finish is FinishReason.STOP and tokens and tokens[-1] in self._end_tokens
+        has_stopped = choice.advance(tokens[:-1] if is_end_token else tokens, output.logprobs)
+        if has_stopped:
+            choice.close()
+        elif output.finish is not None:
+            choice.num_tokens += bool(is_end_token)  # counted, though no part of the text
+            choice.end(output.finish)
+        self._num_open -= choice.finish is not None
+        counted = choice.num_tokens - before
+        return choice.take(), tokens if counted == len(tokens) else tokens[:counted]
+
+    def end(self, finish: FinishReason) -> bytes:
+        """End what `fold` left open: a resumed request that turns out to be complete."""
+        for choice in self._choices:
+            if choice.finish is None:
+                choice.end(finish)
+            else:
+                choice.close()
+        self._num_open = 0
+        return b"".join(choice.take() for choice in self._choices)
+
+    def finish(self, usage: Usage) -> bytes:
+        """The last bytes of the answer, after every choice has ended."""
+        if self._events.is_streaming:
+            return self._events.last(usage)
+        return self._events.body([choice.answer(has_logprobs=self._has_logprobs) for choice in self._choices], usage)
+
+
+class _Choice:
+    """One choice: its tokens so far, and the events not yet taken."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_events",
+        "_index",
+        "_is_open",
+        "_is_streaming",
+        "_min_tokens",
+        "_notes",
+        "_parts",
+        "_stops",
+        "_text_length",
+        "_written",
+        "finish",
+        "num_tokens",
+    )
+
+    def __init__(
+        self, index: int, events: Events, vocabulary: Vocabulary, sampling: Sampling, context: Sequence[int]
+    ) -> None:
+        self.finish: FinishReason | None = None
+        self.num_tokens = 0
+        self._index = index
+        self._events = events
+        self._is_streaming = events.is_streaming
+        self._detokenizer = vocabulary.detokenizer(context)
+        self._stops = StopFinder(sampling.stop) if sampling.stop else None
+        self._min_tokens = sampling.min_tokens
+        self._is_open = False
+        self._text_length = 0
+        """Characters decoded, held ones included: where the next token's text begins."""
+        self._written: list[bytes] = []
+        self._parts: list[str] = []
+        self._notes: list[TokenNote] = []
+
+    def advance(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]) -> bool:
+        """Take tokens in order, up to the one that completes a stop string; tells whether one did.
+
+        Args:  logprobs: one for each token, or none.
+        """
+        if tokens:
+            self._open()
+        for place, token in enumerate(tokens):
+            self.num_tokens += 1
+            text = self._detokenizer.advance(token)
+            note = TokenNote(logprobs[place], self._text_length) if logprobs else None
+            self._text_length += len(text)
+            if text and self._stops is not None and self.num_tokens > self._min_tokens:
+                text = self._stops.advance(text)
+                if self._stops.has_found:
+                    self.finish = FinishReason.STOP
+            self._write(text, note)
+            if self.finish is not None:
+                return True
+        return False
+
+    def end(self, finish: FinishReason) -> None:
+        """The engine ended the choice: let go of what is held."""
+        self._open()
+        self.finish = finish
+        held = self._stops.flush() if self._stops is not None else ""
+        self._write(held + self._detokenizer.flush(), None)
+        self.close()
+
+    def close(self) -> None:
+        if self._is_streaming and self.finish is not None:
+            self._written.append(self._events.closing(self._index, self.finish))
+
+    def take(self) -> bytes:
+        """Events written since the last call."""
+        written = b"".join(self._written)
+        self._written.clear()
+        return written
+
+    def answer(self, *, has_logprobs: bool) -> Answer:
+        """The finished choice."""
+        notes = self._notes if has_logprobs else None
+        return Answer(self._index, "".join(self._parts), notes, self.finish or FinishReason.LENGTH)
+
+    def _open(self) -> None:
+        if not self._is_open:
+            self._is_open = True
+            if self._is_streaming:
+                self._written.append(self._events.opening(self._index))
+
+    def _write(self, text: str, note: TokenNote | None) -> None:
+        if not self._is_streaming:
+            self._parts.append(text)
+            if note is not None:
+                self._notes.append(note)
+        elif note is not None:
+            self._written.append(self._events.token(self._index, text, note))
+        elif text:
+            self._written.append(self._events.text(self._index, text))

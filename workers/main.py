@@ -1,0 +1,272 @@
+"""One worker's life.
+
+| stage    | what happens                                              | ends with                                    |
+|----------|-----------------------------------------------------------|----------------------------------------------|
+| starting | tokenizer, engine, stream server, card, registration      | `worker.ready`, or exit status 2             |
+| ready    | requests                                                  | SIGTERM or SIGINT; the engine's death        |
+| draining | registered as draining; running requests go on            | the last of them, or `drain_s`               |
+| stopping | the rest is interrupted, deregistered, everything closed  | exit status 0, or 1 if the engine died       |
+
+etcd and NATS may be out of reach at any time: at the start the worker waits for them, later it goes on without them.
+"""
+
+import asyncio
+import contextlib
+import gc
+import os
+import socket
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+import structlog
+
+from planes.control import ControlPlaneUnavailable, Etcd, Registrar, WorkerIdTaken, check_id_is_free
+from planes.events import EventPlane
+from planes.objects import ObjectStore
+from planes.streams import StreamLimits, StreamServer
+from planes.wire.errors import UnusableSetting
+from planes.wire.messages import Registration, WorkerId, WorkerState
+from planes.work_queue import PrefillQueue
+from workers.answer.detokenizer import Vocabulary, load_vocabulary
+from workers.engine.base import Engine
+from workers.engine.make import make_engine
+from workers.kv_events import Publisher
+from workers.model_card import CardPublisher, read_card
+from workers.prefill_queue import Puller
+from workers.server import WorkerServer
+from workers.settings import WorkerSettings
+
+_log = structlog.get_logger()
+
+_LAST_NEWS_S = 2.0
+"""How long the outcome of jobs from the queue may take to reach NATS at the end."""
+_CARD_PATIENCE_S = 10.0
+"""Gateways may have this model's card from another worker: without NATS, register all the same after so long."""
+
+
+class Ending:
+    """Why the process should end; the first reason counts."""
+
+    def __init__(self) -> None:
+        self._has_come = asyncio.Event()
+        self.death: str | None = None
+        """Why the engine died; None if it did not."""
+        self.refusal: WorkerIdTaken | None = None
+        """Why the fleet has no place for this worker; None if it has."""
+
+    def engine_died(self, reason: str) -> None:
+        if not self._has_come.is_set():
+            self.death = reason
+        self._has_come.set()
+
+    def refused(self, refusal: WorkerIdTaken) -> None:
+        if not self._has_come.is_set():
+            self.refusal = refusal
+        self._has_come.set()
+
+    def asked(self) -> None:
+        self._has_come.set()
+
+    async def wait(self) -> None:
+        await self._has_come.wait()
+
+    async def outlasts(self, work: Coroutine[Any, Any, object]) -> bool:
+        """Await `work`; cancel it if the end comes first. Tells whether it was done. What it raises is passed on."""
+        working = asyncio.ensure_future(work)
+        waiting = asyncio.ensure_future(self.wait())
+        try:
+            await asyncio.wait((working, waiting), return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+            return working.done()
+        finally:
+            working.cancel()
+            waiting.cancel()
+            await asyncio.gather(working, waiting, return_exceptions=True)
+
+
+class EngineFactory(Protocol):
+    """What `workers.engine.make.make_engine` is."""
+
+    def __call__(self, settings: WorkerSettings, worker: WorkerId, *, vocab_size: int) -> Engine: ...
+
+
+async def serve(settings: WorkerSettings, ending: Ending, *, make_engine: EngineFactory = make_engine) -> int:
+    """Run a worker until `ending` is asked for, or its engine dies.
+
+    Returns:  the exit status.  Raises:  HeadraceError if it cannot start.
+    """
+    started_at = time.monotonic()
+    worker = WorkerId(settings.new_worker_id())
+    if cores := settings.core_numbers():
+        _take_cores(settings, cores)
+    _refuse_taken_port(settings)
+    with contextlib.suppress(ControlPlaneUnavailable):  # it will be asked again
+        await check_id_is_free(Etcd(settings.etcd), settings.namespace, worker)
+    vocabulary = await asyncio.to_thread(load_vocabulary, settings.model_path / "tokenizer.json")
+    epoch = time.time_ns()
+    engine = make_engine(settings, worker, vocab_size=len(vocabulary.names))
+    plane = EventPlane(settings.nats, settings.namespace, name=worker)
+    publisher = Publisher(worker, epoch, plane, load=engine.load, on_death=ending.engine_died)
+    if await ending.outlasts(engine.start(publisher, progress=progressed)):
+        try:
+            gc.collect()
+            gc.freeze()  # what the start has left stays; collections need not look at it again
+            await _Worker(settings, worker, epoch, engine, plane, publisher, ending).run(vocabulary, started_at)
+        finally:
+            await engine.stop()
+    else:
+        await engine.stop()
+    if ending.refusal is not None:
+        raise ending.refusal
+    if ending.death is not None:
+        _log.error("worker.failed", worker=worker, reason=ending.death)
+        return 1
+    _log.info("worker.stopped", worker=worker)
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    """A worker whose engine runs."""
+
+    settings: WorkerSettings
+    worker: WorkerId
+    epoch: int
+    engine: Engine
+    plane: EventPlane
+    publisher: Publisher
+    ending: Ending
+
+    async def run(self, vocabulary: Vocabulary, started_at: float) -> None:
+        settings, facts = self.settings, self.engine.facts
+        card = await read_card(settings.model_path, model=settings.model_name, context_length=facts.context_length)
+        cards = CardPublisher(settings.model_path, card, ObjectStore(self.plane), self.plane)
+        server = WorkerServer(
+            self.engine,
+            role=settings.worker_role,
+            vocabulary=vocabulary.covering(facts.vocab_size),
+            end_tokens=frozenset(card.eos_token_ids),
+            max_queued=settings.max_queued,
+            call_later=asyncio.get_running_loop().call_later,
+        )
+        limits = StreamLimits(ping_s=settings.heartbeat_s, dead_s=settings.dead_after_s)
+        streams = StreamServer(server, worker=self.worker, epoch=self.epoch, limits=limits)
+        registration = self._registration(await self._listen(streams), cards.digest)
+        registrar = Registrar(Etcd(settings.etcd), settings.namespace, registration)
+        puller = self._puller(server) if settings.is_pulling else None
+        async with asyncio.TaskGroup() as group:
+            # The publisher first: it subscribes before there is a connection that could fail it.
+            tasks = [group.create_task(work) for work in (self.publisher.run(), cards.run(), self.plane.run())]
+            await self.ending.outlasts(_at_most(_CARD_PATIENCE_S, cards.published))
+            tasks.append(group.create_task(self._register(registrar)))
+            if await self.ending.outlasts(registrar.registered.wait()):
+                seconds = round(time.monotonic() - started_at, 1)
+                _log.info("worker.ready", worker=self.worker, address=registration.address, seconds=seconds)
+            if puller is not None:
+                tasks.append(group.create_task(puller.run()))
+            await self.ending.wait()
+            if puller is not None:
+                puller.stop()
+            await self._drain(server, registrar, registration)
+            if puller is not None:
+                await puller.until_idle(_LAST_NEWS_S)
+            await registrar.close()
+            await streams.stop()
+            for task in tasks:
+                task.cancel()
+
+    async def _register(self, registrar: Registrar) -> None:
+        try:
+            await registrar.run()
+        except WorkerIdTaken as exc:
+            self.ending.refused(exc)
+
+    async def _listen(self, streams: StreamServer) -> str:
+        """Returns:  the address to register."""
+        settings = self.settings
+        try:
+            port = await streams.listen(settings.host, settings.port)
+        except OSError as exc:
+            raise UnusableSetting(
+                "port", settings.port, f"{settings.host} cannot listen there: {exc.strerror}"
+            ) from exc
+        host = settings.public_host
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def _puller(self, server: WorkerServer) -> Puller:
+        settings = self.settings
+        return Puller(
+            self.worker,
+            settings.model_name,
+            PrefillQueue(self.plane),
+            self.plane,
+            server,
+            self.engine,
+            pull_ahead=settings.pull_ahead,
+        )
+
+    def _registration(self, address: str, card_digest: str) -> Registration:
+        return Registration(
+            worker=self.worker,
+            epoch=self.epoch,
+            role=self.settings.worker_role,
+            model=self.settings.model_name,
+            address=address,
+            engine=self.settings.engine,
+            facts=self.engine.facts,
+            card_digest=card_digest,
+            handover=self.engine.endpoint,
+            is_pulling=self.settings.is_pulling,
+        )
+
+    async def _drain(self, server: WorkerServer, registrar: Registrar, registration: Registration) -> None:
+        """Let running requests end, unless the engine is dead, or dies now."""
+        server.drain()
+        self.publisher.drain()
+        registrar.update(msgspec.structs.replace(registration, state=WorkerState.DRAINING))
+        if self.ending.death is None and server.num_requests:
+            _log.info("worker.draining", worker=self.worker, requests=server.num_requests)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.drain_s):
+                    await server.until_idle()
+        if self.ending.death is not None:
+            server.interrupt_all("engine_died", self.ending.death)
+        else:
+            server.interrupt_all("worker_stopping", f"not finished within the {self.settings.drain_s:g} s for draining")
+
+
+def progressed(step: str) -> None:
+    """One line about a start that takes long; `headrace up` shows it."""
+    _log.info("worker.progress", step=step)
+
+
+async def _at_most(seconds: float, event: asyncio.Event) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+
+
+def _take_cores(settings: WorkerSettings, cores: tuple[int, ...]) -> None:
+    """Keep to these cores, engine included: a prefill must not stall a decode beside it."""
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as exc:
+        there = sorted(os.sched_getaffinity(0))
+        raise UnusableSetting("cores", settings.cores, f"this process may use {there}") from exc
+
+
+def _refuse_taken_port(settings: WorkerSettings) -> None:
+    """Before the engine takes its time. Raises:  UnusableSetting."""
+    try:
+        with socket.create_server((settings.host, settings.port), family=_family(settings.host)):
+            pass
+    except OSError as exc:
+        raise UnusableSetting("port", settings.port, f"{settings.host} cannot listen there: {exc.strerror}") from exc
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

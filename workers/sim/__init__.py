@@ -1,0 +1,1 @@
+"""The simulated engine: real protocol, virtual model."""

@@ -1,0 +1,133 @@
+"""The last gate before an engine: whatever could make it fail, or wait for something that never comes, stops here."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from planes.wire.errors import InvalidRequest, Rejected
+from planes.wire.frames import DecodeLeg, Generate, LocalLeg, PrefillLeg, Sampling
+from planes.wire.messages import EngineFacts, HandoverEndpoint, HandoverMode, Role
+from workers.engine.base import EngineRequest
+
+KINDS = ("chat", "completion")
+
+
+class HandoverRefused(Rejected):
+    """This worker cannot play the part in a handover that the gateway gave it; another route may do."""
+
+    code = "handover_refused"
+
+
+def admit(request: Generate, *, role: Role, facts: EngineFacts, endpoint: HandoverEndpoint | None) -> EngineRequest:
+    """What the engine may be given for `request`.
+
+    Raises:  InvalidRequest for a request that no engine like this one can run; HandoverRefused.
+    """
+    prompt = _prompt(request.prompt, facts)
+    resume = tuple(_tokens(request.resume, "resume", facts).tolist())
+    _check_sampling(request.sampling, facts)
+    _check_length(len(prompt), request.sampling.max_tokens, facts)
+    _check_answer(request, num_resumed=len(resume))
+    if not isinstance(request.leg, LocalLeg):
+        _check_leg(request.leg, role, endpoint, num_tokens=len(prompt) + len(resume))
+        if request.sampling.n > 1:
+            raise InvalidRequest(f"n is {request.sampling.n}: a handover serves one choice", param="n")
+    return EngineRequest(
+        request=request.request,
+        prompt=prompt,
+        sampling=request.sampling,
+        leg=request.leg,
+        resume=resume,
+        cache_salt=request.cache_salt,
+        priority=request.priority,
+    )
+
+
+def _prompt(packed: bytes, facts: EngineFacts) -> npt.NDArray[np.uint32]:
+    prompt = _tokens(packed, "prompt", facts)
+    if not len(prompt):
+        raise InvalidRequest("the prompt has no tokens; at least 1 is needed", param="prompt", code="empty_prompt")
+    return prompt
+
+
+def _tokens(packed: bytes, param: str, facts: EngineFacts) -> npt.NDArray[np.uint32]:
+    if len(packed) % 4:
+        raise InvalidRequest(f"{param} takes {len(packed)} bytes; packed tokens take 4 each", param=param)
+    tokens = np.frombuffer(packed, dtype="<u4")
+    if len(tokens) and (largest := int(tokens.max())) >= facts.vocab_size:
+        raise InvalidRequest(
+            f"{param} has token {largest}; the vocabulary ends at {facts.vocab_size - 1}",
+            param=param,
+            code="unknown_token",
+        )
+    return tokens
+
+
+def _check_sampling(sampling: Sampling, facts: EngineFacts) -> None:
+    """Ranges are the gateway's to check; here only what an engine would choke on."""
+    if not 1 <= sampling.n <= facts.max_batch:
+        raise InvalidRequest(f"n is {sampling.n}; 1 to {facts.max_batch} are possible here", param="n")
+    if sampling.max_tokens < 1:
+        raise InvalidRequest(f"max_tokens is {sampling.max_tokens}; at least 1 is needed", param="max_tokens")
+    if not 0 <= sampling.min_tokens <= sampling.max_tokens:
+        raise InvalidRequest(
+            f"min_tokens is {sampling.min_tokens}; 0 to max_tokens, {sampling.max_tokens}, are possible",
+            param="min_tokens",
+        )
+    for param, tokens in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias)):
+        for token in tokens:
+            if not 0 <= token < facts.vocab_size:
+                raise InvalidRequest(
+                    f"{param} has token {token}; the vocabulary is 0 to {facts.vocab_size - 1}", param=param
+                )
+    if "" in sampling.stop:
+        raise InvalidRequest("stop has an empty string; a stop string has at least 1 character", param="stop")
+
+
+def _check_length(prompt_tokens: int, max_tokens: int, facts: EngineFacts) -> None:
+    if prompt_tokens + max_tokens > facts.context_length:
+        raise InvalidRequest(
+            f"the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, together "
+            f"{prompt_tokens + max_tokens}; the context holds {facts.context_length}",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+
+
+def _check_answer(request: Generate, *, num_resumed: int) -> None:
+    if request.format.kind not in KINDS:
+        raise InvalidRequest(f"format.kind is {request.format.kind!r}; {' or '.join(KINDS)} is possible")
+    if not (math.isfinite(request.timeout_s) and request.timeout_s >= 0):
+        raise InvalidRequest(f"timeout_s is {request.timeout_s}; a number of seconds is needed")
+    if num_resumed and request.sampling.n > 1:
+        raise InvalidRequest(f"n is {request.sampling.n}: only a single choice can be resumed", param="n")
+    if num_resumed and request.sampling.logprobs is not None and not request.format.is_streaming:
+        raise InvalidRequest(
+            f"the log probabilities of {num_resumed} resumed tokens are lost; start this answer again instead",
+            code="resume_without_logprobs",
+        )
+
+
+def _check_leg(leg: PrefillLeg | DecodeLeg, role: Role, endpoint: HandoverEndpoint | None, *, num_tokens: int) -> None:
+    is_able = role.can_prefill if isinstance(leg, PrefillLeg) else role.can_decode
+    if not is_able:
+        raise HandoverRefused(f"a {type(leg).__name__} came to a worker whose role is {role}")
+    if endpoint is None:
+        raise HandoverRefused("this worker's engine hands no KV cache over")
+    mode = _mode(leg)
+    if mode is not endpoint.mode:
+        raise HandoverRefused(f"the handover mode is {mode or 'missing'}; this worker's is {endpoint.mode}")
+    if isinstance(leg, DecodeLeg) and leg.ticket is not None and not 1 <= leg.ticket.num_tokens <= num_tokens:
+        raise HandoverRefused(f"the ticket is for {leg.ticket.num_tokens} tokens; the prompt has {num_tokens}")
+    if isinstance(leg, DecodeLeg) and leg.source is not None and not (leg.source.host and 0 < leg.source.port < 65536):
+        raise HandoverRefused(f"the source of the handover is {leg.source.host!r}:{leg.source.port}")
+
+
+def _mode(leg: PrefillLeg | DecodeLeg) -> HandoverMode | None:
+    """None if a decode leg says neither whom to pull from nor who will push, or both."""
+    if isinstance(leg, PrefillLeg):
+        return leg.mode
+    if (leg.ticket is None) == (leg.source is None):
+        return None
+    return leg.ticket.mode if leg.ticket is not None else HandoverMode.PUSH

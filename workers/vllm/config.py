@@ -1,0 +1,198 @@
+"""How vLLM is set up: the options of a worker's engine, and vLLM's own configuration made from them."""
+
+import ctypes
+import os
+import random
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from planes.wire.messages import HandoverMode, LatencyPrior, Role, WorkerId
+from workers.engine.base import EngineStartError
+from workers.vllm.memory import check_memory
+
+VERSION = "0.32.0"
+"""The plug-in reaches into vLLM: another version needs its tests run and this line changed."""
+
+CPU_KV_CACHE_BYTES = 256 << 20
+
+CPU_DECODE_STEP_TOKENS = {"bfloat16": 48, "float32": 40}
+"""Tokens that a decode worker on CPU computes in one step, by what it computes in. A step streams the weights whatever
+it computes, which takes about as long as 40 tokens more: chats beside a prompt become slower, two times or so, rather
+than standing still. Where bfloat16 is native a step is so short (0.05 s) that a few tokens more do no harm."""
+
+CPU_PRIOR = LatencyPrior(
+    prefill_fixed_s=0.03,
+    prefill_per_token_s=1 / 450,
+    prefill_per_pair_s=5e-8,
+    step_fixed_s=0.1,
+    step_per_sequence_s=0.01,
+    step_per_kv_token_s=1e-6,
+    handover_fixed_s=0.02,
+    handover_bytes_per_s=1e9,
+)
+"""One core of a common server and the demo model; the router learns the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class VllmOptions:
+    """How to run vLLM. Both ends of a handover need the same model path, dtype, block size and mode."""
+
+    model_path: Path
+    """A directory with `config.json` and safetensors."""
+    model: str
+    """The name that clients use; it salts the block names."""
+    worker: WorkerId
+    role: Role = Role.BOTH
+    handover: HandoverMode | None = HandoverMode.PULL
+    """None: this worker prefills what it decodes."""
+    host: str = "127.0.0.1"
+    """Where other workers reach this engine's handshake."""
+    dtype: str = "auto"
+    """auto: what the model was made in."""
+    max_model_len: int = 2048
+    block_size: int = 32
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int | None = None
+    """None: 2048, and on CPU few for a decode worker (`CPU_DECODE_STEP_TOKENS`)."""
+    kv_cache_bytes: int | None = None
+    """None: what is left of the accelerator's memory, 256 MiB on CPU."""
+    threads: int = 1
+    """OpenMP threads (CPU)."""
+    cores: tuple[int, ...] = ()
+    """Cores for the engine process (CPU); empty: all that this process may use."""
+    tensor_parallel: int = 1
+    lease_s: int = 30
+    """How long a prefilled KV cache waits for its decode worker's first sign of life."""
+    drain_s: int = 10
+    """How long `stop` waits for leased KV caches to be fetched and for vLLM to end; then it is killed."""
+    push_timeout_s: float = 30.0
+    """How long a decode leg waits for a WRITE: vLLM would wait for ever."""
+    step_timeout_s: float = 120.0
+    """An engine with work that says nothing for so long is given up."""
+    load_format: str = "auto"
+    """`dummy` for random weights."""
+
+
+def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
+    """Import vLLM and make its configuration. The environment must be set first, some of it before torch."""
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    for name, value in (
+        ("VLLM_NO_USAGE_STATS", "1"),
+        ("HF_HUB_OFFLINE", "1"),
+        ("VLLM_LOGGING_LEVEL", "WARNING"),
+        ("VLLM_LOGGING_STREAM", "ext://sys.stderr"),
+    ):
+        os.environ.setdefault(name, value)
+    if options.handover is not None:
+        os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = options.host
+        os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port(options.host))
+    import vllm  # noqa: PLC0415 - takes seconds and half a gigabyte
+    from vllm.config import KVEventsConfig, KVTransferConfig  # noqa: PLC0415
+    from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
+    from vllm.platforms import current_platform  # noqa: PLC0415
+
+    if vllm.__version__ != VERSION:
+        raise EngineStartError(f"vLLM {vllm.__version__} is installed and this worker is written for {VERSION}")
+    is_cpu, kv_cache_bytes = current_platform.is_cpu(), options.kv_cache_bytes
+    if is_cpu:
+        check_library("libnuma.so.1", package="libnuma1")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the executor then needs no process of its own
+        # The first request for logprobs would wait for a C++ compiler, and all others with it (18 s measured).
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
+        kv_cache_bytes = kv_cache_bytes or CPU_KV_CACHE_BYTES
+        check_memory(options.model_path, kv_cache_bytes, dtype=options.dtype)
+    more = {} if kv_cache_bytes is None else {"kv_cache_memory_bytes": kv_cache_bytes}
+    config = AsyncEngineArgs(
+        model=str(options.model_path.resolve()),
+        served_model_name=options.model,
+        dtype=options.dtype,
+        load_format=options.load_format,
+        max_model_len=options.max_model_len,
+        block_size=options.block_size,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens or _step_tokens(options, is_cpu=is_cpu),
+        tensor_parallel_size=options.tensor_parallel,
+        enforce_eager=is_cpu,
+        worker_extension_cls="workers.vllm.plugin.BeforeLoading",
+        skip_tokenizer_init=True,
+        scheduling_policy="priority",
+        enable_prefix_caching=True,
+        prefix_caching_hash_algo="sha256_cbor",
+        prefix_cache_retention_interval=None,
+        kv_transfer_config=None if options.handover is None else KVTransferConfig(**_handover(options, is_cpu=is_cpu)),
+        kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", **events),
+        shutdown_timeout=options.drain_s,
+        disable_log_stats=True,
+        **more,
+    ).create_engine_config()
+    scheduler = "AsyncScheduler" if config.scheduler_config.async_scheduling else "Scheduler"
+    config.scheduler_config.scheduler_cls = f"workers.vllm_plugin.{scheduler}"
+    return config
+
+
+def _step_tokens(options: VllmOptions, *, is_cpu: bool) -> int:
+    if is_cpu and options.role is Role.DECODE:
+        return max(CPU_DECODE_STEP_TOKENS.get(options.dtype, CPU_DECODE_STEP_TOKENS["float32"]), options.max_num_seqs)
+    return 2048
+
+
+def _handover(options: VllmOptions, *, is_cpu: bool) -> dict[str, Any]:
+    return {
+        "kv_connector": "NixlPullConnector" if options.handover is HandoverMode.PULL else "NixlPushConnector",
+        "kv_connector_module_path": "workers.vllm.plugin",
+        "kv_role": {Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer", Role.BOTH: "kv_both"}[options.role],
+        "engine_id": f"{options.worker}-{time.time_ns():x}",
+        "kv_buffer_device": "cpu" if is_cpu else None,
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": {
+            "kv_lease_duration": options.lease_s,
+            "push_registration_timeout": options.push_timeout_s,
+        },
+    }
+
+
+def check_library(name: str, *, package: str) -> None:
+    """vLLM's CPU build only warns of a missing library and fails later, nameless.  Raises:  EngineStartError."""
+    try:
+        ctypes.CDLL(name)
+    except OSError as exc:
+        raise EngineStartError(f"vLLM on CPU needs {name}: apt-get install {package} ({exc})") from exc
+
+
+def eos_tokens(model_path: Path) -> list[int]:
+    """Token ids that end an answer, from `generation_config.json`, else from `config.json`."""
+    for name in ("generation_config.json", "config.json"):
+        file = model_path / name
+        eos = msgspec.json.decode(file.read_bytes()).get("eos_token_id") if file.is_file() else None
+        if eos is not None:
+            return [eos] if isinstance(eos, int) else list(eos)
+    return []
+
+
+def check_model_dir(options: VllmOptions) -> None:
+    path = options.model_path
+    if not (path / "config.json").is_file():
+        what = "has no config.json" if path.is_dir() else "is no directory"
+        raise EngineStartError(f"the model {path} {what}: name a directory with config.json and *.safetensors")
+    if options.load_format != "dummy" and not any(path.glob("*.safetensors")):
+        raise EngineStartError(f"the model {path} has no *.safetensors, the only weights that are read")
+
+
+def _free_port(host: str) -> int:
+    """A free port below the range from which the kernel hands out its own, so that nobody gets it by chance."""
+    for _ in range(100):
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return port
+    raise EngineStartError(
+        f"no port of {host} between 20000 and 32000 is free for the handshake: is it an address of this machine?"
+    )

@@ -1,0 +1,426 @@
+"""The real engine: vLLM 0.32, embedded through `AsyncLLM`, one engine process per worker, CPU and CUDA alike.
+
+vLLM is imported when the engine starts and nowhere else but in `vllm_plugin.py`, which runs inside the engine process.
+`vllm_request.py` says what a request looks like to vLLM, `vllm_output.py` what vLLM says of it, `vllm_events.py` reads
+its KV events.
+"""
+
+import asyncio
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from planes.wire.errors import InvalidRequest
+from planes.wire.frames import DecodeLeg, FinishReason, PrefillLeg, Ticket
+from planes.wire.messages import (
+    EngineFacts,
+    HandoverEndpoint,
+    HandoverMode,
+    LatencyPrior,
+    RequestId,
+    StepSample,
+)
+from workers.engine.base import EngineLoad, EngineObserver, EngineOutput, EngineRequest, EngineStartError
+from workers.vllm.config import CPU_PRIOR, VllmOptions, check_model_dir, engine_config, eos_tokens
+from workers.vllm.events import EventReader, EventTranslator
+from workers.vllm.failure import cause_of, expect_failure
+from workers.vllm.output import NO_ARRIVAL, Arrival, translate
+from workers.vllm.request import (
+    KvGroup,
+    TicketExpired,
+    check_tokens,
+    handover_params,
+    is_greedy,
+    sampling_arguments,
+    write_ticket,
+)
+from workers.vllm.scratch import Scratch
+
+__all__ = ["VllmEngine", "VllmOptions"]
+
+_log = structlog.get_logger()
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """One request on its way."""
+
+    request: EngineRequest
+    on_output: Callable[[EngineOutput], None]
+    unfinished: set[int]
+    waiting_tokens: int
+    """Prompt tokens that count as not computed; 0 after the first token."""
+    task: asyncio.Task[None] | None = None
+    deadline: asyncio.TimerHandle | None = None
+    arrival: Arrival = NO_ARRIVAL
+    is_unheard: bool = True
+    """No output of choice 0 has come."""
+
+
+@dataclass(slots=True)
+class _Latest:
+    """The engine's last report."""
+
+    num_running: int = 0
+    kv_tokens: int = 0
+    prefilled: int = 0
+    usage: float = 0.0
+    groups: list[KvGroup] = field(default_factory=list)
+
+
+class VllmEngine:
+    """See `workers.engine.base.Engine`."""
+
+    def __init__(self, options: VllmOptions) -> None:
+        self._options = options
+        self._runs: dict[RequestId, _Run] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        self._latest = _Latest()
+        self._has_reported = asyncio.Event()
+        self._heard_at = 0.0
+        self._is_stopping = False
+        # One thread that lives as long as the engine process: the kernel ties the process to the thread that made it.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vllm")
+        self._scratch = Scratch()
+        self._llm: Any = None
+        self._observer: EngineObserver
+        self._facts: EngineFacts
+        self._endpoint: HandoverEndpoint | None = None
+        self._eos: list[int] = []
+        self._reader: EventReader | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def facts(self) -> EngineFacts:
+        return self._facts
+
+    @property
+    def endpoint(self) -> HandoverEndpoint | None:
+        return self._endpoint
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    async def start(self, observer: EngineObserver, *, progress: Callable[[str], None]) -> None:
+        """Raises:  EngineStartError."""
+        options = self._options
+        check_model_dir(options)
+        self._observer = observer
+        self._eos = eos_tokens(options.model_path)
+        replay_endpoint = f"ipc://{self._scratch.path}/replay"
+        self._reader = EventReader(EventTranslator(options.model), replay_endpoint)
+        events = {"endpoint": self._reader.endpoint, "replay_endpoint": replay_endpoint}
+        expect_failure(self._scratch.path)
+        in_thread = asyncio.get_running_loop().run_in_executor
+        try:
+            progress("importing vLLM")
+            config = await in_thread(self._thread, engine_config, options, events)
+            progress(f"loading {options.model_path.name} into the engine process")
+            self._llm = await in_thread(self._thread, self._launch, config)
+            self._heard_at = time.monotonic()
+            self._watch_processes()
+            self._keep(self._reader.run(observer.kv_changed))
+            progress("computing a first token")
+            await self._warm_up()
+        except EngineStartError:
+            raise
+        except Exception as exc:  # vLLM raises whatever its parts raise
+            raise EngineStartError(f"vLLM could not start: {cause_of(exc)}") from exc
+        self._pin()
+        self._facts = self._read_facts(config)
+        self._keep(self._watch_steps())
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run until `stop`; the worker cannot go on without it."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._kept_ended)
+        self._tasks.append(task)
+
+    def _kept_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._died(f"{type(error).__name__}: {error}")
+
+    def _launch(self, config: Any) -> Any:
+        from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
+
+        if self._is_stopping:
+            raise EngineStartError("stopped while starting")
+        preloaded = os.environ.get("LD_PRELOAD")
+        try:
+            return AsyncLLM.from_vllm_config(
+                config, stat_loggers=[_stat_logger(self._recorded)], disable_log_stats=True
+            )
+        finally:
+            # vLLM preloads libraries into its engine process through our environment; others are not meant.
+            os.environ.pop("LD_PRELOAD", None)
+            if preloaded is not None:
+                os.environ["LD_PRELOAD"] = preloaded
+
+    async def _warm_up(self) -> None:
+        """One token: pages the weights in, and the engine's first report tells its KV cache groups."""
+        from vllm import SamplingParams  # noqa: PLC0415
+        from vllm.inputs import tokens_input  # noqa: PLC0415
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        async for _ in self._llm.generate(tokens_input([0]), params, "warm-up"):
+            pass
+        await self._has_reported.wait()  # the report follows the token in the same message
+
+    def _read_facts(self, config: Any) -> EngineFacts:
+        from vllm.platforms import current_platform  # noqa: PLC0415
+
+        options, cache = self._options, self._llm.vllm_config.cache_config
+        if options.handover is not None:
+            self._endpoint = HandoverEndpoint(
+                mode=options.handover,
+                engine_id=config.kv_transfer_config.engine_id,
+                host=options.host,
+                port=int(os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"]),
+                tp_size=options.tensor_parallel,
+            )
+        return EngineFacts(
+            block_size=cache.block_size,
+            num_blocks=(cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size) // cache.block_size,
+            context_length=self._llm.model_config.max_model_len,
+            max_batch=options.max_num_seqs,
+            max_step_tokens=config.scheduler_config.max_num_batched_tokens,
+            # Of a window's layers only the last blocks travel: for long prompts this is an upper bound.
+            bytes_per_block=sum(group.block_bytes for group in self._latest.groups),
+            vocab_size=self._llm.model_config.get_vocab_size(),
+            latency=CPU_PRIOR if current_platform.is_cpu() else LatencyPrior(),
+            is_shortest_first=True,
+        )
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the engine process (one per data-parallel rank, so one)."""
+        return [process.pid for process in self._llm.engine_core.resources.engine_manager.processes]
+
+    def _pin(self) -> None:
+        """Move every thread of the engine to its cores."""
+        if not self._options.cores:
+            return
+        for pid in self.process_ids:
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), self._options.cores)
+
+    def _watch_processes(self) -> None:
+        loop = asyncio.get_running_loop()
+        for process in self._llm.engine_core.resources.engine_manager.processes:
+            loop.add_reader(process.sentinel, self._process_ended, process.sentinel)
+
+    def _process_ended(self, sentinel: int) -> None:
+        asyncio.get_running_loop().remove_reader(sentinel)
+        self._died("the engine process ended")
+
+    def _died(self, reason: str) -> None:
+        if not self._is_stopping:
+            self._is_stopping = True
+            self._observer.died(reason)
+
+    async def _watch_steps(self) -> None:
+        """Notice an engine that is alive but does nothing."""
+        limit_s = self._options.step_timeout_s
+        while not self._is_stopping:
+            await asyncio.sleep(limit_s / 8)
+            silent_s = time.monotonic() - self._heard_at
+            if self._runs and silent_s > limit_s:
+                self._died(
+                    f"no engine step for {silent_s:.0f} s with {len(self._runs)} requests; the limit is {limit_s} s"
+                )
+
+    async def stop(self) -> None:
+        self._is_stopping = True
+        tasks = [run.task for run in self._runs.values() if run.task] + [*self._ending] + self._tasks
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._llm is None:
+            for child in multiprocessing.active_children():  # `start` was cancelled or failed
+                child.kill()
+        else:
+            loop = asyncio.get_running_loop()
+            for process in self._llm.engine_core.resources.engine_manager.processes:
+                loop.remove_reader(process.sentinel)
+            await self._end_output()
+            await loop.run_in_executor(self._thread, self._llm.shutdown, float(self._options.drain_s))
+        if self._reader is not None:
+            self._reader.close()
+        self._thread.shutdown(wait=False)
+        self._scratch.remove()
+
+    async def _end_output(self) -> None:
+        """vLLM's task that hands out tokens would take the engine's end for its death, and log so."""
+        if (handler := self._llm.output_handler) is not None:
+            handler.cancel()
+            await asyncio.gather(handler, return_exceptions=True)
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def submit(self, request: EngineRequest, on_output: Callable[[EngineOutput], None]) -> None:
+        if request.request in self._runs:
+            raise InvalidRequest(f"the request {request.request} runs here already", param="request")
+        check_tokens(request, self._facts)
+        options = self._options
+        try:
+            handover = handover_params(
+                request, options.handover, self._latest.groups, self._facts.block_size, now=time.time()
+            )
+            error = ""
+        except TicketExpired as exc:
+            handover, error = None, str(exc)
+        waits = 1 if isinstance(request.leg, DecodeLeg) else len(request.prompt) + len(request.resume)
+        if not self._runs:
+            self._heard_at = time.monotonic()  # it had nothing to say
+        run = _Run(request, on_output, set(range(request.sampling.n)), waits)
+        self._runs[request.request] = run
+        run.task = asyncio.create_task(self._refuse(run, error) if error else self._generate(run, handover))
+        if isinstance(request.leg, DecodeLeg) and options.handover is HandoverMode.PUSH:
+            loop = asyncio.get_running_loop()
+            run.deadline = loop.call_later(options.push_timeout_s, self._push_timed_out, run)
+
+    async def _refuse(self, run: _Run, error: str) -> None:
+        self._fail(run, error)
+
+    def _push_timed_out(self, run: _Run) -> None:
+        if run.waiting_tokens and self._runs.get(run.request.request) is run:
+            self._cancel(run)
+            self._fail(run, f"no KV cache was written within {self._options.push_timeout_s} s")
+
+    async def _generate(self, run: _Run, handover: dict[str, Any] | None) -> None:
+        from vllm import SamplingParams  # noqa: PLC0415
+        from vllm.inputs import tokens_input  # noqa: PLC0415
+        from vllm.sampling_params import RequestOutputKind  # noqa: PLC0415
+        from vllm.v1.engine.exceptions import EngineDeadError  # noqa: PLC0415
+
+        request = run.request
+        try:
+            params = SamplingParams(
+                **sampling_arguments(request, self._eos),
+                output_kind=RequestOutputKind.DELTA,
+                extra_args=None if handover is None else {"kv_transfer_params": handover},
+            )
+            prompt = tokens_input([*request.prompt.tolist(), *request.resume], cache_salt=request.cache_salt or None)
+            async for output in self._llm.generate(prompt, params, request.request, priority=request.priority):
+                self._relay(run, output)
+            if run.unfinished:
+                self._fail(run, "vLLM ended the request without a reason")
+        except EngineDeadError:
+            self._fail(run, "the engine process died")
+            self._died("the engine process died")
+        except Exception as exc:  # noqa: BLE001 - vLLM raises whatever its parts raise; the request must be answered
+            _log.warning("request.failed", request_id=request.request, error=f"{type(exc).__name__}: {exc}")
+            self._fail(run, f"{type(exc).__name__}: {exc}")
+        finally:
+            if self._runs.get(request.request) is run:
+                del self._runs[request.request]
+
+    def _relay(self, run: _Run, output: Any) -> None:
+        run.waiting_tokens = 0
+        if run.deadline is not None:
+            run.deadline.cancel()
+        for choice in output.outputs:
+            indexes = range(run.request.sampling.n) if is_greedy(run.request.sampling) else (choice.index,)
+            for index in indexes:
+                engine_output = self._translate(run, output, choice, index)
+                if engine_output.finish is not None:
+                    run.unfinished.discard(index)
+                run.on_output(engine_output)
+
+    def _translate(self, run: _Run, output: Any, choice: Any, index: int) -> EngineOutput:
+        is_first = run.is_unheard and index == 0
+        run.is_unheard = run.is_unheard and not is_first
+        translated = translate(run.request, output, choice, index, is_first=is_first, arrival=run.arrival)
+        ticket = self._ticket(run, output, translated.finish)
+        return translated if ticket is None else replace(translated, ticket=ticket)
+
+    def _ticket(self, run: _Run, output: Any, finish: FinishReason | None) -> Ticket | None:
+        """None if the request is complete: its first token ended it, or it was to be one token long."""
+        leg, params, options = run.request.leg, output.kv_transfer_params, self._options
+        if not isinstance(leg, PrefillLeg) or finish is not FinishReason.LENGTH or not params:
+            return None
+        if leg.mode is HandoverMode.PUSH:
+            return Ticket(options.worker, leg.mode, len(run.request.prompt), float(options.lease_s), b"")
+        return write_ticket(
+            options.worker, params, lease_s=options.lease_s, cached_tokens=output.num_cached_tokens, now=time.time()
+        )
+
+    def _fail(self, run: _Run, error: str) -> None:
+        self._runs.pop(run.request.request, None)
+        for index in sorted(run.unfinished):
+            run.on_output(EngineOutput(index, (), finish=FinishReason.ERROR, error=error))
+        run.unfinished.clear()
+
+    def abort(self, request: RequestId) -> None:
+        run = self._runs.pop(request, None)
+        if run is not None:
+            run.unfinished.clear()
+            self._cancel(run)
+
+    def _cancel(self, run: _Run) -> None:
+        """Cancelling the task makes vLLM abort the request; it is kept until it has ended."""
+        if run.deadline is not None:
+            run.deadline.cancel()
+        if run.task is not None and not run.task.done():
+            self._ending.add(run.task)
+            run.task.add_done_callback(self._ending.discard)
+            run.task.cancel()
+
+    # --- what the engine reports --------------------------------------------------------------------------------------
+
+    def _recorded(self, stats: Any) -> None:
+        """vLLM's output task calls this after it has passed on a step's tokens."""
+        self._heard_at = time.monotonic()
+        report = (stats.kv_connector_stats or {}).get("headrace") if stats is not None else None
+        if report is None:
+            return
+        latest = self._latest
+        latest.num_running, latest.usage = stats.num_running_reqs, stats.kv_cache_usage
+        latest.kv_tokens, latest.prefilled = report["kv_tokens"], report["prefilled"]
+        if "groups" in report:
+            latest.groups = msgspec.convert(report["groups"], list[KvGroup])
+            self._has_reported.set()
+        for engine_request, seconds, num_bytes in report["handovers"]:
+            # vLLM appends "-" and eight hexadecimal digits to our id.
+            run = self._runs.get(RequestId(engine_request[:-9]))
+            if run is not None:
+                run.arrival = Arrival(seconds, num_bytes)
+        if "step" in report:
+            self._observer.stepped(StepSample(*report["step"]))
+
+    def load(self) -> EngineLoad:
+        latest = self._latest
+        waiting = sum(run.waiting_tokens for run in self._runs.values())
+        num_running = min(latest.num_running, len(self._runs))
+        return EngineLoad(
+            num_running=num_running,
+            num_waiting=len(self._runs) - num_running,
+            waiting_prefill_tokens=max(waiting - latest.prefilled, 0) if waiting else 0,
+            free_blocks=int(self._facts.num_blocks * (1.0 - latest.usage)),
+            kv_tokens=latest.kv_tokens if self._runs else 0,
+        )
+
+
+def _stat_logger(record: Callable[[Any], None]) -> type:
+    """A statistics logger class for vLLM. It is a Prometheus logger by descent, so that vLLM makes none of its own."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger  # noqa: PLC0415
+
+    class StepRecorder(PrometheusStatLogger):  # type: ignore[misc]
+        def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
+            del vllm_config
+            self.engine_indexes = engine_indexes or [0]
+
+        def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
+            record(scheduler_stats)
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return StepRecorder

@@ -1,0 +1,235 @@
+"""What a request of ours looks like to vLLM: sampling parameters and handover parameters. No vLLM needed here.
+
+Handover parameters are checked to the last number before vLLM sees them: an empty or mismatched block list kills its
+engine process, a missing key parks the request for ever, and a ticket older than its lease reads other blocks than
+those it was written for.
+"""
+
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+
+from planes.wire.errors import HeadraceError, InvalidRequest
+from planes.wire.frames import LocalLeg, PrefillLeg, Sampling, Ticket
+from planes.wire.messages import EngineFacts, HandoverEndpoint, HandoverMode, WorkerId
+from workers.engine.base import EngineRequest, is_drawn_again
+
+_GREEDY_BELOW = 1e-5
+"""vLLM samples greedily below this temperature."""
+
+_Natural = Annotated[int, msgspec.Meta(ge=0)]
+_Positive = Annotated[int, msgspec.Meta(ge=1)]
+_Word = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+
+
+class TicketExpired(HeadraceError):  # noqa: N818 - names what is wrong
+    """The prefill worker may have freed the blocks already."""
+
+    code = "ticket_expired"
+
+
+class PullParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`Ticket.params`: what vLLM's prefill engine says about the blocks it keeps."""
+
+    remote_block_ids: list[list[_Natural]]
+    """One list per KV cache group."""
+    remote_engine_id: _Word
+    remote_request_id: _Word
+    remote_host: _Word
+    remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    tp_size: _Positive
+    remote_num_tokens: _Positive
+    written_at: float
+    """Seconds since 1970 on the prefill worker's clock."""
+    dcp_size: _Positive = 1
+    pp_size: _Positive = 1
+    remote_prefill_cached_tokens: _Natural = 0
+
+
+class KvGroup(msgspec.Struct, frozen=True, array_like=True):
+    """One of vLLM's KV cache groups. block_bytes: over all its layers.  window: tokens it keeps, 0 for all."""
+
+    block_bytes: int
+    block_size: int
+    window: int
+
+    def num_handed_over(self, num_tokens: int) -> int:
+        """Blocks in a ticket for `num_tokens` (as NIXL's connector clips a window: its blocks and one more)."""
+        num_blocks = -(-num_tokens // self.block_size)
+        return min(num_blocks, -(-self.window // self.block_size) + 1) if self.window else num_blocks
+
+
+def usable_lease_s(lease_s: int) -> float:
+    """How old a ticket may be when the decode worker gets it: its first heartbeat may take a sixth of the lease."""
+    return lease_s - lease_s // 6 - 1.0
+
+
+def write_ticket(worker: WorkerId, params: dict[str, Any], *, lease_s: int, cached_tokens: int, now: float) -> Ticket:
+    """params: `kv_transfer_params` of a pull connector's final output.  now: seconds since 1970.
+
+    Raises:  msgspec.ValidationError if vLLM answered something new.
+    """
+    known = {name: params[name] for name in PullParams.__struct_fields__ if name in params}
+    pull = msgspec.convert(known | {"written_at": now}, PullParams)
+    return Ticket(
+        worker=worker,
+        mode=HandoverMode.PULL,
+        num_tokens=pull.remote_num_tokens,
+        lease_s=usable_lease_s(lease_s),
+        params=msgspec.msgpack.encode(pull),
+        cached_tokens=cached_tokens,
+    )
+
+
+def pull_params(ticket: Ticket, request: EngineRequest, groups: list[KvGroup], *, now: float) -> dict[str, Any]:
+    """The decode leg's `kv_transfer_params`. now: seconds since 1970.
+
+    Raises:  InvalidRequest if anything about the ticket could harm the engine; TicketExpired.
+    """
+    try:
+        pull = msgspec.msgpack.decode(ticket.params, type=PullParams)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as exc:
+        raise _malformed(f"the ticket's params are malformed: {exc}") from exc
+    num_tokens = len(request.prompt)
+    if not pull.remote_num_tokens == ticket.num_tokens == num_tokens:
+        raise _malformed(
+            f"the ticket is for {ticket.num_tokens} tokens ({pull.remote_num_tokens} in its params), "
+            f"the prompt has {num_tokens}"
+        )
+    counts = [len(group) for group in pull.remote_block_ids]
+    expected = [group.num_handed_over(num_tokens) for group in groups]
+    if counts != expected:
+        raise _malformed(f"the ticket lists {counts} blocks per group, {num_tokens} tokens here have {expected}")
+    age_s = now - pull.written_at
+    if age_s > ticket.lease_s:
+        raise TicketExpired(f"the ticket is {age_s:.1f} s old and its lease {ticket.lease_s:.1f} s")
+    params: dict[str, Any] = msgspec.to_builtins(pull)
+    del params["written_at"]
+    return params | {"do_remote_prefill": True, "do_remote_decode": False, "transfer_mode": "pull"}
+
+
+def push_params(source: HandoverEndpoint, request: EngineRequest) -> dict[str, Any]:
+    """The decode leg's `kv_transfer_params` where the prefill worker WRITEs; the request id matches the two legs.
+
+    Raises:  InvalidRequest.
+    """
+    is_sound = (
+        source.host and source.engine_id and 1 <= source.port <= 65535 and min(source.tp_size, source.pp_size) >= 1
+    )
+    if not is_sound:
+        raise _malformed(f"the handover's source {source.host}:{source.port} is no endpoint")
+    return {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_engine_id": source.engine_id,
+        "remote_request_id": request.request,
+        "remote_host": source.host,
+        "remote_port": source.port,
+        "tp_size": source.tp_size,
+        "pp_size": source.pp_size,
+    }
+
+
+def _malformed(message: str) -> InvalidRequest:
+    return InvalidRequest(message, param="leg", code="malformed_handover")
+
+
+def handover_params(
+    request: EngineRequest, mode: HandoverMode | None, groups: list[KvGroup], block_size: int, *, now: float
+) -> dict[str, Any] | None:
+    """`kv_transfer_params` of any leg; None where no KV cache changes hands.
+
+    mode: what this engine was started with.  Raises:  InvalidRequest, TicketExpired.
+    """
+    leg = request.leg
+    if isinstance(leg, LocalLeg):
+        return None
+    if request.sampling.n > 1:
+        raise _malformed(f"n is {request.sampling.n}: only n = 1 can be handed over")
+    if isinstance(leg, PrefillLeg):
+        _check_mode(leg.mode, mode)
+        if request.resume:
+            raise _malformed(f"a prefill leg resumes nothing, not {len(request.resume)} tokens")
+        # An answer of one token ends here: nothing to hand over.
+        return {"do_remote_decode": True, "do_remote_prefill": False} if request.sampling.max_tokens > 1 else None
+    _check_resume(request, block_size)
+    if leg.ticket is not None:
+        _check_mode(leg.ticket.mode, mode)
+        return pull_params(leg.ticket, request, groups, now=now)
+    if leg.source is not None:
+        _check_mode(leg.source.mode, mode)
+        return push_params(leg.source, request)
+    raise _malformed("a decode leg needs a ticket or a source")
+
+
+def _check_mode(asked: HandoverMode, mode: HandoverMode | None) -> None:
+    if asked is not mode:
+        raise _malformed(f"the handover mode is {asked}, this engine's is {mode or 'none'}")
+
+
+def _check_resume(request: EngineRequest, block_size: int) -> None:
+    """The blocks on offer end with the prompt: one more token fits, unless it begins a block of its own."""
+    if len(request.resume) > 1:
+        raise _malformed(f"a decode leg resumes at most 1 token, not {len(request.resume)}")
+    if request.resume and len(request.prompt) % block_size == 0:
+        raise _malformed(f"a prompt of {len(request.prompt)} tokens fills its blocks of {block_size}: resume nothing")
+
+
+def check_tokens(request: EngineRequest, facts: EngineFacts) -> None:
+    """Raises:  InvalidRequest for what vLLM would refuse, or, without a tokenizer, not even notice."""
+    sampling = request.sampling
+    num_input = len(request.prompt) + len(request.resume)
+    if not len(request.prompt):
+        raise InvalidRequest("the prompt is empty", param="prompt")
+    if num_input >= facts.context_length:
+        raise InvalidRequest(
+            f"the input has {num_input} tokens and the context ends at {facts.context_length}", param="prompt"
+        )
+    if sampling.max_tokens - len(request.resume) < 1:
+        raise InvalidRequest(
+            f"max_tokens is {sampling.max_tokens} and {len(request.resume)} are there already", param="max_tokens"
+        )
+    given = (*request.resume, *sampling.stop_token_ids, *sampling.logit_bias)
+    highest, lowest = max((int(np.max(request.prompt)), *given)), min((0, *given))
+    if highest >= facts.vocab_size or lowest < 0:
+        raise InvalidRequest(
+            f"token ids reach from {lowest} to {highest}, the vocabulary from 0 to {facts.vocab_size - 1}",
+            param="prompt",
+        )
+
+
+def is_greedy(sampling: Sampling) -> bool:
+    return sampling.temperature < _GREEDY_BELOW
+
+
+def sampling_arguments(request: EngineRequest, eos: list[int]) -> dict[str, Any]:
+    """Keyword arguments of vLLM's `SamplingParams`. eos: token ids that end an answer.
+
+    Stop strings are the formatter's: this engine knows no text. vLLM refuses `n > 1` with greedy sampling; all choices
+    are equal then, so it is asked for one. A token that is drawn again ends by length, and so with a ticket.
+    """
+    sampling = request.sampling
+    num_done = len(request.resume)
+    max_tokens = 1 if isinstance(request.leg, PrefillLeg) else sampling.max_tokens - num_done
+    is_ending = not is_drawn_again(request.leg, sampling, num_resumed=num_done)
+    ignore_eos = sampling.ignore_eos or not is_ending
+    stops = [*(sampling.stop_token_ids if is_ending else ()), *(() if ignore_eos else eos)]
+    return {
+        "n": 1 if is_greedy(sampling) else sampling.n,
+        "max_tokens": max_tokens,
+        "min_tokens": min(max(sampling.min_tokens - num_done, 0), max_tokens),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+        "seed": sampling.seed,
+        "stop_token_ids": sorted(set(stops)),
+        "ignore_eos": ignore_eos,
+        "logprobs": sampling.logprobs,
+        "logit_bias": sampling.logit_bias or None,
+        "detokenize": False,
+    }
