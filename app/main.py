@@ -22,7 +22,8 @@ from app.auth import ApiKeys, KeyFileError
 from app.fleet.connections import Fleet
 from app.fleet.routing_config import LiveConfig, LiveRouting, Routing, routing
 from app.gateway import Gateway
-from app.http.response import Streamed, StreamingProtocol
+from app.http.connection import StreamingProtocol
+from app.http.response import Streamed
 from app.http.routes.completions import completion_routes
 from app.http.routes.operations import operation_routes
 from app.http.routes.replies import error_reply

@@ -17,53 +17,14 @@ from collections.abc import Awaitable, Callable, Sequence
 import structlog
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from app.openai.errors import BodyTooLarge
-from planes.wire.errors import InvalidRequest
+from app.http.connection import EXTENSION, Client
 
 _log = structlog.get_logger()
-_EXTENSION = "headrace.client"
 
 Headers = Sequence[tuple[str, str]]
 
 _STREAM = (("content-type", "text/event-stream"), ("cache-control", "no-cache"))
-
-
-class Client:
-    """The connection that one request came over, as long as its answer lasts."""
-
-    def __init__(self, protocol: "StreamingProtocol", cycle: RequestResponseCycle) -> None:
-        self._protocol = protocol
-        self.cycle = cycle
-        self.transport = protocol.transport
-        self.flow = protocol.flow
-
-    @property
-    def is_gone(self) -> bool:
-        return self._protocol.is_gone
-
-    def watch(self, on_gone: Callable[[], object] | None) -> None:
-        """Call `on_gone` as soon as the connection is lost; None: no longer."""
-        self._protocol.on_gone = on_gone
-
-
-class StreamingProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1 protocol, which hands its connection to our answers. Set as `uvicorn.Config(http=…)`."""
-
-    on_gone: Callable[[], object] | None = None
-    is_gone = False
-
-    def on_headers_complete(self) -> None:
-        super().on_headers_complete()
-        # The task that runs the request exists, but has not begun: it will find the extension.
-        self.scope["extensions"] = {_EXTENSION: Client(self, self.cycle)}  # type: ignore[dict-item]
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self.is_gone = True
-        if self.on_gone is not None:
-            self.on_gone()
 
 
 class Answer:
@@ -207,7 +168,7 @@ class Streamed:
         self._on_cut_off = on_cut_off
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        client: Client | None = scope.get("extensions", {}).get(_EXTENSION)
+        client: Client | None = scope.get("extensions", {}).get(EXTENSION)
         task = asyncio.current_task()
         if client is None or task is None:
             raise RuntimeError("a Streamed answer needs a server that runs StreamingProtocol")
@@ -223,29 +184,6 @@ class Streamed:
             client.transport.close()
         finally:
             client.watch(None)
-
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The request's body.
-
-    Raises:  BodyTooLarge, before anything is read where the length was announced.  InvalidRequest if the client went.
-    """
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > max_bytes:
-        raise BodyTooLarge(int(announced), max_bytes)
-    pieces: list[bytes] = []
-    num_bytes = 0
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise InvalidRequest(f"the connection ended after {num_bytes} bytes of the body")
-        piece: bytes = message.get("body", b"")
-        num_bytes += len(piece)
-        if num_bytes > max_bytes:
-            raise BodyTooLarge(num_bytes, max_bytes)
-        if not message.get("more_body", False):
-            return b"".join((*pieces, piece)) if pieces else piece
-        pieces.append(piece)
 
 
 def _chunk(payload: bytes) -> bytes:

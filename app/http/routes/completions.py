@@ -8,7 +8,8 @@ from starlette.routing import Route
 
 from app.auth import Tenant
 from app.gateway import Gateway
-from app.http.response import Answer, Streamed, read_body
+from app.http.body import read_body
+from app.http.response import Answer, Streamed
 from app.http.routes.replies import json_reply
 from app.metrics import RequestSummary
 from app.openai.chat import parse_chat

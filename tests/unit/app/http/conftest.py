@@ -1,0 +1,63 @@
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+import uvicorn
+from starlette.requests import Request
+
+from app.http.connection import StreamingProtocol
+from app.http.response import Answer, Streamed
+from tests.raw_http import MAX_UNSENT
+
+
+class Recorder:
+    """What the application under test saw."""
+
+    def __init__(self):
+        self.ended: asyncio.Queue[str] = asyncio.Queue()
+        self.cut_off = 0
+        self.produce = None
+
+    def count_cut_off(self):
+        self.cut_off += 1
+
+
+@pytest.fixture
+def recorder():
+    return Recorder()
+
+
+@pytest.fixture
+async def connect(recorder):
+    """Connections to a uvicorn of ours that answers everything with `recorder.produce`."""
+
+    async def produce(request: Request, answer: Answer) -> None:
+        try:
+            await recorder.produce(request, answer)
+            recorder.ended.put_nowait("done")
+        except asyncio.CancelledError:
+            recorder.ended.put_nowait("cancelled")
+            raise
+
+    app = Streamed(produce, max_unsent_bytes=MAX_UNSENT, on_cut_off=recorder.count_cut_off)
+    config = uvicorn.Config(app, http=StreamingProtocol, ws="none", lifespan="off", log_config=None)
+    config.load()
+    state = uvicorn.Server(config).server_state
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: StreamingProtocol(config, state, {}), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+
+    @asynccontextmanager
+    async def connected():
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            yield reader, writer
+        finally:
+            writer.close()
+
+    yield connected
+    server.close()
+    for connection in list(state.connections):
+        connection.transport.abort()
+    while state.tasks:
+        await asyncio.wait(state.tasks)
