@@ -11,6 +11,7 @@ they have heard nothing for a while, and give the other up when several in a row
     sink.on_delta …        ◄────────── Step ──  connection.post(Delta)
     sink.on_done           ◄────────── Step ──  connection.post(Done)
     cancel                 ── Cancel ───────►  handler.cancel
+    release                ── Release ──────►  handler.release
     sink.on_lost             connection ends    handler.gone
 
 Everything here is called on the event loop and calls back on it; nothing but `open`, `serve` and `stop` waits.
@@ -19,7 +20,7 @@ Everything here is called on the event loop and calls back on it; nothing but `o
 import asyncio
 import ssl
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol, cast, get_args
 
 import msgspec
 import structlog
@@ -30,16 +31,18 @@ from planes.wire.frames import (
     Delta,
     Done,
     Failed,
+    FailureKind,
     FromGateway,
     FromWorker,
     Generate,
     Hello,
     Ping,
     Pong,
+    Release,
     Step,
     StreamId,
 )
-from planes.wire.messages import WorkerId
+from planes.wire.messages import RequestId, WorkerId
 
 _log = structlog.get_logger()
 _encode = msgspec.msgpack.Encoder().encode
@@ -87,6 +90,24 @@ class StreamLimits:
             raise ValueError(f"ping_s is {self.ping_s} and dead_s {self.dead_s}; 0 < ping_s < dead_s must hold")
 
 
+class _Tagged(msgspec.Struct):
+    """What every frame has, of whatever version."""
+
+    type: str
+
+
+class _Addressed(msgspec.Struct):
+    """What every Generate has, of whatever version."""
+
+    stream: StreamId
+
+
+_FROM_GATEWAY, _FROM_WORKER = (
+    frozenset(kind.__struct_config__.tag for kind in get_args(kinds)) for kinds in (FromGateway, FromWorker)
+)
+"""Tags of the frames that this version knows."""
+
+
 class FrameBuffer:
     """Cuts a byte stream into frames. No I/O."""
 
@@ -121,8 +142,10 @@ class FrameBuffer:
 class _Peer(asyncio.Protocol):
     """What both ends share: framing, heartbeat, the limit on unsent bytes, and the reason for the end."""
 
-    def __init__(self, limits: StreamLimits) -> None:
+    def __init__(self, limits: StreamLimits, tags: frozenset[object]) -> None:
         self._limits = limits
+        self._tags = tags
+        self._has_passed_over = False
         self._loop = asyncio.get_running_loop()
         self._frames = FrameBuffer(limits.max_frame_bytes)
         self._transport: asyncio.Transport
@@ -157,6 +180,15 @@ class _Peer(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._reason = self._reason or (str(exc) or type(exc).__name__ if exc else "the peer closed the connection")
+
+    def _pass_over(self, frame: memoryview, exc: msgspec.ValidationError) -> None:
+        """Leave alone what only a later version knows.  Raises:  `exc` if this version should have understood it."""
+        tag = msgspec.msgpack.decode(frame, type=_Tagged).type
+        if tag in self._tags:
+            raise exc
+        if not self._has_passed_over:
+            _log.warning("stream.unknown_frame", peer=self.peer_name, tag=tag[:64])
+        self._has_passed_over = True
 
     def _send(self, message: FromGateway | FromWorker) -> None:
         """Raises:  ProtocolError if the message is longer than a frame may be."""
@@ -218,7 +250,7 @@ class WorkerConnection(_Peer):
     """The gateway's end of the stream to one worker. Made by `open`; when it ends, a new one is made."""
 
     def __init__(self, worker: WorkerId, epoch: int, limits: StreamLimits) -> None:
-        super().__init__(limits)
+        super().__init__(limits, _FROM_WORKER)
         self.worker = worker
         self._epoch = epoch
         self._decode = msgspec.msgpack.Decoder(FromWorker).decode
@@ -294,7 +326,11 @@ class WorkerConnection(_Peer):
         if self._sinks.pop(stream, None) is not None:
             self._post(Cancel(stream))
 
-    def _post(self, message: Generate | Cancel) -> None:
+    def release(self, request: RequestId) -> None:
+        """The worker need not keep what it has for the decode leg of this request, which has been handed over."""
+        self._post(Release(request))
+
+    def _post(self, message: Generate | Cancel | Release) -> None:
         """Send with everything else that is posted in this turn of the event loop: each write is a system call.
 
         Raises:  ProtocolError if the message is longer than a frame may be.
@@ -328,7 +364,11 @@ class WorkerConnection(_Peer):
     def _received(self, frames: list[memoryview]) -> None:
         steps = []
         for frame in frames:
-            message = self._decode(frame)
+            try:
+                message = self._decode(frame)
+            except msgspec.ValidationError as exc:
+                self._pass_over(frame, exc)
+                continue
             if type(message) is Step:
                 steps.append(message)
             elif type(message) is Ping:
@@ -393,6 +433,9 @@ class StreamHandler(Protocol):
     def cancel(self, connection: "GatewayConnection", stream: StreamId) -> None:
         """Nobody waits for this stream any more. It may just have ended."""
 
+    def release(self, connection: "GatewayConnection", request: RequestId) -> None:
+        """Nobody will fetch what is kept of this request, whichever connection it came on. It may be gone already."""
+
     def gone(self, connection: "GatewayConnection") -> None:
         """Nobody waits for any stream of this connection any more."""
 
@@ -401,7 +444,7 @@ class GatewayConnection(_Peer):
     """The worker's end of the stream to one gateway process."""
 
     def __init__(self, server: "StreamServer") -> None:
-        super().__init__(server.limits)
+        super().__init__(server.limits, _FROM_GATEWAY)
         self._server = server
         self._decode = msgspec.msgpack.Decoder(FromGateway).decode
         self._deltas: list[Delta] = []
@@ -445,13 +488,27 @@ class GatewayConnection(_Peer):
 
     def _received(self, frames: list[memoryview]) -> None:
         for frame in frames:
-            message = self._decode(frame)
+            try:
+                message = self._decode(frame)
+            except msgspec.ValidationError as exc:
+                self._refuse(frame, exc)
+                continue
             if type(message) is Generate:
                 self._server.handler.generate(self, message)
             elif type(message) is Cancel:
                 self._server.handler.cancel(self, message.stream)
+            elif type(message) is Release:
+                self._server.handler.release(self, message.request)
             elif type(message) is Ping:
                 self._send(Pong())
+
+    def _refuse(self, frame: memoryview, exc: msgspec.ValidationError) -> None:
+        """Answer a request that cannot be read: it may use what a later version can, and the others here do not."""
+        if msgspec.msgpack.decode(frame, type=_Tagged).type == "generate":
+            stream = msgspec.msgpack.decode(frame, type=_Addressed).stream
+            self.post(Failed(stream, FailureKind.REJECTED, "unreadable_request", f"{self._server.hello.worker}: {exc}"))
+        else:
+            self._pass_over(frame, exc)
 
     def _flush(self) -> None:
         self._has_flush = False

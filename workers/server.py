@@ -202,6 +202,11 @@ class WorkerServer:
             self._end(answer)
             self._engine.abort(answer.request.request)
 
+    def release(self, connection: Connection, request: RequestId) -> None:  # noqa: ARG002 - any gateway may say it
+        """Give up the KV cache kept for a request that has been handed over; one that runs here goes on."""
+        if request not in self._requests:
+            self._engine.abort(request)
+
     def gone(self, connection: Connection) -> None:
         for stream in list(self._answers.get(connection, ())):
             self.cancel(connection, stream)

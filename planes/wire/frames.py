@@ -141,6 +141,12 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     stream: StreamId
 
 
+class Release(msgspec.Struct, frozen=True, tag="release"):
+    """Gateway → worker: the KV cache kept for this request, which a prefill leg computed, will not be fetched."""
+
+    request: RequestId
+
+
 class Ping(msgspec.Struct, frozen=True, tag="ping"):
     """Either way; the other side answers Pong at once."""
 
@@ -219,5 +225,5 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     failed: list[Failed] = []
 
 
-FromGateway = Generate | Cancel | Ping | Pong
+FromGateway = Generate | Cancel | Release | Ping | Pong
 FromWorker = Step | Ping | Pong | Hello

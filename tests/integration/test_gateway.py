@@ -48,6 +48,8 @@ class ScriptedWorker:
     def cancel(self, connection, stream):
         self.cancelled.put_nowait(stream)
 
+    def release(self, connection, request): ...
+
     def gone(self, connection): ...
 
     async def next_request(self):

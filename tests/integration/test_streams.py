@@ -27,6 +27,8 @@ class Echo:
 
     def cancel(self, connection, stream): ...
 
+    def release(self, connection, request): ...
+
     def gone(self, connection):
         self.is_gone.set()
 

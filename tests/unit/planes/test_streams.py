@@ -4,6 +4,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from planes.streams import (
     FrameBuffer,
@@ -29,6 +30,7 @@ from planes.wire.frames import (
     Hello,
     Ping,
     Pong,
+    Release,
     Sampling,
     Step,
     StreamId,
@@ -102,6 +104,9 @@ class FakeHandler:
 
     def cancel(self, connection, stream):
         self.heard.append(stream)
+
+    def release(self, connection, request):
+        self.heard.append(request)
 
     def gone(self, connection):
         self.heard.append("gone")
@@ -248,11 +253,65 @@ async def test_a_request_too_long_for_a_frame_is_refused_and_the_connection_live
     assert not transport.is_closed
 
 
-@pytest.mark.parametrize("garbage", [b"\x00\x00\x00\x00", b"\x03\x00\x00\x00abc", b"\xff\xff\xff\xff", frame(REQUEST)])
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x00\x00\x00\x00",
+        b"\x03\x00\x00\x00abc",
+        b"\xff\xff\xff\xff",
+        frame({"type": "step", "done": 1}),
+        frame({"no": "type"}),
+        frame({"type": 1}),
+    ],
+)
 async def test_what_is_no_frame_ends_the_connection(worker_side, garbage):
     connection, transport = worker_side
     connection.data_received(garbage)
     assert transport.is_closed
+
+
+async def test_a_release_is_sent_in_order_and_names_the_request(worker_side):
+    connection, transport = worker_side
+    stream = connection.start(REQUEST, FakeSink())
+    connection.cancel(stream)
+    connection.release(REQUEST.request)
+    await asyncio.sleep(0)
+    assert transport.sent(FromGateway)[1:] == [Cancel(stream), Release(RequestId("r"))]
+
+
+async def test_a_release_on_a_connection_that_ends_is_left_out(worker_side):
+    connection, transport = worker_side
+    transport.close()
+    connection.release(REQUEST.request)
+    await asyncio.sleep(0)
+    assert not transport.written
+
+
+NEWER = {"type": "of_a_later_version", "stream": 1, "more": [1, {"a": b"b"}]}
+
+
+async def test_a_frame_of_a_later_version_is_passed_over_and_told_once(worker_side, gateway_side):
+    sink = FakeSink()
+    worker_side[0].start(REQUEST, sink)
+    with capture_logs() as logs:
+        worker_side[0].data_received(frame(NEWER) + frame(Step([Delta(StreamId(1), b"a", [4])])) + frame(NEWER))
+        gateway_side[0].data_received(frame(NEWER) + frame(REQUEST) + frame(NEWER))
+    assert sink.news == [(b"a", [4])]
+    assert gateway_side[2].heard == [REQUEST]
+    assert not worker_side[1].is_closed
+    assert not gateway_side[1].is_closed
+    assert [(log["event"], log["tag"]) for log in logs] == [("stream.unknown_frame", "of_a_later_version")] * 2
+
+
+async def test_a_request_of_a_later_version_is_refused_and_the_others_go_on(gateway_side):
+    connection, transport, handler = gateway_side
+    later = msgspec.to_builtins(REQUEST, builtin_types=(bytes,)) | {"stream": 5, "leg": {"type": "of_a_later_version"}}
+    connection.data_received(frame(later) + frame(REQUEST))
+    await asyncio.sleep(0)
+    assert handler.heard == [REQUEST]
+    ((failed,),) = (step.failed for step in transport.sent(FromWorker))
+    assert (failed.stream, failed.kind, failed.code) == (5, FailureKind.REJECTED, "unreadable_request")
+    assert "of_a_later_version" in failed.message
 
 
 async def test_another_worker_at_the_address_is_not_talked_to(worker_side):
@@ -319,8 +378,8 @@ async def test_a_step_too_long_for_a_frame_ends_the_connection(gateway_side):
     assert transport.is_closed
 
 
-async def test_the_handler_hears_requests_cancels_and_the_end(gateway_side):
+async def test_the_handler_hears_requests_cancels_releases_and_the_end(gateway_side):
     connection, _, handler = gateway_side
-    connection.data_received(frame(REQUEST) + frame(Cancel(StreamId(4))))
+    connection.data_received(frame(REQUEST) + frame(Cancel(StreamId(4))) + frame(Release(RequestId("q"))))
     connection.connection_lost(None)
-    assert handler.heard == [REQUEST, 4, "gone"]
+    assert handler.heard == [REQUEST, 4, "q", "gone"]

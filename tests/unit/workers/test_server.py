@@ -455,3 +455,12 @@ def test_whatever_happens_every_request_is_answered_once_unless_nobody_waits(his
     assert sorted(answers) == sorted(asked - abandoned)
     assert all(timer.is_cancelled for timer in world.timers)
     assert world.server.num_requests == 0
+
+
+def test_a_released_request_is_taken_back_from_the_engine_unless_it_runs_here():
+    world = World()
+    world.ask(2)
+    world.server.release(world.connection, RequestId("handed-over"))
+    world.server.release(world.connection, RequestId("r2"))
+    assert world.engine.aborted == ["handed-over"]
+    assert world.server.num_requests == 1
