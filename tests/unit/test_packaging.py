@@ -1,0 +1,83 @@
+"""What pyproject.toml, the Makefile and the Docker files say of the same thing is the same."""
+
+import ast
+import importlib.metadata
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
+COMES_WITH = {"torch": "vllm", "pyzmq": "vllm"}
+"""Distributions that no extra names, because another one that it does name brings the fitting build."""
+
+
+def name_of(requirement: str) -> str:
+    return re.split(r"[\[<>=!~ ;]", requirement)[0].lower().replace("_", "-")
+
+
+def pins(text: str) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for name, version in re.findall(r"([\w-]+)==([\w.+]+)", text):
+        found.setdefault(name.lower(), set()).add(version)
+    return found
+
+
+def imported(package: str) -> set[str]:
+    """The other projects' modules that a package imports, by their first name."""
+    names = set()
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.split(".")[0])
+    return names - set(sys.stdlib_module_names) - set(PACKAGES)
+
+
+def test_every_package_of_ours_is_shipped_and_typed():
+    ours = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"loadtest", "tests"}
+    assert set(PACKAGES) == ours
+    assert [package for package in PACKAGES if not (ROOT / package / "py.typed").is_file()] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_package_gets_into_the_images(package):
+    assert f"!{package}/**" in (ROOT / ".dockerignore").read_text().splitlines()
+    for dockerfile in DOCKERFILES:
+        assert f"COPY {package} {package}" in dockerfile.read_text().splitlines(), dockerfile.name
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_a_package_imports_is_declared(package):
+    project = PROJECT["project"]
+    declared = [*project["dependencies"]]
+    if package == "workers":
+        declared += [name for extra in project["optional-dependencies"].values() for name in extra]
+    names = {name_of(requirement) for requirement in declared}
+    names |= {new for new, brought_by in COMES_WITH.items() if brought_by in names}
+    distributions = importlib.metadata.packages_distributions()
+    missing = {
+        module
+        for module in imported(package)
+        if not names & {module, module.replace("_", "-"), *map(name_of, distributions.get(module, ()))}
+    }
+    assert missing == set()
+
+
+def test_a_version_is_pinned_alike_everywhere():
+    files = [ROOT / "pyproject.toml", ROOT / "Makefile", *DOCKERFILES]
+    together = pins("\n".join(file.read_text() for file in files))
+    assert {name: versions for name, versions in together.items() if len(versions) > 1} == {}
+    assert {"torch", "vllm"} <= together.keys()
+
+
+def test_the_version_stands_in_one_place():
+    version = PROJECT["project"]["version"]
+    code = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    assert [path for path in code if f'"{version}"' in path.read_text()] == []
