@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from app.auth import ApiKeys
 from app.fleet.connections import Fleet
-from app.fleet.routing_config import LiveRouting
+from app.fleet.routing_config import RoutingConfigFollower
 from app.metrics import Metrics
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
@@ -26,7 +26,7 @@ class Gateway:
     models: Models
     preprocessor: Preprocessor
     router: Router
-    live: LiveRouting
+    routing_config: RoutingConfigFollower
     dispatcher: Dispatcher
     fleet: Fleet
     relay: Relay

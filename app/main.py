@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.auth import ApiKeys, KeyFileError
 from app.fleet.connections import Fleet
-from app.fleet.routing_config import LiveConfig, LiveRouting, Routing, routing
+from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, RoutingSetup, routing_setup
 from app.gateway import Gateway
 from app.http.connection import StreamingProtocol
 from app.http.response import Streamed
@@ -104,11 +104,11 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
     router = Router(start.settings, start.policy, shadow=start.shadow, rng=random.Random())
     dispatcher = Dispatcher(router, clock=clock)
 
-    def follow(changed: Routing) -> None:
+    def follow(changed: RoutingSetup) -> None:
         router.configure(changed.settings, changed.policy, shadow=changed.shadow, now=clock())
         dispatcher.changed()
 
-    live = LiveRouting(settings, start, follow)
+    routing_config = RoutingConfigFollower(settings, start, follow)
     models = Models(ObjectStore(events), settings.assets_dir)
 
     async def connect(worker: Registration) -> WorkerConnection:
@@ -132,7 +132,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         prefills=prefills,
     )
     metrics.watch(fleet.gauges)
-    metrics.watch(live.gauges)
+    metrics.watch(routing_config.gauges)
     metrics.watch(lambda: router_gauges(router.stats(now=clock())))
     return Gateway(
         settings=settings,
@@ -140,7 +140,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         models=models,
         preprocessor=Preprocessor(),
         router=router,
-        live=live,
+        routing_config=routing_config,
         dispatcher=dispatcher,
         fleet=fleet,
         relay=relay,
@@ -197,7 +197,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
             forever = [
                 tasks.create_task(events.run()),
                 tasks.create_task(directory.run()),
-                tasks.create_task(watch_config(Etcd(settings.etcd), settings.namespace, gateway.live.take)),
+                tasks.create_task(watch_config(Etcd(settings.etcd), settings.namespace, gateway.routing_config.take)),
                 tasks.create_task(fleet.run()),
                 tasks.create_task(_watch_loop(gateway.metrics)),
             ]
@@ -248,9 +248,9 @@ def _uvicorn_config(settings: GatewaySettings, app: FastAPI) -> uvicorn.Config:
     )
 
 
-def _routing(settings: GatewaySettings) -> Routing:
+def _routing(settings: GatewaySettings) -> RoutingSetup:
     try:
-        return routing(settings, LiveConfig())
+        return routing_setup(settings, RoutingConfig())
     except ValueError as exc:
         raise UnusableSetting("policy", settings.policy, str(exc)) from exc
 

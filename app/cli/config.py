@@ -9,14 +9,14 @@ from typing import Annotated, get_type_hints
 import msgspec
 from cyclopts import Parameter
 
-from app.fleet.routing_config import LiveConfig, routing
+from app.fleet.routing_config import RoutingConfig, routing_setup
 from app.settings import GatewaySettings
 from planes.control import Etcd, delete_config, get_config, parse_endpoints, put_config
 from planes.wire.errors import HeadraceError, UnusableSetting
 from planes.wire.names import check_namespace
 from router.settings import RouterSettings
 
-NAMES = LiveConfig.__struct_fields__
+NAMES = RoutingConfig.__struct_fields__
 
 
 class UnusableConfig(HeadraceError):  # noqa: N818 - names what is wrong
@@ -60,7 +60,10 @@ def live_settings() -> Iterator[LiveSetting]:
     for name in NAMES:
         told = hints[name].__metadata__[0]
         otherwise = f"--{name.replace('_', '-')}" if name in flags else str(defaults[name])
-        yield LiveSetting(name, otherwise, told if isinstance(told, str) else told.help)
+        meaning = told if isinstance(told, str) else told.help
+        if name in ("policy", "shadow_policy"):
+            meaning += f" Here by name; a class of your own only where {otherwise} names it."
+        yield LiveSetting(name, otherwise, meaning)
 
 
 async def change_config(changes: tuple[str, ...], settings: ConfigSettings) -> str:
@@ -85,7 +88,7 @@ async def change_config(changes: tuple[str, ...], settings: ConfigSettings) -> s
 def changed(content: bytes | None, changes: tuple[str, ...]) -> bytes:
     """The settings with the changes, fit for every gateway.  Raises:  UnusableConfig naming what is wrong."""
     try:
-        current = LiveConfig() if content is None else msgspec.json.decode(content, type=LiveConfig)
+        current = RoutingConfig() if content is None else msgspec.json.decode(content, type=RoutingConfig)
     except (ValueError, UnicodeDecodeError) as exc:
         raise UnusableConfig(
             f"what etcd holds is refused by gateways ({exc}); headrace config --clear removes it"
@@ -101,8 +104,8 @@ def changed(content: bytes | None, changes: tuple[str, ...]) -> bytes:
         if value != "null":
             named[name] = value
     try:
-        live = msgspec.convert(named, LiveConfig, strict=False)
-        routing(GatewaySettings(), live)
+        config = msgspec.convert(named, RoutingConfig, strict=False)
+        routing_setup(GatewaySettings(), config)
     except ValueError as exc:
         raise UnusableConfig(str(exc)) from exc
-    return msgspec.json.encode(live)
+    return msgspec.json.encode(config)

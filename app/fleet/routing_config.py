@@ -3,26 +3,41 @@
     {"policy": "dynamo", "queue_limit": 1000}
 
 What it names replaces what the gateway was started with; the rest stays; without the key everything is as it was
-started. An unusable value changes nothing; the log, `GET /v1/fleet` and a metric say so.
+started. An unusable value changes nothing, whatever is wrong with it; the log, `GET /v1/fleet` and a metric say so.
+
+Who can write to etcd must not run code here: the key takes the names of our own policies. A class of somebody's own is
+imported because this very gateway was started with it, and for no other reason.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Final
 
 import msgspec
 import structlog
 
 from app.metrics import Gauge
 from app.settings import GatewaySettings
-from router.policies import load_policy
+from router.policies import POLICIES, load_policy
 from router.policy import Policy
 from router.settings import RouterSettings
 
 _log = structlog.get_logger()
 
+_RANGES: Final = {
+    "queue_limit": (1, 10**9),
+    "slo_ttft_s": (1e-3, 1e9),
+    "aging": (1e-6, 1e6),
+    "promote_after_s": (1e-3, 1e9),
+    "quantum_tokens": (1, 10**9),
+    "report_delay_s": (0.0, 60.0),
+    "history": (1, 10**6),
+}
+"""What etcd holds may be anything: within these the router's arithmetic is safe, and its memory bounded."""
 
-class LiveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The fields of the key; None: as the gateway was started. Ranges and meaning as in `router/settings.py`."""
+
+class RoutingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The fields of the key; None: as the gateway was started. Meaning as in `router/settings.py`."""
 
     policy: str | None = None
     shadow_policy: str | None = None
@@ -36,7 +51,7 @@ class LiveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
 
 
 @dataclass(frozen=True, slots=True)
-class Routing:
+class RoutingSetup:
     """What `Router.configure` takes."""
 
     settings: RouterSettings
@@ -44,23 +59,47 @@ class Routing:
     shadow: Policy | None
 
 
-def routing(started: GatewaySettings, live: LiveConfig) -> Routing:
+def routing_setup(started: GatewaySettings, config: RoutingConfig) -> RoutingSetup:
     """Raises:  ValueError naming what cannot be used."""
-    settings = RouterSettings(queue_limit=started.queue_limit, slo_ttft_s=started.slo_ttft_s)
-    named = msgspec.to_builtins(live)
-    changed = {name: value for name, value in named.items() if name not in ("policy", "shadow_policy")}
-    shadow = started.shadow_policy if live.shadow_policy is None else live.shadow_policy
-    return Routing(
-        settings=replace(settings, **changed),
-        policy=load_policy(started.policy if live.policy is None else live.policy),
-        shadow=load_policy(shadow) if shadow else None,
+    own = {name for name in (started.policy, started.shadow_policy) if name}
+    for field in ("policy", "shadow_policy"):
+        name = getattr(config, field)
+        if name and name not in POLICIES and name not in own:
+            raise ValueError(
+                f"{field} is {name!r} and must be one of {', '.join(sorted(POLICIES))}; a class of your own is loaded "
+                f"only where a gateway is started with --{field.replace('_', '-')}"
+            )
+    changed = {name: value for name in _RANGES if (value := getattr(config, name)) is not None}
+    for name, value in changed.items():
+        least, most = _RANGES[name]
+        if not least <= value <= most:
+            raise ValueError(f"{name} is {value} and must be {least:g} to {most:g}")
+    shadow = started.shadow_policy if config.shadow_policy is None else config.shadow_policy
+    return RoutingSetup(
+        settings=replace(RouterSettings(queue_limit=started.queue_limit, slo_ttft_s=started.slo_ttft_s), **changed),
+        policy=_loaded(started.policy if config.policy is None else config.policy),
+        shadow=_loaded(shadow) if shadow else None,
     )
 
 
-class LiveRouting:
+def _loaded(name: str) -> Policy:
+    """Raises:  ValueError, whatever a module raises when it is imported or a class when it is built and asked its name."""
+    try:
+        policy = load_policy(name)
+        policy.name.encode()
+    except ValueError:
+        raise
+    except Exception as exc:
+        raise ValueError(f"policy {name!r} cannot be loaded: {type(exc).__name__}: {exc}") from exc
+    return policy
+
+
+class RoutingConfigFollower:
     """Takes each new content of the key and lets `apply` have it, if it is any good."""
 
-    def __init__(self, started: GatewaySettings, in_force: Routing, apply: Callable[[Routing], None]) -> None:
+    def __init__(
+        self, started: GatewaySettings, in_force: RoutingSetup, apply: Callable[[RoutingSetup], None]
+    ) -> None:
         """`in_force`: what the router was built with."""
         self._started = started
         self._apply = apply
@@ -69,17 +108,22 @@ class LiveRouting:
         """Why the latest content is not in force; empty: it is."""
 
     def take(self, content: bytes | None) -> None:
-        """None: the key was deleted."""
+        """None: the key was deleted. Never raises: what stands in etcd is no reason for a gateway to end."""
         try:
-            live = LiveConfig() if content is None else msgspec.json.decode(content, type=LiveConfig)
-            changed = routing(self._started, live)
+            config = RoutingConfig() if content is None else msgspec.json.decode(content, type=RoutingConfig)
+            changed = routing_setup(self._started, config)
             self._apply(changed)
         except (ValueError, UnicodeDecodeError) as exc:  # msgspec's errors are ValueErrors
-            self.refused_because = str(exc)
-            _log.warning("config.refused", reason=self.refused_because)
+            self._refused(str(exc))
+        except Exception as exc:  # noqa: BLE001 - a policy of somebody's own may raise anything
+            self._refused(f"{type(exc).__name__}: {exc}")
         else:
             self.in_force, self.refused_because = changed, ""
-            _log.info("config.applied", **msgspec.to_builtins(live))
+            _log.info("config.applied", **msgspec.to_builtins(config))
+
+    def _refused(self, reason: str) -> None:
+        self.refused_because = reason
+        _log.warning("config.refused", reason=reason)
 
     def gauges(self) -> Iterator[Gauge]:
         """For the metrics."""

@@ -2,16 +2,40 @@
 
 Structs ignore unknown fields, so that a newer worker can talk to an older gateway. Counts of blocks and tokens are
 per worker. Hashes travel packed: little-endian uint64, one per block (`planes/wire/blocks.py`).
+
+Every field has its range here: what decodes is valid, and nobody checks it again. Numbers that pass can be added up,
+multiplied with each other and divided by without a thought.
 """
 
 from enum import StrEnum
-from typing import NewType
+from typing import Annotated, NewType
 
 import msgspec
+from msgspec import Meta
 
 WorkerId = NewType("WorkerId", str)
 RequestId = NewType("RequestId", str)
 BlockHash = NewType("BlockHash", int)
+
+Count = Annotated[int, Meta(ge=0, le=1 << 48)]
+"""Tokens, blocks, bytes or requests."""
+Positive = Annotated[int, Meta(ge=1, le=1 << 32)]
+Sequence = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+"""A number that only grows: nanoseconds since 1970, or a count of publications."""
+Seconds = Annotated[float, Meta(ge=0, le=1e6)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+WorkerName = Annotated[WorkerId, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}\Z")]
+ModelName = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,256}\Z")]
+"""Any text of one line, without control characters: it stands in logs and on terminals."""
+Address = Annotated[str, Meta(pattern=r"^[^\s\x00-\x1f\x7f-\x9f/]{1,255}:[0-9]{1,5}\Z")]
+"""host:port, or [host]:port."""
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Word = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:+-]{0,128}\Z")]
+
+
+def _check_packed(hashes: bytes) -> None:
+    if len(hashes) % 8:
+        raise ValueError(f"{len(hashes)} bytes of packed hashes; they come in eights")
 
 
 class Role(StrEnum):
@@ -53,31 +77,31 @@ class LatencyPrior(msgspec.Struct, frozen=True):
     handover(bytes)                        = handover_fixed_s + bytes / handover_bytes_per_s
     """
 
-    prefill_fixed_s: float = 0.01
-    prefill_per_token_s: float = 1 / 8000
-    prefill_per_pair_s: float = 2e-9
-    step_fixed_s: float = 0.008
-    step_per_sequence_s: float = 5e-5
-    step_per_kv_token_s: float = 2e-8
-    handover_fixed_s: float = 0.005
-    handover_bytes_per_s: float = 4e9
+    prefill_fixed_s: Seconds = 0.01
+    prefill_per_token_s: Seconds = 1 / 8000
+    prefill_per_pair_s: Seconds = 2e-9
+    step_fixed_s: Seconds = 0.008
+    step_per_sequence_s: Seconds = 5e-5
+    step_per_kv_token_s: Seconds = 2e-8
+    handover_fixed_s: Seconds = 0.005
+    handover_bytes_per_s: Annotated[float, Meta(ge=1, le=1e18)] = 4e9
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
     """What does not change while an engine runs."""
 
-    block_size: int
+    block_size: Annotated[int, Meta(ge=1, le=1 << 16)]
     """Tokens per KV block."""
-    num_blocks: int
-    context_length: int
+    num_blocks: Positive
+    context_length: Positive
     """Most prompt plus completion tokens of one request."""
-    max_batch: int
+    max_batch: Positive
     """Most sequences running at once."""
-    max_step_tokens: int
+    max_step_tokens: Positive
     """Most tokens that one engine step computes (the chunked-prefill budget)."""
-    bytes_per_block: int
+    bytes_per_block: Count
     """KV bytes that a handover moves per block."""
-    vocab_size: int
+    vocab_size: Positive
     latency: LatencyPrior = LatencyPrior()
     is_shortest_first: bool = False
     """Whether a prompt shorter than what is left of those being computed is computed before them; else in turn."""
@@ -87,29 +111,29 @@ class HandoverEndpoint(msgspec.Struct, frozen=True):
     """Where a worker's KV cache can be reached. `mode` is what its engine was started with; both ends must agree."""
 
     mode: HandoverMode
-    engine_id: str
+    engine_id: Annotated[str, Meta(max_length=256)]
     """New at every start: a restarted engine must never be mistaken for the one before."""
-    host: str
-    port: int
-    tp_size: int = 1
-    pp_size: int = 1
+    host: Annotated[str, Meta(max_length=255)]
+    port: Port
+    tp_size: Positive = 1
+    pp_size: Positive = 1
 
 
 class Registration(msgspec.Struct, frozen=True):
     """A worker's entry in etcd, `/headrace/{namespace}/workers/{worker}`, as JSON under a lease."""
 
-    worker: WorkerId
-    epoch: int
+    worker: WorkerName
+    epoch: Sequence
     """New and larger at every start of the worker (nanoseconds since 1970 do)."""
     role: Role
-    model: str
+    model: ModelName
     """The name that clients use."""
-    address: str
-    """host:port of the worker's stream server."""
-    engine: str
+    address: Address
+    """Of the worker's stream server."""
+    engine: Word
     """`vllm` or `sim`."""
     facts: EngineFacts
-    card_digest: str
+    card_digest: Sha256
     """sha256 of the model card in the asset store (`planes/assets.py`)."""
     handover: HandoverEndpoint | None = None
     state: WorkerState = WorkerState.READY
@@ -125,11 +149,17 @@ class BlocksStored(msgspec.Struct, frozen=True, tag="stored", array_like=True):
 
     hashes: bytes
 
+    def __post_init__(self) -> None:
+        _check_packed(self.hashes)
+
 
 class BlocksRemoved(msgspec.Struct, frozen=True, tag="removed", array_like=True):
     """The worker no longer holds these blocks."""
 
     hashes: bytes
+
+    def __post_init__(self) -> None:
+        _check_packed(self.hashes)
 
 
 class AllCleared(msgspec.Struct, frozen=True, tag="cleared", array_like=True):
@@ -143,8 +173,8 @@ class KvEvents(msgspec.Struct, frozen=True):
     """One publication on `headrace.{ns}.kv.{worker}`; `seq` counts publications of this epoch from 1."""
 
     worker: WorkerId
-    epoch: int
-    seq: int
+    epoch: Sequence
+    seq: Sequence
     events: list[KvEvent]
 
 
@@ -152,9 +182,12 @@ class Snapshot(msgspec.Struct, frozen=True):
     """Every block a worker holds after publication `seq`: the reply on `headrace.{ns}.snapshot.{worker}`."""
 
     worker: WorkerId
-    epoch: int
-    seq: int
+    epoch: Sequence
+    seq: Sequence
     hashes: bytes
+
+    def __post_init__(self) -> None:
+        _check_packed(self.hashes)
 
 
 class StepSample(msgspec.Struct, frozen=True, array_like=True):
@@ -164,32 +197,32 @@ class StepSample(msgspec.Struct, frozen=True, array_like=True):
     batch: sequences that decoded one token.  kv_tokens: context tokens those sequences hold.
     """
 
-    prefill_tokens: int
-    prefill_pairs: int
-    batch: int
-    kv_tokens: int
-    duration_s: float
+    prefill_tokens: Count
+    prefill_pairs: Annotated[int, Meta(ge=0)]
+    batch: Count
+    kv_tokens: Count
+    duration_s: Seconds
 
 
 class LoadReport(msgspec.Struct, frozen=True):
     """Publication on `headrace.{ns}.load.{worker}`: every 100 ms while busy, every second while idle."""
 
     worker: WorkerId
-    epoch: int
+    epoch: Sequence
     state: WorkerState
-    num_running: int
-    num_waiting: int
-    waiting_prefill_tokens: int
+    num_running: Count
+    num_waiting: Count
+    waiting_prefill_tokens: Count
     """Prompt tokens accepted and not computed yet, of waiting and of running requests."""
-    free_blocks: int
+    free_blocks: Count
     """Blocks that a new request could get, cached but unreferenced ones included."""
-    kv_tokens: int
+    kv_tokens: Count
     """Context tokens of the running sequences."""
-    seq: int
+    seq: Sequence
     """Last KV publication of this epoch; 0 before the first."""
-    num_cached: int
+    num_cached: Count
     """Blocks held, as published."""
-    digest: int
+    digest: Annotated[int, Meta(ge=0)]
     """XOR of the hashes of all blocks held after publication `seq`."""
-    steps: list[StepSample] = []
+    steps: Annotated[list[StepSample], Meta(max_length=256)] = []
     """Engine steps since the last report, newest last, at most 256."""

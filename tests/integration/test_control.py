@@ -45,7 +45,7 @@ def registration(
         address=address,
         engine="sim",
         facts=FACTS,
-        card_digest="",
+        card_digest="0" * 64,
         state=state,
     )
 

@@ -67,7 +67,7 @@ async def test_waiting_requests_outlive_a_change(site, reach, alone, unique, con
 
 
 async def test_what_gateways_would_refuse_is_not_set(config):
-    for change, words in (("policy=none", "must be package.module:Class"), ("polcy=x", "no live setting")):
+    for change, words in (("policy=none", "must be one of"), ("policy=os:abort", "started with --policy"), ("polcy=x", "no live setting")):
         status, said = await config(change)
         assert (status, words in said, said.count("\n")) == (2, True, 0), said
     assert await config() == (0, "{}")
@@ -80,7 +80,7 @@ async def test_a_gateway_refuses_what_it_cannot_use_and_goes_on(site, reach, uni
         for content, words in (
             (b'{"polcy": 1}', "polcy"),
             (b'{"queue_limit": 0}', "queue_limit is 0"),
-            (b'{"policy": "nowhere:Policy"}', "No module named 'nowhere'"),
+            (b'{"policy": "os:abort"}', "policy is 'os:abort'"),
         ):
             await put_config(Etcd(site.etcd), site.namespace, content)
             assert "event=config.refused" in await gateway.process.says(words)
@@ -89,3 +89,7 @@ async def test_a_gateway_refuses_what_it_cannot_use_and_goes_on(site, reach, uni
             assert words in followed["refused_because"]
             assert await api.metric("headrace_config_refused") == 1
         assert (await api.chat(unique)).headers["x-headrace-policy"] == "round_robin"
+        # A gateway that starts now reads the same key, and lives.
+        async with reach(await site.gateway(num_workers=1)) as later:
+            assert (await later.chat(unique)).status_code == 200
+            assert "policy is 'os:abort'" in (await routing(later))["refused_because"]

@@ -7,7 +7,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from app.fleet.routing_config import LiveRouting
+from app.fleet.routing_config import RoutingConfigFollower
 from app.gateway import Gateway
 from app.http.routes.completions import prepared_job
 from app.http.routes.replies import json_reply
@@ -59,7 +59,7 @@ def operation_routes(gateway: Gateway) -> APIRouter:
                 "num_waiting": gateway.dispatcher.num_waiting,
                 "workers": gateway.fleet.statuses(),
                 "router": gateway.router.workers(now=gateway.clock()),
-                "routing": _followed(gateway.live),
+                "routing": _routing(gateway.routing_config),
             }
         )
 
@@ -91,12 +91,12 @@ def _told(explanation: Explanation, now: float) -> dict[str, Any]:
     return told
 
 
-def _followed(live: LiveRouting) -> dict[str, Any]:
+def _routing(config: RoutingConfigFollower) -> dict[str, Any]:
     """As JSON: every setting in force under its name in `headrace config`, and what is wrong with those refused."""
-    found = live.in_force
+    found = config.in_force
     return {
         "policy": found.policy.name,
         "shadow_policy": None if found.shadow is None else found.shadow.name,
         **asdict(found.settings),
-        "refused_because": live.refused_because,
+        "refused_because": config.refused_because,
     }

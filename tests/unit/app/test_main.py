@@ -6,7 +6,7 @@ import pytest
 
 from app.auth import ApiKeys
 from app.fleet.connections import Fleet
-from app.fleet.routing_config import LiveConfig, LiveRouting, routing
+from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, routing_setup
 from app.gateway import Gateway
 from app.main import create_app
 from app.metrics import Metrics, router_gauges
@@ -59,7 +59,7 @@ def settings(tmp_path):
 @pytest.fixture
 async def gateway(settings, tmp_path):
     clock = asyncio.get_running_loop().time
-    start = routing(settings, LiveConfig())
+    start = routing_setup(settings, RoutingConfig())
     router, metrics = Router(start.settings, start.policy), Metrics()
     dispatcher, models = Dispatcher(router, clock=clock), Models(NoStore(), tmp_path)
     models.load = load
@@ -74,7 +74,7 @@ async def gateway(settings, tmp_path):
         models=models,
         preprocessor=preprocessor,
         router=router,
-        live=LiveRouting(settings, start, lambda changed: None),
+        routing_config=RoutingConfigFollower(settings, start, lambda changed: None),
         dispatcher=dispatcher,
         fleet=fleet,
         relay=relay,
@@ -116,7 +116,7 @@ async def test_the_fleet_lists_what_is_registered(gateway, client):
     assert worker["facts"]["block_size"] == 16
     assert listed["router"] == []
     followed = listed["routing"]
-    assert set(followed) == {*LiveConfig.__struct_fields__, "refused_because"}
+    assert set(followed) == {*RoutingConfig.__struct_fields__, "refused_because"}
     assert (followed["policy"], followed["shadow_policy"], followed["queue_limit"]) == ("headrace", None, 4096)
     (model,) = (await client.get("/v1/models")).json()["data"]
     assert model == {"id": "sim", "object": "model", "created": 7, "owned_by": "headrace"}

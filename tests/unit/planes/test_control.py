@@ -26,7 +26,7 @@ def registration(worker: str, epoch: int = 1, state: WorkerState = WorkerState.R
         address="127.0.0.1:1",
         engine="sim",
         facts=FACTS,
-        card_digest="",
+        card_digest="0" * 64,
         state=state,
     )
 

@@ -186,8 +186,9 @@ def test_plain_masks_serve_and_say_why_where_the_table_was_not_compiled(tmp_path
 
 
 def test_ragged_hashes_are_refused(index_of):
-    with pytest.raises(ValueError, match="buffer size"):
-        index_of(A).apply(KvEvents(A, 1, 1, [BlocksStored(b"1234567")]))
+    index = index_of(A)
+    with pytest.raises(ValueError, match="7 bytes of packed hashes"):
+        index.apply(KvEvents(A, 1, 1, [BlocksStored(b"1234567")]))
 
 
 class _Truth:
