@@ -37,7 +37,7 @@ from app.settings import GatewaySettings
 from planes.control import Etcd, WorkerDirectory, watch_config
 from planes.events import EventPlane
 from planes.objects import ObjectStore
-from planes.streams import WorkerConnection
+from planes.streams.client import WorkerConnection
 from planes.wire.errors import HeadraceError, InvalidRequest, UnusableSetting
 from planes.wire.messages import Registration, RequestId
 from planes.work_queue import PrefillQueue

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from planes.control import parse_endpoints
 from planes.events import parse_servers
-from planes.streams import StreamLimits
+from planes.streams.protocol import StreamLimits
 from planes.wire.errors import UnusableSetting
 from planes.wire.names import check_namespace
 from process.paths import cache_dir

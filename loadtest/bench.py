@@ -23,7 +23,7 @@ from cyclopts import App, Parameter
 from loadtest.client import Client, Sample
 from loadtest.processes import Process
 from loadtest.stack import Stack, stack
-from planes.streams import WorkerConnection, WorkerLost
+from planes.streams.client import WorkerConnection, WorkerLost
 from planes.wire.frames import Done, Failed, Format, Generate, Sampling, StreamId, pack_tokens
 from planes.wire.messages import RequestId, WorkerId
 

@@ -27,15 +27,12 @@ import structlog
 from aetcd import rpc
 from aetcd.utils import prefix_range_end
 
-from planes.streams import WorkerConnection, WorkerUnreachable
 from planes.wire.errors import HeadraceError, UnusableSetting
 from planes.wire.messages import Registration, WorkerId
 from planes.wire.names import check_namespace
 
 _log = structlog.get_logger()
 
-_GREETING_S = 2.0
-"""A worker that has an id greets whoever connects to it within so long, or the id may be taken over."""
 _CHANNEL_OPTIONS = {
     # A silent peer is found within 15 s; etcd refuses pings more often than every 5 s.
     "grpc.keepalive_time_ms": 10_000,
@@ -64,6 +61,10 @@ class WorkerIdTaken(UnusableSetting):
         super().__init__(
             "worker_id", other.worker, f"the worker at {other.address} has it; choose another, or stop that one first"
         )
+
+
+IsRunning = Callable[[Registration], Awaitable[bool]]
+"""Whether the worker that an entry tells of answers at its address; where it does not, its id may be taken over."""
 
 
 class Etcd:
@@ -126,11 +127,19 @@ class Registrar:
     """
 
     def __init__(
-        self, etcd: Etcd, namespace: str, registration: Registration, *, ttl_s: int = 10, revoke_timeout_s: float = 2.0
+        self,
+        etcd: Etcd,
+        namespace: str,
+        registration: Registration,
+        *,
+        is_running: IsRunning,
+        ttl_s: int = 10,
+        revoke_timeout_s: float = 2.0,
     ) -> None:
         self._etcd = etcd
         self._key = workers_prefix(namespace) + registration.worker.encode()
         self._registration = registration
+        self._is_running = is_running
         self._ttl_s = ttl_s
         self._revoke_timeout_s = revoke_timeout_s
         self._lease: int | None = None
@@ -201,7 +210,8 @@ class Registrar:
                 if self.registered.is_set():
                     self._displaced(holder)
                     return
-                await _refuse_if_running(holder)
+                if await self._is_running(holder):
+                    raise WorkerIdTaken(holder)
             is_unchanged = client.transactions.mod(self._key) == (0 if found is None else found.mod_revision)
             put = client.transactions.put(self._key, value, self._lease)
             is_put, _ = await client.transaction([is_unchanged], success=[put], failure=[])
@@ -225,13 +235,13 @@ class Registrar:
         self._lease = None
 
 
-async def check_id_is_free(etcd: Etcd, namespace: str, worker: WorkerId) -> None:
+async def check_id_is_free(etcd: Etcd, namespace: str, worker: WorkerId, *, is_running: IsRunning) -> None:
     """Before a start that takes long; the `Registrar` asks again.  Raises:  WorkerIdTaken, ControlPlaneUnavailable."""
     async with etcd.session() as client:
         found = await _entry(client, workers_prefix(namespace) + worker.encode())
     holder = None if found is None else _readable(found.value)
-    if holder is not None:
-        await _refuse_if_running(holder)
+    if holder is not None and await is_running(holder):
+        raise WorkerIdTaken(holder)
 
 
 class WorkerDirectory:
@@ -423,17 +433,6 @@ def _readable(value: bytes) -> Registration | None:
         return msgspec.json.decode(value, type=Registration)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
-
-
-async def _refuse_if_running(holder: Registration) -> None:
-    """Raises:  WorkerIdTaken if this very worker, of this epoch, greets who connects to its address."""
-    deadline = asyncio.get_running_loop().time() + _GREETING_S
-    try:
-        connection = await WorkerConnection.open(holder.worker, holder.epoch, holder.address, deadline=deadline)
-    except WorkerUnreachable:
-        return
-    connection.close()
-    raise WorkerIdTaken(holder)
 
 
 async def _renew(client: Any, lease: int) -> bool:

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from planes.streams import WorkerUnreachable
+from planes.streams.client import WorkerUnreachable
 from planes.wire.frames import Generate
 from planes.wire.messages import (
     EngineFacts,

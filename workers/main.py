@@ -26,7 +26,9 @@ import structlog
 from planes.control import ControlPlaneUnavailable, Etcd, Registrar, WorkerIdTaken, check_id_is_free
 from planes.events import EventPlane
 from planes.objects import ObjectStore
-from planes.streams import StreamLimits, StreamServer
+from planes.streams.client import greets
+from planes.streams.protocol import StreamLimits
+from planes.streams.server import StreamServer
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import Registration, WorkerId, WorkerState
 from planes.work_queue import PrefillQueue
@@ -105,7 +107,7 @@ async def serve(settings: WorkerSettings, ending: Ending, *, make_engine: Engine
         _take_cores(settings, cores)
     _refuse_taken_port(settings)
     with contextlib.suppress(ControlPlaneUnavailable):  # it will be asked again
-        await check_id_is_free(Etcd(settings.etcd), settings.namespace, worker)
+        await check_id_is_free(Etcd(settings.etcd), settings.namespace, worker, is_running=greets)
     vocabulary = await asyncio.to_thread(load_vocabulary, settings.model_path / "tokenizer.json")
     epoch = time.time_ns()
     engine = make_engine(settings, worker, vocab_size=len(vocabulary.names))
@@ -156,7 +158,7 @@ class _Worker:
         limits = StreamLimits(ping_s=settings.heartbeat_s, dead_s=settings.dead_after_s)
         streams = StreamServer(server, worker=self.worker, epoch=self.epoch, limits=limits)
         registration = self._registration(await self._listen(streams), cards.digest)
-        registrar = Registrar(Etcd(settings.etcd), settings.namespace, registration)
+        registrar = Registrar(Etcd(settings.etcd), settings.namespace, registration, is_running=greets)
         puller = self._puller(server) if settings.is_pulling else None
         async with asyncio.TaskGroup() as group:
             # The publisher first: it subscribes before there is a connection that could fail it.

@@ -72,7 +72,7 @@ class DuplicateRequest(Rejected):
 
 
 class Connection(Protocol):
-    """What an answer needs of `planes.streams.GatewayConnection`."""
+    """What an answer needs of `planes.streams.server.GatewayConnection`."""
 
     def post(self, item: Delta | Done | Failed) -> None: ...
 
@@ -141,7 +141,7 @@ class _Answer:
 
 
 class WorkerServer:
-    """Runs what gateways ask for; the handler of `planes.streams.StreamServer`."""
+    """Runs what gateways ask for; the handler of `planes.streams.server.StreamServer`."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ import structlog
 
 from app.metrics import Gauge, Total
 from app.serving.binding import Clock, Dispatcher
-from planes.streams import WorkerConnection, WorkerUnreachable
+from planes.streams.client import WorkerConnection, WorkerUnreachable
 from planes.wire.errors import HeadraceError
 from planes.wire.messages import EngineFacts, KvEvents, LoadReport, Registration, Role, Snapshot, WorkerId, WorkerState
 from router.router import Router

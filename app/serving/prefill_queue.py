@@ -21,7 +21,7 @@ import structlog
 from app.metrics import Gauge
 from app.serving.worker_stream import error_of
 from planes.events import EventPlaneUnavailable
-from planes.streams import WorkerLost
+from planes.streams.client import WorkerLost
 from planes.wire.errors import HeadraceError
 from planes.wire.frames import Done, Generate
 from planes.wire.messages import RequestId, WorkerId

@@ -27,7 +27,7 @@ from app.serving.binding import Clock, Dispatcher
 from app.serving.course import Course, Job, drop, worker_of
 from app.serving.prefill_queue import NotQueued, Prefilled
 from app.serving.worker_stream import Leg, WorkerFailed, WorkerRefused
-from planes.streams import WorkerConnection, WorkerLost, WorkerUnreachable
+from planes.streams.client import WorkerConnection, WorkerLost, WorkerUnreachable
 from planes.wire.errors import HeadraceError, Interrupted, Rejected
 from planes.wire.frames import DecodeLeg, Done, Generate, LocalLeg, PrefillLeg, StreamId, pack_tokens
 from planes.wire.frames import Leg as LegKind

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from planes.streams import WorkerConnection, WorkerLost
+from planes.streams.client import WorkerConnection, WorkerLost
 from planes.wire.errors import HeadraceError, Interrupted, InvalidRequest, Rejected
 from planes.wire.frames import Done, Failed, FailureKind, Generate, StreamId
 from planes.wire.messages import WorkerId
@@ -39,7 +39,7 @@ def error_of(failed: Failed, worker: WorkerId) -> InvalidRequest | WorkerRefused
 
 
 class Leg:
-    """The sink of one leg (`planes/streams.py`): passes payloads on, notes tokens, remembers the end."""
+    """The sink of one leg (`planes/streams/client.py`): passes payloads on, notes tokens, remembers the end."""
 
     __slots__ = (
         "_connection",

@@ -1,4 +1,4 @@
-"""What gateway and worker say on a stream (`planes/streams.py`): msgpack, one tagged struct per frame.
+"""What gateway and worker say on a stream (`planes/streams/`): msgpack, one tagged struct per frame.
 
 Token ids travel packed: little-endian uint32 (`pack_tokens`, `unpack_tokens`).
 """

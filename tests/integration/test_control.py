@@ -24,7 +24,8 @@ from planes.control import (
     watch_config,
     workers_prefix,
 )
-from planes.streams import StreamServer
+from planes.streams.client import greets
+from planes.streams.server import StreamServer
 from planes.wire.messages import EngineFacts, Registration, Role, WorkerId, WorkerState
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
@@ -87,7 +88,7 @@ async def directory(url: str, namespace: str, seen: Seen, grace_s: float = 5.0) 
 
 @asynccontextmanager
 async def registered(url: str, namespace: str, worker: str, ttl_s: int = 2) -> AsyncIterator[Registrar]:
-    made = Registrar(Etcd(url, timeout_s=1.0), namespace, registration(worker), ttl_s=ttl_s)
+    made = Registrar(Etcd(url, timeout_s=1.0), namespace, registration(worker), is_running=greets, ttl_s=ttl_s)
     task = asyncio.create_task(made.run())
     try:
         yield made
@@ -124,7 +125,7 @@ async def test_a_directory_that_starts_late_lists_who_is_there(etcd_url: str, na
 async def test_cancelling_the_registrar_removes_the_entry_too(etcd_url: str, namespace: str) -> None:
     seen = Seen()
     async with directory(etcd_url, namespace, seen):
-        registrar = Registrar(Etcd(etcd_url), namespace, registration("a"), ttl_s=60)
+        registrar = Registrar(Etcd(etcd_url), namespace, registration("a"), is_running=greets, ttl_s=60)
         task = asyncio.create_task(registrar.run())
         await seen.until(lambda: seen.events == [("ready", "a")])
         task.cancel()
@@ -135,7 +136,7 @@ async def test_cancelling_the_registrar_removes_the_entry_too(etcd_url: str, nam
 
 
 async def test_a_registrar_closed_twice_or_before_it_ran_never_registers(etcd_url: str, namespace: str) -> None:
-    registrar = Registrar(Etcd(etcd_url), namespace, registration("a"))
+    registrar = Registrar(Etcd(etcd_url), namespace, registration("a"), is_running=greets)
     task = asyncio.create_task(registrar.run())
     await registrar.close()
     await registrar.close()
@@ -145,7 +146,7 @@ async def test_a_registrar_closed_twice_or_before_it_ran_never_registers(etcd_ur
 
 
 async def test_closing_without_etcd_does_not_wait_for_it(namespace: str) -> None:
-    registrar = Registrar(Etcd("http://127.0.0.1:9"), namespace, registration("a"))
+    registrar = Registrar(Etcd("http://127.0.0.1:9"), namespace, registration("a"), is_running=greets)
     task = asyncio.create_task(registrar.run())
     await asyncio.sleep(0.5)
     await registrar.close()
@@ -156,9 +157,11 @@ KILLED = """
 import asyncio, sys
 import msgspec
 from planes.control import Etcd, Registrar
+from planes.streams.client import greets
 from planes.wire.messages import Registration
 url, namespace, entry = sys.argv[1:]
-asyncio.run(Registrar(Etcd(url), namespace, msgspec.json.decode(entry, type=Registration), ttl_s=2).run())
+entry = msgspec.json.decode(entry, type=Registration)
+asyncio.run(Registrar(Etcd(url), namespace, entry, is_running=greets, ttl_s=2).run())
 """
 
 
@@ -215,13 +218,13 @@ async def held(url: str, namespace: str, worker: str) -> Registration | None:
 
 async def test_the_id_of_a_running_worker_is_refused_and_stays_with_it(etcd_url: str, namespace: str) -> None:
     async with answering("a", 1) as first, answering("a", 2) as second:
-        registrar = Registrar(Etcd(etcd_url), namespace, first)
+        registrar = Registrar(Etcd(etcd_url), namespace, first, is_running=greets)
         task = asyncio.create_task(registrar.run())
         await registrar.registered.wait()
         with pytest.raises(WorkerIdTaken, match=rf"--worker-id is 'a'.*{first.address}"):
-            await check_id_is_free(Etcd(etcd_url), namespace, WorkerId("a"))
+            await check_id_is_free(Etcd(etcd_url), namespace, WorkerId("a"), is_running=greets)
         with pytest.raises(WorkerIdTaken, match=rf"--worker-id is 'a'.*{first.address}"):
-            await Registrar(Etcd(etcd_url), namespace, second).run()
+            await Registrar(Etcd(etcd_url), namespace, second, is_running=greets).run()
         assert await held(etcd_url, namespace, "a") == first
         await registrar.close()
         await task
@@ -234,11 +237,11 @@ async def test_a_crashed_workers_successor_does_not_wait_for_its_lease(etcd_url:
     async with Etcd(etcd_url).session() as client:
         lease = await client.lease(600)
         await client.put(workers_prefix(namespace) + b"a", msgspec.json.encode(crashed), lease=lease)
-    await check_id_is_free(Etcd(etcd_url), namespace, WorkerId("a"))
+    await check_id_is_free(Etcd(etcd_url), namespace, WorkerId("a"), is_running=greets)
     # It may well listen where its predecessor did: its own greeting is not the other's.
     async with answering("a", 2) as there:
         for successor in (there, msgspec.structs.replace(there, epoch=3)):
-            registrar = Registrar(Etcd(etcd_url), namespace, successor)
+            registrar = Registrar(Etcd(etcd_url), namespace, successor, is_running=greets)
             task = asyncio.create_task(registrar.run())
             await registrar.registered.wait()
             assert await held(etcd_url, namespace, "a") == successor
@@ -248,7 +251,7 @@ async def test_a_crashed_workers_successor_does_not_wait_for_its_lease(etcd_url:
 
 async def test_of_two_that_start_at_once_with_one_id_only_one_gets_it(etcd_url: str, namespace: str) -> None:
     async with answering("a", 1) as one, answering("a", 2) as two:
-        registrars = {each.epoch: Registrar(Etcd(etcd_url), namespace, each) for each in (one, two)}
+        registrars = {each.epoch: Registrar(Etcd(etcd_url), namespace, each, is_running=greets) for each in (one, two)}
         tasks = {epoch: asyncio.create_task(each.run()) for epoch, each in registrars.items()}
         (ended,), (running,) = await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
         assert isinstance(ended.exception(), WorkerIdTaken)

@@ -15,7 +15,9 @@ from planes.assets import make_card, publish_card, read_model_files
 from planes.control import Etcd, Registrar
 from planes.events import EventPlane
 from planes.objects import ObjectStore
-from planes.streams import StreamLimits, StreamServer
+from planes.streams.client import greets
+from planes.streams.protocol import StreamLimits
+from planes.streams.server import StreamServer
 from planes.wire.frames import Delta, Done, Failed, FailureKind, FinishReason, Generate, Usage, unpack_tokens
 from planes.wire.messages import EngineFacts, Registration, Role, WorkerId, WorkerState
 
@@ -87,7 +89,7 @@ async def crew(site):
             worker.registration = Registration(
                 worker.name, epoch or worker.epoch, Role.BOTH, "sim", address, "sim", FACTS, digest, state=state
             )
-            worker.registrar = Registrar(Etcd(site.etcd), site.namespace, worker.registration)
+            worker.registrar = Registrar(Etcd(site.etcd), site.namespace, worker.registration, is_running=greets)
             running.append(tasks.create_task(worker.registrar.run()))
             worker.port = bound
             return worker

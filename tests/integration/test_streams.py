@@ -6,7 +6,9 @@ import socket
 import pytest
 import uvloop
 
-from planes.streams import StreamLimits, StreamServer, WorkerConnection, WorkerUnreachable
+from planes.streams.client import WorkerConnection, WorkerUnreachable
+from planes.streams.protocol import StreamLimits
+from planes.streams.server import StreamServer
 from planes.wire.frames import Delta, Done, FinishReason, Format, Generate, Sampling, StreamId, Usage
 from planes.wire.messages import RequestId, WorkerId
 

@@ -18,7 +18,7 @@ from planes.assets import fetch_card
 from planes.control import Etcd, WorkerDirectory, WorkerIdTaken
 from planes.events import EventPlane
 from planes.objects import ObjectStore
-from planes.streams import WorkerConnection
+from planes.streams.client import WorkerConnection
 from planes.wire.blocks import digest, unpack
 from planes.wire.frames import (
     DecodeLeg,

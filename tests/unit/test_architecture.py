@@ -17,6 +17,8 @@ MAY_IMPORT = {
     "process": {"process", "planes"},
 }
 ROUTER_PLANES = {"planes.wire"}
+PLANES = ("control", "events", "streams")
+"""None may take another one down."""
 IMPURE = {
     "aiofiles",
     "anyio",
@@ -95,6 +97,18 @@ def test_the_router_sees_only_the_values_of_the_planes():
         for name, line in imports(path)
         if name.startswith("planes")
         and not any(name == allowed or name.startswith(f"{allowed}.") for allowed in ROUTER_PLANES)
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("plane", PLANES)
+def test_the_planes_do_not_know_each_other(plane):
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in modules()
+        if str(path.relative_to(ROOT)).startswith(f"planes/{plane}")
+        for name, line in imports(path)
+        if name.startswith("planes.") and name.split(".")[1] not in {plane, "wire"}
     ]
     assert not wrong
 

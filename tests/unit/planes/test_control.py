@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from aetcd import Transactions
 
-from planes.control import Etcd, Registrar, WorkerDirectory, _pauses, parse_endpoints, workers_prefix
+from planes.control import Etcd, Registrar, WorkerDirectory, WorkerIdTaken, _pauses, parse_endpoints, workers_prefix
 from planes.wire.messages import EngineFacts, Registration, Role, WorkerId, WorkerState
 
 FACTS = EngineFacts(
@@ -147,10 +147,26 @@ class BusyEtcd:
         return is_unchanged, []
 
 
+async def gone(_: Registration) -> bool:
+    return False
+
+
+async def running(_: Registration) -> bool:
+    return True
+
+
+async def test_the_id_of_a_worker_that_answers_is_refused() -> None:
+    etcd = BusyEtcd(entry("a", epoch=1)[1])
+    registrar = Registrar(Etcd("http://127.0.0.1:1"), "ns", registration("a", epoch=2), is_running=running)
+    with pytest.raises(WorkerIdTaken, match=r"the worker at 127\.0\.0\.1:1 has it"):
+        await registrar._stay_registered(etcd, lambda: None)
+    assert not registrar.registered.is_set()
+
+
 async def test_an_entry_written_between_the_look_and_the_put_is_looked_at_before_it_is_replaced() -> None:
     (_, other), (_, own) = entry("a", epoch=1), entry("a", epoch=2)
     etcd = BusyEtcd(other)
-    registrar = Registrar(Etcd("http://127.0.0.1:1"), "ns", registration("a", epoch=2))
+    registrar = Registrar(Etcd("http://127.0.0.1:1"), "ns", registration("a", epoch=2), is_running=gone)
     task = asyncio.create_task(registrar._stay_registered(etcd, lambda: None))
     await registrar.registered.wait()
     assert [(each.value, each.lease) for each in etcd.entries] == [(other, 1), (own, 7)]

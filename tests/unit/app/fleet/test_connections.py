@@ -7,7 +7,7 @@ import pytest
 
 from app.fleet.connections import Fleet
 from app.serving.binding import Dispatcher
-from planes.streams import WorkerUnreachable
+from planes.streams.client import WorkerUnreachable
 from planes.wire.errors import HeadraceError
 from planes.wire.messages import KvEvents, LoadReport, Role, Snapshot, WorkerId, WorkerState
 from tests.fakes import FakeRouter, registration

@@ -6,7 +6,7 @@ import pytest
 from app.serving.prefill_queue import NotQueued, QueuedPrefills
 from app.serving.worker_stream import WorkerFailed
 from planes.events import EventPlaneUnavailable
-from planes.streams import WorkerLost
+from planes.streams.client import WorkerLost
 from planes.wire.frames import (
     Done,
     Failed,

@@ -10,7 +10,7 @@ from app.serving.binding import Dispatcher
 from app.serving.course import Job
 from app.serving.prefill_queue import NotQueued, Prefilled
 from app.serving.relay import Relay
-from planes.streams import WorkerLost
+from planes.streams.client import WorkerLost
 from planes.wire.errors import Rejected
 from planes.wire.frames import (
     DecodeLeg,

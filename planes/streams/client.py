@@ -1,0 +1,242 @@
+"""The gateway's end of a stream."""
+
+import asyncio
+from typing import Protocol
+
+import msgspec
+
+from planes.streams.peer import Peer
+from planes.streams.protocol import FROM_WORKER, ProtocolError, StreamLimits, framed
+from planes.wire.errors import Interrupted, Rejected
+from planes.wire.frames import (
+    Cancel,
+    Delta,
+    Done,
+    Failed,
+    FromWorker,
+    Generate,
+    Hello,
+    Ping,
+    Pong,
+    Release,
+    Step,
+    StreamId,
+)
+from planes.wire.messages import Registration, RequestId, WorkerId
+
+
+class WorkerUnreachable(Rejected):
+    """The worker could not be asked; it has seen nothing of the request."""
+
+    code = "worker_unreachable"
+
+    def __init__(self, worker: WorkerId, reason: str) -> None:
+        super().__init__(f"worker {worker} cannot be reached: {reason}")
+        self.worker = worker
+
+
+class WorkerLost(Interrupted):
+    """The connection ended while the worker had the request."""
+
+    code = "worker_lost"
+
+    def __init__(self, worker: WorkerId, reason: str) -> None:
+        super().__init__(f"worker {worker} was lost: {reason}")
+        self.worker = worker
+
+
+class Sink(Protocol):
+    """Where one request's news go. Called on the event loop, in order; must neither block nor raise.
+
+    Nothing follows `on_done`, `on_failed` or `on_lost`.
+    """
+
+    def on_delta(self, payload: bytes, tokens: list[int]) -> None: ...
+    def on_done(self, done: Done) -> None: ...
+    def on_failed(self, failed: Failed) -> None: ...
+    def on_lost(self, error: WorkerLost) -> None: ...
+
+
+class WorkerConnection(Peer):
+    """The gateway's end of the stream to one worker. Made by `open`; when it ends, a new one is made."""
+
+    def __init__(self, worker: WorkerId, epoch: int, limits: StreamLimits) -> None:
+        super().__init__(limits, FROM_WORKER)
+        self.worker = worker
+        self._epoch = epoch
+        self._decode = msgspec.msgpack.Decoder(FromWorker).decode
+        self._sinks: dict[StreamId, Sink] = {}
+        self._posted: list[bytes] = []
+        self._next_stream = 1
+        self._ready: asyncio.Future[None] = self._loop.create_future()
+        self.closed: asyncio.Future[str] = self._loop.create_future()
+        """Done when the connection has ended; the result is the reason, for the log."""
+
+    @classmethod
+    async def open(
+        cls,
+        worker: WorkerId,
+        epoch: int,
+        address: str,
+        *,
+        deadline: float,
+        limits: StreamLimits | None = None,
+    ) -> "WorkerConnection":
+        """Connect and hear the worker's Hello.
+
+        Args:  address: host:port.  deadline: on the event loop's clock.
+        Raises:  WorkerUnreachable, also when another worker or another epoch answers at `address`.
+        """
+        host, _, port = address.rpartition(":")
+        loop = asyncio.get_running_loop()
+        connection = cls(worker, epoch, limits or StreamLimits())
+        try:
+            async with asyncio.timeout_at(deadline):
+                await loop.create_connection(lambda: connection, host.strip("[]"), int(port))
+                await connection._greeting()
+        except TimeoutError as exc:
+            raise WorkerUnreachable(worker, f"no answer from {address} before the deadline") from exc
+        except (OSError, ValueError) as exc:
+            raise WorkerUnreachable(worker, f"{address}: {exc}") from exc
+        return connection
+
+    async def _greeting(self) -> None:
+        try:
+            await self._ready
+        except asyncio.CancelledError:
+            self.close()
+            raise
+
+    @property
+    def peer_name(self) -> str:
+        return self.worker
+
+    @property
+    def num_streams(self) -> int:
+        return len(self._sinks)
+
+    def start(self, request: Generate, sink: Sink) -> StreamId:
+        """Send `request` under a stream id of this connection's choosing (`request.stream` is overwritten).
+
+        Raises:  WorkerUnreachable if the connection has ended, or the request does not fit a frame.
+        """
+        if self._transport.is_closing():
+            raise WorkerUnreachable(self.worker, self._reason or "the connection is closing")
+        stream = StreamId(self._next_stream)
+        self._next_stream += 1
+        try:
+            self._post(msgspec.structs.replace(request, stream=stream))
+        except ProtocolError as exc:
+            raise WorkerUnreachable(self.worker, str(exc)) from exc
+        self._sinks[stream] = sink
+        return stream
+
+    def cancel(self, stream: StreamId) -> None:
+        """The sink hears nothing more. Streams that have ended are ignored."""
+        if self._sinks.pop(stream, None) is not None:
+            self._post(Cancel(stream))
+
+    def release(self, request: RequestId) -> None:
+        """The worker need not keep what it has for the decode leg of this request, which has been handed over."""
+        self._post(Release(request))
+
+    def _post(self, message: Generate | Cancel | Release) -> None:
+        """Send with everything else that is posted in this turn of the event loop: each write is a system call.
+
+        Raises:  ProtocolError if the message is longer than a frame may be.
+        """
+        self._posted.append(framed(message, self._limits.max_frame_bytes))
+        if len(self._posted) == 1:
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        posted, self._posted = self._posted, []
+        if posted:
+            self._write(b"".join(posted))
+
+    def close(self) -> None:
+        """End the connection after what has been posted; its sinks hear `on_lost`."""
+        self._reason = self._reason or "closed by this gateway"
+        self._flush()
+        self._transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if not self._ready.done():
+            self._ready.set_exception(ConnectionError(self._reason))
+            self._ready.exception()  # `open` may have gone already
+        if not self.closed.done():
+            self.closed.set_result(self._reason)
+        sinks, self._sinks = self._sinks, {}
+        for sink in sinks.values():
+            sink.on_lost(WorkerLost(self.worker, self._reason))
+
+    def _received(self, frames: list[memoryview]) -> None:
+        steps = []
+        for frame in frames:
+            try:
+                message = self._decode(frame)
+            except msgspec.ValidationError as exc:
+                self._pass_over(frame, exc)
+                continue
+            if type(message) is Step:
+                steps.append(message)
+            elif type(message) is Ping:
+                self._send(Pong())
+            elif type(message) is Hello:
+                self._greeted(message)
+        if steps:
+            self._stepped(steps[0] if len(steps) == 1 else _joined(steps))
+
+    def _stepped(self, step: Step) -> None:
+        sinks = self._sinks
+        for delta in step.deltas:
+            sink = sinks.get(delta.stream)
+            if sink is not None:
+                sink.on_delta(delta.payload, delta.tokens)
+        for done in step.done:
+            sink = sinks.pop(done.stream, None)
+            if sink is not None:
+                sink.on_done(done)
+        for failed in step.failed:
+            sink = sinks.pop(failed.stream, None)
+            if sink is not None:
+                sink.on_failed(failed)
+
+    def _greeted(self, hello: Hello) -> None:
+        if (hello.worker, hello.epoch) != (self.worker, self._epoch):
+            self._reason = (
+                f"{hello.worker} of epoch {hello.epoch} answers there; wanted {self.worker} of epoch {self._epoch}"
+            )
+            self._transport.abort()
+        elif not self._ready.done():
+            self._ready.set_result(None)
+
+
+def _joined(steps: list[Step]) -> Step:
+    """What several steps had, as one: a gateway that lags behind hands each client one piece, not one for each step."""
+    deltas: dict[StreamId, list[Delta]] = {}
+    for step in steps:
+        for delta in step.deltas:
+            deltas.setdefault(delta.stream, []).append(delta)
+    return Step(
+        [run[0] if len(run) == 1 else _joined_deltas(run) for run in deltas.values()],
+        [done for step in steps for done in step.done],
+        [failed for step in steps for failed in step.failed],
+    )
+
+
+def _joined_deltas(run: list[Delta]) -> Delta:
+    tokens = [token for delta in run for token in delta.tokens]
+    return Delta(run[0].stream, b"".join([delta.payload for delta in run]), tokens)
+
+
+async def greets(worker: Registration, *, timeout_s: float = 2.0) -> bool:
+    """Whether this very worker, of this epoch, greets who connects to its address."""
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    try:
+        connection = await WorkerConnection.open(worker.worker, worker.epoch, worker.address, deadline=deadline)
+    except WorkerUnreachable:
+        return False
+    connection.close()
+    return True
