@@ -30,7 +30,8 @@ a second. Utilisation is averaged over a minute and knows of no burst yet; the q
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from planes.wire.messages import WorkerId
 from router.latency import LinkModel
@@ -43,8 +44,7 @@ _STALL_DECODE, _POWER_DECODE = 0.3, 2
 _NOTICED_STEPS = 10
 
 
-@dataclass(slots=True)
-class PrefillLeg:
+class PrefillCost(msgspec.Struct, frozen=True, kw_only=True):
     """Computing the prompt on one worker. `cost_s` is all that this leg adds to the total."""
 
     worker: WorkerView
@@ -54,8 +54,7 @@ class PrefillLeg:
     cost_s: float
 
 
-@dataclass(slots=True)
-class DecodeLeg:
+class DecodeCost(msgspec.Struct, frozen=True, kw_only=True):
     """Decoding on one worker. `first_step_s` counts the wait for room; `cost_s` has everything but the handover."""
 
     worker: WorkerView
@@ -71,8 +70,7 @@ class DecodeLeg:
     has_room: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Congestion:
+class Congestion(msgspec.Struct, frozen=True, kw_only=True):
     """What a second of prompt work adds to the waits of others, in seconds, by how busy its worker is."""
 
     waiting: float = 0.0
@@ -87,16 +85,18 @@ class Congestion:
 def congestion(view: FleetView) -> Congestion:
     """The same for all workers of a view."""
     num_workers = max(1, len(view.prefill) or len(view.decode))
-    return Congestion(max(0, view.num_waiting - 1) / num_workers, math.sqrt(2 * math.sqrt(num_workers) + 2) - 1)
+    return Congestion(
+        waiting=max(0, view.num_waiting - 1) / num_workers, power=math.sqrt(2 * math.sqrt(num_workers) + 2) - 1
+    )
 
 
 NO_CONGESTION = Congestion()
 
 
-def prefill_leg(request: RoutableRequest, worker: WorkerView, congested: Congestion = NO_CONGESTION) -> PrefillLeg:
+def prefill_cost(request: RoutableRequest, worker: WorkerView, congested: Congestion = NO_CONGESTION) -> PrefillCost:
     uncached = request.prompt_tokens - worker.cached_tokens
     seconds = worker.latency.prefill_s(uncached, request.prompt_tokens)
-    queue = worker.begin_s if worker.num_passed else worker.queue_s
+    queue = worker.starts_in_s if worker.num_passed else worker.queue_s
     busy = min(worker.prefill_utilisation, _MAX_UTILISATION)
     stalled_s = 0.0
     if worker.role.can_decode and (worker.num_running or worker.mean_running):
@@ -108,7 +108,9 @@ def prefill_leg(request: RoutableRequest, worker: WorkerView, congested: Congest
             seconds += steps * max(0.0, step - worker.latency.step_s(0, 0))
             queue += step / 2
     inflicted = stalled_s + seconds * (congested.price(busy) + worker.num_passed)
-    return PrefillLeg(worker, queue, seconds, inflicted, queue + seconds + inflicted)
+    return PrefillCost(
+        worker=worker, queue_s=queue, prefill_s=seconds, inflicted_s=inflicted, cost_s=queue + seconds + inflicted
+    )
 
 
 def _stall(worker: WorkerView, uncached_tokens: int, busy: float) -> float:
@@ -123,7 +125,7 @@ def _stall(worker: WorkerView, uncached_tokens: int, busy: float) -> float:
     return share * _STALL_DECODE / float((1 - busy) ** _POWER_DECODE)
 
 
-def decode_leg(request: RoutableRequest, worker: WorkerView) -> DecodeLeg:
+def decode_cost(request: RoutableRequest, worker: WorkerView) -> DecodeCost:
     batch, kv_tokens, facts = worker.num_running, worker.kv_tokens, worker.facts
     expected, busy = request.expected_tokens, min(worker.prefill_utilisation, _MAX_UTILISATION)
     before = worker.latency.step_s(batch, kv_tokens)
@@ -137,17 +139,25 @@ def decode_leg(request: RoutableRequest, worker: WorkerView) -> DecodeLeg:
         first += decoding / batch
     missing = -(-(request.prompt_tokens - worker.cached_tokens) // facts.block_size) * facts.bytes_per_block
     stall = _stall(worker, facts.max_step_tokens, busy) if worker.queue_s else 0.0
-    return DecodeLeg(
-        worker, first, decoding, slowdown, first + decoding + slowdown, worker.queue_s, stall, missing, has_room
+    return DecodeCost(
+        worker=worker,
+        first_step_s=first,
+        decode_s=decoding,
+        inflicted_s=slowdown,
+        cost_s=first + decoding + slowdown,
+        prompts_s=worker.queue_s,
+        stall=stall,
+        missing_bytes=missing,
+        has_room=has_room,
     )
 
 
-def _stalled_s(decode: DecodeLeg, begins_s: float) -> float:
+def _stalled_s(decode: DecodeCost, begins_s: float) -> float:
     """What the prompts that are left there when it begins to decode cost it."""
     return decode.stall * max(0.0, decode.prompts_s - begins_s)
 
 
-def local(prefill: PrefillLeg, decode: DecodeLeg) -> Candidate:
+def local(prefill: PrefillCost, decode: DecodeCost) -> Candidate:
     """Both legs on one worker: the prompt's last step gives the first token."""
     worker = decode.worker
     wait = 0.0 if decode.has_room else decode.first_step_s
@@ -155,41 +165,41 @@ def local(prefill: PrefillLeg, decode: DecodeLeg) -> Candidate:
     if worker.num_passed:  # else nothing is left there when it begins to decode
         stalled_s = _stalled_s(decode, prefill.queue_s + prefill.prefill_s)
     return Candidate(
-        None,
-        worker.worker,
-        worker.cached_tokens,
-        worker.cached_tokens,
-        prefill.queue_s,
-        prefill.prefill_s,
-        0.0,
-        wait,
-        prefill.inflicted_s + decode.inflicted_s,
-        prefill.cost_s + wait + decode.decode_s + stalled_s + decode.inflicted_s,
+        prefill=None,
+        decode=worker.worker,
+        cached_tokens=worker.cached_tokens,
+        decode_cached_tokens=worker.cached_tokens,
+        queue_s=prefill.queue_s,
+        prefill_s=prefill.prefill_s,
+        handover_s=0.0,
+        first_step_s=wait,
+        inflicted_s=prefill.inflicted_s + decode.inflicted_s,
+        total_s=prefill.cost_s + wait + decode.decode_s + stalled_s + decode.inflicted_s,
         decode_s=decode.decode_s + stalled_s,
         num_passed=worker.num_passed,
     )
 
 
-def pair(request: RoutableRequest, prefill: PrefillLeg, decode: DecodeLeg, link: LinkModel) -> Candidate:
+def pair(request: RoutableRequest, prefill: PrefillCost, decode: DecodeCost, link: LinkModel) -> Candidate:
     """The legs on two workers, and the handover between them."""
     handover = link.handover_s(decode.missing_bytes)
     stalled_s = _stalled_s(decode, prefill.queue_s + prefill.prefill_s + handover) if decode.prompts_s else 0.0
     early_s = (1 - _STALL_DECODE) * (handover + decode.first_step_s) if request.is_first_token_exact else 0.0
     return Candidate(
-        prefill.worker.worker,
-        decode.worker.worker,
-        prefill.worker.cached_tokens,
-        decode.worker.cached_tokens,
-        prefill.queue_s,
-        prefill.prefill_s,
-        handover,
-        decode.first_step_s,
-        prefill.inflicted_s + decode.inflicted_s,
-        prefill.cost_s + handover + stalled_s + decode.cost_s - early_s,
-        request.is_first_token_exact,
-        decode.decode_s + stalled_s,
-        prefill.worker.num_passed,
-        early_s,
+        prefill=prefill.worker.worker,
+        decode=decode.worker.worker,
+        cached_tokens=prefill.worker.cached_tokens,
+        decode_cached_tokens=decode.worker.cached_tokens,
+        queue_s=prefill.queue_s,
+        prefill_s=prefill.prefill_s,
+        handover_s=handover,
+        first_step_s=decode.first_step_s,
+        inflicted_s=prefill.inflicted_s + decode.inflicted_s,
+        total_s=prefill.cost_s + handover + stalled_s + decode.cost_s - early_s,
+        is_first_early=request.is_first_token_exact,
+        decode_s=decode.decode_s + stalled_s,
+        num_passed=prefill.worker.num_passed,
+        early_token_discount_s=early_s,
     )
 
 
@@ -203,13 +213,13 @@ def judge(request: RoutableRequest, chosen: Candidate, view: FleetView) -> Candi
     Raises:  ValueError if a worker it names is not in `view`.
     """
     decode = _named(view.decode, chosen.decode)
-    leg, congested = decode_leg(request, decode), congestion(view)
+    leg, congested = decode_cost(request, decode), congestion(view)
     if chosen.prefill is not None and chosen.prefill != chosen.decode:
         prefill = _named(view.prefill, chosen.prefill)
         if can_hand_over(prefill, decode):
             link = view.links.link(prefill.worker, decode.worker)
-            return pair(request, prefill_leg(request, prefill, congested), leg, link)
-    return local(prefill_leg(request, decode, congested), leg)
+            return pair(request, prefill_cost(request, prefill, congested), leg, link)
+    return local(prefill_cost(request, decode, congested), leg)
 
 
 def _named(workers: Sequence[WorkerView], name: WorkerId) -> WorkerView:

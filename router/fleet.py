@@ -114,16 +114,16 @@ class Fleet:
         decoding = self.workers[candidate.decode]
         computing = decoding if candidate.prefill is None else self.workers[candidate.prefill]
         reservation = Reservation(
-            request.request,
-            computing,
-            decoding,
-            request.blocks,
-            max(0, request.prompt_tokens - candidate.cached_tokens),
-            request.prompt_tokens,
-            request.expected_tokens,
-            candidate.prefill_s,
-            now,
-            candidate.decode_cached_tokens,
+            request=request.request,
+            computing=computing,
+            decoding=decoding,
+            blocks=request.blocks,
+            uncached_tokens=max(0, request.prompt_tokens - candidate.cached_tokens),
+            prompt_tokens=request.prompt_tokens,
+            expected_tokens=request.expected_tokens,
+            prefill_s=candidate.prefill_s,
+            bound_at=now,
+            decode_cached_tokens=candidate.decode_cached_tokens,
         )
         computing.reserve_prefill(reservation, now)
         decoding.reserve_decode(reservation)
@@ -226,7 +226,9 @@ class Fleet:
                 prefill.append(view)
             if role.can_decode:
                 decode.append(view)
-        return FleetView(prefill, decode, self.links, now, rng, num_waiting) if decode else None
+        if not decode:
+            return None
+        return FleetView(prefill=prefill, decode=decode, links=self.links, now=now, rng=rng, num_waiting=num_waiting)
 
     def learn(self, reservation: Reservation, observed: Observed) -> None:
         """Take in what happened to a request. Where steps are reported they teach more than whole prefills do."""
@@ -271,9 +273,9 @@ def _pairable(workers: Iterable[Worker]) -> list[Worker]:
     found: list[Worker] = []
     for mode in HandoverMode:
         able = [worker for worker in workers if worker.handover is mode]
-        givers = [worker for worker in able if worker.role.can_prefill]
-        takers = [worker for worker in able if worker.role.can_decode]
-        if givers and takers and len({worker.worker for worker in givers + takers}) > 1:
+        senders = [worker for worker in able if worker.role.can_prefill]
+        receivers = [worker for worker in able if worker.role.can_decode]
+        if senders and receivers and len({worker.worker for worker in senders + receivers}) > 1:
             found += able
     return found
 

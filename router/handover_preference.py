@@ -5,6 +5,8 @@ can pair (`always`). What remains is a policy that serves alone though it was to
 it has weighed is taken, and where it has weighed none the pair that `headrace` would take.
 """
 
+from dataclasses import replace
+
 from router import cost
 from router.errors import NoPair
 from router.policies.headrace import Headrace
@@ -20,31 +22,37 @@ def enforced(request: RoutableRequest, choice: Choice, view: FleetView) -> Choic
     if not pairs:
         raise NoPair(request.model, num_workers=len(view.decode))
     if choice.chosen in pairs:
-        return Choice(choice.chosen, pairs, choice.is_held, choice.held_because, choice.room_s)
+        return replace(choice, candidates=pairs)
     chosen = min(pairs, key=_total)
-    held_because = _held_because(request, chosen, view, choice.room_s)
-    return Choice(chosen, pairs, bool(held_because), held_because, choice.room_s)
-
-
-def _pairs(choice: Choice, view: FleetView) -> tuple[Candidate, ...]:
-    givers = {worker.worker: worker for worker in view.prefill}
-    takers = {worker.worker: worker for worker in view.decode}
-    return tuple(
-        option
-        for option in choice.candidates
-        if option.prefill in givers and cost.can_hand_over(givers[option.prefill], takers[option.decode])
+    held_because = _held_because(request, chosen, view, choice.max_backlog_s)
+    return Choice(
+        chosen=chosen,
+        candidates=pairs,
+        is_held=bool(held_because),
+        held_because=held_because,
+        max_backlog_s=choice.max_backlog_s,
     )
 
 
-def _held_because(request: RoutableRequest, chosen: Candidate, view: FleetView, room_s: float) -> str:
-    """Policies that hold requests back give a `room_s`; by that measure this pair is held back, too."""
-    if not room_s:
+def _pairs(choice: Choice, view: FleetView) -> tuple[Candidate, ...]:
+    senders = {worker.worker: worker for worker in view.prefill}
+    receivers = {worker.worker: worker for worker in view.decode}
+    return tuple(
+        option
+        for option in choice.candidates
+        if option.prefill in senders and cost.can_hand_over(senders[option.prefill], receivers[option.decode])
+    )
+
+
+def _held_because(request: RoutableRequest, chosen: Candidate, view: FleetView, max_backlog_s: float) -> str:
+    """Policies that hold requests back give a `max_backlog_s`; by that measure this pair is held back, too."""
+    if not max_backlog_s:
         return ""
-    giver = next(worker for worker in view.prefill if worker.worker == chosen.prefill)
-    if because := giver.busy_because(room_s):
+    sender = next(worker for worker in view.prefill if worker.worker == chosen.prefill)
+    if because := sender.busy_because(max_backlog_s):
         return because
-    taker = next(worker for worker in view.decode if worker.worker == chosen.decode)
-    return "" if cost.decode_leg(request, taker).has_room else f"{chosen.decode} has no room to decode"
+    receiver = next(worker for worker in view.decode if worker.worker == chosen.decode)
+    return "" if cost.decode_cost(request, receiver).has_room else f"{chosen.decode} has no room to decode"
 
 
 def _total(option: Candidate) -> float:

@@ -45,14 +45,14 @@ class _Walk:
     """State of one walk. queue_s: per worker, work of requests that this walk has passed included; `ahead` that alone.
 
     room: rows of workers that may take another request.  passed_tokens: shorter prompts need no room there and begin
-    after `begin_s`; most_passed is the largest.
+    after `starts_in_s`; most_passed is the largest.
     """
 
     now: float
     queue_s: npt.NDArray[np.float64]
     room: set[int]
     passed_tokens: npt.NDArray[np.int64]
-    begin_s: npt.NDArray[np.float64]
+    starts_in_s: npt.NDArray[np.float64]
     most_passed: int = 0
     ahead: dict[WorkerId, float] = field(default_factory=dict)
     num_asked: int = 0
@@ -72,13 +72,13 @@ class Dispatch:
         self._rows: dict[WorkerId, int] = {}
         self._shortest_first: list[tuple[int, Worker]] = []
         self._room_changes = 0
-        self._room_s = math.inf
+        self._max_backlog_s = math.inf
         self._wakeup = math.inf
 
     def forget(self) -> None:
         """The policy changed: ask about everybody anew."""
         self._version += 1
-        self._room_s = math.inf
+        self._max_backlog_s = math.inf
 
     def room_changed(self) -> None:
         """A worker reported, or a request ended: those that lacked room to decode may try again."""
@@ -98,10 +98,10 @@ class Dispatch:
             workers = enumerate(self._fleet.workers.values())
             self._shortest_first = [(row, worker) for row, worker in workers if worker.facts.is_shortest_first]
         queue_s = np.array([worker.backlog_s(now) for worker in self._fleet.workers.values()])
-        room = set(np.flatnonzero(queue_s <= self._room_s).tolist())
+        room = set(np.flatnonzero(queue_s <= self._max_backlog_s).tolist())
         walk = _Walk(now, queue_s, room, np.zeros(len(queue_s), dtype=np.int64), np.zeros(len(queue_s)))
         for row, worker in self._shortest_first:
-            walk.passed_tokens[row], walk.begin_s[row] = worker.passing(float(queue_s[row]))
+            walk.passed_tokens[row], walk.starts_in_s[row] = worker.passing(float(queue_s[row]))
         if self._shortest_first:
             walk.most_passed = int(walk.passed_tokens.max())
         self._wakeup = now + _POLL_S
@@ -129,11 +129,11 @@ class Dispatch:
         rows, tokens = bids.rows, waiting.request.prompt_tokens
         queue_s = walk.queue_s[rows]
         if tokens < walk.most_passed:
-            queue_s = np.where(tokens < walk.passed_tokens[rows], walk.begin_s[rows], queue_s)
+            queue_s = np.where(tokens < walk.passed_tokens[rows], walk.starts_in_s[rows], queue_s)
         cheapest = int((bids.cost_s + queue_s).argmin())
         row = int(rows[cheapest])
-        if queue_s[cheapest] > bids.room_s and tokens >= walk.passed_tokens[row]:
-            self._pass(row, float(bids.work_s[cheapest]), bids.room_s, walk)
+        if queue_s[cheapest] > bids.max_backlog_s and tokens >= walk.passed_tokens[row]:
+            self._pass(row, float(bids.work_s[cheapest]), bids.max_backlog_s, walk)
             return False
         if waiting.blocked == self._room_changes:
             walk.num_blocked += 1
@@ -151,27 +151,28 @@ class Dispatch:
             worker = self._fleet.workers[name]
             backlog_s = worker.backlog_s(walk.now)
             walk.queue_s[row] = backlog_s + walk.ahead.get(name, 0.0)
-            walk.passed_tokens[row], walk.begin_s[row] = worker.passing(backlog_s)
+            walk.passed_tokens[row], walk.starts_in_s[row] = worker.passing(backlog_s)
             walk.most_passed = int(walk.passed_tokens.max())
-            if walk.queue_s[row] > self._room_s:
+            if walk.queue_s[row] > self._max_backlog_s:
                 walk.room.discard(row)
             return
-        self._room_s = choice.room_s if self._room_s == math.inf else max(choice.room_s, 0.99 * self._room_s)
+        known_s = 0.0 if self._max_backlog_s == math.inf else 0.99 * self._max_backlog_s
+        self._max_backlog_s = max(choice.max_backlog_s, known_s)
         waiting.bids = self._bids(choice, walk.now)
         best = min(choice.candidates, key=_prefill_s)
         self._queue.update(waiting, max(0, waiting.request.prompt_tokens - best.cached_tokens), best.prefill_s)
-        if walk.queue_s[row] > choice.room_s and not chosen.num_passed:
-            self._pass(row, chosen.prefill_s, choice.room_s, walk)
+        if walk.queue_s[row] > choice.max_backlog_s and not chosen.num_passed:
+            self._pass(row, chosen.prefill_s, choice.max_backlog_s, walk)
         else:
             waiting.blocked = self._room_changes
             walk.num_blocked += 1
 
-    def _pass(self, row: int, work_s: float, room_s: float, walk: _Walk) -> None:
+    def _pass(self, row: int, work_s: float, max_backlog_s: float, walk: _Walk) -> None:
         """A request waits for this worker: those after it come after its work."""
         walk.queue_s[row] += work_s
         name = self._names[row]
         walk.ahead[name] = walk.ahead.get(name, 0.0) + work_s
-        if walk.queue_s[row] > room_s:
+        if walk.queue_s[row] > max_backlog_s:
             walk.room.discard(row)
 
     def _bids(self, choice: Choice, now: float) -> Bids:
@@ -183,11 +184,11 @@ class Dispatch:
                 cheapest[row] = bid
         costs, works = zip(*cheapest.values(), strict=True)
         rows = np.fromiter(cheapest, dtype=np.intp, count=len(cheapest))
-        return Bids(self._version, now, rows, np.array(costs), np.array(works), choice.room_s)
+        return Bids(self._version, now, rows, np.array(costs), np.array(works), choice.max_backlog_s)
 
     def _next_room(self, now: float) -> float:
         """When the first busy worker will have room, by prediction."""
-        waits = [worker.busy_until - self._room_s for worker in self._fleet.workers.values()]
+        waits = [worker.busy_until - self._max_backlog_s for worker in self._fleet.workers.values()]
         return min((instant for instant in waits if instant > now), default=math.inf)
 
     # --- predictions for requests that are not asked about ---------------------------------------------------------

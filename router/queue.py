@@ -41,7 +41,7 @@ class Bids:
     rows: npt.NDArray[np.intp]
     cost_s: npt.NDArray[np.float64]
     work_s: npt.NDArray[np.float64]
-    room_s: float
+    max_backlog_s: float
 
 
 @dataclass(slots=True, eq=False)

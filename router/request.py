@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import msgspec
+
 from planes.wire.blocks import Hashes
 from planes.wire.messages import RequestId, WorkerId
 
@@ -45,11 +47,10 @@ class RoutableRequest:
     handover: HandoverPreference = HandoverPreference.AUTO
 
 
-@dataclass(slots=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """One way to serve a request, and what it would cost, in seconds. `prefill` is None: the decode worker does it.
 
-    Read only; not frozen for the reason that `WorkerView` is not.
+    A msgspec struct for the reason that `WorkerView` is one.
     """
 
     prefill: WorkerId | None
@@ -67,10 +68,10 @@ class Candidate:
     is_first_early: bool = False
     """The first token does not wait for the handover."""
     decode_s: float = 0.0
-    """Its own decoding after the first step. With it, the seconds above add up to `total_s`, less `early_s`."""
+    """Its own decoding after the first step. The seconds above and this, less the discount below, are `total_s`."""
     num_passed: int = 0
     """Prompts on the computing worker that this one would be computed before: its queue is without them."""
-    early_s: float = 0.0
+    early_token_discount_s: float = 0.0
     """Where the first token is early, handover and first step only interrupt the stream: so much less they count."""
 
     @property
@@ -79,7 +80,7 @@ class Candidate:
         return self.queue_s + self.prefill_s + rest
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """The router's answer: who prefills, who decodes; the reservation stands until `Router.release`."""
 

@@ -203,7 +203,7 @@ class Router:
             answers.append(self._turn_away(waiting, exc))
             return None
         answers.append(self._bind(waiting, chosen, view, now))
-        return Choice(chosen, choice.candidates)
+        return Choice(chosen=chosen, candidates=choice.candidates)
 
     def _bind(self, waiting: Waiting, chosen: Candidate, view: FleetView, now: float) -> Route:
         request, held_s = waiting.request, now - waiting.submitted_at
@@ -216,15 +216,15 @@ class Router:
         if self._shadow is not None:
             self._ask_shadow(self._shadow, waiting, chosen, view)
         return Route(
-            request.request,
-            chosen.prefill,
-            chosen.decode,
-            chosen.cached_tokens,
-            chosen.decode_cached_tokens,
-            chosen,
-            self._policy.name,
-            held_s,
-            len(waiting.explanation.candidates),
+            request=request.request,
+            prefill=chosen.prefill,
+            decode=chosen.decode,
+            cached_tokens=chosen.cached_tokens,
+            decode_cached_tokens=chosen.decode_cached_tokens,
+            predicted=chosen,
+            policy=self._policy.name,
+            held_s=held_s,
+            num_candidates=len(waiting.explanation.candidates),
         )
 
     def _ask_shadow(self, shadow: Policy, waiting: Waiting, chosen: Candidate, view: FleetView) -> None:

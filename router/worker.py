@@ -28,7 +28,7 @@ _WINDOW_S = 60.0  # over which utilisation is averaged
 _LATE_SHARE = 0.1  # of outstanding prompt work still to come when it has taken longer than predicted
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Reservation:
     """What a bound request takes on its workers until it is released. `computing` is `decoding` for a local one."""
 
@@ -46,7 +46,7 @@ class Reservation:
     is_prefilled: bool = False
     prefill_seen: bool = False
     decode_seen: bool = False
-    passed_s: float = 0.0
+    overtaken_s: float = 0.0
     """Predicted prefills of shorter prompts that were bound after it and go before it."""
     arrived_at: float = math.inf
     """When its decode leg reached the decode worker."""
@@ -101,7 +101,7 @@ class Worker:
         if self.facts.is_shortest_first:
             for other in self.computing.values():
                 if reservation.prompt_tokens < other.uncached_tokens:
-                    other.passed_s += reservation.prefill_s
+                    other.overtaken_s += reservation.prefill_s
         self.computing[reservation.request] = reservation
         self._sent.append(reservation)
         self.unseen_prefills += 1
@@ -221,41 +221,41 @@ class Worker:
         if not self.facts.is_shortest_first or not self.computing:
             return 0, backlog_s
         step_s = self.latency.prefill_s(self.facts.max_step_tokens, self.facts.max_step_tokens)
-        begin_s = step_s + self._others_s
-        if self._others_s > step_s or begin_s >= backlog_s:
+        starts_in_s = step_s + self._others_s
+        if self._others_s > step_s or starts_in_s >= backlog_s:
             return 0, backlog_s
         tokens = self.waiting_prefill_tokens + self.unseen_prefill_tokens
         for reservation in self.computing.values():
             tokens = min(tokens, reservation.uncached_tokens)
-            if reservation.passed_s > reservation.prefill_s:
+            if reservation.overtaken_s > reservation.prefill_s:
                 return 0, backlog_s
-        return tokens, begin_s
+        return tokens, starts_in_s
 
     def view(self, cached_tokens: int, prompt_tokens: int, num_cached: int, ahead_s: float, now: float) -> WorkerView:
         used, backlog_s = self.utilisation, self.backlog_s(now)
-        passed_tokens, begin_s = 0, 0.0
+        passed_tokens, starts_in_s = 0, 0.0
         if self.facts.is_shortest_first:  # asked here, too: the call costs a decision among 256 workers 7 %
-            passed_tokens, begin_s = self.passing(backlog_s)
+            passed_tokens, starts_in_s = self.passing(backlog_s)
         free_blocks = self.free_blocks - self.unseen_blocks
         return WorkerView(
             self.worker,
             self.role,
             self.facts,
             self.latency,
-            cached_tokens,
-            self.num_running + self.unseen_decodes,
-            self.num_waiting + self.unseen_prefills,
-            self.waiting_prefill_tokens + self.unseen_prefill_tokens,
-            backlog_s + ahead_s,
-            self.kv_tokens + self.unseen_kv_tokens,
-            free_blocks if free_blocks > 0 else 0,  # noqa: FURB136 - max() takes three times as long here
-            used.computing,
             self.handover,
-            used.prefilling,
-            used.running,
-            len(self.computing) if prompt_tokens < passed_tokens else 0,
-            begin_s,
-            num_cached,
+            cached_tokens,
+            num_running=self.num_running + self.unseen_decodes,
+            num_waiting=self.num_waiting + self.unseen_prefills,
+            waiting_prefill_tokens=self.waiting_prefill_tokens + self.unseen_prefill_tokens,
+            queue_s=backlog_s + ahead_s,
+            kv_tokens=self.kv_tokens + self.unseen_kv_tokens,
+            free_blocks=free_blocks if free_blocks > 0 else 0,  # noqa: FURB136 - max() takes three times as long here
+            utilisation=used.computing,
+            prefill_utilisation=used.prefilling,
+            mean_running=used.running,
+            num_passed=len(self.computing) if prompt_tokens < passed_tokens else 0,
+            starts_in_s=starts_in_s,
+            num_cached=num_cached,
         )
 
 
@@ -271,7 +271,7 @@ class Utilisation:
         """Mean number of sequences."""
         self._computing = self._prefilling = 0.0
         self._weight = 1 - math.exp(-10 / _WINDOW_S)
-        self._untold_s = 0.0
+        self._unreported_s = 0.0
 
     @property
     def computing(self) -> float:
@@ -286,7 +286,7 @@ class Utilisation:
     def add(self, report: LoadReport, latency: LatencyModel, elapsed_s: float) -> None:
         if elapsed_s <= 0:
             return
-        self._untold_s += elapsed_s
+        self._unreported_s += elapsed_s
         computing = prefilling = 0.0
         for step in report.steps:
             if is_plausible(step.duration_s):
@@ -298,8 +298,8 @@ class Utilisation:
         weight = self._weight * old + 1 - old
         new = (1 - old) / weight
         self._weight = weight
-        self._computing += new * (min(computing, self._untold_s) / elapsed_s - self._computing)
-        self._prefilling += new * (min(prefilling, self._untold_s) / elapsed_s - self._prefilling)
+        self._computing += new * (min(computing, self._unreported_s) / elapsed_s - self._computing)
+        self._prefilling += new * (min(prefilling, self._unreported_s) / elapsed_s - self._prefilling)
         self.running += new * (min(report.num_running, 1 << 20) - self.running)
         if report.steps or not (report.num_running or report.waiting_prefill_tokens):
-            self._untold_s = 0.0
+            self._unreported_s = 0.0

@@ -45,9 +45,26 @@ def registration(
 
 
 def route(request: str, decode: str, prefill: str | None = None) -> Route:
-    giver = None if prefill is None else WorkerId(prefill)
-    candidate = Candidate(giver, WorkerId(decode), 0, 0, 0.0, 0.1, 0.0, 0.01, 0.0, 0.11)
-    return Route(RequestId(request), giver, WorkerId(decode), 0, 0, candidate, "fake")
+    chosen = candidate(decode, prefill)
+    return Route(
+        request=RequestId(request),
+        prefill=chosen.prefill,
+        decode=chosen.decode,
+        cached_tokens=0,
+        decode_cached_tokens=0,
+        predicted=chosen,
+        policy="fake",
+    )
+
+
+def candidate(decode: str, prefill: str | None = None, **fields) -> Candidate:
+    """One way to serve a request; what is not given costs little or nothing."""
+    seconds = {"queue_s": 0.0, "prefill_s": 0.1, "handover_s": 0.0, "first_step_s": 0.01, "inflicted_s": 0.0}
+    return Candidate(
+        prefill=None if prefill is None else WorkerId(prefill),
+        decode=WorkerId(decode),
+        **{"cached_tokens": 0, "decode_cached_tokens": 0, "total_s": 0.11} | seconds | fields,
+    )
 
 
 class FakeRouter:

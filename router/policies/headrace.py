@@ -16,7 +16,7 @@ request whose decode worker has no room for it: its KV cache would only wait in 
 from collections.abc import Sequence
 
 from planes.wire.messages import HandoverMode
-from router.cost import DecodeLeg, PrefillLeg, congestion, decode_leg, local, pair, prefill_leg
+from router.cost import DecodeCost, PrefillCost, congestion, decode_cost, local, pair, prefill_cost
 from router.policy import Choice, FleetView, Links, WorkerView
 from router.request import Candidate, RoutableRequest
 
@@ -33,12 +33,12 @@ class Headrace:
 
     def choose(self, request: RoutableRequest, view: FleetView) -> Choice:
         congested = congestion(view)
-        decodes = [decode_leg(request, worker) for worker in view.decode]
-        locals_ = [prefill_leg(request, worker, congested) for worker in view.decode]
+        decodes = [decode_cost(request, worker) for worker in view.decode]
+        locals_ = [prefill_cost(request, worker, congested) for worker in view.decode]
         options = [local(prefill, decode) for prefill, decode in zip(locals_, decodes, strict=True)]
         if not request.is_local_only:
             known = {leg.worker.worker: leg for leg in locals_}
-            prefills = [known.get(worker.worker) or prefill_leg(request, worker, congested) for worker in view.prefill]
+            prefills = [known.get(worker.worker) or prefill_cost(request, worker, congested) for worker in view.prefill]
             for mode in HandoverMode:
                 options += _pairs(
                     request,
@@ -53,7 +53,7 @@ class Headrace:
 
 
 def _pairs(
-    request: RoutableRequest, prefills: Sequence[PrefillLeg], decodes: Sequence[DecodeLeg], links: Links
+    request: RoutableRequest, prefills: Sequence[PrefillCost], decodes: Sequence[DecodeCost], links: Links
 ) -> list[Candidate]:
     """The pairs worth weighing: every prefill worker with the best decode worker, and the other way round."""
     if not prefills or not decodes or (len(decodes) == 1 and _is_alone(prefills, decodes[0])):
@@ -87,7 +87,7 @@ def _pairs(
         best, prefill = cheapest, by_name[cheapest.prefill]
 
 
-def _is_alone(prefills: Sequence[PrefillLeg], decode: DecodeLeg) -> bool:
+def _is_alone(prefills: Sequence[PrefillCost], decode: DecodeCost) -> bool:
     return all(leg.worker.worker == decode.worker.worker for leg in prefills)
 
 
@@ -96,38 +96,43 @@ def _bound_or_held(
     chosen: Candidate,
     options: tuple[Candidate, ...],
     view: FleetView,
-    decodes: Sequence[DecodeLeg],
+    decodes: Sequence[DecodeCost],
 ) -> Choice:
     decode = next(leg for leg in decodes if leg.worker.worker == chosen.decode)
     computing = decode.worker
     if chosen.prefill is not None:
         computing = next(worker for worker in view.prefill if worker.worker == chosen.prefill)
-    room_s = _room_s(computing, request.prompt_tokens - computing.cached_tokens)
-    if because := computing.busy_because(room_s):
-        return Choice(chosen, options, True, because, room_s)
+    max_backlog_s = _max_backlog_s(computing, request.prompt_tokens - computing.cached_tokens)
+    if because := computing.busy_because(max_backlog_s):
+        return Choice(
+            chosen=chosen, candidates=options, is_held=True, held_because=because, max_backlog_s=max_backlog_s
+        )
     computing_s = chosen.prefill_s + chosen.handover_s
     if not decode.has_room and decode.decode_s > _PATIENCE * decode.worker.num_running * computing_s:
-        return Choice(chosen, options, True, f"{chosen.decode} has no room to decode", room_s)
-    return Choice(chosen, options, room_s=room_s)
+        because = f"{chosen.decode} has no room to decode"
+        return Choice(
+            chosen=chosen, candidates=options, is_held=True, held_because=because, max_backlog_s=max_backlog_s
+        )
+    return Choice(chosen=chosen, candidates=options, max_backlog_s=max_backlog_s)
 
 
-def _room_s(worker: WorkerView, uncached_tokens: int) -> float:
+def _max_backlog_s(worker: WorkerView, uncached_tokens: int) -> float:
     """Prompt work that must lie ready at a worker so that it never idles, a round trip and a step; and what a prompt
     can share a step with, where steps are dear: prompts in one step start together, and end together, too. A long one
     would keep the others: where nobody decodes it waits until they are done. Beside streams they are done in chunks.
     """
     latency = worker.latency
-    room_s = _ROUND_TRIP_S + latency.step_s(worker.num_running, worker.kv_tokens)
+    max_backlog_s = _ROUND_TRIP_S + latency.step_s(worker.num_running, worker.kv_tokens)
     beside = worker.facts.max_step_tokens - uncached_tokens
     if beside <= 0:
-        return room_s
+        return max_backlog_s
     shared_s = _SHARED_STEPS * latency.prefill_s(0, 0)
     if not worker.role.can_decode:
         shared_s -= latency.prefill_s(uncached_tokens, uncached_tokens)
-    return room_s + max(0.0, min(latency.prefill_s(beside, beside), shared_s))
+    return max_backlog_s + max(0.0, min(latency.prefill_s(beside, beside), shared_s))
 
 
-def _cost(leg: PrefillLeg) -> float:
+def _cost(leg: PrefillCost) -> float:
     return leg.cost_s
 
 

@@ -148,7 +148,7 @@ async def test_every_decision_can_be_explained(api, unique):
     assert explanation["age_s"] >= 0
     parts = ("queue_s", "prefill_s", "handover_s", "first_step_s", "decode_s", "inflicted_s")
     chosen = explanation["chosen"]
-    assert chosen["total_s"] == pytest.approx(sum(chosen[part] for part in parts) - chosen["early_s"])
+    assert chosen["total_s"] == pytest.approx(sum(chosen[part] for part in parts) - chosen["early_token_discount_s"])
     assert (await api.get("/v1/routes/never-was")).status_code == 404
 
 

@@ -1,10 +1,10 @@
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
-from planes.wire.messages import RequestId, WorkerId
+from planes.wire.messages import RequestId
 from router.decision_log import Counts, History, worth_keeping
-from router.request import Candidate, Explanation, Observed
+from router.request import Explanation, Observed
+from tests import fakes
 
 
 def explanation(name):
@@ -12,7 +12,8 @@ def explanation(name):
 
 
 def candidate(prefill, decode, queue_s):
-    return Candidate(prefill, WorkerId(decode), 0, 0, queue_s, 1.0, 0.5, 0.1, 0.0, 9.0, True)
+    seconds = {"queue_s": queue_s, "prefill_s": 1.0, "handover_s": 0.5, "first_step_s": 0.1, "total_s": 9.0}
+    return fakes.candidate(decode, prefill, is_first_early=True, **seconds)
 
 
 def test_history_keeps_the_newest_and_can_shrink():
@@ -73,8 +74,6 @@ def test_a_first_token_that_does_not_wait_for_the_handover_comes_sooner():
 
 
 def test_of_hundreds_of_candidates_the_cheapest_are_kept():
-    some = tuple(candidate(None, f"d{k}", 0.0) for k in range(300))
-    for number, each in enumerate(some):
-        each.total_s = float(300 - number)
+    some = tuple(replace(candidate(None, f"d{k}", 0.0), total_s=float(300 - k)) for k in range(300))
     assert [each.decode for each in worth_keeping(some)] == [f"d{k}" for k in range(299, 267, -1)]
     assert worth_keeping(some[:5]) == some[:5]

@@ -22,7 +22,8 @@ from planes.wire.messages import (
     WorkerState,
 )
 from router.fleet import Fleet
-from router.request import Candidate, Observed, RoutableRequest
+from router.request import Observed, RoutableRequest
+from tests import fakes
 
 FACTS = EngineFacts(
     block_size=10,
@@ -51,7 +52,7 @@ def request(name="r", *, blocks=(), tokens=100, expected=20, **fields):
 
 
 def candidate(prefill, decode, *, cached=0, seconds=1.0):
-    return Candidate(prefill, decode, cached, 0, 0.0, seconds, 0.0, 0.0, 0.0, 1.0)
+    return fakes.candidate(decode, prefill, cached_tokens=cached, prefill_s=seconds)
 
 
 def fleet_of(*registrations):
@@ -142,7 +143,7 @@ def test_a_prompt_that_would_pass_those_before_it_waits_for_a_step():
     fleet = shortest_first(request("long", tokens=900))
     step_s = fleet.workers[D].latency.prefill_s(64, 64)
     shorter, longer = view(fleet, D, routable=request(tokens=899)), view(fleet, D, routable=request(tokens=900))
-    assert (shorter.num_passed, shorter.begin_s, shorter.queue_s) == (1, step_s, 2.0)
+    assert (shorter.num_passed, shorter.starts_in_s, shorter.queue_s) == (1, step_s, 2.0)
     assert (longer.num_passed, longer.queue_s) == (0, 2.0)
     assert view(fleet, D, now=1.99, routable=request(tokens=100)).num_passed == 0  # it is in the step
 
@@ -176,7 +177,7 @@ def test_other_gateways_prompts_are_not_passed():
     fleet.apply_load(report("d", waiting=2, tokens=920), now=0.1, report_delay_s=0.02)
     seen = view(fleet, D, now=0.1, routable=request(tokens=100))
     assert seen.num_passed == 1
-    assert step_s < seen.begin_s < 2 * step_s  # after those 20 tokens
+    assert step_s < seen.starts_in_s < 2 * step_s  # after those 20 tokens
     fleet.apply_load(report("d", waiting=3, tokens=1700), now=0.2, report_delay_s=0.02)
     assert view(fleet, D, now=0.2, routable=request(tokens=100)).num_passed == 0
 

@@ -17,9 +17,10 @@ from planes.wire.messages import (
 from router.errors import NoPair
 from router.policies import POLICIES, load_policy
 from router.policy import Choice
-from router.request import Candidate, HandoverPreference, Observed, RoutableRequest, Route
+from router.request import HandoverPreference, Observed, RoutableRequest, Route
 from router.router import Refusal, Router
 from router.settings import RouterSettings
+from tests.fakes import candidate
 
 FACTS = EngineFacts(
     block_size=16,
@@ -154,8 +155,8 @@ class AloneAnyway:
     name = "alone"
 
     def choose(self, request, view):
-        only = Candidate(None, view.decode[0].worker, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
-        return Choice(only, (only,))
+        only = candidate(view.decode[0].worker)
+        return Choice(chosen=only, candidates=(only,))
 
 
 def test_a_users_policy_that_weighs_no_pair_is_given_the_best_one():

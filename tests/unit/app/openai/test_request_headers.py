@@ -1,11 +1,13 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from app.openai.request_headers import HeaderOptions, parse_header_options, route_header
 from planes.wire.errors import InvalidRequest
-from planes.wire.messages import RequestId, WorkerId
-from router.request import Candidate, HandoverPreference, Route
+from planes.wire.messages import WorkerId
+from router.request import HandoverPreference
+from tests.fakes import candidate, route
 
 
 def test_without_headers_nothing_is_wished():
@@ -40,8 +42,12 @@ def test_several_choices_cannot_be_handed_over():
 
 def test_the_route_s_header_is_short_ascii_json():
     worker = WorkerId("prefill-é" + "x" * 400)
-    chosen = Candidate(worker, WorkerId("d0"), 16, 32, 1 / 3, 0.2, 0.3, 0.4, 1e9 / 7, 2e9 / 7)
-    header = route_header(Route(RequestId("r"), worker, WorkerId("d0"), 16, 32, chosen, "headrace", 0.25, 12))
+    seconds = {"queue_s": 1 / 3, "prefill_s": 0.2, "handover_s": 0.3, "inflicted_s": 1e9 / 7, "total_s": 2e9 / 7}
+    chosen = candidate("d0", worker, cached_tokens=16, **seconds)
+    bound = replace(
+        route("r", "d0"), prefill=worker, cached_tokens=16, predicted=chosen, held_s=0.25, num_candidates=12
+    )
+    header = route_header(bound)
     assert header.isascii()
     assert len(header) < 2048
     assert json.loads(header) == {

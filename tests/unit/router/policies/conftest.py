@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from planes.wire.messages import EngineFacts, LatencyPrior, RequestId, Role, WorkerId
+from planes.wire.messages import EngineFacts, HandoverMode, LatencyPrior, RequestId, Role, WorkerId
 from router.latency import LatencyModel, LinkModel
 from router.policy import FleetView, WorkerView
 from router.request import RoutableRequest
@@ -24,6 +24,7 @@ FACTS = EngineFacts(
 def worker():
     def make(name, role="both", **load):
         fields = {
+            "handover": HandoverMode.PULL,
             "cached_tokens": 0,
             "num_running": 0,
             "num_waiting": 0,

@@ -1,18 +1,18 @@
 import random
-from dataclasses import replace
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from planes.wire.messages import EngineFacts, HandoverMode, LatencyPrior, RequestId, Role, WorkerId
-from router.cost import can_hand_over, congestion, decode_leg, judge, local, pair, prefill_leg
+from router.cost import can_hand_over, congestion, decode_cost, judge, local, pair, prefill_cost
 from router.latency import LatencyModel, LinkModel
 from router.policies.headrace import Headrace
 from router.policy import FleetView, WorkerView
-from router.request import Candidate, RoutableRequest
+from router.request import RoutableRequest
+from tests.fakes import candidate
 
 FACTS = EngineFacts(
     block_size=16,
@@ -37,6 +37,7 @@ class Links:
 
 def worker(name, role, **load):
     fields = {
+        "handover": HandoverMode.PULL,
         "cached_tokens": 0,
         "num_running": 0,
         "num_waiting": 0,
@@ -55,7 +56,7 @@ def worker(name, role, **load):
 def fleet(*workers, links=None, seed=0):
     prefill = [each for each in workers if each.role.can_prefill]
     decode = [each for each in workers if each.role.can_decode]
-    return FleetView(prefill, decode, links or Links(), 0.0, random.Random(seed))
+    return FleetView(prefill=prefill, decode=decode, links=links or Links(), now=0.0, rng=random.Random(seed))
 
 
 def request(tokens=4000, expected=100, **fields):
@@ -139,7 +140,7 @@ def test_a_busy_worker_holds_the_request_and_says_until_when():
     choice = choose(worker("p", Role.PREFILL, queue_s=0.5), worker("d", Role.DECODE, **BUSY))
     assert choice.is_held
     assert "p has 0.50 s" in choice.held_because
-    assert 0 < choice.room_s < 0.1
+    assert 0 < choice.max_backlog_s < 0.1
 
 
 def test_a_short_prompt_joins_the_next_step_and_a_long_one_waits_for_it_to_end():
@@ -178,7 +179,7 @@ def test_equally_good_workers_share_the_load():
 
 def test_another_rules_choice_is_judged_in_seconds():
     view = fleet(worker("p", Role.PREFILL, queue_s=1.0), worker("d", Role.DECODE, **BUSY))
-    bare = Candidate(WorkerId("p"), WorkerId("d"), 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 42.0)
+    bare = candidate("d", "p", total_s=42.0)
     judged = judge(request(), bare, view)
     assert judged.queue_s == 1.0
     assert judged.ttft_s == pytest.approx(1.0 + judged.prefill_s)
@@ -202,9 +203,9 @@ LOADS = st.fixed_dictionaries(
 
 def every_way(routable, view):
     here = congestion(view)
-    ways = [local(prefill_leg(routable, d, here), decode_leg(routable, d)) for d in view.decode]
+    ways = [local(prefill_cost(routable, d, here), decode_cost(routable, d)) for d in view.decode]
     return ways + [
-        pair(routable, prefill_leg(routable, p, here), decode_leg(routable, d), view.links.link(p.worker, d.worker))
+        pair(routable, prefill_cost(routable, p, here), decode_cost(routable, d), view.links.link(p.worker, d.worker))
         for p in view.prefill
         for d in view.decode
         if can_hand_over(p, d)
@@ -249,14 +250,16 @@ def test_a_kv_cache_may_wait_a_little_for_room_to_decode():
 
 
 def test_blocks_that_the_decode_worker_holds_need_no_room():
-    assert not decode_leg(request(tokens=4000, expected=96), worker("d", Role.DECODE, **BUSY, free_blocks=100)).has_room
+    assert not decode_cost(
+        request(tokens=4000, expected=96), worker("d", Role.DECODE, **BUSY, free_blocks=100)
+    ).has_room
     sharing = worker("d", Role.DECODE, **BUSY, free_blocks=100, cached_tokens=3200)
-    assert decode_leg(request(tokens=4000, expected=96), sharing).has_room
+    assert decode_cost(request(tokens=4000, expected=96), sharing).has_room
 
 
 def test_a_stall_costs_the_more_the_less_a_worker_gets_to_decode():
     def stall(role, share):
-        leg = prefill_leg(request(), worker("w", role, num_running=10, prefill_utilisation=share))
+        leg = prefill_cost(request(), worker("w", role, num_running=10, prefill_utilisation=share))
         return leg.inflicted_s - leg.prefill_s * share / (1 - share)
 
     assert stall(Role.BOTH, 0.5) == pytest.approx(2**1.5 * stall(Role.BOTH, 0.0))
@@ -266,9 +269,9 @@ def test_a_stall_costs_the_more_the_less_a_worker_gets_to_decode():
 
 def test_pauses_of_a_few_steps_cost_a_decode_workers_streams_less_than_long_ones():
     def stall(max_step_tokens):
-        facts = msgspec.structs.replace(FACTS, max_step_tokens=max_step_tokens)
+        facts = replace(FACTS, max_step_tokens=max_step_tokens)
         busy = replace(worker("w", Role.DECODE, num_running=10, kv_tokens=20_000), facts=facts)
-        return prefill_leg(request(), busy).inflicted_s
+        return prefill_cost(request(), busy).inflicted_s
 
     assert stall(64) < 0.5 * stall(2048)
     assert stall(4096) == pytest.approx(stall(2048))
@@ -277,20 +280,20 @@ def test_pauses_of_a_few_steps_cost_a_decode_workers_streams_less_than_long_ones
 def test_a_pause_of_a_step_costs_no_stream_anything_and_steps_that_take_no_time_do_no_harm():
     for fixed_s, is_charged in ((0.05, False), (0.0, True)):
         prior = LatencyPrior(prefill_fixed_s=0.01, prefill_per_token_s=1e-3, step_fixed_s=fixed_s)
-        facts = msgspec.structs.replace(FACTS, max_step_tokens=32, latency=prior)
+        facts = replace(FACTS, max_step_tokens=32, latency=prior)
         latency = LatencyModel(prior, 32)
         busy = replace(worker("w", Role.DECODE, num_running=1), facts=facts, latency=latency)
-        inflicted_s = prefill_leg(request(640), busy).inflicted_s
+        inflicted_s = prefill_cost(request(640), busy).inflicted_s
         assert (inflicted_s > 0.01) is is_charged
 
 
 def test_a_request_that_passes_others_is_charged_for_it_and_never_held():
-    facts = msgspec.structs.replace(FACTS, max_step_tokens=64, is_shortest_first=True)
+    facts = replace(FACTS, max_step_tokens=64, is_shortest_first=True)
     idle = replace(worker("d", Role.BOTH, queue_s=2.0), facts=facts)
-    passing = replace(idle, num_passed=2, begin_s=0.1)
+    passing = replace(idle, num_passed=2, starts_in_s=0.1)
     assert choose(idle, routable=request(60)).is_held
     choice = choose(passing, routable=request(60))
-    chosen, leg = choice.chosen, prefill_leg(request(60), passing)
+    chosen, leg = choice.chosen, prefill_cost(request(60), passing)
     assert not choice.is_held
     assert (chosen.queue_s, chosen.num_passed) == (0.1, 2)
     assert leg.inflicted_s == pytest.approx(2 * leg.prefill_s)
@@ -317,4 +320,4 @@ def test_the_parts_of_every_candidate_add_up():
     assert len(choice.candidates) > 2
     for way in choice.candidates:
         parts = way.queue_s + way.prefill_s + way.handover_s + way.first_step_s + way.decode_s + way.inflicted_s
-        assert parts - way.early_s == pytest.approx(way.total_s)
+        assert parts - way.early_token_discount_s == pytest.approx(way.total_s)
