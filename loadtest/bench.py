@@ -15,7 +15,7 @@ import time
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import uvloop
 from cyclopts import App, Parameter
@@ -59,6 +59,26 @@ class Meter:
         return spent
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How many clients there are, and what each of their requests is like."""
+
+    concurrency: int
+    prompt_bytes: int
+    max_tokens: int
+    shared_bytes: int = 0
+    """Of the prompt's, the leading ones that are the same in all requests."""
+
+
+CASES: Final = {
+    "c=64, 64 tokens": Shape(64, 200, 64),
+    "c=256, 64 tokens": Shape(256, 200, 64),
+    "c=64, 1 token, short prompt": Shape(64, 200, 1),
+    "c=16, 1 token, 8k prompt, all shared": Shape(16, 8000, 1, shared_bytes=8000),
+    "c=16, 1 token, 8k prompt, all new": Shape(16, 8000, 1),
+}
+
+
 def chat_body(model: str, prompt: str, max_tokens: int) -> dict[str, object]:
     return {
         "model": model,
@@ -69,19 +89,10 @@ def chat_body(model: str, prompt: str, max_tokens: int) -> dict[str, object]:
     }
 
 
-async def closed_loop(
-    running: Stack,
-    case: str,
-    *,
-    concurrency: int,
-    seconds: float,
-    prompt_bytes: int,
-    shared_bytes: int,
-    max_tokens: int,
-) -> Row:
-    """`concurrency` clients, each with its next request as soon as its last is answered, for `seconds`."""
+async def closed_loop(running: Stack, case: str, shape: Shape, *, seconds: float) -> Row:
+    """Clients, each with its next request as soon as its last is answered, for `seconds`."""
     rng = random.Random(case)
-    shared = "".join(rng.choices("abcdefgh ", k=shared_bytes))
+    shared = "".join(rng.choices("abcdefgh ", k=shape.shared_bytes))
     samples: list[Sample] = []
     deadline = time.perf_counter() + seconds
 
@@ -89,16 +100,18 @@ async def closed_loop(
         own = random.Random(seed)
         client = Client("127.0.0.1", running.port)
         while time.perf_counter() < deadline:
-            prompt = shared + "".join(own.choices("abcdefgh ", k=prompt_bytes - shared_bytes))
-            samples.append(await client.post("/v1/chat/completions", chat_body(running.model, prompt, max_tokens)))
+            prompt = shared + "".join(own.choices("abcdefgh ", k=shape.prompt_bytes - shape.shared_bytes))
+            samples.append(
+                await client.post("/v1/chat/completions", chat_body(running.model, prompt, shape.max_tokens))
+            )
         client.close()
 
     meter = Meter(running.processes())
     started_at = time.perf_counter()
-    await asyncio.gather(*(one(rng.getrandbits(32)) for _ in range(concurrency)))
+    await asyncio.gather(*(one(rng.getrandbits(32)) for _ in range(shape.concurrency)))
     spent = meter.spent_s()
     good = [sample for sample in samples if not sample.error]
-    per, count = ("request", len(good)) if max_tokens == 1 else ("token", sum(s.completion_tokens for s in good))
+    per, count = ("request", len(good)) if shape.max_tokens == 1 else ("token", sum(s.completion_tokens for s in good))
     return Row(
         case=case,
         per=per,
@@ -189,33 +202,14 @@ async def run(seconds: float) -> dict[str, object]:
         rows = []
         for case, shape in CASES.items():
             print(f"{case} …", flush=True)
-            await closed_loop(running, case, **(shape | {"seconds": min(2.0, seconds)}))
-            rows.append(await closed_loop(running, case, seconds=seconds, **shape))
+            await closed_loop(running, case, shape, seconds=min(2.0, seconds))
+            rows.append(await closed_loop(running, case, shape, seconds=seconds))
             _print(rows[-1])
         ttft = await added_ttft(running, rounds=50)
         print("TTFT at concurrency 1, median: " + ", ".join(f"{k} {v:.2f}" for k, v in ttft.items()), flush=True)
         memory = {p.name: p.rss_bytes() / 1e6 for p in running.processes()}
         print("memory after all that, MB: " + ", ".join(f"{k} {v:.0f}" for k, v in memory.items()), flush=True)
     return {"idle_percent": idle, "rows": [asdict(r) for r in rows], "ttft": ttft, "memory_mb": memory}
-
-
-CASES: dict[str, dict[str, int]] = {
-    "c=64, 64 tokens": {"concurrency": 64, "prompt_bytes": 200, "shared_bytes": 0, "max_tokens": 64},
-    "c=256, 64 tokens": {"concurrency": 256, "prompt_bytes": 200, "shared_bytes": 0, "max_tokens": 64},
-    "c=64, 1 token, short prompt": {"concurrency": 64, "prompt_bytes": 200, "shared_bytes": 0, "max_tokens": 1},
-    "c=16, 1 token, 8k prompt, all shared": {
-        "concurrency": 16,
-        "prompt_bytes": 8000,
-        "shared_bytes": 8000,
-        "max_tokens": 1,
-    },
-    "c=16, 1 token, 8k prompt, all new": {
-        "concurrency": 16,
-        "prompt_bytes": 8000,
-        "shared_bytes": 0,
-        "max_tokens": 1,
-    },
-}
 
 
 def _print(row: Row) -> None:

@@ -13,6 +13,7 @@ import random
 import time
 
 from locust import HttpUser, between, task
+from locust.clients import ResponseContextManager
 
 WORDS = int(os.environ.get("HEADRACE_LOAD_WORDS", "60"))
 TOKENS = int(os.environ.get("HEADRACE_LOAD_TOKENS", "80"))
@@ -57,7 +58,7 @@ class ChatUser(HttpUser):
             response.request_meta["response_time"] = (time.perf_counter() - sent_at) * 1000  # locust's ends at the head
             response.failure(error) if error else response.success()
 
-    def _read(self, response: object, sent_at: float) -> str:
+    def _read(self, response: ResponseContextManager, sent_at: float) -> str:
         """Read all events; report the first token, each gap and tokens per second. Returns an error or nothing."""
         last_at = None
         usage = None

@@ -1,24 +1,21 @@
-"""What a simulation found: a row per run, as a table, as JSON, as plots and as one self-contained HTML page."""
+"""What a simulation found: a row per run, as a table, as JSON and as one self-contained HTML page."""
 
 import base64
 import html
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 
 from loadtest.fleet import Ending, Record, Result
 from planes.wire.messages import Role
 
 QUANTILES: Final = tuple(step / 100 for step in range(101))
-_OURS: Final = "headrace"
+OURS: Final = "headrace"
 _NONE: Final = "-"
 
 
@@ -190,7 +187,11 @@ def _best(rows: Sequence[Row]) -> list[str | None]:
     return best
 
 
-def _by_load(rows: Iterable[Row]) -> Iterable[tuple[str, list[Row]]]:
+def slug(title: str) -> str:
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in title).split())
+
+
+def by_load(rows: Iterable[Row]) -> Iterable[tuple[str, list[Row]]]:
     for title, group in groupby(rows, key=lambda row: f"{row.load}, {row.fleet}"):
         yield title, list(group)
 
@@ -198,7 +199,7 @@ def _by_load(rows: Iterable[Row]) -> Iterable[tuple[str, list[Row]]]:
 def table(rows: Sequence[Row]) -> str:
     """For a terminal: one block per load, aligned."""
     lines = []
-    for title, group in _by_load(rows):
+    for title, group in by_load(rows):
         cells = [["policy", *(heading for heading, *_ in COLUMNS)], *([row.policy, *_cells(row)] for row in group)]
         widths = [max(len(line[index]) for line in cells) for index in range(len(cells[0]))]
         lines.append(f"\n{title} ({group[0].num_requests} requests)")
@@ -211,7 +212,7 @@ def table(rows: Sequence[Row]) -> str:
 def markdown(rows: Sequence[Row]) -> str:
     """One table per load; the best of each column is bold."""
     parts = []
-    for title, group in _by_load(rows):
+    for title, group in by_load(rows):
         best = _best(group)
         parts += ["", f"### {title}", "", "| policy | " + " | ".join(heading for heading, *_ in COLUMNS) + " |"]
         parts.append("|---|" + "--:|" * len(COLUMNS))
@@ -219,74 +220,6 @@ def markdown(rows: Sequence[Row]) -> str:
             texts = [f"**{t}**" if t == b else t for t, b in zip(_cells(row), best, strict=True)]
             parts.append(f"| {row.policy} | " + " | ".join(texts) + " |")
     return "\n".join(parts) + "\n"
-
-
-# --- plots ---------------------------------------------------------------------------------------------------
-
-
-def plots(rows: Sequence[Row]) -> dict[str, bytes]:
-    """PNG images by file name: per load the distribution of TTFT, and one of goodput over all loads."""
-    images = {}
-    for title, group in _by_load(rows):
-        images[f"ttft-{slug(title)}.png"] = _ttft_plot(title, group)
-    images["goodput.png"] = _goodput_plot(rows)
-    return images
-
-
-def slug(title: str) -> str:
-    return "-".join("".join(letter if letter.isalnum() else " " for letter in title).split())
-
-
-def _ttft_plot(title: str, rows: Sequence[Row]) -> bytes:
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for number, row in enumerate(rows):
-        if row.ttft_quantiles_s:
-            style = _style(row.policy, number)
-            axes.plot(row.ttft_quantiles_s, [100 * q for q in QUANTILES], label=row.policy, **style)
-    axes.set(xscale="log", xlabel="time to first token, s", ylabel="% of requests", title=title, ylim=(0, 100))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=2)
-    return _png(figure)
-
-
-def _goodput_plot(rows: Sequence[Row]) -> bytes:
-    loads = [title for title, _ in _by_load(rows)]
-    figure = Figure(figsize=(10, 0.6 * len(loads) + 2), layout="constrained")
-    axes = figure.subplots()
-    for number, policy in enumerate(dict.fromkeys(row.policy for row in rows)):
-        own = [row for row in rows if row.policy == policy]
-        places = [loads.index(f"{row.load}, {row.fleet}") for row in own]
-        style = _style(policy, number)
-        size = 90 if policy == _OURS else 30
-        axes.scatter(
-            [100 * row.goodput_share for row in own],
-            places,
-            label=policy,
-            color=style["color"],
-            s=size,
-            marker="D" if policy == _OURS else "o",
-            alpha=0.8,
-            zorder=style["zorder"],
-        )
-    axes.set_yticks(range(len(loads)), loads)
-    axes.invert_yaxis()
-    axes.set(xlabel="% of requests within the SLO", xlim=(-2, 102), title="Goodput")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return _png(figure)
-
-
-def _style(policy: str, number: int) -> dict[str, Any]:
-    if policy == _OURS:
-        return {"color": "black", "linewidth": 2.5, "zorder": 3}
-    return {"color": colormaps["tab20"](number % 20), "linewidth": 1.2, "zorder": 2}
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 # --- one page ------------------------------------------------------------------------------------------------
@@ -323,9 +256,9 @@ for (const th of document.querySelectorAll("th")) th.onclick = () => {{
 
 
 def page(report: Report, images: dict[str, bytes]) -> str:
-    """One HTML page with everything in it; `images` from `plots`."""
+    """One HTML page with everything in it; `images` from `loadtest.plots`."""
     parts = [_picture("goodput.png", images)]
-    for title, group in _by_load(report.rows):
+    for title, group in by_load(report.rows):
         parts += [f"<h2>{html.escape(title)}</h2>", _html_table(group), _picture(f"ttft-{slug(title)}.png", images)]
     settings = msgspec.json.format(msgspec.json.encode({"settings": report.settings, "versions": report.versions}))
     return _PAGE.format(
@@ -345,7 +278,7 @@ def _html_table(rows: Sequence[Row]) -> str:
             f'<td class="best">{text}</td>' if text == top else f"<td>{text}</td>"
             for text, top in zip(_cells(row), best, strict=True)
         )
-        mark = ' class="ours"' if row.policy == _OURS else ""
+        mark = ' class="ours"' if row.policy == OURS else ""
         lines.append(f"<tr{mark}><td>{html.escape(row.policy)}</td>{cells}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
@@ -360,6 +293,8 @@ def write(report: Report, *, json: Path | None = None, folder: Path | None = Non
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     if folder is not None:
+        from loadtest.plots import plots  # noqa: PLC0415 - matplotlib, which the tables do without
+
         folder.mkdir(parents=True, exist_ok=True)
         images = plots(report.rows)
         for name, image in images.items():

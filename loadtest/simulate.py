@@ -21,7 +21,7 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from loadtest.fleet import Run, Scenario, engine_facts
-from loadtest.report import Report, Row, Slo, markdown, plots, summarise, table, write
+from loadtest.report import Report, Row, Slo, markdown, summarise, table, write
 from loadtest.workloads import GENERATORS, TRACE_BLOCK_SIZE, Workload, load
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import EngineFacts
@@ -293,6 +293,7 @@ def main(
         ]
     if TRACE_BLOCK_SIZE % block_size and any(case.workload not in GENERATORS for case in cases):
         raise UnusableSetting("block_size", block_size, f"for a trace it must divide {TRACE_BLOCK_SIZE}")
+    _check_plots(html=html, matrix=None if quick else matrix)  # now rather than after an hour
     try:
         for name in names:
             load_policy(name)  # a misspelt one fails now rather than after an hour
@@ -304,6 +305,19 @@ def main(
             write_docs(report, matrix)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
+
+
+def _check_plots(**folders: Path | None) -> None:
+    """Whether plots could be drawn, if any are wanted.  Raises:  UnusableSetting."""
+    wanted = {setting: folder for setting, folder in folders.items() if folder is not None}
+    if not wanted:
+        return
+    try:
+        import loadtest.plots  # noqa: F401, PLC0415
+    except ModuleNotFoundError as error:
+        setting, folder = wanted.popitem()
+        cure = f"pip install {error.name}, or make simulate, which does so"
+        raise UnusableSetting(setting, str(folder), f"its plots need {error.name}: {cure}") from error
 
 
 def _limited(case: Case, limit: int | None) -> Case:
@@ -321,6 +335,8 @@ def write_docs(report: Report, folder: Path) -> None:
     text = target.read_text() if target.exists() else f"# Routing rules compared\n\n{_BEGIN}\n{_END}\n"
     if _BEGIN not in text or _END not in text:
         raise SystemExit(f"{target} has lost its marks {_BEGIN} and {_END}; results go between them")
+    from loadtest.plots import plots  # noqa: PLC0415 - matplotlib, which the tables do without
+
     images = plots(report.rows)
     (folder / "img").mkdir(exist_ok=True)
     for name, image in images.items():

@@ -40,15 +40,17 @@ async def stack(*flags: str, environment: dict[str, str] | None = None, timeout_
             stderr=asyncio.subprocess.STDOUT,
             env=os.environ | (environment or {}),
         )
-        said: list[str] = []
+        output, said = process.stdout, list[str]()
+        if output is None:
+            raise RuntimeError("headrace up was started without a pipe for what it prints")
         try:
             async with asyncio.timeout(timeout_s):
                 while not any("Headrace listens" in line for line in said):
-                    line = await process.stdout.readline()
+                    line = await output.readline()
                     if not line:
                         raise RuntimeError("headrace up ended:\n" + "".join(said))
                     said.append(line.decode())
-            body = (await process.stdout.readuntil(b'"model": "') + await process.stdout.readuntil(b'"')).decode()
+            body = (await output.readuntil(b'"model": "') + await output.readuntil(b'"')).decode()
             yield Stack(port, process.pid, Path(folder), body.rpartition('"model": "')[2].rstrip('"'))
         finally:
             if process.returncode is None:

@@ -2,7 +2,8 @@ import msgspec
 import pytest
 
 from loadtest.fleet import Ending, Gaps, Record, Result, WorkerTotals
-from loadtest.report import Report, Row, Slo, is_good, markdown, page, plots, quantile, slug, summarise, table, write
+from loadtest.plots import plots
+from loadtest.report import Report, Row, Slo, is_good, markdown, page, quantile, slug, summarise, table, write
 from planes.wire.messages import Role, WorkerId
 
 

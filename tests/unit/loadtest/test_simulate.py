@@ -1,5 +1,8 @@
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -115,3 +118,24 @@ def test_the_matrix_covers_three_loads_and_both_kinds_of_fleet():
     equal = {(case.load, case.num_prefill + case.num_decode) for case in MATRIX if not case.num_both}
     assert {(case.load, case.num_both) for case in MATRIX if case.num_both} <= equal
     assert all(case.limit for case in QUICK)
+
+
+def without_matplotlib(*flags):
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; from loadtest.simulate import app; "
+        "from process.settings import run; sys.exit(run(app))"
+    )
+    command = [sys.executable, "-c", code, "--trace", "uniform", "--limit", "3", "--policies", "random", *flags]
+    return subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
+
+
+def test_tables_need_no_matplotlib():
+    done = without_matplotlib()
+    assert (done.returncode, "random" in done.stdout) == (0, True), done.stderr
+
+
+def test_plots_without_matplotlib_are_refused_before_anything_runs(tmp_path):
+    done = without_matplotlib("--html", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("headrace: --html is ")
+    assert "pip install matplotlib" in done.stderr
