@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from app.auth import ApiKeys
 from app.fleet.connections import Fleet
 from app.fleet.routing_config import RoutingConfigFollower
+from app.http.body import BodyMemory
 from app.metrics import Metrics
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
@@ -25,6 +26,7 @@ class Gateway:
     keys: ApiKeys
     models: Models
     preprocessor: Preprocessor
+    bodies: BodyMemory
     router: Router
     routing_config: RoutingConfigFollower
     dispatcher: Dispatcher

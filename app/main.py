@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import random
 import secrets
@@ -22,7 +23,8 @@ from app.auth import ApiKeys, KeyFileError
 from app.fleet.connections import Fleet
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, RoutingSetup, routing_setup
 from app.gateway import Gateway
-from app.http.connection import StreamingProtocol
+from app.http.body import BodyMemory
+from app.http.connection import ConnectionLimits, StreamingProtocol
 from app.http.response import Streamed
 from app.http.routes.completions import completion_routes
 from app.http.routes.operations import operation_routes
@@ -73,7 +75,7 @@ class _App(FastAPI):
 
 def create_app(gateway: Gateway) -> FastAPI:
     """The HTTP side of a gateway."""
-    app = _App(title="Headrace", docs_url=None, redoc_url=None)
+    app = _App(title="Headrace", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.include_router(completion_routes(gateway))
     app.include_router(operation_routes(gateway))
     app.hasten()
@@ -139,6 +141,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         keys=_keys(settings),
         models=models,
         preprocessor=Preprocessor(),
+        bodies=BodyMemory(settings.body_memory_bytes),
         router=router,
         routing_config=routing_config,
         dispatcher=dispatcher,
@@ -234,9 +237,10 @@ async def _watch_loop(metrics: Metrics) -> None:
 
 
 def _uvicorn_config(settings: GatewaySettings, app: FastAPI) -> uvicorn.Config:
+    limits = ConnectionLimits(read_timeout_s=min(settings.read_timeout_s, settings.request_timeout_s))
     return uvicorn.Config(
         app,
-        http=StreamingProtocol,
+        http=functools.partial(StreamingProtocol, limits=limits),  # type: ignore[arg-type] # all that uvicorn does is call it
         ws="none",
         lifespan="off",
         log_config=None,

@@ -49,7 +49,15 @@ class GatewaySettings:
         float,
         Parameter(help="Longest wait of an answer that has tokens for a worker if none is left, in seconds; 0: none."),
     ] = 60.0
-    max_body_bytes: Annotated[int, Parameter(help="Longest request body.")] = 16 << 20
+    read_timeout_s: Annotated[
+        float, Parameter(help="Longest time from a request's first byte to its last, in seconds.")
+    ] = 60.0
+    max_body_bytes: Annotated[
+        int, Parameter(help="Longest request body; never more than 1 MiB + 64 bytes per token of the longest context.")
+    ] = 16 << 20
+    body_memory_bytes: Annotated[
+        int, Parameter(help="Most memory for all bodies that are being read, beyond the first 64 KiB of each.")
+    ] = 256 << 20
     slow_client_bytes: Annotated[
         int, Parameter(help="Most unsent bytes of one answer; a client that reads more slowly is cut off.")
     ] = 1 << 20
@@ -74,10 +82,10 @@ class GatewaySettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UnusableSetting("port", self.port, "a port is 0 to 65535")
-        for name in ("queue_limit", "max_attempts", "max_body_bytes", "slow_client_bytes"):
+        for name in ("queue_limit", "max_attempts", "max_body_bytes", "body_memory_bytes", "slow_client_bytes"):
             if getattr(self, name) < 1:
                 raise UnusableSetting(name, getattr(self, name), "it must be 1 or more")
-        for name in ("request_timeout_s", "heartbeat_s", "dead_after_s", "slo_ttft_s"):
+        for name in ("request_timeout_s", "read_timeout_s", "heartbeat_s", "dead_after_s", "slo_ttft_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UnusableSetting(name, value, "it must be more than 0 seconds")

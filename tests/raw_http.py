@@ -25,3 +25,10 @@ async def read_chunks(reader):
         assert await reader.readexactly(2) == b"\r\n"
         if not size:
             return chunks[:-1]
+
+
+async def until(holds):
+    """Wait for something that no event tells of."""
+    async with asyncio.timeout(5):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)

@@ -6,7 +6,11 @@
 | … code invalid_api_key                  | 401                 | authentication_error                      |
 | … code model_not_found, not_found       | 404                 | invalid_request_error                     |
 | … code method_not_allowed               | 405                 | invalid_request_error                     |
+| … code request_timeout                  | 408                 | invalid_request_error                     |
 | … code body_too_large                   | 413                 | invalid_request_error                     |
+| … code unsupported_encoding             | 415                 | invalid_request_error                     |
+| … code too_many_pipelined               | 429                 | invalid_request_error                     |
+| … code head_too_large                   | 431                 | invalid_request_error                     |
 | Rejected                                | its `status`        | rate_limit_error (429), server_overloaded |
 | Interrupted                             | 502                 | server_error                              |
 | any other HeadraceError                 | 500                 | server_error                              |
@@ -26,7 +30,11 @@ _STATUS_OF_CODE: Final = {
     "model_not_found": 404,
     "not_found": 404,
     "method_not_allowed": 405,
+    "request_timeout": 408,
     "body_too_large": 413,
+    "unsupported_encoding": 415,
+    "too_many_pipelined": 429,
+    "head_too_large": 431,
 }
 
 
@@ -48,6 +56,17 @@ class BodyTooLarge(InvalidRequest):
 
     def __init__(self, num_bytes: int, limit: int) -> None:
         super().__init__(f"The request body has {num_bytes} bytes or more and the limit is {limit}.")
+
+
+class UnsupportedEncoding(InvalidRequest):
+    """The HTTP body is compressed, or otherwise not the JSON itself."""
+
+    code = "unsupported_encoding"
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(
+            f"The request body has content-encoding {encoding[:100]!r}; send it as it is, without that header."
+        )
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):

@@ -57,6 +57,11 @@ class Models:
         self._digests: dict[str, str] = {}
         self._loading: dict[str, asyncio.Lock] = {}
 
+    @property
+    def longest_context(self) -> int:
+        """Tokens, over all models that can be served; 0 if there is none."""
+        return max([entry.context_length for entry in self._entries.values()], default=0)
+
     def entry(self, model: str) -> ModelEntry:
         """Raises:  ModelNotFound, ModelLoading, NoModelYet."""
         entry = self._entries.get(model)

@@ -1,33 +1,21 @@
 """`POST /v1/chat/completions` and `POST /v1/completions`; `GET /v1/models` and `/v1/models/{model}`."""
 
-from collections.abc import Callable, Mapping
-
 import structlog
 from fastapi import APIRouter, Request, Response
 from starlette.routing import Route
 
-from app.auth import Tenant
 from app.gateway import Gateway
-from app.http.body import read_body
+from app.http.intake import Parse, read_job
 from app.http.response import Answer, Streamed
 from app.http.routes.replies import json_reply
 from app.metrics import RequestSummary
 from app.openai.chat import parse_chat
 from app.openai.completions import parse_completion
 from app.openai.errors import ModelNotFound, code_of
-from app.openai.request_headers import parse_header_options
-from app.openai.schema import Kind, ParsedRequest
-from app.serving.course import Job
 from app.serving.relay import refuse
 from planes.wire.errors import HeadraceError
-from planes.wire.frames import Format
-from planes.wire.messages import RequestId
 
 _log = structlog.get_logger()
-
-_ID_PREFIX = {Kind.CHAT: "chatcmpl", Kind.COMPLETION: "cmpl"}
-
-Parse = Callable[[bytes], ParsedRequest]
 
 
 def completion_routes(gateway: Gateway) -> APIRouter:
@@ -72,42 +60,6 @@ def _model(name: str, created: int) -> dict[str, object]:
     return {"id": name, "object": "model", "created": created, "owned_by": "headrace"}
 
 
-async def prepared_job(
-    gateway: Gateway, request: Request, headers: Mapping[str, str], tenant: Tenant, request_id: RequestId, parse: Parse
-) -> Job:
-    """Everything between the socket and the router.  Raises:  HeadraceError."""
-    arrived_at = gateway.clock()
-    parsed = parse(await read_body(request, gateway.settings.max_body_bytes))
-    model = gateway.models.entry(parsed.model)
-    prepared = await gateway.preprocessor.prepare(parsed, model, cache_salt=tenant.salted(parsed.cache_salt))
-    options = parse_header_options(headers, n=prepared.sampling.n)
-    limit_s = gateway.settings.request_timeout_s
-    return Job(
-        request=request_id,
-        model=parsed.model,
-        prompt=prepared.tokens,
-        blocks=prepared.blocks,
-        block_size=model.block_size,
-        sampling=prepared.sampling,
-        format=Format(
-            kind=parsed.kind.value,
-            response_id=f"{_ID_PREFIX[parsed.kind]}-{request_id}",
-            model=parsed.model,
-            created=int(gateway.wall_clock()),
-            is_streaming=parsed.is_streaming,
-            include_usage=parsed.include_usage,
-            echo=prepared.echo,
-        ),
-        arrived_at=arrived_at,
-        deadline=arrived_at + min(limit_s, parsed.timeout_s or limit_s),
-        cache_salt=prepared.cache_salt,
-        priority=tenant.priority_of(parsed.priority),
-        tenant=tenant.name,
-        slo_ttft_s=parsed.slo_ttft_s,
-        options=options,
-    )
-
-
 async def _serve(gateway: Gateway, request: Request, parse: Parse, answer: Answer) -> None:
     request_id = gateway.new_request_id()
     # A dictionary, because starlette's own headers are searched one by one for each that is not there.
@@ -115,7 +67,7 @@ async def _serve(gateway: Gateway, request: Request, parse: Parse, answer: Answe
     try:
         tenant = gateway.keys.authenticate(headers)
         with gateway.keys.admitted(tenant) as admission:
-            job = await prepared_job(gateway, request, headers, tenant, request_id, parse)
+            job = await read_job(gateway, request, headers=headers, tenant=tenant, request_id=request_id, parse=parse)
             admission.widen(job.sampling.n)
             await gateway.relay.run(job, answer)
     except HeadraceError as exc:

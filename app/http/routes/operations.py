@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from app.fleet.routing_config import RoutingConfigFollower
 from app.gateway import Gateway
-from app.http.routes.completions import prepared_job
+from app.http.intake import read_job
 from app.http.routes.replies import json_reply
 from app.openai.chat import parse_chat
 from planes.wire.errors import InvalidRequest
@@ -76,7 +76,15 @@ def operation_routes(gateway: Gateway) -> APIRouter:
     async def preview(request: Request) -> Response:
         """Where a chat body would go now, without running it."""
         tenant = gateway.keys.authenticate(request.headers)
-        job = await prepared_job(gateway, request, request.headers, tenant, gateway.new_request_id(), parse_chat)
+        with gateway.keys.admitted(tenant):
+            job = await read_job(
+                gateway,
+                request,
+                headers=request.headers,
+                tenant=tenant,
+                request_id=gateway.new_request_id(),
+                parse=parse_chat,
+            )
         now = gateway.clock()
         return json_reply(_told(gateway.router.preview(job.routable(), now=now), now))
 

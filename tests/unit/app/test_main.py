@@ -1,14 +1,19 @@
 import asyncio
+import json
 import random
+from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import pytest
+import uvicorn
 
 from app.auth import ApiKeys
 from app.fleet.connections import Fleet
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, routing_setup
 from app.gateway import Gateway
-from app.main import create_app
+from app.http.body import BodyMemory
+from app.main import _uvicorn_config, create_app
 from app.metrics import Metrics, router_gauges
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
@@ -21,6 +26,7 @@ from router.errors import NoWorker
 from router.request import RoutableRequest
 from router.router import Router
 from tests.fakes import registration
+from tests.raw_http import read_head, until
 
 
 class NoStore:
@@ -73,6 +79,7 @@ async def gateway(settings, tmp_path):
         keys=ApiKeys(),
         models=models,
         preprocessor=preprocessor,
+        bodies=BodyMemory(1 << 20),
         router=router,
         routing_config=RoutingConfigFollower(settings, start, lambda changed: None),
         dispatcher=dispatcher,
@@ -92,6 +99,84 @@ async def client(gateway):
     transport = httpx.ASGITransport(create_app(gateway), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         yield client
+
+
+@pytest.fixture
+async def reach():
+    """Serves a gateway as `headrace gateway` does.  Returns: a function that sends bytes over a new connection."""
+    served = []
+
+    async def start(gateway):
+        config = _uvicorn_config(gateway.settings, create_app(gateway))
+        config.load()
+        state, loop = uvicorn.server.ServerState(), asyncio.get_running_loop()
+        server = await loop.create_server(lambda: config.http_protocol_class(config, state, {}), "127.0.0.1", 0)
+        served.append((server, state))
+
+        async def sent(data):
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer.write(data)
+            status, headers = await read_head(reader)
+            body = await asyncio.wait_for(reader.readexactly(int(headers["content-length"])), 5)
+            writer.close()
+            return status, json.loads(body)["error"]
+
+        return sent
+
+    yield start
+    for server, state in served:
+        server.close()
+        await until(lambda state=state: not state.connections and not state.tasks)
+
+
+def begun(path, num_bytes=1000, extra=""):
+    """A request whose body never comes."""
+    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {num_bytes}\r\n{extra}\r\n".encode()
+
+
+BODIES = pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/routes"])
+
+
+@BODIES
+async def test_the_key_is_looked_up_before_the_body_is_waited_for(gateway, reach, tmp_path, path):
+    (tmp_path / "keys.toml").write_text('[[keys]]\ntenant = "t"\nkey = "sk-1"\n')
+    gateway.keys.__init__(tmp_path / "keys.toml")
+    sent = await reach(gateway)
+    status, error = await sent(begun(path, 10**12))
+    assert (status, error["code"]) == ("401", "invalid_api_key")
+
+
+@BODIES
+async def test_a_compressed_body_is_refused_before_it_is_read(gateway, reach, path):
+    sent = await reach(gateway)
+    status, error = await sent(begun(path, extra="Content-Encoding: gzip\r\n"))
+    assert (status, error["code"]) == ("415", "unsupported_encoding")
+    assert "'gzip'" in error["message"]
+
+
+@BODIES
+async def test_no_body_is_read_that_is_longer_than_any_context_can_need(gateway, reach, path):
+    sent = await reach(replace(gateway, models=SimpleNamespace(longest_context=1000)))
+    status, error = await sent(begun(path, (1 << 20) + 64_001))
+    assert (status, error["code"]) == ("413", "body_too_large")
+    assert str((1 << 20) + 64_000) in error["message"]
+
+
+@BODIES
+@pytest.mark.parametrize("changed", [{"read_timeout_s": 0.05}, {"request_timeout_s": 0.05}])
+async def test_a_body_has_the_shorter_of_both_timeouts(settings, gateway, reach, path, changed):
+    sent = await reach(replace(gateway, settings=replace(settings, **changed)))
+    status, error = await sent(begun(path))
+    assert (status, error["code"]) == ("408", "request_timeout")
+    assert "0.05 s" in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions/", "/v1/models/", "/health/"])
+async def test_no_path_is_redirected(client, path):
+    for method in ("GET", "POST"):
+        answer = await client.request(method, path, json={})
+        assert answer.status_code in (404, 405)
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
 async def test_health_needs_a_worker_and_life_does_not(gateway, client):

@@ -5,7 +5,7 @@ import pytest
 import uvicorn
 from starlette.requests import Request
 
-from app.http.connection import StreamingProtocol
+from app.http.connection import ConnectionLimits, StreamingProtocol
 from app.http.response import Answer, Streamed
 from tests.raw_http import MAX_UNSENT
 
@@ -28,7 +28,18 @@ def recorder():
 
 
 @pytest.fixture
-async def connect(recorder):
+def limits():
+    return ConnectionLimits()
+
+
+@pytest.fixture
+def server_state():
+    """uvicorn's: the connections and tasks that there are."""
+    return uvicorn.server.ServerState()
+
+
+@pytest.fixture
+async def connect(recorder, limits, server_state):
     """Connections to a uvicorn of ours that answers everything with `recorder.produce`."""
 
     async def produce(request: Request, answer: Answer) -> None:
@@ -42,9 +53,10 @@ async def connect(recorder):
     app = Streamed(produce, max_unsent_bytes=MAX_UNSENT, on_cut_off=recorder.count_cut_off)
     config = uvicorn.Config(app, http=StreamingProtocol, ws="none", lifespan="off", log_config=None)
     config.load()
-    state = uvicorn.Server(config).server_state
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: StreamingProtocol(config, state, {}), "127.0.0.1", 0)
+    server = await loop.create_server(
+        lambda: StreamingProtocol(config, server_state, {}, limits=limits), "127.0.0.1", 0
+    )
     port = server.sockets[0].getsockname()[1]
 
     @asynccontextmanager
@@ -57,7 +69,7 @@ async def connect(recorder):
 
     yield connected
     server.close()
-    for connection in list(state.connections):
+    for connection in list(server_state.connections):
         connection.transport.abort()
-    while state.tasks:
-        await asyncio.wait(state.tasks)
+    while server_state.tasks:
+        await asyncio.wait(server_state.tasks)

@@ -2,9 +2,10 @@ import asyncio
 
 import pytest
 
-from app.http.body import read_body
-from app.openai.errors import BodyTooLarge
-from tests.raw_http import post, read_head
+from app.http.body import BodiesFull, BodyMemory, read_body, useful_bytes
+from app.openai import errors
+from app.openai.errors import BodyTooLarge, UnsupportedEncoding
+from tests.raw_http import post, read_head, until
 
 
 @pytest.mark.parametrize("is_announced", [True, False])
@@ -51,3 +52,50 @@ async def test_a_client_that_leaves_while_sending_ends_the_request(recorder, con
         writer.write(post(body=b"x" * 50)[:-20])
         await asyncio.wait_for(reading.wait(), 5)
     assert await asyncio.wait_for(recorder.ended.get(), 5) == "cancelled"
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip"])
+async def test_a_compressed_body_is_refused_by_the_name_of_its_encoding(recorder, connect, encoding):
+    async def read(request, answer):
+        try:
+            await read_body(request, 100)
+        except UnsupportedEncoding as exc:
+            refusal = errors.response(exc)
+            await answer.send_whole(refusal.status, [], refusal.body)
+
+    recorder.produce = read
+    async with connect() as (reader, writer):
+        writer.write(post(body=b"\x1f\x8b", extra=b"Content-Encoding: %b\r\n" % encoding.encode()))
+        status, headers = await read_head(reader)
+        assert status == "415"
+        assert encoding.encode() in await reader.readexactly(int(headers["content-length"]))
+
+
+async def test_all_bodies_together_are_limited_by_what_has_come_and_small_ones_are_never_refused(recorder, connect):
+    memory = BodyMemory(300_000)
+
+    async def read(request, answer):
+        with memory.lease() as lease:
+            try:
+                await answer.send_whole(200, [], b"%d" % len(await read_body(request, 1 << 30, lease)))
+            except BodiesFull as exc:
+                await answer.send_whole(errors.response(exc).status, [("retry-after", "1")], b"")
+
+    recorder.produce = read
+    async with connect() as (_, announcing), connect() as (_, sending), connect() as (reader, writer):
+        announcing.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
+        sending.write(post(body=b"x" * 400_000)[:-100_000])
+        await until(lambda: memory.num_bytes >= 200_000)
+        writer.write(post(body=b"x" * 200_000))
+        status, headers = await read_head(reader)
+        assert (status, headers["retry-after"]) == ("503", "1")
+        writer.write(post(body=b"x" * 60_000))
+        status, _ = await read_head(reader)
+        assert (status, await reader.readexactly(5)) == ("200", b"60000")
+        assert memory.num_bytes < 300_000
+    await until(lambda: recorder.ended.qsize() == 4)
+    assert memory.num_bytes == 0
+
+
+def test_a_body_may_be_as_long_as_the_longest_context_can_need():
+    assert useful_bytes(8192) == (1 << 20) + 64 * 8192

@@ -116,3 +116,11 @@ async def test_the_number_of_models_is_bounded(models, store):
     with pytest.raises(ModelNotFound):
         models.entry("m0")
     assert models.entry("m65").model == "m65"
+
+
+async def test_the_longest_context_is_that_of_all_models(models, store):
+    assert models.longest_context == 0
+    for model, context_length in (("a", 1000), ("b", 4000), ("c", 2000)):
+        worker = with_facts(store.publish(FILES, model), context_length=context_length)
+        await models.load(msgspec.structs.replace(worker, model=model))
+    assert models.longest_context == 4000

@@ -1,0 +1,73 @@
+"""From an HTTP request to a job: its body read, parsed and turned into tokens."""
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from starlette.requests import Request
+
+from app.auth import Tenant
+from app.gateway import Gateway
+from app.http.body import read_body, useful_bytes
+from app.openai.request_headers import parse_header_options
+from app.openai.schema import Kind, ParsedRequest
+from app.serving.course import Job
+from planes.wire.frames import Format
+from planes.wire.messages import RequestId
+
+_ID_PREFIX: Final = {Kind.CHAT: "chatcmpl", Kind.COMPLETION: "cmpl"}
+
+Parse = Callable[[bytes], ParsedRequest]
+
+
+async def read_job(
+    gateway: Gateway,
+    request: Request,
+    *,
+    headers: Mapping[str, str],
+    tenant: Tenant,
+    request_id: RequestId,
+    parse: Parse,
+) -> Job:
+    """Everything between the socket and the router, for a tenant whose key has been looked up.
+
+    Args:  headers: of `request`, by their lower-case names.
+    Raises:  HeadraceError.
+    """
+    arrived_at = gateway.clock()
+    limit_s = gateway.settings.request_timeout_s
+    with gateway.bodies.lease() as lease:
+        body = await read_body(request, _max_body_bytes(gateway), lease)
+        parsed = parse(body)
+        model = gateway.models.entry(parsed.model)
+        prepared = await gateway.preprocessor.prepare(parsed, model, cache_salt=tenant.salted(parsed.cache_salt))
+    options = parse_header_options(headers, n=prepared.sampling.n)
+    return Job(
+        request=request_id,
+        model=parsed.model,
+        prompt=prepared.tokens,
+        blocks=prepared.blocks,
+        block_size=model.block_size,
+        sampling=prepared.sampling,
+        format=Format(
+            kind=parsed.kind.value,
+            response_id=f"{_ID_PREFIX[parsed.kind]}-{request_id}",
+            model=parsed.model,
+            created=int(gateway.wall_clock()),
+            is_streaming=parsed.is_streaming,
+            include_usage=parsed.include_usage,
+            echo=prepared.echo,
+        ),
+        arrived_at=arrived_at,
+        deadline=arrived_at + min(limit_s, parsed.timeout_s or limit_s),
+        cache_salt=prepared.cache_salt,
+        priority=tenant.priority_of(parsed.priority),
+        tenant=tenant.name,
+        slo_ttft_s=parsed.slo_ttft_s,
+        options=options,
+    )
+
+
+def _max_body_bytes(gateway: Gateway) -> int:
+    """No longer than is allowed, and than the longest context that anybody serves can need."""
+    limit, context_length = gateway.settings.max_body_bytes, gateway.models.longest_context
+    return min(limit, useful_bytes(context_length)) if context_length else limit
