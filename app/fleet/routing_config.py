@@ -83,7 +83,7 @@ def routing_setup(started: GatewaySettings, config: RoutingConfig) -> RoutingSet
 
 
 def _loaded(name: str) -> Policy:
-    """Raises:  ValueError, whatever a module raises when it is imported or a class when it is built and asked its name."""
+    """Raises:  ValueError, or whatever a module raises on import or a class when it is built and asked its name."""
     try:
         policy = load_policy(name)
         policy.name.encode()
@@ -97,9 +97,7 @@ def _loaded(name: str) -> Policy:
 class RoutingConfigFollower:
     """Takes each new content of the key and lets `apply` have it, if it is any good."""
 
-    def __init__(
-        self, started: GatewaySettings, in_force: RoutingSetup, apply: Callable[[RoutingSetup], None]
-    ) -> None:
+    def __init__(self, started: GatewaySettings, in_force: RoutingSetup, apply: Callable[[RoutingSetup], None]) -> None:
         """`in_force`: what the router was built with."""
         self._started = started
         self._apply = apply

@@ -67,7 +67,11 @@ async def test_waiting_requests_outlive_a_change(site, reach, alone, unique, con
 
 
 async def test_what_gateways_would_refuse_is_not_set(config):
-    for change, words in (("policy=none", "must be one of"), ("policy=os:abort", "started with --policy"), ("polcy=x", "no live setting")):
+    for change, words in (
+        ("policy=none", "must be one of"),
+        ("policy=os:abort", "started with --policy"),
+        ("polcy=x", "no live setting"),
+    ):
         status, said = await config(change)
         assert (status, words in said, said.count("\n")) == (2, True, 0), said
     assert await config() == (0, "{}")
