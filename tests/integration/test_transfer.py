@@ -14,12 +14,13 @@ from planes.wire.errors import InvalidRequest
 from planes.wire.frames import DecodeLeg, LocalLeg, PrefillLeg, Sampling
 from planes.wire.messages import EngineFacts, HandoverEndpoint, HandoverMode, RequestId, WorkerId
 from workers.engine.base import EngineRequest
+from workers.nixl_wheel import installed_wheel
 from workers.sim.engine import SimEngine, SimOptions
-from workers.sim.transfer import CountingTransfer, HandoverFailed, KvPool, NixlTransfer, has_nixl
+from workers.sim.transfer import CountingTransfer, HandoverFailed, KvPool, NixlTransfer
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.skipif(not has_nixl(), reason="moves real bytes: needs nixl-cu12"),
+    pytest.mark.skipif(installed_wheel() is None, reason="moves real bytes: needs NIXL"),
 ]
 _ids = itertools.count()
 

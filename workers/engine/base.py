@@ -1,4 +1,4 @@
-"""What a worker asks of its engine. `vllm_engine.py` and `sim_engine.py` implement it."""
+"""What a worker asks of its engine. `vllm/engine.py` and `sim/engine.py` implement it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -2,7 +2,7 @@
 
 `SimCore` computes nothing but decides everything: which requests run in a step, how long the step takes, which blocks
 they hold, which tokens come out. It is synchronous and takes `now` (seconds, any origin) as an argument, so the same
-code serves real clients (`sim_engine.py`) and a virtual clock (`loadtest/simulate.py`). The driver's loop:
+code serves real clients (`engine.py`) and a virtual clock (`loadtest/simulate.py`). The driver's loop:
 
     core.submit(...)                     # at any time; so are abort, handover_arrived and release_lease
     while core.busy_until is None and core.begin_step(now=now) is not None:

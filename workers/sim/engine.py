@@ -1,7 +1,7 @@
 """The simulated engine: `SimCore` in real time, with real KV bytes between engines.
 
 It computes nothing, but everything around it is real: steps take the time that `SimOptions.speed` says, blocks come and
-go with events, prompts are handed over by NIXL, and every token is a function of the whole context (`sim_tokens.py`),
+go with events, prompts are handed over by NIXL, and every token is a function of the whole context (`tokens.py`),
 on the decode side of the bytes that arrived. Tokens are letters and spaces. Temperature, top_p and the penalties have
 no effect; `seed` and the choice's index pick the stream, `stop_token_ids`, `min_tokens` and `ignore_eos` are obeyed.
 

@@ -47,11 +47,11 @@ class SimRequest:
     root: int = 0
     """Name before the first block (`planes.wire.blocks.root`); only used with `tokens`."""
     key: int = 0
-    """Picks the token stream (`sim_tokens.key_of`); 0 is as good as any."""
+    """Picks the token stream (`tokens.key_of`); 0 is as good as any."""
     stop_tokens: frozenset[int] = frozenset()
     min_tokens: int = 0
     natural_tokens: int = 0
-    """Mean completion tokens until the model ends by itself with `sim_tokens.EOS`; 0: never."""
+    """Mean completion tokens until the model ends by itself with `tokens.EOS`; 0: never."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Who runs and who holds which blocks: queues, admission, growth, preemption and leases of the simulated engine.
 
-Knows no clock and no tokens' values; `sim_core.py` drives it. See `sim_sequence.State` for the states.
+Knows no clock and no tokens' values; `core.py` drives it. See `sequence.State` for the states.
 """
 
 import heapq

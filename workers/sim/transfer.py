@@ -9,7 +9,7 @@ The only module that imports NIXL.
 """
 
 import asyncio
-import importlib.util
+import importlib
 import logging
 import os
 from collections import OrderedDict
@@ -23,6 +23,7 @@ import structlog
 
 from planes.wire.errors import InvalidRequest
 from planes.wire.messages import HandoverEndpoint, HandoverMode
+from workers.nixl_wheel import installed_wheel
 from workers.sim.handover import CountingTransfer, Handovers, KvPool, KvTransfer, Offer
 from workers.sim.side_channel import Announcement, Caller, HandoverFailed, Peer, Written, answer_from, asking
 
@@ -38,15 +39,11 @@ _MAX_PEERS = 1024
 _TAKEN, _WRITTEN = "taken", "written"
 
 
-def has_nixl() -> bool:
-    return importlib.util.find_spec("nixl_cu12") is not None
-
-
 def open_transfer(
     pool: KvPool, *, mode: HandoverMode, engine_id: str, host: str, bind_host: str = "", port: int = 0
 ) -> KvTransfer:
     """NIXL if it is installed; if not, that is logged. Arguments as `Handovers` takes them."""
-    if has_nixl():
+    if installed_wheel() is not None:
         return NixlTransfer(pool, mode=mode, engine_id=engine_id, host=host, bind_host=bind_host, port=port)
     _log.warning("handover.counted", reason="NIXL is not installed: bytes of KV cache are counted, not moved")
     return CountingTransfer(pool, mode=mode, engine_id=engine_id, host=host, bind_host=bind_host, port=port)
@@ -60,8 +57,7 @@ class NixlTransfer(Handovers):
     ) -> None:
         """Raises:  OSError if NIXL cannot start."""
         super().__init__(pool, mode=mode, engine_id=engine_id, host=host, bind_host=bind_host, port=port)
-        from nixl_cu12 import _api as nixl  # noqa: PLC0415 - optional, and half a second to import
-
+        nixl = importlib.import_module(f"{installed_wheel()}._api")  # optional, and half a second to import
         if "NIXL_LOG_LEVEL" not in os.environ:
             logging.getLogger("nixl").setLevel(logging.WARNING)
         bindings = vars(nixl.nixlBind).values()

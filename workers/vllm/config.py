@@ -1,22 +1,30 @@
 """How vLLM is set up: the options of a worker's engine, and vLLM's own configuration made from them."""
 
 import ctypes
+import importlib.util
 import os
 import random
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from planes.wire.messages import HandoverMode, LatencyPrior, Role, WorkerId
 from workers.engine.base import EngineStartError
+from workers.nixl_wheel import WHEELS, installed_wheel
 from workers.vllm.memory import check_memory
 
 VERSION = "0.32.0"
 """The plug-in reaches into vLLM: another version needs its tests run and this line changed."""
+
+PLUGIN = "workers.vllm.plugin"
+"""Where vLLM finds ours, by name and in its own process."""
+
+NIXL_VERSION = "1.5.1"
 
 CPU_KV_CACHE_BYTES = 256 << 20
 
@@ -91,7 +99,8 @@ def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
     if options.handover is not None:
         os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = options.host
         os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(_free_port(options.host))
-    import vllm  # noqa: PLC0415 - takes seconds and half a gigabyte
+    import torch  # noqa: PLC0415 - these take seconds and half a gigabyte
+    import vllm  # noqa: PLC0415
     from vllm.config import KVEventsConfig, KVTransferConfig  # noqa: PLC0415
     from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
     from vllm.platforms import current_platform  # noqa: PLC0415
@@ -99,6 +108,9 @@ def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
     if vllm.__version__ != VERSION:
         raise EngineStartError(f"vLLM {vllm.__version__} is installed and this worker is written for {VERSION}")
     is_cpu, kv_cache_bytes = current_platform.is_cpu(), options.kv_cache_bytes
+    check_accelerator(current_platform, tensor_parallel=options.tensor_parallel)
+    if options.handover is not None:
+        check_nixl(torch.version.cuda)
     if is_cpu:
         check_library("libnuma.so.1", package="libnuma1")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the executor then needs no process of its own
@@ -106,7 +118,10 @@ def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
         kv_cache_bytes = kv_cache_bytes or CPU_KV_CACHE_BYTES
         check_memory(options.model_path, kv_cache_bytes, dtype=options.dtype)
-    more = {} if kv_cache_bytes is None else {"kv_cache_memory_bytes": kv_cache_bytes}
+    more: dict[str, Any] = {} if kv_cache_bytes is None else {"kv_cache_memory_bytes": kv_cache_bytes}
+    if kv_cache_bytes is not None and not is_cpu:
+        # vLLM would still ask for 0.92 of the whole device to be free, and refuse a second worker on one GPU.
+        more["gpu_memory_utilization"] = 0.01
     config = AsyncEngineArgs(
         model=str(options.model_path.resolve()),
         served_model_name=options.model,
@@ -118,7 +133,7 @@ def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
         max_num_batched_tokens=options.max_num_batched_tokens or _step_tokens(options, is_cpu=is_cpu),
         tensor_parallel_size=options.tensor_parallel,
         enforce_eager=is_cpu,
-        worker_extension_cls="workers.vllm.plugin.BeforeLoading",
+        worker_extension_cls=f"{PLUGIN}.BeforeLoading",
         skip_tokenizer_init=True,
         scheduling_policy="priority",
         enable_prefix_caching=True,
@@ -131,7 +146,7 @@ def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
         **more,
     ).create_engine_config()
     scheduler = "AsyncScheduler" if config.scheduler_config.async_scheduling else "Scheduler"
-    config.scheduler_config.scheduler_cls = f"workers.vllm_plugin.{scheduler}"
+    config.scheduler_config.scheduler_cls = f"{PLUGIN}.{scheduler}"
     return config
 
 
@@ -144,16 +159,59 @@ def _step_tokens(options: VllmOptions, *, is_cpu: bool) -> int:
 def _handover(options: VllmOptions, *, is_cpu: bool) -> dict[str, Any]:
     return {
         "kv_connector": "NixlPullConnector" if options.handover is HandoverMode.PULL else "NixlPushConnector",
-        "kv_connector_module_path": "workers.vllm.plugin",
+        "kv_connector_module_path": PLUGIN,
         "kv_role": {Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer", Role.BOTH: "kv_both"}[options.role],
         "engine_id": f"{options.worker}-{time.time_ns():x}",
-        "kv_buffer_device": "cpu" if is_cpu else None,
+        **({"kv_buffer_device": "cpu"} if is_cpu else {}),  # else vLLM takes the platform's own
         "kv_load_failure_policy": "fail",
         "kv_connector_extra_config": {
             "kv_lease_duration": options.lease_s,
             "push_registration_timeout": options.push_timeout_s,
         },
     }
+
+
+class Platform(Protocol):
+    """What is needed of `vllm.platforms.current_platform`."""
+
+    def is_cpu(self) -> bool: ...
+    def is_unspecified(self) -> bool: ...
+    def device_count(self) -> int: ...
+
+
+def check_accelerator(platform: Platform, *, tensor_parallel: int) -> None:
+    """vLLM itself goes on without a device and fails later, with a message about device strings.
+
+    Raises:  EngineStartError.
+    """
+    if platform.is_cpu():
+        return
+    num_visible = 0 if platform.is_unspecified() else platform.device_count()
+    if num_visible < tensor_parallel:
+        mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+        seen = "no GPU is visible" if not num_visible else f"{num_visible} GPUs are visible"
+        raise EngineStartError(
+            f"{seen} to vLLM, which is built for GPUs here, and this worker needs {tensor_parallel} "
+            f"(--tensor-parallel). In a container: docker run --gpus all. Does nvidia-smi list the GPUs? If not, the "
+            f"driver is missing; if so, it may be too old for this build, or CUDA_VISIBLE_DEVICES "
+            f"({'not set' if mask is None else repr(mask)}) hides them. Without GPUs: make install EXTRA=cpu, the "
+            f"image's FLAVOR=cpu, or --engine sim"
+        )
+
+
+def check_nixl(cuda_version: str | None, *, find: Callable[[str], Any] = importlib.util.find_spec) -> None:
+    """cuda_version: torch's, such as 13.0; None on CPU.  Raises:  EngineStartError if there is no NIXL for it."""
+    if find("nixl") is not None:  # the wheel that chooses among the others itself
+        return
+    installed = installed_wheel(cuda_version, find=find)
+    fitting = WHEELS.get((cuda_version or "").partition(".")[0], installed)
+    if installed is None or installed != fitting:
+        wanted = (fitting or WHEELS["12"]).replace("_", "-")
+        there = "is not installed" if installed is None else f"is here for another CUDA ({installed})"
+        torch = "" if cuda_version is None else f", and torch is built for CUDA {cuda_version}"
+        raise EngineStartError(
+            f"a handover needs NIXL, which {there}{torch}: pip install {wanted}=={NIXL_VERSION}, or --handover none"
+        )
 
 
 def check_library(name: str, *, package: str) -> None:

@@ -1,8 +1,7 @@
 """The real engine: vLLM 0.32, embedded through `AsyncLLM`, one engine process per worker, CPU and CUDA alike.
 
-vLLM is imported when the engine starts and nowhere else but in `vllm_plugin.py`, which runs inside the engine process.
-`vllm_request.py` says what a request looks like to vLLM, `vllm_output.py` what vLLM says of it, `vllm_events.py` reads
-its KV events.
+vLLM is imported when the engine starts and nowhere else but in `plugin/`, which runs inside the engine process.
+`request.py` says what a request looks like to vLLM, `output.py` what vLLM says of it, `events.py` reads its KV events.
 """
 
 import asyncio
