@@ -35,6 +35,7 @@ from app.prompt.prepare import Preprocessor
 from app.serving.binding import Dispatcher
 from app.serving.prefill_queue import QueuedPrefills
 from app.serving.relay import Relay
+from app.serving.retries import ExchangeLimits
 from app.settings import GatewaySettings
 from planes.control import Etcd, WorkerDirectory, watch_config
 from planes.events import EventPlane
@@ -129,8 +130,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         fleet,
         metrics,
         clock=clock,
-        max_attempts=settings.max_attempts,
-        replacement_s=settings.replacement_s,
+        limits=ExchangeLimits(settings.max_attempts, settings.replacement_s),
         prefills=prefills,
     )
     metrics.watch(fleet.gauges)

@@ -275,6 +275,10 @@ class Router:
             waiting.explanation.held_s = now - waiting.submitted_at
             waiting.explanation.refused_because = "withdrawn by its client"
 
+    def is_bound(self, request: RequestId) -> bool:
+        """Whether a reservation is held for it."""
+        return request in self._bound
+
     def prefilled(self, request: RequestId, *, now: float) -> None:
         """The prompt has been computed (prefill leg answered, or a local first token came): frees prefill load."""
         bound = self._bound.get(request)

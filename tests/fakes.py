@@ -1,7 +1,5 @@
 """Fakes that several tests share."""
 
-import asyncio
-
 from planes.streams.client import WorkerUnreachable
 from planes.wire.frames import Generate
 from planes.wire.messages import (
@@ -114,6 +112,9 @@ class FakeRouter:
         self.waiting.pop(request, None)
         self.withdrawn.append(request)
 
+    def is_bound(self, request):
+        return request in self.bound
+
     def prefilled(self, request, *, now):
         assert request in self.bound
         self.prefills.append(request)
@@ -150,6 +151,7 @@ class FakeConnection:
         self.started: list[Generate] = []
         self.sinks: list = []
         self.cancelled: list[int] = []
+        self.released: list[RequestId] = []
         self.refuses = False
         self.script = None
         """Called with each request and its sink, in the same turn."""
@@ -166,6 +168,9 @@ class FakeConnection:
     def cancel(self, stream):
         self.cancelled.append(stream)
 
+    def release(self, request):
+        self.released.append(request)
+
 
 class FakeWorkers:
     """What the relay asks of the fleet."""
@@ -173,17 +178,16 @@ class FakeWorkers:
     def __init__(self, *registrations: Registration):
         self.registrations = {each.worker: each for each in registrations}
         self.connections = {each.worker: FakeConnection(each.worker) for each in registrations}
-        self.num_joined = len(registrations)
-        self._joined = asyncio.Event()
+        self.watchers = {}
 
-    async def joined(self, since):
-        while self.num_joined <= since:
-            await self._joined.wait()
+    def watch_joins(self, on_joined):
+        key = object()
+        self.watchers[key] = on_joined
+        return lambda: self.watchers.pop(key)
 
-    def join(self):
-        self.num_joined += 1
-        self._joined.set()
-        self._joined = asyncio.Event()
+    def join(self, worker="new"):
+        for on_joined in list(self.watchers.values()):
+            on_joined(WorkerId(worker))
 
     def connection(self, worker):
         return self.connections[worker]
@@ -192,7 +196,7 @@ class FakeWorkers:
         return self.registrations[worker]
 
 
-class FakeAnswer:
+class FakeResponse:
     """Keeps what the client gets."""
 
     def __init__(self):
@@ -200,33 +204,26 @@ class FakeAnswer:
         self.headers: dict[str, str] = {}
         self.status: int | None = None
         self.body: bytes | None = None
-        self.is_begun = self.is_gone = self.is_ended = self.is_aborted = False
+        self.is_begun = self.is_gone = self.is_ended = False
 
-    @property
-    def has_news(self):
-        return bool(self.payloads)
-
-    def write(self, payload):
-        assert payload
-        assert not self.is_ended
-        self.payloads.append(payload)
-
-    async def begin(self, headers):
+    def begin(self, headers):
         assert not self.is_begun
         self.is_begun, self.status, self.headers = True, 200, dict(headers)
 
-    async def end(self, last=b"", headers=()):
-        if not self.is_begun:
-            await self.begin(headers)
+    def write(self, payload):
+        assert payload
+        assert self.is_begun
+        assert not self.is_ended
+        self.payloads.append(payload)
+
+    def end(self, last=b""):
+        assert self.is_begun
         if last:
             self.write(last)
         assert not self.is_ended
         self.is_ended = True
 
-    async def send_whole(self, status, headers, body):
+    def whole(self, status, headers, body):
         assert not self.is_begun
         self.is_begun = self.is_ended = True
         self.status, self.headers, self.body = status, dict(headers), body
-
-    def abort(self):
-        self.is_aborted = True

@@ -103,9 +103,7 @@ class Fleet:
         self._members: dict[WorkerId, _Member] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._stale = asyncio.Event()
-        self._joined = asyncio.Event()
-        self.num_joined = 0
-        """How often a worker has come up for routing."""
+        self._join_watchers: dict[object, Callable[[WorkerId], None]] = {}
         self._num_snapshots = asyncio.Semaphore(_SNAPSHOTS_AT_ONCE)
         self._snapshotting: set[WorkerId] = set()
         self._bytes_of_closed = [0, 0]
@@ -186,10 +184,15 @@ class Fleet:
             raise WorkerUnreachable(worker, "it is not registered any more")
         return member.registration
 
-    async def joined(self, since: int) -> None:
-        """Returns when `num_joined` exceeds `since`."""
-        while self.num_joined <= since:
-            await self._joined.wait()
+    def watch_joins(self, on_joined: Callable[[WorkerId], None]) -> Callable[[], None]:
+        """Call `on_joined` with each worker that comes up for routing.  Returns: what ends that."""
+        key = object()
+        self._join_watchers[key] = on_joined
+
+        def unwatch() -> None:
+            del self._join_watchers[key]
+
+        return unwatch
 
     def is_connected(self, worker: WorkerId) -> bool:
         member = self._members.get(worker)
@@ -289,9 +292,8 @@ class Fleet:
         self._router.worker_up(member.registration, now=self._clock())
         self._check_index()
         self._dispatcher.changed()
-        self.num_joined += 1
-        self._joined.set()
-        self._joined = asyncio.Event()
+        for on_joined in list(self._join_watchers.values()):
+            on_joined(worker)
         try:
             while not connection.closed.done():
                 await asyncio.wait([connection.closed], timeout=_RETIRED_CHECK_S)

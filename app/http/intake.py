@@ -10,7 +10,7 @@ from app.gateway import Gateway
 from app.http.body import read_body, useful_bytes
 from app.openai.request_headers import parse_header_options
 from app.openai.schema import Kind, ParsedRequest
-from app.serving.course import Job
+from app.serving.request import GatewayRequest
 from planes.wire.frames import Format
 from planes.wire.messages import RequestId
 
@@ -19,7 +19,7 @@ _ID_PREFIX: Final = {Kind.CHAT: "chatcmpl", Kind.COMPLETION: "cmpl"}
 Parse = Callable[[bytes], ParsedRequest]
 
 
-async def read_job(
+async def read_request(
     gateway: Gateway,
     request: Request,
     *,
@@ -27,7 +27,7 @@ async def read_job(
     tenant: Tenant,
     request_id: RequestId,
     parse: Parse,
-) -> Job:
+) -> GatewayRequest:
     """Everything between the socket and the router, for a tenant whose key has been looked up.
 
     Args:  headers: of `request`, by their lower-case names.
@@ -41,7 +41,7 @@ async def read_job(
         model = gateway.models.entry(parsed.model)
         prepared = await gateway.preprocessor.prepare(parsed, model, cache_salt=tenant.salted(parsed.cache_salt))
     options = parse_header_options(headers, n=prepared.sampling.n)
-    return Job(
+    return GatewayRequest(
         request=request_id,
         model=parsed.model,
         prompt=prepared.tokens,

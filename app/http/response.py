@@ -1,18 +1,18 @@
 """HTTP answers that cost next to nothing per token.
 
-uvicorn's protocol parses requests and writes heads and ends as ever; between the two, `Answer.write` puts finished
-chunks straight on the transport. No task wakes per token, and a gone client ends the answer at once:
+uvicorn's protocol parses requests; a `StreamedResponse` writes its answer straight on the transport. Nothing here
+waits: no task wakes per token, and what a slow client leaves unread is bounded.
 
-    waiting ── begin ──► begun ── write* ──► begun ── end ──► ended
-    waiting ── send_whole ───────────────────────────────────► ended
-    any state ── client gone, or slower than the limit ──► the answer's task is cancelled
-
-A payload written while the answer still waits is held back until `begin`, which knows the headers.
+    NEW ── begin ──► BEGUN ── write* ──► BEGUN ── end ──► ENDED
+    NEW ── whole ───────────────────────────────────────► ENDED
+    any ── client gone, or slower than the limit ──► the task that answers is cancelled
 """
 
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable, Sequence
+from enum import Enum, auto
+from http import HTTPStatus
 
 import structlog
 from starlette.requests import Request
@@ -23,27 +23,32 @@ from app.http.connection import EXTENSION, Client
 _log = structlog.get_logger()
 
 Headers = Sequence[tuple[str, str]]
+"""Lower-case names; values without line breaks, in latin-1."""
 
-_STREAM = (("content-type", "text/event-stream"), ("cache-control", "no-cache"))
+_STREAM = ((b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"))
 
 
-class Answer:
-    """The answer to one request. Everything but `write` may wait for the client to read."""
+class _State(Enum):
+    NEW = auto()
+    BEGUN = auto()
+    ENDED = auto()
 
-    def __init__(
-        self, client: Client, scope: Scope, send: Send, *, max_unsent_bytes: int, on_cut_off: Callable[[], None]
-    ) -> None:
+
+class StreamedResponse:
+    """The answer to one request.
+
+    max_unsent_bytes: most bytes that may wait for a client before it is cut off; `on_cut_off` is called then.
+    """
+
+    def __init__(self, client: Client, scope: Scope, *, max_unsent_bytes: int, on_cut_off: Callable[[], None]) -> None:
         self._client = client
-        self._transport, self._flow = client.transport, client.flow
-        self._send = send
+        self._transport, self._flow, self._cycle = client.transport, client.flow, client.cycle
         self._max_unsent_bytes = max_unsent_bytes
         self._on_cut_off = on_cut_off
-        self._has_body = scope["method"] != "HEAD"
-        self._is_chunked = scope["http_version"] != "1.0"
-        self._is_plain = self._has_body and self._is_chunked
-        self._held: list[bytes] = []
-        self.is_begun = False
-        """The head has been sent: it is too late for an error status."""
+        self._is_chunked = scope["http_version"] != "1.0"  # HTTP/1.0 knows no chunks: its body ends with the connection
+        self._state = _State.NEW
+        self._head = b""
+        """Goes out with the first bytes after it: each write may be a system call."""
 
     @property
     def is_gone(self) -> bool:
@@ -51,95 +56,76 @@ class Answer:
         return self._client.is_gone
 
     @property
-    def has_news(self) -> bool:
-        """Something has been written, so `begin` is due or done."""
-        return self.is_begun or bool(self._held)
+    def is_begun(self) -> bool:
+        """It is too late for an error status."""
+        return self._state is not _State.NEW
+
+    @property
+    def is_ended(self) -> bool:
+        return self._state is _State.ENDED
+
+    def begin(self, headers: Headers) -> None:
+        """The head of a streamed answer; it is sent with what follows.
+
+        Raises:  ValueError, as `_encoded`; nothing has changed then.
+        """
+        self._require(_State.NEW)
+        framing = (b"transfer-encoding", b"chunked") if self._is_chunked else (b"connection", b"close")
+        if not self._is_chunked:
+            self._cycle.keep_alive = False
+        self._head = self._start(200, [*_STREAM, *_encoded(headers), framing], is_chunked=self._is_chunked)
 
     def write(self, payload: bytes) -> None:
-        """Send one chunk, verbatim. `payload` must not be empty (an empty chunk would end the answer)."""
-        if not self.is_begun:
-            self._held.append(payload)
-            return
-        if self._is_chunked:
-            self._transport.write(_chunk(payload))
-        elif self._has_body:
-            self._transport.write(payload)
+        """Send one chunk, verbatim. `payload` must not be empty: an empty chunk would end the answer."""
+        data = b"%x\r\n%b\r\n" % (len(payload), payload) if self._is_chunked else payload
+        if self._head:
+            data, self._head = self._head + data, b""
+        self._transport.write(data)
         if self._flow.write_paused:
             self._check_unsent()
 
-    async def begin(self, headers: Headers) -> None:
-        """Send the head of a streamed answer and what has been held back.  Raises:  RuntimeError, as `_head`."""
-        if self._is_plain and not self._flow.write_paused:
-            self._write_out(self._head(headers))
-            return
-        if not self._is_plain:
-            # HTTP/1.0 knows no chunks: its body ends with the connection. This keeps uvicorn from announcing them.
-            self._client.cycle.chunked_encoding = self._is_chunked = False
-        await self._send({"type": "http.response.start", "status": 200, "headers": _encoded([*_STREAM, *headers])})
-        self.is_begun = True
-        held, self._held = self._held, []
-        for payload in held:
-            self.write(payload)
+    def end(self, last: bytes = b"") -> None:
+        """Send `last` and close a streamed answer; the connection stays open for the next request."""
+        self._require(_State.BEGUN)
+        if self._is_chunked:
+            chunk = b"%x\r\n%b\r\n" % (len(last), last) if last else b""
+            last = chunk + b"0\r\n\r\n"
+        self._complete(self._head + last)
 
-    async def end(self, last: bytes = b"", headers: Headers = ()) -> None:
-        """Send `last` and close a streamed answer; the connection stays open for the next request.
+    def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        """Answer in one piece.  Raises:  ValueError, as `_encoded`; nothing has changed then."""
+        self._require(_State.NEW)
+        fields = [(b"content-length", str(len(body)).encode()), *_encoded(headers)]
+        head = self._start(status, fields, is_chunked=False)
+        self._check_unsent()  # of answers before, on the same connection
+        self._complete(head + body)
 
-        headers: of an answer that has not begun. All that is still to be said is one write, for each is a system call.
-        Raises:  RuntimeError, as `_head`.
-        """
-        if self._is_plain and not self._flow.write_paused:
-            head = b"" if self.is_begun else self._head(headers)
-            self._write_out(b"%b%b0\r\n\r\n" % (head, _chunk(last) if last else b""))
-            self._complete()
-            return
-        if not self.is_begun:
-            await self.begin(headers)
-        if last:
-            self.write(last)
-        await self._send({"type": "http.response.body", "body": b""})
+    def _require(self, state: _State) -> None:
+        if self._state is not state:
+            raise RuntimeError(f"the answer is {self._state.name}, not {state.name}")
 
-    def _head(self, headers: Headers) -> bytes:
-        """What uvicorn's `send` writes for a head, and what has been held back.
-
-        Raises:  RuntimeError for a header that would be several.
-        """
-        cycle = self._client.cycle
-        fields = [*cycle.default_headers, *_encoded([*_STREAM, *headers]), (b"transfer-encoding", b"chunked")]
-        if not cycle.keep_alive:
+    def _start(self, status: int, fields: list[tuple[bytes, bytes]], *, is_chunked: bool) -> bytes:
+        """What uvicorn's `send` does for a head, but for the writing."""
+        cycle = self._cycle
+        if not cycle.keep_alive and (b"connection", b"close") not in fields:
             fields.append((b"connection", b"close"))
-        lines = b"\r\n".join([name + b": " + value for name, value in fields])
-        if lines.count(b"\n") != len(fields) - 1 or lines.count(b"\r") != len(fields) - 1:
-            raise RuntimeError(f"a header has a line break in it: {headers}")
-        cycle.response_started, cycle.chunked_encoding, cycle.waiting_for_100_continue = True, True, False
-        self.is_begun = True
-        held, self._held = self._held, []
-        return b"".join([b"HTTP/1.1 200 OK\r\n", lines, b"\r\n\r\n", *map(_chunk, held)])
+        lines = b"".join([name + b": " + value + b"\r\n" for name, value in (*cycle.default_headers, *fields)])
+        cycle.response_started, cycle.chunked_encoding, cycle.waiting_for_100_continue = True, is_chunked, False
+        self._state = _State.BEGUN
+        return b"HTTP/1.1 %d %b\r\n%b\r\n" % (status, _reason(status), lines)
 
-    def _write_out(self, data: bytes) -> None:
-        if not self._client.cycle.disconnected:
-            self._transport.write(data)
-
-    def _complete(self) -> None:
-        """What uvicorn's `send` does after the last byte."""
-        cycle = self._client.cycle
+    def _complete(self, data: bytes) -> None:
+        """What uvicorn's `send` does with the last bytes."""
+        self._state, self._head = _State.ENDED, b""
+        cycle = self._cycle
         if cycle.disconnected:
             return
+        self._transport.write(data)
         cycle.response_complete = True
         cycle.message_event.set()
         if not cycle.keep_alive:
             self._transport.close()
         cycle.on_response()
-
-    async def send_whole(self, status: int, headers: Headers, body: bytes) -> None:
-        """Answer in one piece; what has been held back is dropped."""
-        self.is_begun = True
-        head = [("content-length", str(len(body))), *headers]
-        await self._send({"type": "http.response.start", "status": status, "headers": _encoded(head)})
-        await self._send({"type": "http.response.body", "body": body})
-
-    def abort(self) -> None:
-        """Drop the connection: the client reads too slowly to be told anything."""
-        self._transport.abort()
 
     def _check_unsent(self) -> None:
         unsent = self._transport.get_write_buffer_size()
@@ -157,7 +143,7 @@ class Streamed:
 
     def __init__(
         self,
-        produce: Callable[[Request, Answer], Awaitable[None]],
+        produce: Callable[[Request, StreamedResponse], Awaitable[None]],
         *,
         max_unsent_bytes: int,
         on_cut_off: Callable[[], None],
@@ -168,16 +154,17 @@ class Streamed:
         self._on_cut_off = on_cut_off
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del send  # the answer writes on the transport itself
         client: Client | None = scope.get("extensions", {}).get(EXTENSION)
         task = asyncio.current_task()
         if client is None or task is None:
-            raise RuntimeError("a Streamed answer needs a server that runs StreamingProtocol")
+            raise RuntimeError("a streamed answer needs a server that runs StreamingProtocol")
         if client.is_gone:
             return
         client.watch(task.cancel)
-        answer = Answer(client, scope, send, max_unsent_bytes=self._max_unsent_bytes, on_cut_off=self._on_cut_off)
+        response = StreamedResponse(client, scope, max_unsent_bytes=self._max_unsent_bytes, on_cut_off=self._on_cut_off)
         try:
-            await self._produce(Request(scope, receive), answer)
+            await self._produce(Request(scope, receive), response)
         except asyncio.CancelledError:
             # Gone client or stopping server: `produce` has cleaned up, and this is the root of the request's task.
             task.uncancel()
@@ -186,9 +173,15 @@ class Streamed:
             client.watch(None)
 
 
-def _chunk(payload: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(payload), payload)
-
-
 def _encoded(headers: Headers) -> list[tuple[bytes, bytes]]:
-    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+    """Raises:  ValueError for a header that would be several, or is not latin-1."""
+    encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+    for name, value in encoded:
+        if any(byte < 32 or byte == 127 for byte in name + value):
+            raise ValueError(f"the header {name!r} has a control character in it: {value!r}")
+    return encoded
+
+
+@functools.cache
+def _reason(status: int) -> bytes:
+    return HTTPStatus(status).phrase.encode()

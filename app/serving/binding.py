@@ -1,18 +1,18 @@
 """The event loop around the router: requests wait here, `Router` decides.
 
     submit ──► waiting ── dispatch ──► bound ── release (once, however it ends)
-                  ├── dispatch refuses ──► Rejected
-                  └── the caller is cancelled ──► withdrawn
+                  ├── dispatch refuses ──► told
+                  └── withdraw
 
 The router is asked again in the same turn of the loop in which anything changed, and at the instant it asks for.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
 import structlog
 
+from planes.wire.errors import Rejected
 from planes.wire.messages import RequestId
 from router.errors import PolicyFailed
 from router.request import Observed, Outcome, RoutableRequest, Route
@@ -22,15 +22,27 @@ _log = structlog.get_logger()
 
 Clock = Callable[[], float]
 
+OnAnswer = Callable[[Route | Rejected], None]
+"""Takes the router's answer, once; must not raise."""
+
+
+class RouterBroken(Rejected):
+    """The router itself raised: our own bug, which is logged."""
+
+    status, code = 500, "internal_error"
+
+    def __init__(self) -> None:
+        super().__init__("The server had an internal error; it has been logged.")
+
 
 class Dispatcher:
-    """Turns the router's answers into something to await. One for each router."""
+    """Passes the router's answers on. One for each router."""
 
     def __init__(self, router: Router, *, clock: Clock) -> None:
         self._router = router
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._waiting: dict[RequestId, asyncio.Future[Route | Refusal]] = {}
+        self._waiting: dict[RequestId, OnAnswer] = {}
         self._soon: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -38,21 +50,29 @@ class Dispatcher:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    @asynccontextmanager
-    async def routed(self, request: RoutableRequest, observe: Callable[[], Observed]) -> AsyncIterator[Route]:
-        """Wait for a route and hold its reservation; `observe` says at the end what really happened.
+    def submit(self, request: RoutableRequest, on_answer: OnAnswer) -> None:
+        """Ask for a route, whose reservation holds until `release`.
 
-        Raises:  Rejected if the router refuses.
+        Raises:  Rejected if the router refuses at once; `on_answer` is not called then.
         """
-        route = await self._bound(request)
-        try:
-            yield route
-        finally:
-            self._release(request.request, observe())
+        self._router.submit(request, now=self._clock())
+        self._waiting[request.request] = on_answer
+        self.changed()
+
+    def withdraw(self, request: RequestId) -> None:
+        """Take the question back: it is not answered any more."""
+        if self._waiting.pop(request, None) is not None:
+            self._router.withdraw(request, now=self._clock())
+            self.changed()
 
     def prefilled(self, request: RequestId) -> None:
         """The prompt has been computed."""
         self._router.prefilled(request, now=self._clock())
+        self.changed()
+
+    def release(self, request: RequestId, observed: Observed) -> None:
+        """Give a bound request's reservation back, and say what came of it."""
+        self._router.release(request, observed, now=self._clock())
         self.changed()
 
     def changed(self) -> None:
@@ -66,56 +86,30 @@ class Dispatcher:
             if handle is not None:
                 handle.cancel()
 
-    async def _bound(self, request: RoutableRequest) -> Route:
-        self._router.submit(request, now=self._clock())
-        waiting: asyncio.Future[Route | Refusal] = self._loop.create_future()
-        self._waiting[request.request] = waiting
-        self.changed()
-        try:
-            answer = await waiting
-        except asyncio.CancelledError:
-            # The route may have come in the very turn in which the caller was cancelled: then it is ours to give back.
-            if _is_bound(waiting):
-                self._release(request.request, Observed(outcome=Outcome.CANCELLED))
-            else:
-                self._router.withdraw(request.request, now=self._clock())
-                self.changed()
-            raise
-        finally:
-            self._waiting.pop(request.request, None)
-        if isinstance(answer, Refusal):
-            raise answer.error
-        return answer
-
-    def _release(self, request: RequestId, observed: Observed) -> None:
-        self._router.release(request, observed, now=self._clock())
-        self.changed()
-
     def _dispatch(self) -> None:
         self._soon = None
         now = self._clock()
         try:
             answers = self._router.dispatch(now=now)
-        except Exception as exc:  # noqa: BLE001 - our own bug must not leave requests hanging
+        except Exception:  # noqa: BLE001 - our own bug must not leave requests hanging
             _log.exception("dispatch.bug")
-            self._give_up(exc, now)
+            self._give_up(now)
             return
         for answer in answers:
             if isinstance(answer, Refusal) and isinstance(answer.error, PolicyFailed):
                 _log.error("policy.failed", request_id=answer.request, exc_info=answer.error.__cause__)
-            waiting = self._waiting.get(answer.request)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(answer)
-            elif isinstance(answer, Route):
-                # Its caller was cancelled in this turn and will not withdraw what it does not know to be bound.
-                self._release(answer.request, Observed(outcome=Outcome.CANCELLED))
+            on_answer = self._waiting.pop(answer.request)
+            on_answer(answer.error if isinstance(answer, Refusal) else answer)
         self._set_timer(now)
 
-    def _give_up(self, exc: Exception, now: float) -> None:
-        for request, waiting in self._waiting.items():
+    def _give_up(self, now: float) -> None:
+        """Nobody who waits can be served, and nothing may stay reserved for them: some may have been bound."""
+        waiting, self._waiting = self._waiting, {}
+        for request, on_answer in waiting.items():
             self._router.withdraw(request, now=now)
-            if not waiting.done():
-                waiting.set_exception(exc)
+            if self._router.is_bound(request):
+                self._router.release(request, Observed(outcome=Outcome.FAILED), now=now)
+            on_answer(RouterBroken())
 
     def _set_timer(self, now: float) -> None:
         if self._timer is not None:
@@ -124,8 +118,3 @@ class Dispatcher:
         wakeup = self._router.wakeup()
         if wakeup is not None:
             self._timer = self._loop.call_later(max(0.001, wakeup - now), self.changed)
-
-
-def _is_bound(waiting: asyncio.Future[Route | Refusal]) -> bool:
-    is_answered = waiting.done() and not waiting.cancelled() and waiting.exception() is None
-    return is_answered and isinstance(waiting.result(), Route)

@@ -19,7 +19,7 @@ import msgspec
 import structlog
 
 from app.metrics import Gauge
-from app.serving.worker_stream import error_of
+from app.serving.errors import leg_error
 from planes.events import EventPlaneUnavailable
 from planes.streams.client import WorkerLost
 from planes.wire.errors import HeadraceError
@@ -124,7 +124,7 @@ class QueuedPrefills:
     async def prefill(self, model: str, request: Generate) -> Prefilled:
         """Have some worker compute a prefill leg.
 
-        Raises:  NotQueued; WorkerLost, and what a worker's Failed stands for (`app/serving/worker_stream.py`).
+        Raises:  NotQueued; WorkerLost, and what a worker's Failed stands for (`app/serving/errors.py`).
         """
         job = RequestId(f"{request.request}.q")  # beside it the same leg may be run directly
         waiting = _Waiting(self._loop.create_future(), self._num_connects)
@@ -141,15 +141,14 @@ class QueuedPrefills:
                 self._drop(model, PrefillUnwanted(job))
         news = waiting.ended.result()
         if news.failed is not None:
-            raise error_of(news.failed, news.worker)
+            raise leg_error(news.failed, news.worker)
         if news.done is None:
             raise TypeError("an answer has neither of its two")
         return Prefilled(news.worker, news.done, self._loop.time(), job)
 
-    def release(self, model: str, given: Prefilled) -> None:
-        """The KV cache kept for this job will not be fetched."""
-        if given.job is not None:
-            self._drop(model, PrefillUnwanted(given.job, given.worker))
+    def release(self, model: str, job: RequestId, worker: WorkerId) -> None:
+        """The KV cache that `worker` keeps for this job will not be fetched."""
+        self._drop(model, PrefillUnwanted(job, worker))
 
     def gauges(self) -> Iterator[Gauge]:
         """The queue as it was when last looked at; nothing while NATS cannot tell."""

@@ -227,7 +227,7 @@ async def test_a_client_that_does_not_read_is_cut_off_and_counted(site, crew, re
         assert await api.metric("headrace_clients_cut_off_total") == 1
 
 
-async def test_what_a_worker_refuses_reaches_the_client_in_openai_s_shape(site, crew):
+async def test_what_a_worker_finds_invalid_is_not_put_down_to_the_client(site, crew):
     worker = await crew("w1")
     gateway = await site.gateway(num_workers=1)
     async with RawClient(gateway.url) as client:
@@ -236,7 +236,7 @@ async def test_what_a_worker_refuses_reaches_the_client_in_openai_s_shape(site, 
         connection.post(Failed(request.stream, FailureKind.INVALID, "context_length_exceeded", "too long", "messages"))
         status, body = await client.whole()
         error = json.loads(body)["error"]
-        assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
+        assert (status, error["code"], error["type"]) == (502, "worker_disagrees", "server_error")
 
 
 async def test_a_draining_worker_gets_nothing_new(site, crew, until, reach):

@@ -5,14 +5,14 @@ from fastapi import APIRouter, Request, Response
 from starlette.routing import Route
 
 from app.gateway import Gateway
-from app.http.intake import Parse, read_job
-from app.http.response import Answer, Streamed
+from app.http.intake import Parse, read_request
+from app.http.response import Streamed, StreamedResponse
 from app.http.routes.replies import json_reply
 from app.metrics import RequestSummary
 from app.openai.chat import parse_chat
 from app.openai.completions import parse_completion
 from app.openai.errors import ModelNotFound, code_of
-from app.serving.relay import refuse
+from app.serving.relay import fail
 from planes.wire.errors import HeadraceError
 
 _log = structlog.get_logger()
@@ -22,13 +22,13 @@ def completion_routes(gateway: Gateway) -> APIRouter:
     """The routes that generate, and the models they generate with."""
     routes = APIRouter()
 
-    async def chat(request: Request, answer: Answer) -> None:
+    async def chat(request: Request, response: StreamedResponse) -> None:
         """Continue a conversation (OpenAI's chat completions)."""
-        await _serve(gateway, request, parse_chat, answer)
+        await _serve(gateway, request, parse_chat, response)
 
-    async def completion(request: Request, answer: Answer) -> None:
+    async def completion(request: Request, response: StreamedResponse) -> None:
         """Continue a text (OpenAI's completions)."""
-        await _serve(gateway, request, parse_completion, answer)
+        await _serve(gateway, request, parse_completion, response)
 
     for path, produce in (("/v1/chat/completions", chat), ("/v1/completions", completion)):
         streamed = Streamed(
@@ -60,21 +60,23 @@ def _model(name: str, created: int) -> dict[str, object]:
     return {"id": name, "object": "model", "created": created, "owned_by": "headrace"}
 
 
-async def _serve(gateway: Gateway, request: Request, parse: Parse, answer: Answer) -> None:
+async def _serve(gateway: Gateway, request: Request, parse: Parse, response: StreamedResponse) -> None:
     request_id = gateway.new_request_id()
     # A dictionary, because starlette's own headers are searched one by one for each that is not there.
     headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in request.scope["headers"]}
     try:
         tenant = gateway.keys.authenticate(headers)
         with gateway.keys.admitted(tenant) as admission:
-            job = await read_job(gateway, request, headers=headers, tenant=tenant, request_id=request_id, parse=parse)
+            job = await read_request(
+                gateway, request, headers=headers, tenant=tenant, request_id=request_id, parse=parse
+            )
             admission.widen(job.sampling.n)
-            await gateway.relay.run(job, answer)
+            await gateway.relay.run(job, response)
     except HeadraceError as exc:
         code = code_of(exc)
         gateway.metrics.ended(RequestSummary(model="", code=code))
         _log.info("request.finished", request_id=request_id, outcome=code, reason=str(exc))
-        await refuse(answer, exc, [("x-request-id", request_id)])
+        fail(response, exc, [("x-request-id", request_id)])
     except Exception as exc:  # noqa: BLE001 - our own bug: it is logged, and the client gets an answer all the same
         _log.exception("request.bug", request_id=request_id)
-        await refuse(answer, exc, [("x-request-id", request_id)])
+        fail(response, exc, [("x-request-id", request_id)])

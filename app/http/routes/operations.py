@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from app.fleet.routing_config import RoutingConfigFollower
 from app.gateway import Gateway
-from app.http.intake import read_job
+from app.http.intake import read_request
 from app.http.routes.replies import json_reply
 from app.openai.chat import parse_chat
 from planes.wire.errors import InvalidRequest
@@ -77,7 +77,7 @@ def operation_routes(gateway: Gateway) -> APIRouter:
         """Where a chat body would go now, without running it."""
         tenant = gateway.keys.authenticate(request.headers)
         with gateway.keys.admitted(tenant):
-            job = await read_job(
+            job = await read_request(
                 gateway,
                 request,
                 headers=request.headers,
@@ -86,7 +86,11 @@ def operation_routes(gateway: Gateway) -> APIRouter:
                 parse=parse_chat,
             )
         now = gateway.clock()
-        return json_reply(_told(gateway.router.preview(job.routable(), now=now), now))
+        return json_reply(
+            _told(
+                gateway.router.preview(job.routable(num_tokens=0, excluded=frozenset(), is_retry=False), now=now), now
+            )
+        )
 
     return routes
 

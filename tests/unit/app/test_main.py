@@ -19,6 +19,7 @@ from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
 from app.serving.binding import Dispatcher
 from app.serving.relay import Relay
+from app.serving.retries import ExchangeLimits
 from app.settings import GatewaySettings
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import RequestId
@@ -70,7 +71,7 @@ async def gateway(settings, tmp_path):
     dispatcher, models = Dispatcher(router, clock=clock), Models(NoStore(), tmp_path)
     models.load = load
     fleet = Fleet(router, dispatcher, models, models, connect=connect, clock=clock, rng=random.Random(0))
-    relay = Relay(dispatcher, fleet, metrics, clock=clock, max_attempts=3, replacement_s=0.0)
+    relay = Relay(dispatcher, fleet, metrics, clock=clock, limits=ExchangeLimits(replacement_s=0.0))
     metrics.watch(fleet.gauges)
     metrics.watch(lambda: router_gauges(router.stats(now=clock())))
     preprocessor = Preprocessor()

@@ -6,7 +6,7 @@ import uvicorn
 from starlette.requests import Request
 
 from app.http.connection import ConnectionLimits, StreamingProtocol
-from app.http.response import Answer, Streamed
+from app.http.response import Streamed, StreamedResponse
 from tests.raw_http import MAX_UNSENT
 
 
@@ -42,9 +42,9 @@ def server_state():
 async def connect(recorder, limits, server_state):
     """Connections to a uvicorn of ours that answers everything with `recorder.produce`."""
 
-    async def produce(request: Request, answer: Answer) -> None:
+    async def produce(request: Request, response: StreamedResponse) -> None:
         try:
-            await recorder.produce(request, answer)
+            await recorder.produce(request, response)
             recorder.ended.put_nowait("done")
         except asyncio.CancelledError:
             recorder.ended.put_nowait("cancelled")

@@ -10,11 +10,11 @@ from tests.raw_http import post, read_head, until
 
 @pytest.mark.parametrize("is_announced", [True, False])
 async def test_a_body_beyond_the_limit_is_refused_before_it_has_come(recorder, connect, is_announced):
-    async def read(request, answer):
+    async def read(request, response):
         try:
             await read_body(request, 10)
         except BodyTooLarge as exc:
-            await answer.send_whole(413, [], str(exc).encode())
+            response.whole(413, [], str(exc).encode())
 
     recorder.produce = read
     async with connect() as (reader, writer):
@@ -30,8 +30,8 @@ async def test_a_body_beyond_the_limit_is_refused_before_it_has_come(recorder, c
 
 
 async def test_a_body_at_the_limit_is_read(recorder, connect):
-    async def read(request, answer):
-        await answer.send_whole(200, [], await read_body(request, 10))
+    async def read(request, response):
+        response.whole(200, [], await read_body(request, 10))
 
     recorder.produce = read
     async with connect() as (reader, writer):
@@ -43,7 +43,7 @@ async def test_a_body_at_the_limit_is_read(recorder, connect):
 async def test_a_client_that_leaves_while_sending_ends_the_request(recorder, connect):
     reading = asyncio.Event()
 
-    async def read(request, answer):
+    async def read(request, response):
         reading.set()
         await read_body(request, 100)
 
@@ -56,12 +56,12 @@ async def test_a_client_that_leaves_while_sending_ends_the_request(recorder, con
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip"])
 async def test_a_compressed_body_is_refused_by_the_name_of_its_encoding(recorder, connect, encoding):
-    async def read(request, answer):
+    async def read(request, response):
         try:
             await read_body(request, 100)
         except UnsupportedEncoding as exc:
             refusal = errors.response(exc)
-            await answer.send_whole(refusal.status, [], refusal.body)
+            response.whole(refusal.status, [], refusal.body)
 
     recorder.produce = read
     async with connect() as (reader, writer):
@@ -74,12 +74,12 @@ async def test_a_compressed_body_is_refused_by_the_name_of_its_encoding(recorder
 async def test_all_bodies_together_are_limited_by_what_has_come_and_small_ones_are_never_refused(recorder, connect):
     memory = BodyMemory(300_000)
 
-    async def read(request, answer):
+    async def read(request, response):
         with memory.lease() as lease:
             try:
-                await answer.send_whole(200, [], b"%d" % len(await read_body(request, 1 << 30, lease)))
+                response.whole(200, [], b"%d" % len(await read_body(request, 1 << 30, lease)))
             except BodiesFull as exc:
-                await answer.send_whole(errors.response(exc).status, [("retry-after", "1")], b"")
+                response.whole(errors.response(exc).status, [("retry-after", "1")], b"")
 
     recorder.produce = read
     async with connect() as (_, announcing), connect() as (_, sending), connect() as (reader, writer):

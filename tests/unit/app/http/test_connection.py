@@ -22,8 +22,8 @@ def limits(request):
 soon = pytest.mark.parametrize("limits", [SOON], indirect=True)
 
 
-async def echo(request, answer):
-    await answer.send_whole(200, [], await read_body(request, 1 << 20))
+async def echo(request, response):
+    response.whole(200, [], await read_body(request, 1 << 20))
 
 
 async def whole(reader, writer=None):
@@ -95,10 +95,10 @@ async def test_what_is_neither_head_nor_body_is_limited_as_well(recorder, connec
 async def test_a_trailer_is_no_field_of_the_head(recorder, connect):
     seen = []
 
-    async def produce(request, answer):
+    async def produce(request, response):
         await read_body(request, 100)
         seen.extend(request.scope["headers"])
-        await answer.send_whole(200, [], b"")
+        response.whole(200, [], b"")
 
     recorder.produce = produce
     async with connect() as (reader, writer):
@@ -143,10 +143,10 @@ async def test_a_trickle_buys_no_time(recorder, connect):
 
 @soon
 async def test_the_answer_may_take_longer_than_the_request(recorder, connect):
-    async def slow(request, answer):
-        await answer.begin([])
+    async def slow(request, response):
+        response.begin([])
         await asyncio.sleep(4 * SOON)
-        await answer.end(b"late")
+        response.end(b"late")
 
     recorder.produce = slow
     async with connect() as (reader, writer):
@@ -158,8 +158,8 @@ async def test_the_answer_may_take_longer_than_the_request(recorder, connect):
 
 @soon
 async def test_a_body_that_nobody_wants_has_a_deadline_too(recorder, connect):
-    async def refuse(request, answer):
-        await answer.send_whole(401, [], b"")
+    async def refuse(request, response):
+        response.whole(401, [], b"")
 
     recorder.produce = refuse
     async with connect() as (reader, writer):
@@ -220,9 +220,9 @@ async def test_a_head_that_is_none_is_refused_in_openai_s_shape(recorder, connec
 async def test_a_refusal_waits_for_the_answers_before_it(recorder, connect, server_state):
     going = asyncio.Event()
 
-    async def wait(request, answer):
+    async def wait(request, response):
         await going.wait()
-        await echo(request, answer)
+        await echo(request, response)
 
     recorder.produce = wait
     async with connect() as (reader, writer):
@@ -297,10 +297,11 @@ async def test_a_server_that_stops_waits_for_no_request(recorder, connect, serve
 async def test_a_server_that_stops_lets_answers_end(recorder, connect, server_state):
     going = asyncio.Event()
 
-    async def wait(request, answer):
-        await answer.begin([])
+    async def wait(request, response):
+        response.begin([])
+        response.write(b"first")
         await going.wait()
-        await answer.end(b"last")
+        response.end(b"last")
 
     recorder.produce = wait
     async with connect() as (reader, writer):
@@ -310,5 +311,5 @@ async def test_a_server_that_stops_lets_answers_end(recorder, connect, server_st
         await until(lambda: connection._is_receiving)
         connection.shutdown()
         going.set()
-        assert await read_chunks(reader) == [b"last"]
+        assert await read_chunks(reader) == [b"first", b"last"]
         assert await refused(reader) == ("503", "gateway_stopping")

@@ -6,12 +6,11 @@ from app.http.body import read_body
 from tests.raw_http import MAX_UNSENT, post, read_chunks, read_head
 
 
-async def say_hello(request, answer):
-    answer.write(b"held back ")
-    await answer.begin([("x-policy", "test")])
-    answer.write(b"hello")
-    answer.write(b"world")
-    await answer.end()
+async def say_hello(request, response):
+    response.begin([("x-policy", "test")])
+    response.write(b"hello")
+    response.write(b"world")
+    response.end()
 
 
 async def test_each_payload_is_a_chunk_and_the_connection_serves_again(recorder, connect):
@@ -23,7 +22,7 @@ async def test_each_payload_is_a_chunk_and_the_connection_serves_again(recorder,
             assert (status, headers["x-policy"]) == ("200", "test")
             assert headers["transfer-encoding"] == "chunked"
             assert headers["content-type"] == "text/event-stream"
-            assert await read_chunks(reader) == [b"held back ", b"hello", b"world"]
+            assert await read_chunks(reader) == [b"hello", b"world"]
 
 
 class Counting:
@@ -45,30 +44,30 @@ def counted(recorder, produce):
     """Let `recorder` answer with `produce`.  Returns: the transports of its answers."""
     transports = []
 
-    async def watched(request, answer):
-        answer._transport = Counting(answer._transport)
-        transports.append(answer._transport)
-        await produce(request, answer)
+    async def watched(request, response):
+        response._transport = Counting(response._transport)
+        transports.append(response._transport)
+        await produce(request, response)
 
     recorder.produce = watched
     return transports
 
 
-async def test_the_head_and_what_was_held_back_are_one_write(recorder, connect):
+async def test_the_head_and_the_first_chunk_are_one_write(recorder, connect):
     transports = counted(recorder, say_hello)
     async with connect() as (reader, writer):
         writer.write(post())
         await read_head(reader)
-        assert await read_chunks(reader) == [b"held back ", b"hello", b"world"]
-    begin, _, _, end = transports[0].writes
-    assert begin.endswith(b"\r\n\r\na\r\nheld back \r\n")
+        assert await read_chunks(reader) == [b"hello", b"world"]
+    begin, _, end = transports[0].writes
+    assert begin.endswith(b"\r\n\r\n5\r\nhello\r\n")
     assert end == b"0\r\n\r\n"
 
 
 async def test_an_answer_that_is_known_whole_is_one_write(recorder, connect):
-    async def short(request, answer):
-        answer.write(b"held back ")
-        await answer.end(b"last", [("x-policy", "test")])
+    async def short(request, response):
+        response.begin([("x-policy", "test")])
+        response.end(b"last")
 
     transports = counted(recorder, short)
     async with connect() as (reader, writer):
@@ -76,15 +75,15 @@ async def test_an_answer_that_is_known_whole_is_one_write(recorder, connect):
             writer.write(post())
             status, headers = await read_head(reader)
             assert (status, headers["x-policy"]) == ("200", "test")
-            assert await read_chunks(reader) == [b"held back ", b"last"]
+            assert await read_chunks(reader) == [b"last"]
     assert [len(transport.writes) for transport in transports] == [1, 1]
 
 
 async def test_the_last_chunk_and_the_end_are_one_write(recorder, connect):
-    async def stream(request, answer):
-        await answer.begin([])
-        answer.write(b"first")
-        await answer.end(b"last")
+    async def stream(request, response):
+        response.begin([])
+        response.write(b"first")
+        response.end(b"last")
 
     transports = counted(recorder, stream)
     async with connect() as (reader, writer):
@@ -92,23 +91,7 @@ async def test_the_last_chunk_and_the_end_are_one_write(recorder, connect):
         await read_head(reader)
         assert await read_chunks(reader) == [b"first", b"last"]
         assert await asyncio.wait_for(reader.read(), 5) == b""
-    assert transports[0].writes[1:] == [b"5\r\nfirst\r\n", b"4\r\nlast\r\n0\r\n\r\n"]
-
-
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-@pytest.mark.parametrize("method", ["POST", "HEAD"])
-async def test_an_end_without_a_beginning_has_a_head_all_the_same(recorder, connect, method, version):
-    async def short(request, answer):
-        await answer.end(b"all", [("x-policy", "test")])
-
-    recorder.produce = short
-    async with connect() as (reader, writer):
-        writer.write(post(version, method, extra=b"Connection: close\r\n"))
-        status, headers = await read_head(reader)
-        assert (status, headers["x-policy"]) == ("200", "test")
-        body = await asyncio.wait_for(reader.read(), 5)
-    expected = {("POST", "1.1"): b"3\r\nall\r\n0\r\n\r\n", ("POST", "1.0"): b"all"}
-    assert body == expected.get((method, version), b"")
+    assert transports[0].writes[1:] == [b"4\r\nlast\r\n0\r\n\r\n"]
 
 
 async def test_a_client_that_wants_no_more_is_told_so_and_let_go(recorder, connect):
@@ -117,15 +100,15 @@ async def test_a_client_that_wants_no_more_is_told_so_and_let_go(recorder, conne
         writer.write(post(extra=b"Connection: close\r\n"))
         _, headers = await read_head(reader)
         assert headers["connection"] == "close"
-        assert await read_chunks(reader) == [b"held back ", b"hello", b"world"]
+        assert await read_chunks(reader) == [b"hello", b"world"]
         assert await asyncio.wait_for(reader.read(), 5) == b""
 
 
 async def test_a_header_cannot_smuggle_in_another(recorder, connect):
-    async def smuggle(request, answer):
-        with pytest.raises(RuntimeError, match="line break"):
-            await answer.begin([("x-policy", "a\r\nset-cookie: b")])
-        await answer.send_whole(500, [], b"")
+    async def smuggle(request, response):
+        with pytest.raises(ValueError, match="control character"):
+            response.begin([("x-policy", "a\r\nset-cookie: b")])
+        response.whole(500, [], b"")
 
     recorder.produce = smuggle
     async with connect() as (reader, writer):
@@ -135,11 +118,11 @@ async def test_a_header_cannot_smuggle_in_another(recorder, connect):
 
 
 async def test_pipelined_requests_are_answered_in_order(recorder, connect):
-    async def echo(request, answer):
+    async def echo(request, response):
         body = await read_body(request, 100)
-        await answer.begin([])
-        answer.write(body)
-        await answer.end()
+        response.begin([])
+        response.write(body)
+        response.end()
 
     recorder.produce = echo
     async with connect() as (reader, writer):
@@ -156,44 +139,70 @@ async def test_http_1_0_gets_a_body_that_ends_with_the_connection(recorder, conn
         _, headers = await read_head(reader)
         assert "transfer-encoding" not in headers
         assert headers["connection"] == "close"
-        assert await asyncio.wait_for(reader.read(), 5) == b"held back helloworld"
+        assert await asyncio.wait_for(reader.read(), 5) == b"helloworld"
 
 
-async def test_head_gets_no_body(recorder, connect):
-    recorder.produce = say_hello
-    async with connect() as (reader, writer):
-        writer.write(post(method="HEAD") + post())
-        _, headers = await read_head(reader)
-        assert "transfer-encoding" not in headers
-        await read_head(reader)
-        assert await read_chunks(reader) == [b"held back ", b"hello", b"world"]
-
-
-async def test_an_answer_in_one_piece_drops_what_was_held_back(recorder, connect):
-    async def refuse(request, answer):
-        answer.write(b"never seen")
-        await answer.send_whole(429, [("retry-after", "1")], b"{}")
+async def test_a_head_that_cannot_be_encoded_leaves_room_for_an_error(recorder, connect):
+    async def refuse(request, response):
+        with pytest.raises(ValueError, match="latin-1"):
+            response.begin([("x-policy", "流れ")])
+        assert not response.is_begun
+        response.whole(500, [("retry-after", "1")], b"{}")
 
     recorder.produce = refuse
     async with connect() as (reader, writer):
         writer.write(post())
         status, headers = await read_head(reader)
-        assert (status, headers["content-length"], headers["retry-after"]) == ("429", "2", "1")
+        assert (status, headers["content-length"], headers["retry-after"]) == ("500", "2", "1")
         assert await reader.readexactly(2) == b"{}"
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_an_answer_ends_once(recorder, connect, is_streamed):
+    async def twice(request, response):
+        if is_streamed:
+            response.begin([])
+            response.end(b"{}")
+        else:
+            response.whole(200, [], b"{}")
+        with pytest.raises(RuntimeError, match="ENDED"):
+            response.end()
+        with pytest.raises(RuntimeError, match="ENDED"):
+            response.whole(500, [], b"")
+
+    recorder.produce = twice
+    async with connect() as (reader, writer):
+        writer.write(post() + post())
+        for _ in range(2):
+            assert (await read_head(reader))[0] == "200"
+            assert await (read_chunks(reader) if is_streamed else reader.readexactly(2)) in ([b"{}"], b"{}")
+
+
+async def test_a_client_that_asks_on_and_never_reads_is_cut_off_at_the_limit(recorder, connect):
+    async def whole(request, response):
+        response.whole(200, [], b"x" * MAX_UNSENT)
+
+    recorder.produce = whole
+    async with connect() as (_, writer):
+        writer.transport.pause_reading()
+        while not recorder.cut_off:
+            writer.write(post())
+            await asyncio.sleep(0)
+    assert recorder.cut_off == 1
 
 
 @pytest.mark.parametrize("is_begun", [False, True])
 async def test_a_gone_client_ends_the_answer_though_nothing_is_written(recorder, connect, is_begun):
     started = asyncio.Event()
 
-    async def wait_for_ever(request, answer):
+    async def wait_for_ever(request, response):
         if is_begun:
-            await answer.begin([])
+            response.begin([])
         started.set()
         try:
             await asyncio.Event().wait()
         finally:
-            assert answer.is_gone
+            assert response.is_gone
 
     recorder.produce = wait_for_ever
     async with connect() as (_, writer):
@@ -205,11 +214,11 @@ async def test_a_gone_client_ends_the_answer_though_nothing_is_written(recorder,
 async def test_a_client_that_does_not_read_is_cut_off_at_the_limit(recorder, connect):
     written = 0
 
-    async def flood(request, answer):
+    async def flood(request, response):
         nonlocal written
-        await answer.begin([])
+        response.begin([])
         while True:
-            answer.write(b"x" * 10_000)
+            response.write(b"x" * 10_000)
             written += 10_000
             await asyncio.sleep(0)
 
@@ -223,11 +232,11 @@ async def test_a_client_that_does_not_read_is_cut_off_at_the_limit(recorder, con
 
 
 async def test_a_slow_client_below_the_limit_gets_everything(recorder, connect):
-    async def burst(request, answer):
-        await answer.begin([])
+    async def burst(request, response):
+        response.begin([])
         for i in range(9):
-            answer.write(b"%d" % i * 10_000)
-        await answer.end()
+            response.write(b"%d" % i * 10_000)
+        response.end()
 
     recorder.produce = burst
     async with connect() as (reader, writer):

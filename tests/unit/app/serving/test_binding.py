@@ -6,7 +6,7 @@ import pytest
 from app.serving.binding import Dispatcher
 from planes.wire.errors import Rejected
 from planes.wire.messages import RequestId
-from router.request import Observed, Outcome, RoutableRequest
+from router.request import Observed, RoutableRequest
 from router.router import Refusal
 from tests.fakes import FakeRouter, route
 
@@ -39,39 +39,34 @@ async def settle():
         await asyncio.sleep(0)
 
 
-async def hold(dispatcher, name="r", outcome=Outcome.FINISHED):
-    async with dispatcher.routed(request(name), lambda: Observed(outcome=outcome)) as found:
-        return found
+def submit(dispatcher, name="r"):
+    """Ask for a route.  Returns: the answers, as they come."""
+    answers = []
+    dispatcher.submit(request(name), answers.append)
+    return answers
 
 
-async def test_a_route_is_held_for_the_block_and_released_with_what_was_observed(dispatcher, router):
+async def test_a_route_is_held_until_it_is_released_with_what_was_observed(dispatcher, router):
     router.answers = [route("r", "d0")]
-    async with dispatcher.routed(request(), lambda: Observed(completion_tokens=3)) as found:
-        assert found.decode == "d0"
-        assert router.bound == {"r"}
-        assert router.released == []
+    answers = submit(dispatcher)
+    await settle()
+    assert [found.decode for found in answers] == ["d0"]
+    assert (router.bound, dispatcher.num_waiting) == ({"r"}, 0)
+    dispatcher.release(RequestId("r"), Observed(completion_tokens=3))
     assert router.released == [("r", Observed(completion_tokens=3))]
-    assert dispatcher.num_waiting == 0
 
 
-async def test_a_failure_in_the_block_releases_once(dispatcher, router):
-    router.answers = [route("r", "d0")]
-    with pytest.raises(RuntimeError):
-        async with dispatcher.routed(request(), Observed):
-            raise RuntimeError
-    assert len(router.released) == 1
-
-
-async def test_a_refusal_at_submit_or_later_is_raised(dispatcher, router):
+async def test_a_refusal_at_submit_is_raised_and_a_later_one_told(dispatcher, router):
     router.refuses = Rejected("full")
     with pytest.raises(Rejected, match="full"):
-        await hold(dispatcher)
+        submit(dispatcher)
     router.refuses = None
-    router.answers = [Refusal(RequestId("r"), Rejected("too late"))]
-    with pytest.raises(Rejected, match="too late"):
-        await hold(dispatcher)
-    assert router.released == []
-    assert dispatcher.num_waiting == 0
+    error = Rejected("too late")
+    router.answers = [Refusal(RequestId("r"), error)]
+    answers = submit(dispatcher)
+    await settle()
+    assert answers == [error]
+    assert (router.released, dispatcher.num_waiting) == ([], 0)
 
 
 async def test_the_router_is_asked_once_for_all_that_changed_in_a_turn(dispatcher, router):
@@ -82,63 +77,49 @@ async def test_the_router_is_asked_once_for_all_that_changed_in_a_turn(dispatche
 
 
 async def test_a_waiting_request_is_bound_when_something_changes(dispatcher, router):
-    waiting = asyncio.ensure_future(hold(dispatcher))
+    answers = submit(dispatcher)
     await settle()
-    assert dispatcher.num_waiting == 1
+    assert (answers, dispatcher.num_waiting) == ([], 1)
     router.answers = [route("r", "d1")]
     dispatcher.changed()
-    assert (await waiting).decode == "d1"
+    await settle()
+    assert [found.decode for found in answers] == ["d1"]
 
 
 async def test_the_router_is_asked_at_the_instant_it_named(dispatcher, router):
     router.wakes_at = 10.001
-    waiting = asyncio.ensure_future(hold(dispatcher))
+    found = asyncio.get_running_loop().create_future()
+    dispatcher.submit(request(), found.set_result)
     await settle()
     router.wakes_at = None
     router.answers = [route("r", "d1")]
-    assert (await asyncio.wait_for(waiting, 5)).decode == "d1"
+    assert (await asyncio.wait_for(found, 5)).decode == "d1"
 
 
-async def test_a_client_gone_while_waiting_is_withdrawn(dispatcher, router):
-    waiting = asyncio.ensure_future(hold(dispatcher))
+async def test_a_question_that_is_taken_back_is_not_answered(dispatcher, router):
+    answers = submit(dispatcher)
     await settle()
-    waiting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
+    dispatcher.withdraw(RequestId("r"))
+    router.answers = [route("r", "d0")]
+    await settle()
     assert router.withdrawn == ["r"]
-    assert router.released == []
-    assert dispatcher.num_waiting == 0
+    assert (answers, router.bound, router.released, dispatcher.num_waiting) == ([], set(), [], 0)
+    dispatcher.withdraw(RequestId("r"))  # nothing is left to take back
+    assert router.withdrawn == ["r"]
 
 
-async def test_a_client_gone_just_after_it_was_bound_is_released(dispatcher, router):
-    waiting = asyncio.ensure_future(hold(dispatcher))
+async def test_a_router_that_raises_leaves_nothing_reserved_and_serves_whoever_comes_next(dispatcher, router):
+    bound_first = submit(dispatcher, "bound")
+    waiting = submit(dispatcher, "waiting")
+    router.bound.add(RequestId("bound"))  # in the very dispatch that raises
+    router.raises = ZeroDivisionError("secret")
     await settle()
-    router.answers = [route("r", "d0")]
-    dispatcher._dispatch()
-    waiting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-    assert router.released == [("r", Observed(outcome=Outcome.CANCELLED))]
-    assert router.bound == set()
-
-
-async def test_a_client_gone_just_before_it_was_bound_is_released(dispatcher, router):
-    waiting = asyncio.ensure_future(hold(dispatcher))
-    await settle()
-    router.answers = [route("r", "d0")]
-    waiting.cancel()
-    dispatcher._dispatch()
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-    assert router.released == [("r", Observed(outcome=Outcome.CANCELLED))]
-    assert router.bound == set()
-
-
-async def test_a_router_that_raises_fails_those_who_wait_and_nobody_else(dispatcher, router):
-    router.raises = ZeroDivisionError("a policy's bug")
-    with pytest.raises(ZeroDivisionError):
-        await hold(dispatcher)
-    assert router.waiting == {}
+    for answers in (bound_first, waiting):
+        ((error,)) = answers
+        assert (error.code, "secret" in str(error)) == ("internal_error", False)
+    assert (router.bound, dispatcher.num_waiting) == (set(), 0)
     router.raises = None
     router.answers = [route("r", "d0")]
-    assert (await hold(dispatcher)).decode == "d0"
+    answers = submit(dispatcher)
+    await settle()
+    assert [found.decode for found in answers] == ["d0"]

@@ -3,8 +3,8 @@ import asyncio
 import msgspec
 import pytest
 
+from app.serving.errors import WorkerFailed
 from app.serving.prefill_queue import NotQueued, QueuedPrefills
-from app.serving.worker_stream import WorkerFailed
 from planes.events import EventPlaneUnavailable
 from planes.streams.client import WorkerLost
 from planes.wire.frames import (

@@ -7,9 +7,10 @@ import pytest
 from app.metrics import Metrics
 from app.openai.request_headers import HeaderOptions
 from app.serving.binding import Dispatcher
-from app.serving.course import Job
 from app.serving.prefill_queue import NotQueued, Prefilled
 from app.serving.relay import Relay
+from app.serving.request import GatewayRequest
+from app.serving.retries import ExchangeLimits
 from planes.streams.client import WorkerLost
 from planes.wire.errors import Rejected
 from planes.wire.frames import (
@@ -30,7 +31,7 @@ from planes.wire.frames import (
 from planes.wire.messages import HandoverMode, RequestId, Role, WorkerId
 from router.errors import NoWorker
 from router.request import Failure, HandoverPreference, Outcome
-from tests.fakes import FakeAnswer, FakeRouter, FakeWorkers, registration, route
+from tests.fakes import FakeResponse, FakeRouter, FakeWorkers, registration, route
 
 PROMPT = np.arange(1, 21, dtype=np.uint32)  # not a multiple of the block size
 TICKET = Ticket(WorkerId("p0"), HandoverMode.PULL, 20, 30.0, b"params")
@@ -60,16 +61,15 @@ class Scene:
             self.workers,
             self.metrics,
             clock=self.loop.time,
-            max_attempts=max_attempts,
-            replacement_s=replacement_s,
+            limits=ExchangeLimits(max_attempts, replacement_s),
             prefills=prefills,
         )
-        self.answer = FakeAnswer()
+        self.response = FakeResponse()
         self.task = None
 
-    def job(self, *, is_streaming=True, timeout_s=100.0, prompt=PROMPT, options=None, **sampling):
+    def request(self, *, is_streaming=True, timeout_s=100.0, prompt=PROMPT, options=None, **sampling):
         now = self.loop.time()
-        return Job(
+        return GatewayRequest(
             request=RequestId("r"),
             model="sim",
             prompt=prompt,
@@ -84,7 +84,7 @@ class Scene:
 
     async def start(self, *routes, **job):
         self.router.answers = [route("r", decode, prefill) for prefill, decode in routes]
-        self.task = asyncio.create_task(self.relay.run(self.job(**job), self.answer))
+        self.task = asyncio.create_task(self.relay.run(self.request(**job), self.response))
         await settle()
 
     def leg(self, worker, number=-1):
@@ -94,8 +94,8 @@ class Scene:
     async def finished(self):
         await asyncio.wait_for(self.task, 5)
         assert self.router.bound == set()
-        assert self.answer.is_ended
-        return self.answer
+        assert self.response.is_ended
+        return self.response
 
 
 async def settle():
@@ -121,13 +121,13 @@ async def test_a_local_leg_is_relayed_verbatim_and_released_with_what_it_measure
     assert unpack_tokens(request.prompt) == PROMPT.tolist()
     sink.on_delta(b"one", [7])
     await settle()
-    assert scene.answer.is_begun
+    assert scene.response.is_begun
     assert scene.router.prefills == ["r"]
     sink.on_delta(b"", [8])
     sink.on_done(done(b"three", [9]))
-    answer = await scene.finished()
-    assert answer.payloads == [b"one", b"three"]
-    assert answer.headers == {
+    response = await scene.finished()
+    assert response.payloads == [b"one", b"three"]
+    assert response.headers == {
         "x-request-id": "r",
         "x-headrace-prefill": "d0",
         "x-headrace-decode": "d0",
@@ -146,10 +146,10 @@ async def test_an_answer_in_one_piece_is_the_body_of_the_done(scene):
     _, sink = scene.leg("d0")
     sink.on_delta(b"", [7])
     sink.on_done(done(b'{"whole":1}', [8]))
-    answer = await scene.finished()
-    assert (answer.status, answer.body, answer.payloads) == (200, b'{"whole":1}', [])
-    assert answer.headers["content-type"] == "application/json"
-    assert answer.headers["x-headrace-decode"] == "d0"
+    response = await scene.finished()
+    assert (response.status, response.body, response.payloads) == (200, b'{"whole":1}', [])
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-headrace-decode"] == "d0"
 
 
 async def test_pull_streams_the_first_token_before_the_handover(scene):
@@ -159,16 +159,16 @@ async def test_pull_streams_the_first_token_before_the_handover(scene):
     assert request.sampling.max_tokens == 10
     sink.on_done(done(b"first", [7], TICKET))
     await settle()
-    assert scene.answer.is_begun
-    assert scene.answer.payloads == [b"first"]
+    assert scene.response.is_begun
+    assert scene.response.payloads == [b"first"]
     assert scene.router.prefills == ["r"]
     request, sink = scene.leg("d0")
     assert request.leg == DecodeLeg(ticket=TICKET)
     assert unpack_tokens(request.resume) == [7]
     sink.on_done(done(b"rest", [8, 9], usage=Usage(20, 3, 16, handover_s=0.5, handover_bytes=1000)))
-    answer = await scene.finished()
-    assert answer.payloads == [b"first", b"rest"]
-    assert (answer.headers["x-headrace-prefill"], answer.headers["x-headrace-decode"]) == ("p0", "d0")
+    response = await scene.finished()
+    assert response.payloads == [b"first", b"rest"]
+    assert (response.headers["x-headrace-prefill"], response.headers["x-headrace-decode"]) == ("p0", "d0")
     ((_, observed),) = scene.router.released
     assert (observed.prefill_s, observed.handover_s, observed.handover_bytes) == (0.2, 0.5, 1000)
     assert observed.completion_tokens == 3
@@ -195,7 +195,7 @@ async def test_a_first_token_that_might_differ_comes_from_the_decode_worker(scen
     await settle()
     request, sink = scene.leg("d0")
     assert request.resume == b""
-    assert not scene.answer.is_begun
+    assert not scene.response.is_begun
     sink.on_done(done(b"all", [7]))
     await scene.finished()
 
@@ -214,8 +214,8 @@ async def test_a_first_token_that_ends_the_request_needs_no_decode_worker(scene,
     await scene.start(("p0", "d0"), seed=seed, temperature=1.0)
     _, sink = scene.leg("p0")
     sink.on_done(done(b"all of it", [7]))
-    answer = await scene.finished()
-    assert answer.payloads == [b"all of it"]
+    response = await scene.finished()
+    assert response.payloads == [b"all of it"]
     assert scene.workers.connections["d0"].started == []
     ((_, observed),) = scene.router.released
     assert observed.completion_tokens == 1
@@ -248,8 +248,8 @@ async def test_a_push_whose_giver_is_lost_is_routed_again_and_the_taker_stopped(
     assert request.leg == LocalLeg()
     assert request.request == "r.2"
     sink.on_done(done(b"x", [7]))
-    answer = await scene.finished()
-    assert answer.headers["x-headrace-fallback"] == "worker_lost"
+    response = await scene.finished()
+    assert response.headers["x-headrace-fallback"] == "worker_lost"
     assert metric(scene, "headrace_fallbacks_total") == ['headrace_fallbacks_total{code="worker_lost"} 1.0']
 
 
@@ -265,20 +265,21 @@ async def test_a_prefill_that_fails_is_tried_elsewhere(scene, failure):
     assert scene.router.submitted[-1].excluded == {"p0"}
     assert not scene.router.submitted[-1].is_local_only
     scene.leg("p1")[1].on_done(done(b"x", [7]))
-    answer = await scene.finished()
-    assert answer.headers["x-headrace-prefill"] == "p1"
-    assert "x-headrace-fallback" not in answer.headers
+    response = await scene.finished()
+    assert response.headers["x-headrace-prefill"] == "p1"
+    assert "x-headrace-fallback" not in response.headers
     assert [observed.outcome for _, observed in scene.router.released] == [Outcome.INTERRUPTED, Outcome.FINISHED]
 
 
-async def test_a_taker_that_fails_at_once_puts_the_giver_under_suspicion(scene):
-    await scene.start(("p0", "d0"), (None, "d0"))
+async def test_a_handover_that_fails_puts_both_workers_under_suspicion(scene):
+    await scene.start(("p0", "d0"), (None, "d1"))
     scene.leg("p0")[1].on_done(done(b"first", [7], TICKET))
     await settle()
     scene.leg("d0")[1].on_failed(Failed(StreamId(1), FailureKind.INTERRUPTED, "engine_error", "no KV cache"))
     await settle()
-    assert scene.router.submitted[-1].excluded == {"p0"}
-    request, sink = scene.leg("d0")
+    assert scene.router.submitted[-1].excluded == {"p0", "d0"}
+    assert scene.workers.connections["p0"].released == ["r"]
+    request, sink = scene.leg("d1")
     assert (request.leg, unpack_tokens(request.resume)) == (LocalLeg(), [7])
     sink.on_done(done(b"rest", [8]))
     assert (await scene.finished()).payloads == [b"first", b"rest"]
@@ -323,9 +324,9 @@ async def test_attempts_in_a_row_without_a_token_are_bounded():
     scene.leg("d0")[1].on_lost(WorkerLost(WorkerId("d0"), "killed"))
     await settle()
     scene.leg("d1")[1].on_lost(WorkerLost(WorkerId("d1"), "killed"))
-    answer = await scene.finished()
-    assert answer.status == 502
-    assert b"worker d1 was lost: killed" in answer.body
+    response = await scene.finished()
+    assert response.status == 502
+    assert b"worker d1 was lost: killed" in response.body
 
 
 async def test_a_begun_answer_waits_for_a_worker_when_none_is_left(scene):
@@ -335,10 +336,10 @@ async def test_a_begun_answer_waits_for_a_worker_when_none_is_left(scene):
     scene.router.refuses = NoWorker("sim", num_workers=0)
     sink.on_lost(WorkerLost(WorkerId("d0"), "killed"))
     await settle()
-    assert not scene.answer.is_ended
+    assert not scene.response.is_ended
     scene.router.refuses = None
     scene.router.answers = [route("r", "d0", None)]  # the same worker, started again
-    scene.workers.join()
+    scene.workers.join("d0")
     await settle()
     assert scene.router.submitted[-1].excluded == frozenset()
     request, sink = scene.leg("d0")
@@ -348,25 +349,6 @@ async def test_a_begun_answer_waits_for_a_worker_when_none_is_left(scene):
     assert metric(scene, "headrace_replacement_waits_total") == [
         'headrace_replacement_waits_total{outcome="replaced"} 1.0'
     ]
-
-
-async def test_a_worker_that_is_back_before_the_request_knows_is_not_waited_for(scene):
-    await scene.start((None, "d0"))
-    sink = scene.leg("d0")[1]
-    sink.on_delta(b"a", [1])
-    scene.workers.join()
-    submit = scene.router.submit
-
-    def refuse_once(_request, *, now):
-        scene.router.submit = submit
-        raise NoWorker("sim", num_workers=1)
-
-    scene.router.submit = refuse_once
-    scene.router.answers = [route("r", "d0", None)]
-    sink.on_lost(WorkerLost(WorkerId("d0"), "killed"))
-    await settle()
-    scene.leg("d0")[1].on_done(done(b"b", [2]))
-    assert (await scene.finished()).payloads == [b"a", b"b"]
 
 
 async def test_a_request_that_kills_whoever_serves_it_is_given_up():
@@ -380,11 +362,11 @@ async def test_a_request_that_kills_whoever_serves_it_is_given_up():
         await settle()
         scene.router.refuses = None
         scene.router.answers = [route("r", "d0", None)]
-        scene.workers.join()
+        scene.workers.join("d0")
         await settle()
-    answer = await scene.finished()
-    assert answer.payloads[:-1] == [b"0", b"1", b"2"]
-    assert b'"code":"no_worker"' in answer.payloads[-1]
+    response = await scene.finished()
+    assert response.payloads[:-1] == [b"0", b"1", b"2"]
+    assert b'"code":"no_worker"' in response.payloads[-1]
     assert metric(scene, "headrace_replacement_waits_total") == [
         'headrace_replacement_waits_total{outcome="replaced"} 2.0',
         'headrace_replacement_waits_total{outcome="gave_up"} 1.0',
@@ -443,9 +425,9 @@ async def test_a_stream_of_several_choices_that_is_lost_ends_with_an_error_event
     sink.on_delta(b"a", [1])
     await settle()
     sink.on_lost(WorkerLost(WorkerId("d0"), "killed"))
-    answer = await scene.finished()
-    assert answer.payloads[0] == b"a"
-    assert b'"code":"not_resumable"' in answer.payloads[1]
+    response = await scene.finished()
+    assert response.payloads[0] == b"a"
+    assert b'"code":"not_resumable"' in response.payloads[1]
 
 
 @pytest.mark.parametrize("sampling", [{"n": 2, "temperature": 1.0}, {"logprobs": 1}])
@@ -461,27 +443,40 @@ async def test_a_whole_answer_that_cannot_be_resumed_starts_over(scene, sampling
     assert (await scene.finished()).body == b"{}"
 
 
-async def test_what_a_worker_finds_invalid_is_the_client_s_error(scene):
-    await scene.start((None, "d0"))
+async def test_what_a_worker_finds_invalid_is_the_fleet_s_fault_and_tried_elsewhere(scene):
+    await scene.start((None, "d0"), (None, "d1"))
     failed = Failed(StreamId(1), FailureKind.INVALID, "context_length_exceeded", "too long", "messages")
     scene.leg("d0")[1].on_failed(failed)
-    answer = await scene.finished()
-    assert answer.status == 400
-    assert msgspec.json.decode(answer.body)["error"]["param"] == "messages"
-    assert len(scene.router.submitted) == 1
+    await settle()
+    assert scene.router.submitted[-1].excluded == {"d0"}
+    scene.leg("d1")[1].on_done(done(b"all", [7]))
+    assert (await scene.finished()).payloads == [b"all"]
+    assert metric(scene, "headrace_retries_total") == ['headrace_retries_total{code="worker_disagrees"} 1.0']
+
+
+async def test_what_all_workers_find_invalid_is_not_the_client_s_error():
+    scene = Scene(max_attempts=2)
+    await scene.start((None, "d0"), (None, "d1"))
+    failed = Failed(StreamId(1), FailureKind.INVALID, "context_length_exceeded", "too long", "messages")
+    for worker in ("d0", "d1"):
+        scene.leg(worker)[1].on_failed(failed)
+        await settle()
+    response = await scene.finished()
+    assert response.status == 502
+    assert b'"code":"worker_disagrees"' in response.body
 
 
 async def test_the_router_s_refusal_reaches_the_client(scene):
     scene.router.refuses = Rejected("no room", retry_after_s=2.0)
     await scene.start()
-    answer = await scene.finished()
-    assert (answer.status, answer.headers["retry-after"], answer.headers["x-request-id"]) == (503, "2", "r")
+    response = await scene.finished()
+    assert (response.status, response.headers["retry-after"], response.headers["x-request-id"]) == (503, "2", "r")
 
 
 async def test_a_client_that_goes_cancels_its_legs_and_frees_its_reservation():
     scene = Scene(HandoverMode.PUSH)
     await scene.start(("p0", "d0"))
-    scene.answer.is_gone = True
+    scene.response.is_gone = True
     scene.task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await scene.task
@@ -489,7 +484,7 @@ async def test_a_client_that_goes_cancels_its_legs_and_frees_its_reservation():
     assert scene.workers.connections["d0"].cancelled == [1]
     ((_, observed),) = scene.router.released
     assert observed.outcome is Outcome.CANCELLED
-    assert scene.answer.status is None
+    assert scene.response.status is None
     assert 'code="cancelled"' in metric(scene, "headrace_requests_total")[0]
 
 
@@ -497,7 +492,7 @@ async def test_a_client_that_goes_in_mid_stream_stops_its_worker(scene):
     await scene.start((None, "d0"))
     scene.leg("d0")[1].on_delta(b"a", [1])
     await settle()
-    scene.answer.is_gone = True
+    scene.response.is_gone = True
     scene.task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await scene.task
@@ -506,7 +501,7 @@ async def test_a_client_that_goes_in_mid_stream_stops_its_worker(scene):
 
 async def test_a_client_that_goes_while_its_request_waits_is_withdrawn(scene):
     await scene.start()
-    scene.answer.is_gone = True
+    scene.response.is_gone = True
     scene.task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await scene.task
@@ -523,21 +518,21 @@ async def test_a_stopping_gateway_says_so(scene, is_begun):
     scene.task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await scene.task
-    told = scene.answer.payloads[-1] if is_begun else scene.answer.body
+    told = scene.response.payloads[-1] if is_begun else scene.response.body
     assert b"gateway_stopping" in told
-    assert scene.answer.is_ended
+    assert scene.response.is_ended
     assert scene.router.bound == set()
 
 
 @pytest.mark.parametrize("is_begun", [False, True])
 async def test_a_deadline_ends_the_request_in_the_shape_that_is_left(scene, is_begun):
-    await scene.start((None, "d0"), timeout_s=0.01)
+    await scene.start((None, "d0"), timeout_s=0.2)
     if is_begun:
         scene.leg("d0")[1].on_delta(b"a", [1])
-    answer = await scene.finished()
-    told = answer.payloads[-1] if is_begun else answer.body
+    response = await scene.finished()
+    told = response.payloads[-1] if is_begun else response.body
     assert b'"code":"deadline"' in told
-    assert answer.status == (200 if is_begun else 504)
+    assert response.status == (200 if is_begun else 504)
     assert scene.workers.connections["d0"].cancelled == [1]
 
 
@@ -547,9 +542,9 @@ async def test_a_bug_of_ours_is_answered_and_counted(scene):
 
     scene.workers.connection = broken
     await scene.start((None, "d0"))
-    answer = await scene.finished()
-    assert answer.status == 500
-    assert b"secret" not in answer.body
+    response = await scene.finished()
+    assert response.status == 500
+    assert b"secret" not in response.body
     assert 'code="internal_error"' in metric(scene, "headrace_requests_total")[0]
 
 
@@ -557,8 +552,8 @@ async def test_a_prefill_worker_without_an_endpoint_is_not_used(scene):
     scene.workers.registrations[WorkerId("p0")] = registration("p0", Role.PREFILL, mode=None)
     await scene.start(("p0", "d0"), (None, "d0"))
     scene.leg("d0")[1].on_done(done(b"x", [1]))
-    answer = await scene.finished()
-    assert answer.headers["x-headrace-fallback"] == "worker_unreachable"
+    response = await scene.finished()
+    assert response.headers["x-headrace-fallback"] == "worker_unreachable"
 
 
 async def test_a_failed_handover_is_not_insisted_on(scene):
@@ -571,9 +566,9 @@ async def test_a_failed_handover_is_not_insisted_on(scene):
     assert scene.router.submitted[1].handover is HandoverPreference.AUTO
     _, sink = scene.leg("d1")
     sink.on_done(done(b"all", [7]))
-    answer = await scene.finished()
-    assert answer.headers["x-headrace-fallback"] == "engine_error"
-    assert '"prefill":null,"decode":"d1"' in answer.headers["x-headrace-route"]
+    response = await scene.finished()
+    assert response.headers["x-headrace-fallback"] == "engine_error"
+    assert '"prefill":null,"decode":"d1"' in response.headers["x-headrace-route"]
 
 
 async def test_a_request_that_wants_no_handover_never_gets_one(scene):
@@ -594,14 +589,14 @@ class FakePrefills:
         self.asked.append((model, request))
         return await self.outcome
 
-    def release(self, model, given):
-        self.released.append(given)
+    def release(self, model, job, worker):
+        self.released.append((model, job, worker))
 
 
 @pytest.fixture
 async def queueing():
     scene = Scene(prefills=FakePrefills())
-    scene.prefills = scene.relay._prefills
+    scene.prefills = scene.relay.prefills
     yield scene
     scene.dispatcher.stop()
 
@@ -615,14 +610,14 @@ async def test_a_prompt_from_the_queue_is_decoded_with_the_ticket_of_whoever_too
     ticket = msgspec.structs.replace(TICKET, worker=WorkerId("p1"))
     scene.prefills.outcome.set_result(Prefilled(WorkerId("p1"), done(b"first", [7], ticket), scene.loop.time()))
     await settle()
-    assert (scene.answer.headers["x-headrace-prefill"], scene.answer.payloads) == ("p1", [b"first"])
+    assert (scene.response.headers["x-headrace-prefill"], scene.response.payloads) == ("p1", [b"first"])
     request, sink = scene.leg("d0")
     assert request.leg == DecodeLeg(ticket=ticket)
     assert unpack_tokens(request.resume) == [7]
     sink.on_done(done(b"rest", [8]))
-    answer = await scene.finished()
-    assert answer.payloads == [b"first", b"rest"]
-    assert "x-headrace-fallback" not in answer.headers
+    response = await scene.finished()
+    assert response.payloads == [b"first", b"rest"]
+    assert "x-headrace-fallback" not in response.headers
     ((_, observed),) = scene.router.released
     assert (observed.prefill, observed.completion_tokens) == ("p1", 2)
     assert scene.router.prefills == ["r"]
@@ -636,7 +631,7 @@ async def test_who_took_its_own_prompt_goes_on_without_fetching(queueing):
     await settle()
     request, sink = scene.leg("d0")
     assert (request.leg, unpack_tokens(request.resume)) == (LocalLeg(), [7])
-    assert scene.prefills.released == [given]
+    assert scene.prefills.released == [("sim", "r.q", "d0")]
     sink.on_done(done(b"rest", [8]))
     assert (await scene.finished()).payloads == [b"first", b"rest"]
 
@@ -649,9 +644,9 @@ async def test_what_the_queue_cannot_take_is_sent_directly_and_it_is_said(queuei
     scene.leg("p0")[1].on_done(done(b"first", [7], TICKET))
     await settle()
     scene.leg("d0")[1].on_done(done(b"rest", [8]))
-    answer = await scene.finished()
-    assert answer.headers["x-headrace-prefill"] == "p0"
-    assert answer.headers["x-headrace-fallback"] == "prefill_queue_full"
+    response = await scene.finished()
+    assert response.headers["x-headrace-prefill"] == "p0"
+    assert response.headers["x-headrace-fallback"] == "prefill_queue_full"
     assert metric(scene, "headrace_prefill_queue_bypasses_total") == [
         'headrace_prefill_queue_bypasses_total{code="prefill_queue_full"} 1.0'
     ]
@@ -666,15 +661,15 @@ async def test_a_prompt_that_failed_from_the_queue_goes_directly_to_another_work
     scene.leg("p0")[1].on_done(done(b"first", [7], TICKET))
     await settle()
     scene.leg("d0")[1].on_done(done(b"rest", [8]))
-    answer = await scene.finished()
-    assert answer.headers["x-headrace-fallback"] == "retried"
+    response = await scene.finished()
+    assert response.headers["x-headrace-fallback"] == "retried"
     assert len(scene.prefills.asked) == 1
 
 
 async def test_a_client_that_goes_while_its_prompt_is_queued_is_not_waited_for(queueing):
     scene = queueing
     await scene.start(("p0", "d0"))
-    scene.answer.is_gone = True
+    scene.response.is_gone = True
     scene.task.cancel()
     await asyncio.gather(scene.task, return_exceptions=True)
     assert scene.prefills.outcome.cancelled()

@@ -1,0 +1,94 @@
+"""Who is to blame for failed legs: a function of all that failed so far, for a request's next attempt to route by.
+
+| what failed                                            | blamed | suspected        | avoided for now |
+|--------------------------------------------------------|--------|------------------|-----------------|
+| any leg: its worker was lost, left or could not go on  | it     |                  |                 |
+| any leg: its worker has no room                        |        |                  | it              |
+| a handover: either leg, before the decode leg's token   |        | both of the pair |                 |
+| … two of them, with one worker in common               | it     | none of these    |                 |
+| a ticket that was too old                              |        |                  |                 |
+
+A handover that fails is the fault of one of two, and a single failure does not tell which. Whoever failed with two
+different partners explains both failures, so the partners are cleared. A suspect is avoided as long as anybody else is
+there: the next attempt is as good as it can be whichever of the two it was.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from app.serving.errors import LegError, TicketExpired, WorkerBusy, WorkerDisagrees, WorkerFailed
+from planes.wire.messages import WorkerId
+
+Pair = tuple[WorkerId, WorkerId]
+"""A prefill and a decode worker."""
+
+
+class FailureKind(StrEnum):
+    """What a failed leg says about workers."""
+
+    WORKER = "worker"
+    """One worker is lost, leaves, or could not go on."""
+    BUSY = "busy"
+    """It is well, and has no room now."""
+    HANDOVER = "handover"
+    """A KV cache did not arrive: one of two workers."""
+    EXPIRED = "expired"
+    """Nobody's fault: time."""
+
+
+@dataclass(frozen=True, slots=True)
+class LegFailure:
+    """One leg that failed. worker: whose it was.  pair: prefill and decode worker of the handover that failed."""
+
+    kind: FailureKind
+    worker: WorkerId
+    pair: Pair | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Suspects:
+    """prefill: those of `suspected` that were to give a KV cache: the more likely ones, where one of two must serve."""
+
+    blamed: frozenset[WorkerId] = frozenset()
+    suspected: frozenset[WorkerId] = frozenset()
+    prefill: frozenset[WorkerId] = frozenset()
+    busy: frozenset[WorkerId] = frozenset()
+
+    def exclusions(self) -> list[frozenset[WorkerId]]:
+        """Whom to leave out, the best way first; a later one for the case that nobody is left by those before."""
+        blamed = self.blamed | self.busy
+        ways = [blamed | self.suspected, blamed | self.prefill, blamed]
+        return [way for number, way in enumerate(ways) if way not in ways[:number]]
+
+
+def failure_of(error: LegError, *, pair: Pair | None = None) -> LegFailure:
+    """pair: where the leg was part of a handover that had not been completed."""
+    match error:
+        case WorkerBusy():
+            return LegFailure(FailureKind.BUSY, error.worker)
+        case TicketExpired():
+            return LegFailure(FailureKind.EXPIRED, error.worker)
+        case WorkerFailed() | WorkerDisagrees() if pair is not None:
+            return LegFailure(FailureKind.HANDOVER, error.worker, pair)
+        case _:
+            return LegFailure(FailureKind.WORKER, error.worker)
+
+
+def suspects(failures: Sequence[LegFailure]) -> Suspects:
+    """The table above."""
+    blamed = {each.worker for each in failures if each.kind is FailureKind.WORKER}
+    busy = {each.worker for each in failures if each.kind is FailureKind.BUSY}
+    pairs = {each.pair for each in failures if each.pair is not None}
+    partners: dict[WorkerId, set[WorkerId]] = {}
+    for prefill, decode in pairs:
+        partners.setdefault(prefill, set()).add(decode)
+        partners.setdefault(decode, set()).add(prefill)
+    blamed |= {worker for worker, others in partners.items() if len(others) > 1}
+    unexplained = [pair for pair in pairs if blamed.isdisjoint(pair)]
+    return Suspects(
+        frozenset(blamed),
+        frozenset(worker for pair in unexplained for worker in pair),
+        frozenset(prefill for prefill, _ in unexplained),
+        frozenset(busy - blamed),
+    )

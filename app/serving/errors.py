@@ -1,0 +1,110 @@
+"""How serving a request can fail: what a worker's words stand for, and what only the gateway can tell."""
+
+from planes.streams.client import WorkerLost, WorkerUnreachable
+from planes.wire.errors import HeadraceError, Interrupted, Rejected
+from planes.wire.frames import Failed, FailureKind
+from planes.wire.messages import WorkerId
+
+_BUSY_CODE = "worker_busy"
+_EXPIRED_CODE = "ticket_expired"
+
+
+class WorkerRefused(Rejected):
+    """The worker would not take the request: it leaves, or does not serve what it was asked."""
+
+    def __init__(self, worker: WorkerId, code: str, reason: str) -> None:
+        super().__init__(f"worker {worker} refused the request: {reason}")
+        self.worker = worker
+        self.code = code
+
+
+class WorkerBusy(Rejected):
+    """The worker has as many requests as it takes. It is well, and will have room again."""
+
+    status, code = 429, _BUSY_CODE
+
+    def __init__(self, worker: WorkerId, reason: str) -> None:
+        super().__init__(f"worker {worker} has no room: {reason}; try again in a second", retry_after_s=1.0)
+        self.worker = worker
+
+
+class WorkerFailed(Interrupted):
+    """The worker began and could not go on."""
+
+    def __init__(self, worker: WorkerId, code: str, reason: str) -> None:
+        super().__init__(f"worker {worker} could not go on: {reason}")
+        self.worker = worker
+        self.code = code
+
+
+class WorkerDisagrees(Interrupted):
+    """The worker finds invalid what this gateway has found valid: the fleet's fault, not the client's."""
+
+    code = "worker_disagrees"
+
+    def __init__(self, worker: WorkerId, code: str, reason: str) -> None:
+        super().__init__(f"worker {worker} would not compute what this gateway has found valid ({code}): {reason}")
+        self.worker = worker
+
+
+class TicketExpired(Interrupted):
+    """A prompt's KV cache was not taken within its lease: nobody's fault."""
+
+    code = _EXPIRED_CODE
+
+    def __init__(self, worker: WorkerId, reason: str) -> None:
+        super().__init__(f"the KV cache kept by worker {worker} was not taken in time: {reason}")
+        self.worker = worker
+
+
+LegError = WorkerUnreachable | WorkerLost | WorkerRefused | WorkerBusy | WorkerFailed | WorkerDisagrees | TicketExpired
+"""How a leg can end that may be run elsewhere. Each names its `worker`."""
+
+
+class DeadlinePassed(Rejected):
+    """Time is up. Not `Interrupted`: continuing elsewhere would not give more of it."""
+
+    status, code = 504, "deadline"
+
+    def __init__(self, timeout_s: float, num_tokens: int) -> None:
+        super().__init__(f"the request's limit of {timeout_s:g} s passed after {num_tokens} tokens; allow it more time")
+
+
+class GatewayStopping(Interrupted):
+    """This gateway stops and the request did not end in time."""
+
+    code = "gateway_stopping"
+
+    def __init__(self) -> None:
+        super().__init__("the gateway is stopping; send the request again")
+
+
+class NotResumable(Interrupted):
+    """A worker was lost after the client had got a part of several choices."""
+
+    code = "not_resumable"
+
+    def __init__(self, n: int, reason: str) -> None:
+        super().__init__(f"an answer of n = {n} choices cannot be continued on another worker: {reason}")
+
+
+def leg_error(
+    failed: Failed, worker: WorkerId
+) -> WorkerRefused | WorkerBusy | WorkerFailed | WorkerDisagrees | TicketExpired:
+    """What a worker says went wrong, as one of our errors."""
+    match failed.kind:
+        case FailureKind.INVALID:
+            return WorkerDisagrees(worker, failed.code, failed.message)
+        case FailureKind.REJECTED if failed.code == _BUSY_CODE:
+            return WorkerBusy(worker, failed.message)
+        case FailureKind.REJECTED:
+            return WorkerRefused(worker, failed.code, failed.message)
+        case FailureKind.INTERRUPTED if failed.code == _EXPIRED_CODE:
+            return TicketExpired(worker, failed.message)
+        case FailureKind.INTERRUPTED:
+            return WorkerFailed(worker, failed.code, failed.message)
+
+
+def worker_of(exc: HeadraceError) -> WorkerId | None:
+    """The worker that an error names."""
+    return getattr(exc, "worker", None)

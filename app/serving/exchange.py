@@ -1,0 +1,436 @@
+"""One request and its answer, from arrival to the last byte: a state machine without clock, loop or socket.
+
+The driver (`relay.py`; the simulator has one on virtual time) tells it what happens and does what it asks for.
+
+| state              | event                   | → state      | effects                                               |
+|--------------------|-------------------------|--------------|-------------------------------------------------------|
+| (new)              | start                   | ROUTING      | Submit                                                |
+| ROUTING            | Bound, one worker       | DECODING     | StartLeg(local)                                       |
+| ROUTING            | Bound, pull             | PREFILLING   | StartLeg(prefill)                                     |
+| ROUTING            | Bound, pull, with queue | QUEUED       | EnqueuePrefill                                        |
+| ROUTING            | Bound, push             | PUSHING      | StartLeg(decode), StartLeg(prefill)                   |
+| ROUTING            | Refused: nobody left    | ROUTING      | Submit, with fewer workers left out                   |
+|                    | … and some were busy    | WAITING      | WaitUntil                                             |
+|                    | … and there are tokens  | WAITING      | WaitUntil                                             |
+|                    | … and nothing to save   | ENDED        | Fail                                                  |
+| QUEUED             | NotQueued               | PREFILLING   | StartLeg(prefill)                                     |
+| QUEUED, PREFILLING | LegDone with a ticket   | DECODING     | MarkPrefilled, [Head, Write], StartLeg(decode, local) |
+| QUEUED, PREFILLING | LegDone without         | ENDED        | MarkPrefilled, Finish or Reply, Release               |
+| PUSHING            | LegDone(prefill)        | DECODING     | MarkPrefilled                                         |
+| PUSHING, DECODING  | Delta                   | (same)       | [MarkPrefilled], [Head], [Write]                      |
+| PUSHING, DECODING  | LegDone(decode, local)  | ENDED        | Finish or Reply, Release                              |
+| (a leg runs)       | LegFailed               | ROUTING      | CancelLeg, ReleaseTicket, Release, Submit             |
+|                    | … too often in a row    | ENDED        | … Release, Fail                                       |
+| WAITING            | Joined, TimeUp          | ROUTING      | Submit                                                |
+|                    | TimeUp, the last        | ENDED        | Fail                                                  |
+| (any)              | ClientGone              | ENDED        | Withdraw, or CancelLeg, ReleaseTicket, Release        |
+| (any)              | Deadline, Stopping, Bug | ENDED        | the same, then Fail                                   |
+
+What has been kept for somebody is part of the state: from the start of a prefill leg until the decode leg's first
+token, whoever leaves says ReleaseTicket. What the client has got is never sent again: a later leg is given `tokens`,
+and its worker's formatter folds them in silence. Who is left out of the next attempt: `blame.py`.
+"""
+
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Any, ClassVar
+
+from app.serving import effects as do
+from app.serving import events as on
+from app.serving import summary
+from app.serving.attempt import Attempt
+from app.serving.blame import failure_of
+from app.serving.effects import Effect, Noted
+from app.serving.errors import (
+    DeadlinePassed,
+    GatewayStopping,
+    LegError,
+    NotResumable,
+    TicketExpired,
+    WorkerDisagrees,
+    WorkerFailed,
+)
+from app.serving.events import Event, LegId
+from app.serving.request import GatewayRequest
+from app.serving.retries import ExchangeLimits, Retries
+from planes.streams.client import WorkerUnreachable
+from planes.wire.errors import HeadraceError
+from planes.wire.frames import DecodeLeg, Done, Leg, LocalLeg, PrefillLeg
+from planes.wire.messages import HandoverMode, RequestId, WorkerId
+from router.errors import DeadlineExceeded, NoPair, NoWorker
+from router.request import Failure, Outcome
+
+
+class State(Enum):
+    """What the exchange waits for."""
+
+    ROUTING = auto()
+    """The router's answer."""
+    QUEUED = auto()
+    """Whichever worker takes the prompt from the prefill queue, and computes it."""
+    PREFILLING = auto()
+    """The prefill worker."""
+    PUSHING = auto()
+    """Both workers; the prefill worker WRITEs."""
+    DECODING = auto()
+    """The worker that decodes."""
+    WAITING = auto()
+    """A worker to go on with. No reservation is held."""
+    ENDED = auto()
+
+
+Handler = Callable[[Any, Any, float], list[Effect]]
+
+
+class Exchange:
+    """See the table. Read only from outside, but for `start` and `receive`."""
+
+    def __init__(self, request: GatewayRequest, limits: ExchangeLimits, *, has_prefill_queue: bool = False) -> None:
+        self.request = request
+        self.state = State.ROUTING
+        self.tokens: list[int] = []
+        """What the client has got; with n > 1 of all choices, good for counting only. A stream extends it itself."""
+        self.attempts: list[Attempt] = []
+        self.code = ""
+        """How it ended, for metrics and log; empty until then."""
+        self.first_at: float | None = None
+        """Instant of the client's first token."""
+        self.is_begun = False
+        """A streamed answer's head has been sent."""
+        self._retries = Retries(limits)
+        self._has_prefill_queue = has_prefill_queue
+        self._legs: dict[LegId, tuple[WorkerId, Leg]] = {}
+        self._num_legs = 0
+        self._kept: do.ReleaseTicket | None = None
+        """What must be said if the KV cache kept for this attempt will not be taken."""
+        self._lost: LegError | None = None
+        """How the last leg failed."""
+        self._fallback = ""
+        self._waits_for: HeadraceError | None = None
+        """Why no worker could be had, in the last wait."""
+
+    @property
+    def attempt(self) -> Attempt | None:
+        """The last one."""
+        return self.attempts[-1] if self.attempts else None
+
+    def start(self) -> list[Effect]:
+        """Ask for the first route."""
+        return [self._submit()]
+
+    def receive(self, event: Event, *, now: float) -> list[Effect]:
+        """Take one event. Those of legs that are over, and all after the end, change nothing.
+
+        Raises:  TypeError for an event that cannot happen in this state: a bug of the driver.
+        """
+        leg = getattr(event, "leg", None)
+        if self.state is State.ENDED or (leg is not None and leg not in self._legs):
+            return []
+        handler = self._TRANSITIONS.get((self.state, type(event))) or self._ANY_STATE.get(type(event))
+        if handler is None:
+            raise TypeError(f"{type(event).__name__} in state {self.state.name} of request {self.request.request}")
+        return handler(self, event, now)
+
+    # --- routing -------------------------------------------------------------------------------------------------
+
+    def _submit(self) -> do.Submit:
+        self.state = State.ROUTING
+        num_tokens, excluded = len(self.tokens), self._retries.excluded
+        is_retry = bool(num_tokens) or self._retries.has_failures
+        return do.Submit(self.request.routable(num_tokens=num_tokens, excluded=excluded, is_retry=is_retry))
+
+    def _bound(self, event: on.Bound, now: float) -> list[Effect]:
+        route, told = event.route, list[Effect]()
+        if self._retries.end_wait():
+            told.append(do.Note(Noted.REPLACED))
+        before = self.attempt
+        is_fallback = before is not None and route.prefill is None and before.route.prefill is not None
+        self._fallback = self._lost.code if is_fallback and self._lost is not None else ""
+        if self._fallback:
+            told.append(do.Note(Noted.FELL_BACK, self._fallback))
+        self.attempts.append(Attempt(route, now, len(self.tokens)))
+        if route.prefill is None:
+            self.state = State.DECODING
+            return [*told, self._start(route.decode, LocalLeg())]
+        if event.endpoint is None:
+            error = WorkerUnreachable(route.prefill, "it has left, or is registered without a handover endpoint")
+            return [*told, *self._failed(error, None, now)]
+        if event.endpoint.mode is HandoverMode.PUSH:
+            if self._has_prefill_queue:
+                told.append(self._bypass("push", "a handover by push needs both legs at once"))
+            self.state = State.PUSHING
+            taking = self._start(route.decode, DecodeLeg(source=event.endpoint))
+            return [*told, taking, self._start(route.prefill, PrefillLeg(HandoverMode.PUSH))]
+        kind = PrefillLeg(HandoverMode.PULL, emit_first=self.request.is_first_token_early)
+        if self._has_prefill_queue and not self._retries.has_failures:
+            self.state = State.QUEUED
+            leg = self._new_leg(route.prefill, kind)
+            return [*told, do.EnqueuePrefill(leg, self._leg_name(), kind)]
+        if self._has_prefill_queue:
+            told.append(self._bypass("retried", "the queue cannot keep it from the workers that failed it"))
+        self.state = State.PREFILLING
+        return [*told, self._start(route.prefill, kind)]
+
+    def _refused(self, event: on.Refused, now: float) -> list[Effect]:
+        error = event.error
+        if isinstance(error, NoWorker | NoPair) and self._retries.relax():
+            return [self._submit()]
+        if self._retries.has_busy:
+            return self._wait(now)
+        if not self.tokens or isinstance(error, DeadlineExceeded):
+            # A worker that is well and cannot serve this says more than that nobody else can.
+            return self._give_up(self._lost if isinstance(self._lost, WorkerFailed | WorkerDisagrees) else error)
+        told = list[Effect]()
+        self._waits_for = error
+        if self._retries.begin_wait(now):
+            told.append(do.Note(Noted.WAITING, error.code, str(error)))
+        if self._retries.is_out_of_patience(now):
+            return [*told, *self._give_up(error)]
+        return [*told, *self._wait(now)]
+
+    def _wait(self, now: float) -> list[Effect]:
+        self.state = State.WAITING
+        return [do.WaitUntil(self._retries.back_off(now))]
+
+    def _look_again(self, _: on.TimeUp, now: float) -> list[Effect]:
+        if self._waits_for is not None and self._retries.is_out_of_patience(now):
+            return self._give_up(self._waits_for)
+        return [self._submit()]
+
+    def _joined(self, event: on.Joined, _: float) -> list[Effect]:
+        self._retries.forgive(event.worker)
+        return [self._submit()] if self.state is State.WAITING else []
+
+    def _bypass(self, code: str, reason: str) -> do.Note:
+        self._fallback = self._fallback or code
+        return do.Note(Noted.BYPASSED, code, reason)
+
+    # --- legs ----------------------------------------------------------------------------------------------------
+
+    def _leg_name(self) -> RequestId:
+        """The name of this attempt's legs: an engine may still be busy forgetting the attempt before."""
+        number = len(self.attempts)
+        return self.request.request if number == 1 else RequestId(f"{self.request.request}.{number}")
+
+    def _new_leg(self, worker: WorkerId, kind: Leg) -> LegId:
+        self._num_legs += 1
+        leg = LegId(self._num_legs)
+        self._legs[leg] = worker, kind
+        return leg
+
+    def _start(self, worker: WorkerId, kind: Leg) -> do.StartLeg:
+        name = self._leg_name()
+        if isinstance(kind, PrefillLeg):
+            self._kept = do.ReleaseTicket(worker, name)
+        return do.StartLeg(self._new_leg(worker, kind), worker, name, kind)
+
+    def _not_queued(self, event: on.NotQueued, _: float) -> list[Effect]:
+        worker, kind = self._legs.pop(event.leg)
+        self.state = State.PREFILLING
+        return [self._bypass(event.code, event.reason), self._start(worker, kind)]
+
+    def _delta(self, event: on.Delta, now: float) -> list[Effect]:
+        _, kind = self._legs[event.leg]
+        if isinstance(kind, PrefillLeg):
+            return []  # whatever it has to say comes with its end
+        self.tokens.extend(event.tokens)
+        told = self._first_token(kind, now)
+        if event.payload and self.request.format.is_streaming:
+            told += self._say(event.payload)
+        return told
+
+    def _first_token(self, kind: Leg, now: float) -> list[Effect]:
+        """Of a leg that decodes, or one that says it early."""
+        attempt = self.attempts[-1]
+        if attempt.first_at is None:
+            attempt.first_at = now
+        if self.first_at is None:
+            self.first_at = now
+        if isinstance(kind, DecodeLeg):
+            self._kept = None  # it has been taken
+        return self._mark_prefilled() if isinstance(kind, LocalLeg) else []
+
+    def _mark_prefilled(self) -> list[Effect]:
+        attempt = self.attempts[-1]
+        if attempt.is_prefilled:
+            return []
+        attempt.is_prefilled = True
+        return [do.MarkPrefilled()]
+
+    def _say(self, payload: bytes) -> list[Effect]:
+        return [*self._head(), do.Write(payload)]
+
+    def _head(self) -> list[Effect]:
+        if self.is_begun:
+            return []
+        self.is_begun = True
+        return [do.Head(self.headers())]
+
+    def headers(self) -> do.Headers:
+        """What the answer's head says, as things stand."""
+        return summary.headers(self.request, self.attempt, self._fallback)
+
+    def _prefill_done(self, event: on.LegDone, now: float) -> list[Effect]:
+        """Of a prompt that was to be pulled."""
+        worker, kind = self._legs.pop(event.leg)
+        done, attempt = event.done, self.attempts[-1]
+        if event.worker is not None:  # whichever worker took it from the queue
+            worker = attempt.prefilled_by = event.worker
+        attempt.prefill = done.usage
+        told = self._mark_prefilled()
+        if done.ticket is None:
+            self._kept = None
+            return [*told, *self._complete(done, kind, now)]
+        self._kept = do.ReleaseTicket(worker, self._leg_name(), event.job)
+        if done.ticket.lease_s <= 0:
+            error = TicketExpired(worker, f"its lease is {done.ticket.lease_s:g} s")
+            return [*told, *self._failed(error, None, now)]
+        if self.request.is_first_token_early:
+            self.tokens.extend(done.tokens)
+            self._first_token(kind, now)
+            told += self._say(done.payload) if done.payload else []
+        self.state = State.DECODING
+        decode = attempt.route.decode
+        if worker == decode:  # it took the prompt from the queue itself, and has the KV cache already
+            told += self._release_ticket()
+            return [*told, self._start(decode, LocalLeg())]
+        return [*told, self._start(decode, DecodeLeg(ticket=done.ticket))]
+
+    def _leg_done(self, event: on.LegDone, now: float) -> list[Effect]:
+        """Of a leg beside another, or of the last one."""
+        _, kind = self._legs.pop(event.leg)
+        attempt = self.attempts[-1]
+        if isinstance(kind, PrefillLeg):
+            attempt.prefill = event.done.usage
+            self.state = State.DECODING
+            return self._mark_prefilled()
+        attempt.decode = event.done.usage
+        return self._complete(event.done, kind, now)
+
+    def _complete(self, done: Done, kind: Leg, now: float) -> list[Effect]:
+        self.tokens.extend(done.tokens)
+        told = self._first_token(kind, now)
+        if self.request.format.is_streaming:
+            told += [*self._head(), do.Finish(done.payload)]
+        else:
+            told.append(do.Reply(done.payload, self.headers()))
+        self.attempts[-1].outcome = Outcome.FINISHED
+        return [*told, *self._leave(), *self._end("ok")]
+
+    # --- failures ------------------------------------------------------------------------------------------------
+
+    def _leg_failed(self, event: on.LegFailed, now: float) -> list[Effect]:
+        _, kind = self._legs.pop(event.leg)
+        if isinstance(kind, PrefillLeg):
+            self._kept = None  # its worker says so, or is gone
+        return self._failed(event.error, kind, now)
+
+    def _failed(self, error: LegError, kind: Leg | None, now: float) -> list[Effect]:
+        """A leg of this `kind` has failed, or could not even be started."""
+        attempt = self.attempts[-1]
+        pair = None
+        if attempt.route.prefill is not None and self._is_handing_over(kind):
+            pair = attempt.prefill_worker, attempt.route.decode
+        attempt.outcome = Outcome.INTERRUPTED
+        attempt.failure = Failure(error.code, error.worker, str(error))
+        told = self._leave()
+        self._lost = error
+        if not self.request.is_resumable:
+            if self.is_begun:
+                return [*told, *self._give_up(NotResumable(self.request.sampling.n, str(error)))]
+            self.tokens.clear()  # it starts over
+        if self._retries.failed(failure_of(error, pair=pair), num_tokens=len(self.tokens), now=now):
+            return [*told, *self._give_up(error)]
+        what = Noted.MIGRATED if self.tokens else Noted.RETRIED
+        return [*told, do.Note(what, error.code, str(error)), self._submit()]
+
+    def _is_handing_over(self, kind: Leg | None) -> bool:
+        match kind:
+            case DecodeLeg():
+                return self._kept is not None
+            case PrefillLeg(mode=HandoverMode.PUSH):
+                return True
+            case _:
+                return False
+
+    def _release_ticket(self) -> list[Effect]:
+        kept, self._kept = self._kept, None
+        return [] if kept is None else [kept]
+
+    def _leave(self) -> list[Effect]:
+        """Leave the attempt as it is now: nothing runs, is kept or reserved for it any more."""
+        cancelled: list[Effect] = [do.CancelLeg(leg) for leg in self._legs]
+        self._legs.clear()
+        attempt = self.attempts[-1]
+        return [*cancelled, *self._release_ticket(), do.Release(attempt.observed(len(self.tokens)))]
+
+    # --- ends ----------------------------------------------------------------------------------------------------
+
+    def _deadline(self, _: on.Deadline, __: float) -> list[Effect]:
+        timeout_s = self.request.deadline - self.request.arrived_at
+        return self._abandon(DeadlinePassed(timeout_s, len(self.tokens)), Outcome.FAILED)
+
+    def _stopping(self, _: on.Stopping, __: float) -> list[Effect]:
+        return self._abandon(GatewayStopping(), Outcome.CANCELLED)
+
+    def _bug(self, event: on.Bug, _: float) -> list[Effect]:
+        return self._abandon(event.error, Outcome.FAILED)
+
+    def _client_gone(self, _: on.ClientGone, __: float) -> list[Effect]:
+        return self._abandon(None, Outcome.CANCELLED)
+
+    def _abandon(self, error: Exception | None, outcome: Outcome) -> list[Effect]:
+        """End in whatever state this is. error: what the client is told; None: nobody listens."""
+        told = list[Effect]()
+        if self.state is State.ROUTING:
+            told.append(do.Withdraw())
+        elif self.state is not State.WAITING:
+            attempt = self.attempts[-1]
+            attempt.outcome = outcome
+            if error is not None:
+                attempt.failure = Failure(_code_of(error), None, _reason_of(error))
+            told += self._leave()
+        return [*told, *(self._end("cancelled") if error is None else self._give_up(error))]
+
+    def _give_up(self, error: Exception) -> list[Effect]:
+        return [do.Fail(error, self.headers()), *self._end(_code_of(error))]
+
+    def _end(self, code: str) -> list[Effect]:
+        self.state, self.code = State.ENDED, code
+        return [do.Note(Noted.GAVE_UP)] if self._retries.is_waiting else []
+
+    # --- the table in code ---------------------------------------------------------------------------------------
+
+    _TRANSITIONS: ClassVar[dict[tuple[State, type], Handler]] = {
+        (State.ROUTING, on.Bound): _bound,
+        (State.ROUTING, on.Refused): _refused,
+        (State.QUEUED, on.NotQueued): _not_queued,
+        (State.QUEUED, on.LegDone): _prefill_done,
+        (State.QUEUED, on.LegFailed): _leg_failed,
+        (State.PREFILLING, on.Delta): _delta,
+        (State.PREFILLING, on.LegDone): _prefill_done,
+        (State.PREFILLING, on.LegFailed): _leg_failed,
+        (State.PUSHING, on.Delta): _delta,
+        (State.PUSHING, on.LegDone): _leg_done,
+        (State.PUSHING, on.LegFailed): _leg_failed,
+        (State.DECODING, on.Delta): _delta,
+        (State.DECODING, on.LegDone): _leg_done,
+        (State.DECODING, on.LegFailed): _leg_failed,
+        (State.WAITING, on.TimeUp): _look_again,
+    }
+    _ANY_STATE: ClassVar[dict[type, Handler]] = {
+        on.Joined: _joined,
+        on.Deadline: _deadline,
+        on.Stopping: _stopping,
+        on.Bug: _bug,
+        on.ClientGone: _client_gone,
+    }
+
+
+def _code_of(error: Exception) -> str:
+    return error.code if isinstance(error, HeadraceError) else HeadraceError.code
+
+
+def _reason_of(error: Exception) -> str:
+    # The text of a foreign exception may hold anything, a prompt included.
+    return str(error) if isinstance(error, HeadraceError) else type(error).__name__

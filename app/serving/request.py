@@ -1,0 +1,92 @@
+"""A request as the gateway serves it: parsed, checked and tokenized."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from app.openai.request_headers import HeaderOptions
+from planes.wire.blocks import Hashes, Tokens
+from planes.wire.frames import Format, Generate, Leg, Sampling, StreamId, pack_tokens
+from planes.wire.messages import RequestId, WorkerId
+from router.request import HandoverPreference, RoutableRequest
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GatewayRequest:
+    """arrived_at, deadline: instants of the event loop's clock.  prompt: shape (n,), uint32, n >= 1.
+
+    sampling: `max_tokens` is resolved.
+    """
+
+    request: RequestId
+    model: str
+    prompt: Tokens
+    blocks: Hashes
+    block_size: int
+    sampling: Sampling
+    format: Format
+    arrived_at: float
+    deadline: float
+    cache_salt: str = ""
+    priority: int = 0
+    tenant: str = ""
+    slo_ttft_s: float | None = None
+    options: HeaderOptions = field(default_factory=HeaderOptions)
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether another worker can go on from the tokens; else it starts over, if the client has got nothing."""
+        return self.sampling.n == 1 and (self.format.is_streaming or self.sampling.logprobs is None)
+
+    @property
+    def is_first_token_early(self) -> bool:
+        """Whether the prefill worker's token may go to the client before the handover.
+
+        It must be the token that the decode worker would go on from. Seeds and penalties tell generated tokens from
+        the prompt's, and a resumed leg counts it among the latter. After a prompt of whole blocks the decode engine
+        would need a block that the prefill engine does not have. With one token in all there is nothing to hand over.
+        """
+        s = self.sampling
+        if s.max_tokens == 1 or not self.format.is_streaming:
+            return s.max_tokens == 1
+        is_plain = (s.presence_penalty, s.frequency_penalty, s.repetition_penalty, s.min_tokens) == (0, 0, 1, 0)
+        has_no_seed = s.seed is None or s.temperature == 0
+        return s.n == 1 and is_plain and has_no_seed and len(self.prompt) % self.block_size != 0
+
+    def routable(self, *, num_tokens: int, excluded: frozenset[WorkerId], is_retry: bool) -> RoutableRequest:
+        """What the router may know, after `num_tokens` have been generated.
+
+        A handover that failed once need not be tried again, whatever the client prefers.
+        """
+        handover = self.options.handover
+        if handover is HandoverPreference.ALWAYS and is_retry:
+            handover = HandoverPreference.AUTO
+        return RoutableRequest(
+            request=self.request,
+            model=self.model,
+            blocks=self.blocks,
+            prompt_tokens=len(self.prompt),
+            expected_tokens=max(1, self.sampling.max_tokens - num_tokens),
+            deadline=self.deadline,
+            priority=self.priority,
+            tenant=self.tenant,
+            slo_ttft_s=None if is_retry else self.slo_ttft_s,
+            excluded=excluded,
+            is_local_only=self.sampling.n > 1 or num_tokens > 0,
+            is_first_token_exact=self.is_first_token_early,
+            handover=handover,
+        )
+
+    def generate(self, leg: Leg, name: RequestId, resume: Sequence[int], *, now: float) -> Generate:
+        """The frame that starts a leg. name: of the leg, on its worker.  resume: tokens that the client has."""
+        return Generate(
+            stream=StreamId(0),
+            request=name,
+            prompt=pack_tokens(self.prompt),
+            sampling=self.sampling,
+            format=self.format,
+            leg=leg,
+            resume=pack_tokens(list(resume)),
+            cache_salt=self.cache_salt,
+            priority=self.priority,
+            timeout_s=max(0.0, self.deadline - now),
+        )
