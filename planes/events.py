@@ -90,7 +90,9 @@ class Inbox:
     async def next(self, timeout_s: float) -> Reply:
         """Raises:  EventPlaneUnavailable."""
         with _translated(f"no answer within {timeout_s:.3g} s"):
-            message = await self._subscription.next_msg(timeout=timeout_s)
+            # Not its own timeout: that waits with `asyncio.wait_for`, which may swallow a cancellation.
+            async with asyncio.timeout(timeout_s):
+                message = await self._subscription.next_msg(timeout=None)
         return Reply(message.data, message.headers or {}, message.reply)
 
 

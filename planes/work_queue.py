@@ -1,8 +1,9 @@
 """The work queue of prefill jobs (`--prefill-dispatch queue`): one JetStream stream a namespace, one consumer a model.
 
 A job is stored when `submit` returns, given to one worker at a time, and gone when that worker acknowledges it. One
-that is not acknowledged within `ack_wait_s` (its worker died) is given to another. JetStream's API is JSON over NATS:
-https://docs.nats.io/reference/reference-protocols/nats_api_reference
+that is not acknowledged within `ack_wait_s` (its worker died) is given to another, and to another again: JetStream
+never drops it in silence, so that a worker can tell its gateway when too many have failed. Ages are by NATS' clock.
+JetStream's API is JSON over NATS: https://docs.nats.io/reference/reference-protocols/nats_api_reference
 """
 
 import json
@@ -20,6 +21,9 @@ from planes.wire.names import subject_token
 _STREAM_FULL, _NO_MESSAGE = 10077, 10037
 """JetStream's error codes: at a limit, with discard=new; nothing found."""
 
+_CLOCK_S, _MAX_READING_S = 60.0, 1.0
+"""NATS' clock is read so often; a reading that took longer is repeated."""
+
 
 class PrefillQueueFull(Rejected):
     """The queue is at its limit of jobs or bytes, or the job is larger than a message may be."""
@@ -34,7 +38,8 @@ class JobLimits:
     ack_wait_s: float = 5.0
     """A worker that has not said for so long that it is at the job has died. Three times as often it says so."""
     max_deliveries: int = 3
-    """After so many workers took a job and none finished it, nobody gets it any more: it may be what kills them."""
+    """After so many workers took a job and none finished it, nobody computes it any more: it may be what kills them.
+    The next that gets it says so."""
     max_age_s: float = 600.0
     max_jobs: int = 10_000
     max_bytes: int = 256 * 1024 * 1024
@@ -76,15 +81,45 @@ class PrefillJob:
         await self._plane.send(self._reply, b"+WPI")
 
 
+class ServerClock:
+    """NATS' clock: read from its answers, counted on by our monotonic one. Those of gateways and workers say nothing of
+    when a job was stored.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._ahead_s = 0.0
+        self._next_reading = -math.inf
+
+    def asked(self) -> float:
+        """Now, for `read`: before the question is sent."""
+        return self._clock()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether to ask again: clocks drift and are set, and a reading that took long says little."""
+        return self._clock() >= self._next_reading
+
+    def read(self, told: str, asked_at: float) -> None:
+        """told: the time in an answer, RFC 3339.  asked_at: what `asked` gave."""
+        now = self._clock()
+        self._ahead_s = _seconds(told) - now
+        self._next_reading = now + _CLOCK_S if now - asked_at < _MAX_READING_S else -math.inf
+
+    def age_s(self, stored_at: float) -> float:
+        """stored_at: seconds since 1970 by NATS' clock."""
+        return max(0.0, self._clock() + self._ahead_s - stored_at)
+
+
 class PrefillQueue:
-    """The prefill jobs of one namespace, of all models. `wall_clock` answers with seconds since 1970."""
+    """The prefill jobs of one namespace, of all models. `clock` is a monotonic one."""
 
     def __init__(
-        self, plane: EventPlane, limits: JobLimits | None = None, *, wall_clock: Callable[[], float] = time.time
+        self, plane: EventPlane, limits: JobLimits | None = None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._plane = plane
         self.limits = limits or JobLimits()
-        self._wall_clock = wall_clock
+        self._clock = ServerClock(clock)
         self._stream = f"headrace-{plane.namespace}-prefill"
         self._known: set[str] = set()
         plane.on_connect(self._known.clear)  # the server may have lost its store
@@ -118,6 +153,8 @@ class PrefillQueue:
         Raises:  EventPlaneUnavailable.
         """
         await self._ensure(model)
+        if self._clock.is_due:
+            await self._consumer(model)
         # A new inbox each time: what would be delivered to a cancelled pull goes to somebody else.
         async with self._plane.inbox() as inbox:
             jobs = await self._pull(inbox, model, {"batch": max_batch, "no_wait": True}, max_batch, 5.0)
@@ -129,7 +166,7 @@ class PrefillQueue:
     async def stats(self, model: str) -> QueueStats:
         """Raises:  EventPlaneUnavailable."""
         await self._ensure(model)
-        consumer = await self._plane.jetstream(f"CONSUMER.INFO.{self._stream}.{subject_token(model)}")
+        consumer = await self._consumer(model)
         depth, in_progress = consumer["num_pending"], consumer["num_ack_pending"]
         if not depth:
             return QueueStats(0, in_progress, 0.0)
@@ -143,8 +180,14 @@ class PrefillQueue:
             if exc.err_code != _NO_MESSAGE:  # taken since
                 raise
             return QueueStats(0, in_progress, 0.0)
-        stored_at = datetime.fromisoformat(oldest["message"]["time"]).timestamp()
-        return QueueStats(depth, in_progress, max(0.0, self._wall_clock() - stored_at))
+        return QueueStats(depth, in_progress, self._clock.age_s(_seconds(oldest["message"]["time"])))
+
+    async def _consumer(self, model: str) -> dict[str, Any]:
+        """What NATS says of the model's consumer, and what time it is there."""
+        asked_at = self._clock.asked()
+        told = await self._plane.jetstream(f"CONSUMER.INFO.{self._stream}.{subject_token(model)}")
+        self._clock.read(told["ts"], asked_at)
+        return told
 
     async def _pull(
         self, inbox: Inbox, model: str, request: dict[str, Any], count: int, timeout_s: float
@@ -166,9 +209,9 @@ class PrefillQueue:
         # $JS.ACK.[domain.account.]stream.consumer.deliveries.stream_seq.consumer_seq.time_ns.pending[.token]
         tokens = reply.reply.split(".")
         first = tokens.index(self._stream) + 2
-        age_s = self._wall_clock() - int(tokens[first + 3]) / 1e9
+        age_s = self._clock.age_s(int(tokens[first + 3]) / 1e9)
         job_id = reply.headers.get("Nats-Msg-Id", "")
-        return PrefillJob(reply.data, job_id, int(tokens[first]), max(0.0, age_s), self._plane, reply.reply)
+        return PrefillJob(reply.data, job_id, int(tokens[first]), age_s, self._plane, reply.reply)
 
     async def _ensure(self, model: str) -> None:
         """The stream and the model's consumer, created or brought to our settings; once a connection."""
@@ -191,7 +234,7 @@ class PrefillQueue:
             "filter_subject": self._plane.subject("prefill", model),
             "ack_policy": "explicit",
             "ack_wait": _nanoseconds(limits.ack_wait_s),
-            "max_deliver": limits.max_deliveries,
+            "max_deliver": -1,
             "max_ack_pending": limits.max_jobs,
         }
         await self._plane.ensure_stream(stream)
@@ -199,6 +242,10 @@ class PrefillQueue:
             f"CONSUMER.DURABLE.CREATE.{self._stream}.{consumer}", {"stream_name": self._stream, "config": config}
         )
         self._known.add(model)
+
+
+def _seconds(told: str) -> float:
+    return datetime.fromisoformat(told).timestamp()
 
 
 def _nanoseconds(seconds: float) -> int:

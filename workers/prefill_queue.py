@@ -1,12 +1,13 @@
 """Takes prefill jobs from the queue when there is room, and runs each like a prefill leg that a gateway sent.
 
-    pulled ── too old, or unwanted ──► acknowledged, nothing else
+    pulled ── unwanted ──► acknowledged, nothing else
+       ├── unreadable, too old, or tried too often ──► the gateway is told ──► acknowledged
        └─► taken (the gateway is told) ── computed ──► the gateway is told ──► acknowledged
                      │  └── unwanted meanwhile ──► engine told to stop, acknowledged
                      └── this worker stops ──► given back to the queue at once
 
 While a job is computed the queue is told so three times as often as it asks for; a worker that dies says nothing, and
-the job goes to another one.
+the job goes to another one. No job leaves the queue without a word to its gateway, as far as NATS can be reached.
 """
 
 import asyncio
@@ -19,9 +20,9 @@ import msgspec
 import structlog
 
 from planes.events import EventPlaneUnavailable
-from planes.wire.frames import Delta, Done, Failed, Generate, StreamId
+from planes.wire.frames import Delta, Done, Failed, FailureKind, Generate, StreamId
 from planes.wire.messages import RequestId, WorkerId
-from planes.wire.prefill_queue import PrefillNews, PrefillUnwanted, QueuedPrefill
+from planes.wire.prefill_queue import OVERTRIED, PrefillNews, PrefillUnwanted, QueuedPrefill
 from planes.work_queue import JobLimits, PrefillJob
 from workers.engine.base import EngineLoad
 
@@ -36,7 +37,7 @@ _ANOTHERS = frozenset({"worker_busy", "worker_draining", "worker_stopping", "eng
 """Failures that say nothing about the job: another worker shall have it."""
 
 
-class Queue(Protocol):
+class PrefillJobs(Protocol):
     """What is needed of `planes.work_queue.PrefillQueue`."""
 
     @property
@@ -44,7 +45,7 @@ class Queue(Protocol):
     async def pull(self, model: str, max_batch: int, *, timeout_s: float) -> list[PrefillJob]: ...
 
 
-class Plane(Protocol):
+class GatewayNews(Protocol):
     """What is needed of `planes.events.EventPlane`."""
 
     def subject(self, kind: str, who: str) -> str: ...
@@ -54,11 +55,11 @@ class Plane(Protocol):
     ) -> None: ...
 
 
-class Server(Protocol):
+class LegRunner(Protocol):
     """What is needed of `workers.server.WorkerServer`."""
 
-    def generate(self, connection: "Run", request: Generate) -> None: ...
-    def cancel(self, connection: "Run", stream: StreamId) -> None: ...
+    def generate(self, connection: "QueuedLeg", request: Generate) -> None: ...
+    def cancel(self, connection: "QueuedLeg", stream: StreamId) -> None: ...
 
 
 class LoadedEngine(Protocol):
@@ -68,7 +69,13 @@ class LoadedEngine(Protocol):
     def abort(self, request: RequestId) -> None: ...
 
 
-class Run:
+class _Addressed(msgspec.Struct):
+    """What can be read of a job that is otherwise a later version's."""
+
+    answer_to: str
+
+
+class QueuedLeg:
     """A job under way; the server's connection for its one answer."""
 
     def __init__(self) -> None:
@@ -90,9 +97,9 @@ class Puller:
         self,
         worker: WorkerId,
         model: str,
-        queue: Queue,
-        plane: Plane,
-        server: Server,
+        queue: PrefillJobs,
+        plane: GatewayNews,
+        server: LegRunner,
         engine: LoadedEngine,
         *,
         pull_ahead: int,
@@ -106,7 +113,7 @@ class Puller:
         self._pull_ahead = pull_ahead
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(QueuedPrefill).decode
-        self._runs: dict[RequestId, Run] = {}
+        self._legs: dict[RequestId, QueuedLeg] = {}
         self._unwanted: OrderedDict[RequestId, None] = OrderedDict()
         self._changed = asyncio.Event()
         self._pulling: asyncio.Task[None] | None = None
@@ -135,7 +142,7 @@ class Puller:
 
     async def _pull(self, group: asyncio.TaskGroup) -> None:
         is_away = False
-        while True:
+        while not self._is_stopped:  # a cancellation alone may come to nothing where an answer comes with it
             room = await self._room()
             try:
                 jobs = await self._queue.pull(self._model, room, timeout_s=_PULL_TIMEOUT_S)
@@ -166,56 +173,83 @@ class Puller:
 
     async def _serve(self, job: PrefillJob) -> None:
         name = RequestId(job.job_id)
-        if name in self._runs:
+        if name in self._legs:
             return  # it came again because we were slow to say that we are at it
-        run = self._runs[name] = Run()
+        leg = self._legs[name] = QueuedLeg()
         try:
             try:
                 wanted = self._decode(job.payload)
             except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
-                _log.warning("prefill_job.malformed", request_id=name, reason=str(exc))
-                await job.ack()
+                await self._refuse_unreadable(job, name, str(exc))
             else:
-                await self._compute(job, name, wanted, run)
+                await self._settle(job, name, wanted, leg)
         except EventPlaneUnavailable as exc:  # it will come again, here or elsewhere
             _log.warning("prefill_job.unsettled", request_id=name, reason=str(exc))
         finally:
-            del self._runs[name]
+            del self._legs[name]
             self._changed.set()
-            if not self._runs:
+            if not self._legs:
                 self._idle.set()
 
-    async def _compute(self, job: PrefillJob, name: RequestId, wanted: QueuedPrefill, run: Run) -> None:
-        timeout_s = wanted.generate.timeout_s - job.age_s
-        if name in self._unwanted or timeout_s <= 0:
-            _log.info("prefill_job.dropped", request_id=name, age_s=round(job.age_s, 3))
+    async def _refuse_unreadable(self, job: PrefillJob, name: RequestId, reason: str) -> None:
+        try:
+            answer_to = msgspec.msgpack.decode(job.payload, type=_Addressed).answer_to
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            _log.warning("prefill_job.dropped", request_id=name, code="prefill_job_unreadable", reason=reason)
             await job.ack()
-            return
-        request = msgspec.structs.replace(wanted.generate, request=name, stream=_STREAM, timeout_s=timeout_s)
-        self._server.generate(run, request)
+        else:
+            await self._refuse(job, name, answer_to, "prefill_job_unreadable", f"the job cannot be read: {reason}")
+
+    async def _refuse(self, job: PrefillJob, name: RequestId, answer_to: str, code: str, message: str) -> None:
+        """Nobody computes this job any more, and its gateway hears why."""
+        _log.warning("prefill_job.dropped", request_id=name, code=code, reason=message)
+        failed = Failed(_STREAM, FailureKind.REJECTED, code, message)
+        await self._answer(name, answer_to, PrefillNews(name, self._model, self._worker, failed=failed))
+        await job.ack()
+
+    async def _settle(self, job: PrefillJob, name: RequestId, wanted: QueuedPrefill, leg: QueuedLeg) -> None:
+        timeout_s, most = wanted.generate.timeout_s - job.age_s, self._queue.limits.max_deliveries
+        if name in self._unwanted:
+            _log.info("prefill_job.dropped", request_id=name, code="unwanted", age_s=round(job.age_s, 3))
+            await job.ack()
+        elif timeout_s <= 0:
+            message = f"the job is {job.age_s:.1f} s old and its request's time was {wanted.generate.timeout_s:g} s"
+            await self._refuse(job, name, wanted.answer_to, "deadline_exceeded", message)
+        elif job.num_deliveries > most:
+            message = f"{job.num_deliveries - 1} workers took the job and none finished it; the limit is {most}"
+            await self._refuse(job, name, wanted.answer_to, OVERTRIED, message)
+        else:
+            request = msgspec.structs.replace(wanted.generate, request=name, stream=_STREAM, timeout_s=timeout_s)
+            await self._compute(job, request, wanted.answer_to, leg)
+
+    async def _compute(self, job: PrefillJob, request: Generate, answer_to: str, leg: QueuedLeg) -> None:
+        name = request.request
+        self._server.generate(leg, request)
         news = PrefillNews(
             name, self._model, self._worker, is_last_try=job.num_deliveries >= self._queue.limits.max_deliveries
         )
+        outcome: Done | Failed | None = None
         try:
-            if not run.ended.done():
-                await self._send(wanted.answer_to, news)
-            outcome = await self._ended(job, run)
+            if not leg.ended.done():
+                await self._send(answer_to, news)
+            outcome = await self._ended(job, leg)
         finally:
-            self._server.cancel(run, _STREAM)  # nothing happens if it has ended
+            if outcome is None:
+                self._server.cancel(leg, _STREAM)
         if isinstance(outcome, Failed) and outcome.code in _ANOTHERS and not news.is_last_try:
             await job.nak()
             return
         if outcome is not None:
             done, failed = (outcome, None) if isinstance(outcome, Done) else (None, outcome)
-            await self._answer(name, wanted.answer_to, msgspec.structs.replace(news, done=done, failed=failed))
+            await self._answer(name, answer_to, msgspec.structs.replace(news, done=done, failed=failed))
         await job.ack()
 
-    async def _ended(self, job: PrefillJob, run: Run) -> Done | Failed | None:
+    async def _ended(self, job: PrefillJob, leg: QueuedLeg) -> Done | Failed | None:
         """Wait for the end, and tell the queue meanwhile that somebody is at it."""
         while True:
-            await asyncio.wait([run.ended], timeout=self._queue.limits.ack_wait_s / 3)
-            if run.ended.done():
-                return run.ended.result()
+            await asyncio.wait([leg.ended], timeout=self._queue.limits.ack_wait_s / 3)
+            if leg.ended.done():
+                return leg.ended.result()
             with contextlib.suppress(EventPlaneUnavailable):  # worst of all it is computed twice
                 await job.in_progress()
 
@@ -241,11 +275,11 @@ class Puller:
     def _drop(self, message: PrefillUnwanted) -> None:
         if message.worker not in (None, self._worker):
             return
-        run = self._runs.get(message.job)
-        if run is not None:
-            self._server.cancel(run, _STREAM)
-            if not run.ended.done():
-                run.ended.set_result(None)
+        leg = self._legs.get(message.job)
+        if leg is not None:
+            self._server.cancel(leg, _STREAM)
+            if not leg.ended.done():
+                leg.ended.set_result(None)
         else:
             self._engine.abort(message.job)  # what it kept for the decode worker
         if message.worker is None:

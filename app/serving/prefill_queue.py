@@ -25,7 +25,7 @@ from planes.streams.client import WorkerLost
 from planes.wire.errors import HeadraceError
 from planes.wire.frames import Done, Generate
 from planes.wire.messages import RequestId, WorkerId
-from planes.wire.prefill_queue import PrefillNews, PrefillUnwanted, QueuedPrefill
+from planes.wire.prefill_queue import OVERTRIED, PrefillNews, PrefillUnwanted, QueuedPrefill
 from planes.work_queue import PrefillQueueFull, QueueStats
 
 _log = structlog.get_logger()
@@ -55,14 +55,14 @@ class Prefilled:
     job: RequestId | None = None
 
 
-class Queue(Protocol):
+class JobQueue(Protocol):
     """What is needed of `planes.work_queue.PrefillQueue`."""
 
     async def submit(self, model: str, payload: bytes, job_id: str, *, timeout_s: float) -> None: ...
     async def stats(self, model: str) -> QueueStats: ...
 
 
-class Plane(Protocol):
+class WorkerNews(Protocol):
     """What is needed of `planes.events.EventPlane`."""
 
     @property
@@ -97,7 +97,7 @@ class QueuedPrefills:
     """
 
     def __init__(
-        self, queue: Queue, plane: Plane, pullers: Pullers, *, gateway: str, check_s: float = _CHECK_S
+        self, queue: JobQueue, plane: WorkerNews, pullers: Pullers, *, gateway: str, check_s: float = _CHECK_S
     ) -> None:
         self._queue = queue
         self._plane = plane
@@ -140,6 +140,8 @@ class QueuedPrefills:
             if not waiting.ended.done():
                 self._drop(model, PrefillUnwanted(job))
         news = waiting.ended.result()
+        if news.failed is not None and news.failed.code == OVERTRIED:  # it is not the fault of the worker that says so
+            raise NotQueued(news.failed.code, news.failed.message)
         if news.failed is not None:
             raise leg_error(news.failed, news.worker)
         if news.done is None:

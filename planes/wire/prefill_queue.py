@@ -12,6 +12,9 @@ import msgspec
 from planes.wire.frames import Done, Failed, Generate
 from planes.wire.messages import RequestId, WorkerId
 
+OVERTRIED = "prefill_queue_overtried"
+"""Code of the failure of a job that too many workers have taken and none has finished."""
+
 
 class QueuedPrefill(msgspec.Struct, frozen=True):
     """A job: run this prefill leg. `generate.timeout_s` counts from when the job was stored."""
@@ -28,7 +31,7 @@ class PrefillNews(msgspec.Struct, frozen=True):
     model: str
     worker: WorkerId
     is_last_try: bool = False
-    """Nobody else gets the job if this worker dies."""
+    """Nobody else computes the job if this worker dies."""
     done: Done | None = None
     failed: Failed | None = None
 

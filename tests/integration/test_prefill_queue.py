@@ -1,6 +1,7 @@
 """Prompts that go through the JetStream queue, and are computed by whoever has room."""
 
 import asyncio
+import os
 import signal
 from contextlib import AsyncExitStack
 
@@ -134,6 +135,49 @@ async def test_jobs_of_a_stopping_worker_are_done_and_no_new_ones_taken(site, re
         assert texts == await asyncio.gather(*(alone.text(prompt) for prompt in prompts))
         assert await site.processes[0].ended() == 0
         assert await api.metric("headrace_retries_total") == 0
+
+
+async def test_workers_that_are_frozen_and_told_to_stop_end_and_their_jobs_go_elsewhere(
+    site, reach, alone, unique, until
+):
+    """What they find when they go on: a signal, jobs that came meanwhile, connections that have been given up."""
+    frozen = [site.start_worker(f"prefill-{number}", *QUEUE) for number in range(1, 4)]
+    site.start_worker("decode-1")
+    gateway = await site.gateway(*QUEUE, "--policy", "round_robin", num_workers=4)
+    async with reach(gateway) as api:
+        for process in frozen:
+            process.send(signal.SIGSTOP)
+        prompts = [f"{index} {unique}" for index in range(8)]
+        asking = [asyncio.create_task(api.chat(prompt)) for prompt in prompts]
+
+        async def is_held():
+            return await api.metric("headrace_prefill_queue_in_progress", model="sim") >= 3
+
+        await until(is_held)  # sent to those who asked for the next one, and cannot know
+        await site.worker("prefill-4", *QUEUE)
+        for process in frozen:
+            process.send(signal.SIGTERM)
+        texts = [content(response) for response in await asyncio.gather(*asking)]
+        for process in frozen:
+            process.send(signal.SIGCONT)
+        assert [await process.ended() for process in frozen] == [0, 0, 0]
+        assert texts == await asyncio.gather(*(alone.text(prompt) for prompt in prompts))
+        await until(api.is_idle)
+
+
+async def test_a_worker_whose_clock_is_ahead_computes_what_is_queued(site, reach, alone, unique, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import time\ntell = time.time\ntime.time = lambda: tell() + 3600\n")
+    own = ["--role", "prefill", "--worker-id", "prefill-1", "--engine", "sim", "--speedup", "10"]
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    site.start("prefill-1", ["workers", *own, *site.flags, *QUEUE], env=os.environ | {"PYTHONPATH": paths})
+    site.start_worker("decode-1")
+    gateway = await site.gateway(*QUEUE, "--policy", "round_robin", num_workers=2)
+    async with reach(gateway) as api:
+        body = api.body(unique) | {"timeout_ms": 20_000}
+        response = await api.post("/v1/chat/completions", json=body)
+        assert content(response) == await alone.text(unique)
+        assert response.headers["x-headrace-prefill"] == "prefill-1"
+        assert "x-headrace-fallback" not in response.headers
 
 
 async def test_without_somebody_who_pulls_prompts_are_sent_directly_and_it_is_said(site, reach, alone, unique):

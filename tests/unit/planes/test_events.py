@@ -1,8 +1,12 @@
 """The event plane without NATS: addresses, parts of snapshots, what is dropped and what is counted."""
 
+import asyncio
+from types import SimpleNamespace
+
 import msgspec
 import pytest
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 
 from planes import events
 from planes.events import EventPlane, EventPlaneUnavailable, Reply, parse_servers
@@ -64,6 +68,22 @@ async def test_parts_of_two_snapshots_are_not_mixed() -> None:
 async def test_a_malformed_part_is_an_error() -> None:
     with pytest.raises(EventPlaneUnavailable, match="malformed"):
         await events._join(WORKER, FakeInbox([Reply(b"x", {}, "")]), 1.0)
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_a_cancellation_that_comes_with_an_answer_is_not_lost(turns: int) -> None:
+    """As where a process was frozen, and finds a signal and a message at once."""
+    subscription = Subscription(SimpleNamespace(is_closed=False))
+    waiting = asyncio.create_task(events.Inbox("s", subscription).next(60.0))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    subscription._pending_queue.put_nowait(Msg(_client=None))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    is_late = waiting.done()
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert waiting.cancelled() or is_late
 
 
 async def test_publishing_without_a_connection_drops_and_counts() -> None:

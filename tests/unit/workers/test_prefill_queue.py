@@ -60,12 +60,18 @@ class FakeQueue:
     def __init__(self):
         self.limits = JobLimits(ack_wait_s=0.03)
         self.jobs, self.asked, self.is_away = asyncio.Queue(8), [], False
+        self.coming = None  # a job that arrives in the same turn as a cancellation, which it swallows
 
     async def pull(self, model, max_batch, *, timeout_s):
         if self.is_away:
             raise EventPlaneUnavailable("away")
         self.asked.append(max_batch)
-        return [await self.jobs.get()]
+        try:
+            return [await self.jobs.get()]
+        except asyncio.CancelledError:
+            if self.coming is None:
+                raise
+            return [self.coming]
 
 
 class FakePlane:
@@ -176,9 +182,29 @@ async def test_there_is_room_for_as_many_as_do_not_wait(world):
     await until(lambda: len(world.queue.asked) == 3)
 
 
-@pytest.mark.parametrize("job", [FakeJob(age_s=101.0), FakeJob(content=b"\xc1")], ids=["too old", "malformed"])
-async def test_what_cannot_be_run_any_more_is_taken_out_of_the_queue(world, job):
+LATER_VERSION = msgspec.msgpack.encode(
+    {"generate": {"type": "generate", "leg": {"type": "new"}}, "answer_to": "prefilled.g"}
+)
+
+
+@pytest.mark.parametrize(
+    ("job", "code"),
+    [
+        (FakeJob(age_s=101.0), "deadline_exceeded"),
+        (FakeJob(num_deliveries=4), "prefill_queue_overtried"),
+        (FakeJob(content=LATER_VERSION), "prefill_job_unreadable"),
+    ],
+    ids=["too old", "tried too often", "of a later version"],
+)
+async def test_what_cannot_be_run_any_more_leaves_the_queue_and_its_gateway_is_told(world, job, code):
     await world.pulled(job)
+    assert (job.said, world.server.runs) == (["ack"], [])
+    (news,) = world.plane.sent
+    assert (news.job, news.failed.kind, news.failed.code) == ("r.q", FailureKind.REJECTED, code)
+
+
+async def test_what_nobody_can_read_leaves_the_queue(world):
+    job = await world.pulled(FakeJob(content=b"\xc1"))
     assert (job.said, world.server.runs, world.plane.sent) == (["ack"], [], [])
 
 
@@ -217,6 +243,13 @@ async def test_a_job_that_this_worker_cannot_do_now_is_given_back_unless_nobody_
     assert [(news.job, news.failed, news.is_last_try) for news in world.outcomes()] == [("b", BUSY, True)]
 
 
+async def test_a_kv_cache_that_is_kept_for_the_gateway_is_not_taken_back(world):
+    await world.pulled(FakeJob())
+    world.server.runs[0].post(DONE)
+    await settle()
+    assert (world.server.cancelled, world.engine.aborted) == ([], [])
+
+
 async def test_a_failure_of_the_job_is_told(world):
     job = await world.pulled(FakeJob())
     world.server.runs[0].post(BROKEN)
@@ -245,3 +278,17 @@ async def test_stopped_it_pulls_no_more_and_ends_what_it_has(world):
     world.server.runs[0].post(DONE)
     await ending
     assert (job.said, late.said) == (["ack"], [])
+
+
+async def test_stopped_while_a_job_arrives_it_gives_the_job_back_and_ends():
+    world = World()
+    running = asyncio.create_task(world.puller.run())
+    await settle()
+    world.queue.coming = FakeJob("coming")
+    world.puller.stop()
+    await settle()
+    world.server.runs[0].post(BUSY)  # what a draining server says at once
+    async with asyncio.timeout(5):
+        await running
+    assert world.queue.coming.said == ["nak"]
+    assert len(world.queue.asked) == 1

@@ -21,7 +21,7 @@ from planes.wire.frames import (
     Usage,
 )
 from planes.wire.messages import HandoverMode, RequestId, WorkerId
-from planes.wire.prefill_queue import PrefillNews, PrefillUnwanted, QueuedPrefill
+from planes.wire.prefill_queue import OVERTRIED, PrefillNews, PrefillUnwanted, QueuedPrefill
 from planes.work_queue import PrefillQueueFull, QueueStats
 
 W1, W2 = WorkerId("w1"), WorkerId("w2")
@@ -210,6 +210,15 @@ async def test_a_failure_is_the_worker_s(world):
     with pytest.raises(WorkerFailed) as failed:
         await asking
     assert (failed.value.worker, failed.value.code) == (W2, "engine_error")
+
+
+async def test_a_job_that_too_many_have_tried_is_not_blamed_on_the_worker_that_says_so(world):
+    asking = world.ask()
+    await settle()
+    world.news(W2, failed=Failed(StreamId(0), FailureKind.REJECTED, OVERTRIED, "3 workers took the job"))
+    with pytest.raises(NotQueued, match="3 workers") as refused:
+        await asking
+    assert refused.value.code == OVERTRIED
 
 
 async def test_the_queue_is_looked_at(world):
