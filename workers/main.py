@@ -236,7 +236,7 @@ class _Worker:
                 async with asyncio.timeout(self.settings.drain_s):
                     await server.until_idle()
         if self.ending.death is not None:
-            server.interrupt_all("engine_died", self.ending.death)
+            server.interrupt_all("engine_died", "the engine of this worker died; its log says why")
         else:
             server.interrupt_all("worker_stopping", f"not finished within the {self.settings.drain_s:g} s for draining")
 

@@ -6,11 +6,18 @@
 
 An answer that has ended stands in no table any more and hears nothing, so there is no second answer to give. Every
 ending but the engine's own takes the request back from the engine at once.
+
+A prefill leg that ends with a ticket leaves its KV cache in the engine, which frees it when it has been fetched or its
+lease is over. Sooner if nobody will come:
+
+    Cancel that crossed Done, Release        → at once
+    the gateway's connection is gone         → after a quarter of the lease: the gateway may live, and a decode worker
+                                               be fetching; it has fetched by then, or told the engine that it waits
 """
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import partial
 from typing import Protocol
@@ -39,6 +46,10 @@ from workers.engine.base import Engine, EngineOutput, EngineRequest, is_drawn_ag
 from workers.validate import admit
 
 _log = structlog.get_logger()
+
+_ORPHANED_SHARE = 0.25
+"""Share of its lease for which a KV cache is kept on when its gateway's connection is gone. vLLM's decode engine says
+within a sixth of the lease that it waits."""
 
 _CONTEXT_TOKENS = 8
 """Prompt tokens that a formatter may look at."""
@@ -140,6 +151,16 @@ class _Answer:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _HandedOver:
+    """A request whose KV cache the engine keeps for a decode worker, until `timer` says that the lease is over."""
+
+    connection: Connection
+    stream: StreamId
+    lease_s: float
+    timer: Timer
+
+
 class WorkerServer:
     """Runs what gateways ask for; the handler of `planes.streams.server.StreamServer`."""
 
@@ -165,6 +186,7 @@ class WorkerServer:
         self._call_later = call_later
         self._answers: dict[Connection, dict[StreamId, _Answer]] = {}
         self._requests: set[RequestId] = set()
+        self._handed_over: dict[RequestId, _HandedOver] = {}
         self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -201,15 +223,30 @@ class WorkerServer:
         if answer is not None:
             self._end(answer)
             self._engine.abort(answer.request.request)
+            return
+        for request, kept in list(self._handed_over.items()):
+            if kept.connection is connection and kept.stream == stream:  # the ticket has not been heard of
+                self.release(connection, request)
 
     def release(self, connection: Connection, request: RequestId) -> None:  # noqa: ARG002 - any gateway may say it
         """Give up the KV cache kept for a request that has been handed over; one that runs here goes on."""
+        self._forget(request)
         if request not in self._requests:
             self._engine.abort(request)
 
     def gone(self, connection: Connection) -> None:
         for stream in list(self._answers.get(connection, ())):
             self.cancel(connection, stream)
+        for request, kept in list(self._handed_over.items()):
+            if kept.connection is connection:
+                kept.timer.cancel()
+                orphaned = self._call_later(kept.lease_s * _ORPHANED_SHARE, partial(self.release, connection, request))
+                self._handed_over[request] = replace(kept, timer=orphaned)
+
+    def _forget(self, request: RequestId) -> None:
+        kept = self._handed_over.pop(request, None)
+        if kept is not None:
+            kept.timer.cancel()
 
     # --- one answer's life ----------------------------------------------------------------------------------------
 
@@ -231,6 +268,7 @@ class WorkerServer:
             end_tokens=self._end_tokens,
             context=admitted.prompt[-_CONTEXT_TOKENS:].tolist(),
         )
+        self._forget(request.request)  # the engine does so, too, when it gets a request of that name
         answer = _Answer(connection, request, len(admitted.prompt), formatter)
         if admitted.resume and (finish := self._resumed(formatter, admitted)) is not None:
             payload = formatter.end(finish) + formatter.finish(answer.usage())
@@ -263,7 +301,7 @@ class WorkerServer:
         answer.state = _State.RUNNING
         answer.measure(output)
         if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
-            self._fail(answer, FailureKind.INTERRUPTED, f"engine_{output.finish}", output.error or "the engine gave up")
+            self._engine_failed(answer, output)
         elif isinstance(answer.request.leg, PrefillLeg):
             self._prefilled(answer, answer.request.leg, output)
         else:
@@ -317,7 +355,10 @@ class WorkerServer:
         payload, tokens = (answer.held_payload, answer.held_tokens) if is_emitting else (b"", [])
         ticket = msgspec.structs.replace(ticket, cached_tokens=usage.cached_tokens)
         self._end(answer)
-        answer.connection.post(Done(answer.request.stream, FinishReason.LENGTH, usage, payload, tokens, ticket))
+        request = answer.request
+        timer = self._call_later(ticket.lease_s, partial(self._forget, request.request))
+        self._handed_over[request.request] = _HandedOver(answer.connection, request.stream, ticket.lease_s, timer)
+        answer.connection.post(Done(request.stream, FinishReason.LENGTH, usage, payload, tokens, ticket))
 
     def _complete(
         self, answer: _Answer, finish: FinishReason, payload: bytes, tokens: list[int], *, is_engine_done: bool
@@ -329,11 +370,18 @@ class WorkerServer:
         payload += answer.formatter.finish(usage)
         answer.connection.post(Done(answer.request.stream, finish, usage, payload, tokens))
 
-    def _fail(self, answer: _Answer, kind: FailureKind, code: str, message: str) -> None:
+    def _fail(self, answer: _Answer, kind: FailureKind, code: str, message: str, *, reason: str | None = None) -> None:
+        """reason: what the log says; by default the message."""
         self._end(answer)
         self._engine.abort(answer.request.request)
         answer.connection.post(Failed(answer.request.stream, kind, code, message))
-        _log.warning("request.failed", request_id=answer.request.request, kind=kind, code=code, reason=message)
+        reason = message if reason is None else reason
+        _log.warning("request.failed", request_id=answer.request.request, kind=kind, code=code, reason=reason)
+
+    def _engine_failed(self, answer: _Answer, output: EngineOutput) -> None:
+        """Clients hear what the answer is called; the engine's words, and its libraries', are for the log."""
+        message = "the engine could not go on with this request; its worker's log says why"
+        self._fail(answer, FailureKind.INTERRUPTED, f"engine_{output.finish}", message, reason=output.error)
 
     def _expire(self, answer: _Answer) -> None:
         kind = FailureKind.REJECTED if answer.state is _State.QUEUED else FailureKind.INTERRUPTED

@@ -210,6 +210,25 @@ async def free_blocks(engine):
     return next(news for news in engine.said if news["kind"] == "load")["free_blocks"]
 
 
+async def test_a_kv_cache_that_nobody_will_fetch_is_given_up_before_its_lease_is_over(pair):
+    mode, prefill, _ = pair
+    if mode is HandoverMode.PUSH:
+        return  # whoever is pushed to may be written to already: the lease runs out
+    before = await free_blocks(prefill)
+    # The control's lease began earlier: were it a matter of time, its blocks would be free first.
+    control = await prefill.run(prompt(80, 200), None, tagged(PrefillLeg(mode)), name="control")
+    with_control = await free_blocks(prefill)
+    abandoned = await prefill.run(prompt(81, 900), None, tagged(PrefillLeg(mode)), name="abandoned")
+    with_both = await free_blocks(prefill)
+    assert control.ticket is not None is not abandoned.ticket
+    assert with_both < with_control - 2 < before - 4
+    prefill.send("abort", id="abandoned")
+    async with asyncio.timeout(300):
+        while (left := await free_blocks(prefill)) == with_both:  # noqa: ASYNC110 - it tells its load when it is asked
+            await asyncio.sleep(0.01)
+    assert left == with_control
+
+
 async def test_a_kv_cache_that_nobody_writes_costs_the_request_and_no_blocks(pair):
     mode, prefill, decode = pair
     if mode is HandoverMode.PULL:

@@ -408,7 +408,8 @@ async def test_a_worker_whose_engine_dies_interrupts_its_streams_and_ends_with_s
         await running.spoke.wait()
         engines[0].observer.died("out of memory")
         failed = await running.ended
-    assert (failed.kind, failed.code, failed.message) == (FailureKind.INTERRUPTED, "engine_died", "out of memory")
+    assert (failed.kind, failed.code) == (FailureKind.INTERRUPTED, "engine_died")
+    assert "out of memory" not in failed.message  # that is for the log
     assert await life == 1
     await fleet.until(lambda: not fleet.workers)
 

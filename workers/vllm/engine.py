@@ -82,6 +82,8 @@ class VllmEngine:
         self._options = options
         self._runs: dict[RequestId, _Run] = {}
         self._ending: set[asyncio.Task[None]] = set()
+        self._leased: dict[RequestId, str] = {}
+        """Handed over: what the engine process calls them."""
         self._latest = _Latest()
         self._has_reported = asyncio.Event()
         self._heard_at = 0.0
@@ -267,6 +269,7 @@ class VllmEngine:
         if request.request in self._runs:
             raise InvalidRequest(f"the request {request.request} runs here already", param="request")
         check_tokens(request, self._facts)
+        self._release(request.request)  # what an earlier attempt left
         options = self._options
         try:
             handover = handover_params(
@@ -347,9 +350,27 @@ class VllmEngine:
             return None
         if leg.mode is HandoverMode.PUSH:
             return Ticket(options.worker, leg.mode, len(run.request.prompt), float(options.lease_s), b"")
+        self._lease(run.request.request, params["remote_request_id"])
         return write_ticket(
             options.worker, params, lease_s=options.lease_s, cached_tokens=output.num_cached_tokens, now=time.time()
         )
+
+    def _lease(self, request: RequestId, name: str) -> None:
+        self._leased[request] = name
+        asyncio.get_running_loop().call_later(self._options.lease_s, self._lease_ended, request, name)
+
+    def _lease_ended(self, request: RequestId, name: str) -> None:
+        if self._leased.get(request) == name:
+            del self._leased[request]
+
+    def _release(self, request: RequestId) -> None:
+        """Nobody will fetch the KV cache (pull; one that is pushed may be on its way)."""
+        name = self._leased.pop(request, None)
+        if name is not None:
+            # By the engine's own name: for vLLM's front end the request has ended.
+            task = asyncio.create_task(self._llm.engine_core.abort_requests_async([name]))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
 
     def _fail(self, run: _Run, error: str) -> None:
         self._runs.pop(run.request.request, None)
@@ -358,6 +379,7 @@ class VllmEngine:
         run.unfinished.clear()
 
     def abort(self, request: RequestId) -> None:
+        self._release(request)
         run = self._runs.pop(request, None)
         if run is not None:
             run.unfinished.clear()

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from planes.wire.errors import InvalidRequest
 from planes.wire.frames import (
@@ -244,11 +245,15 @@ def test_a_deadline_ends_the_request(has_begun, kind):
     assert world.engine.aborted == ["r1"]
 
 
-def test_an_engine_error_interrupts_the_request_with_its_reason():
+def test_an_engine_error_interrupts_the_request_and_its_words_are_for_the_log_alone():
     world = World()
     world.ask()
-    world.step(1, (), FinishReason.ERROR, error="handover failed")
-    assert world.posted == [Failed(1, FailureKind.INTERRUPTED, "engine_error", "handover failed")]
+    with capture_logs() as logs:
+        world.step(1, (), FinishReason.ERROR, error="OSError: /srv/models/secret.safetensors")
+    (failed,) = world.posted
+    assert (failed.kind, failed.code) == (FailureKind.INTERRUPTED, "engine_error")
+    assert "secret" not in failed.message
+    assert logs[0]["reason"] == "OSError: /srv/models/secret.safetensors"
 
 
 def test_more_requests_than_the_worker_takes_are_rejected():
@@ -310,12 +315,25 @@ def test_one_request_id_runs_once_at_a_time():
 # --- handover ---------------------------------------------------------------------------------------------------------
 
 
-def prefill(world, *, is_emitting, tokens=b"H", finish=FinishReason.LENGTH, ticket=TICKET, **sampling):
+def prefill(
+    world,
+    *,
+    is_emitting,
+    tokens=b"H",
+    finish=FinishReason.LENGTH,
+    ticket=TICKET,
+    mode=HandoverMode.PULL,
+    connection=None,
+    **sampling,
+):
+    world.engine.endpoint = HandoverEndpoint(mode, "e", "127.0.0.1", 5000)
     world.ask(
-        leg=PrefillLeg(HandoverMode.PULL, emit_first=is_emitting), sampling=Sampling(**({"max_tokens": 10} | sampling))
+        leg=PrefillLeg(mode, emit_first=is_emitting),
+        sampling=Sampling(**({"max_tokens": 10} | sampling)),
+        connection=connection,
     )
     world.step(1, tokens, finish, ticket=ticket, cached_tokens=2, prefill_s=0.5)
-    return world.posted[-1]
+    return (connection or world.connection).posted[-1]
 
 
 def test_a_prefill_leg_answers_with_the_ticket_and_the_first_event():
@@ -350,6 +368,14 @@ def test_a_first_token_that_ends_the_request_completes_it_without_a_ticket(endin
     assert done.payload.endswith(b"[DONE]\n\n")
     assert len(done.tokens) == 1
     assert world.engine.aborted == ["r1"]
+
+
+def test_a_pushed_kv_cache_is_not_taken_back_when_its_first_token_ends_the_answer():
+    """The decode worker has begun already and waits for it."""
+    world = World()
+    done = prefill(world, is_emitting=True, mode=HandoverMode.PUSH, stop=["H"])
+    assert (done.ticket, done.reason) == (None, FinishReason.STOP)
+    assert world.engine.aborted == []
 
 
 @pytest.mark.parametrize(
@@ -395,6 +421,50 @@ def test_a_decode_leg_reports_what_the_prefill_worker_had_cached():
     world.ask(leg=DecodeLeg(ticket=ticket))
     world.step(1, b"H", FinishReason.LENGTH, cached_tokens=3)
     assert world.posted[-1].usage.cached_tokens == 1
+
+
+def test_a_cancel_that_crosses_the_ticket_gives_the_kv_cache_up():
+    world = World()
+    prefill(world, is_emitting=True)
+    world.server.cancel(world.connection, 2)
+    world.server.cancel(FakeConnection(), 1)
+    assert world.engine.aborted == []
+    world.server.cancel(world.connection, 1)
+    assert world.engine.aborted == ["r1"]
+    assert all(timer.is_cancelled for timer in world.timers)
+
+
+def test_a_gone_gateway_s_kv_caches_are_given_up_before_their_leases_are_over():
+    world, other = World(), FakeConnection()
+    prefill(world, is_emitting=True)
+    world.server.gone(other)
+    assert [timer.seconds for timer in world.timers if not timer.is_cancelled] == [30.0]
+    world.server.gone(world.connection)
+    (timer,) = (timer for timer in world.timers if not timer.is_cancelled)
+    assert (timer.seconds, world.engine.aborted) == (7.5, [])  # a decode worker may be fetching it
+    timer.callback()
+    assert world.engine.aborted == ["r1"]
+
+
+def test_a_kv_cache_whose_lease_is_over_is_the_engine_s_again():
+    world = World()
+    prefill(world, is_emitting=True)
+    (timer,) = (timer for timer in world.timers if not timer.is_cancelled)
+    timer.callback()
+    world.server.gone(world.connection)
+    world.server.cancel(world.connection, 1)
+    assert world.engine.aborted == []
+
+
+def test_a_request_that_comes_again_is_not_given_up_with_its_earlier_kv_cache():
+    world, other = World(), FakeConnection()
+    prefill(world, is_emitting=True)
+    world.engine.running.clear()
+    world.ask(1, connection=other)
+    world.server.gone(world.connection)
+    world.server.cancel(world.connection, 1)
+    assert world.engine.aborted == []
+    assert world.server.num_requests == 1
 
 
 # --- going on elsewhere -----------------------------------------------------------------------------------------------

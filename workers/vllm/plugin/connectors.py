@@ -1,7 +1,8 @@
 """NIXL's two connectors under vLLM's own names, by which vLLM asks for them.
 
 The model thread's cores are restored, the seconds and bytes of every handover noted, and there is no lease for a
-finished request. The push connector's decode side gives up what nobody writes.
+finished request. The pull connector's lease ends early if nobody will come. The push connector's decode side gives up
+what nobody writes.
 """
 
 import os
@@ -83,10 +84,48 @@ class _Handover:
 
 
 class NixlPullConnector(_Handover, nixl.NixlPullConnector):  # type: ignore[misc]
-    """vLLM's pull connector."""
+    """vLLM's pull connector, whose prefill side can be told that nobody will fetch a KV cache.
+
+    Scheduler and worker side are two objects, in two processes where several GPUs share the model: what is released
+    goes with the metadata of a step, as vLLM's own news of leases do. A decode engine that has prolonged a lease, which
+    it does while it waits, is fetching or about to: that lease is left to it.
+    """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        self._released: set[str] = set()
+        self._expiries: dict[str, float] = {}  # of leases as they were granted
+
+    def release(self, request_id: str) -> None:
+        """Scheduler side: free a finished request's blocks."""
+        self._released.add(request_id)
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        meta = super().build_connector_meta(scheduler_output)
+        meta.headrace_released, self._released = self._released, set()
+        return meta
+
+    def start_load_kv(self, *args: Any, **kwargs: Any) -> None:
+        super().start_load_kv(*args, **kwargs)
+        leases = self.connector_worker._reqs_to_send  # noqa: SLF001
+        granted = self._connector_metadata.reqs_to_send
+        self._expiries.update((name, leases[name]) for name in granted if name in leases)
+        self._released |= self._connector_metadata.headrace_released
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        results, side = super().get_transfer_results(finished_req_ids), self.connector_worker
+        for name in results.finished_sending:
+            self._expiries.pop(name, None)
+        for name in self._released:
+            granted = self._expiries.get(name)
+            if granted is not None and side._reqs_to_send.get(name) == granted:  # noqa: SLF001
+                del self._expiries[name], side._reqs_to_send[name]  # noqa: SLF001
+                side._reqs_to_process.discard(name)  # noqa: SLF001
+                side.consumer_notification_counts_by_req.pop(name, None)
+                side.expected_consumer_notifications_by_req.pop(name, None)
+                results.finished_sending.add(name)
+        self._released.clear()
+        return results
 
 
 class PunctualWriter(nixl.NixlPushConnectorWorker):  # type: ignore[misc]

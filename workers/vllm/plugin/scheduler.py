@@ -107,6 +107,17 @@ class _Scheduling:
                 pairs += count * (2 * end - count + 1) // 2
         return prefill_tokens, pairs, batch, kv_tokens
 
+    def finish_requests(self, request_ids: Any, finished_status: Any) -> Any:
+        """vLLM passes over requests that have finished. Those whose KV cache still waits to be fetched give it up."""
+        release = getattr(self.connector, "release", None)  # type: ignore[attr-defined]
+        if release is not None and request_ids is not None:
+            request_ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+            for request_id in request_ids:
+                request = self.requests.get(request_id)  # type: ignore[attr-defined]
+                if request is not None and request.is_finished():
+                    release(request_id)
+        return super().finish_requests(request_ids, finished_status)  # type: ignore[misc]
+
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         while self._begun:
             output, begun_at, composition = self._begun.popleft()

@@ -8,7 +8,18 @@ import pytest
 
 from planes.wire.blocks import unpack
 from planes.wire.errors import InvalidRequest
-from planes.wire.frames import DecodeLeg, FinishReason, PrefillLeg, Sampling, Ticket
+from planes.wire.frames import (
+    DecodeLeg,
+    Delta,
+    FinishReason,
+    Format,
+    Generate,
+    PrefillLeg,
+    Sampling,
+    StreamId,
+    Ticket,
+    pack_tokens,
+)
 from planes.wire.messages import (
     BlocksStored,
     EngineFacts,
@@ -16,9 +27,13 @@ from planes.wire.messages import (
     HandoverMode,
     LatencyPrior,
     RequestId,
+    Role,
     WorkerId,
 )
+from workers.answer.detokenizer import load_vocabulary
 from workers.engine.base import EngineRequest, EngineStartError
+from workers.server import WorkerServer
+from workers.settings import SIM_MODEL
 from workers.sim.engine import SimEngine, SimOptions
 from workers.sim.handover import HandoverFailed, Offer
 from workers.sim.options import faster
@@ -361,6 +376,63 @@ async def test_a_prefill_leg_aborted_halfway_is_given_up_for_whoever_waits_for_i
     Client(prefill, "r", leg=PrefillLeg(HandoverMode.PUSH))
     prefill.abort(RequestId("r"))
     assert wire.withdrawn == ["r"]
+
+
+class Gateway:
+    """A connection, as the server of the streams sees it."""
+
+    def __init__(self):
+        self.ended = asyncio.Event()
+
+    def post(self, item):
+        if not isinstance(item, Delta):
+            self.done = item
+            self.ended.set()
+
+
+LEAVING = {
+    "released": lambda server, gateway: server.release(gateway, RequestId("long")),
+    "cancelled while the ticket was on its way": lambda server, gateway: server.cancel(gateway, StreamId(1)),
+    "lost": lambda server, gateway: server.gone(gateway),
+}
+
+
+@pytest.mark.parametrize("leave", LEAVING.values(), ids=LEAVING)
+async def test_five_abandoned_prompts_pin_nothing(make_engine, wire, leave):
+    engine, timers = await make_engine(lease_s=30.0), []
+
+    def call_later(seconds, callback):
+        timers.append((seconds, callback))
+        return asyncio.get_running_loop().call_later(1e6, callback)
+
+    vocabulary = load_vocabulary(SIM_MODEL / "tokenizer.json").covering(FACTS.vocab_size)
+    server = WorkerServer(
+        engine, role=Role.PREFILL, vocabulary=vocabulary, end_tokens=frozenset(), max_queued=9, call_later=call_later
+    )
+    for seed in range(5):
+        gateway = Gateway()
+        server.generate(
+            gateway,
+            Generate(
+                StreamId(1),
+                RequestId("long"),
+                pack_tokens([97 + seed] * 100),
+                Sampling(max_tokens=9, ignore_eos=True),
+                Format("chat", "i", "m", 0, is_streaming=True),
+                PrefillLeg(HandoverMode.PULL),
+            ),
+        )
+        async with asyncio.timeout(10):
+            await gateway.ended.wait()
+        assert gateway.done.ticket is not None
+        assert engine.load().free_blocks == FACTS.num_blocks - 25
+        leave(server, gateway)
+        seconds, callback = timers[-1]
+        if seconds < 30.0:
+            callback()  # long before the lease is over
+        assert engine.load().free_blocks == FACTS.num_blocks
+        assert not engine._leases
+        assert not wire.offers
 
 
 async def test_a_lease_runs_out(make_engine, wire):
