@@ -37,9 +37,12 @@ async def read_request(
     limit_s = gateway.settings.request_timeout_s
     with gateway.bodies.lease() as lease:
         body = await read_body(request, _max_body_bytes(gateway), lease)
-        parsed = parse(body)
+        parsed = await gateway.preprocessor.parse(parse, body, deadline=arrived_at + limit_s)
+        deadline = arrived_at + min(limit_s, parsed.timeout_s or limit_s)
         model = gateway.models.entry(parsed.model)
-        prepared = await gateway.preprocessor.prepare(parsed, model, cache_salt=tenant.salted(parsed.cache_salt))
+        prepared = await gateway.preprocessor.prepare(
+            parsed, model, cache_salt=tenant.salted(parsed.cache_salt), deadline=deadline
+        )
     options = parse_header_options(headers, n=prepared.sampling.n)
     return GatewayRequest(
         request=request_id,
@@ -58,7 +61,7 @@ async def read_request(
             echo=prepared.echo,
         ),
         arrived_at=arrived_at,
-        deadline=arrived_at + min(limit_s, parsed.timeout_s or limit_s),
+        deadline=deadline,
         cache_salt=prepared.cache_salt,
         priority=tenant.priority_of(parsed.priority),
         tenant=tenant.name,

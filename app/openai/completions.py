@@ -3,11 +3,10 @@
 from typing import Final
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from app.openai.chat import parse_stream_options
-from app.openai.decode import check_range, decode, shown
+from app.openai.decode import decode
+from app.openai.prompt import parse_prompt
 from app.openai.sampling import (
     Unsupported,
     parse_cache_salt,
@@ -43,7 +42,7 @@ def parse_completion(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedReq
         model=completion.model,
         sampling=parse_sampling(completion, limits, max_tokens=max_tokens, logprobs=completion.logprobs),
         max_tokens=max_tokens,
-        prompt=_prompt(completion.prompt),
+        prompt=parse_prompt(completion.prompt),
         is_streaming=bool(completion.stream),
         include_usage=parse_stream_options(completion.stream_options, is_streaming=bool(completion.stream)),
         echo=bool(completion.echo),
@@ -54,36 +53,3 @@ def parse_completion(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedReq
         slo_ttft_s=parse_seconds("slo_ttft_ms", completion.slo_ttft_ms),
         timeout_s=parse_seconds("timeout_ms", completion.timeout_ms),
     )
-
-
-def _prompt(prompt: str | list[int | str | list[int]]) -> str | npt.NDArray[np.uint32]:
-    """A list of one prompt is that prompt; several prompts in one request are refused."""
-    if isinstance(prompt, str):
-        return prompt
-    if not prompt:
-        raise InvalidRequest("Invalid 'prompt': it must not be an empty list.", param="prompt")
-    first = prompt[0]
-    if isinstance(first, int):
-        return _token_ids(prompt)
-    if len(prompt) > 1:
-        raise InvalidRequest(
-            f"Invalid 'prompt': {len(prompt)} prompts were given and the limit is 1; send a request for each.",
-            param="prompt",
-        )
-    return first if isinstance(first, str) else _token_ids(list(first))
-
-
-def _token_ids(tokens: list[int | str | list[int]]) -> npt.NDArray[np.uint32]:
-    if not tokens:
-        raise InvalidRequest("Invalid 'prompt': it must hold at least one token id.", param="prompt")
-    ids = [token for token in tokens if isinstance(token, int)]
-    if len(ids) != len(tokens):
-        other = next(token for token in tokens if not isinstance(token, int))
-        raise InvalidRequest(
-            f"Invalid 'prompt': it mixes token ids with {shown(other)}; send only ids or only text.",
-            param="prompt",
-            code="invalid_type",
-        )
-    check_range("prompt", min(ids), 0, 2**32 - 1)
-    check_range("prompt", max(ids), 0, 2**32 - 1)
-    return np.array(ids, dtype=np.uint32)

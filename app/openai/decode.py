@@ -16,6 +16,8 @@ _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`$", re.DOTAL
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`$", re.DOTALL)
 _STEP = re.compile(r"\[(\d+)\]|([^.\[]+)")
 _SHOWN_CHARS = 60
+_QUOTED_BYTES = 16_384
+"""Longest body that is decoded once more to quote the value that is wrong."""
 
 
 def decode(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
@@ -82,7 +84,9 @@ def _explained(problem: str, body: bytes, expected: type[msgspec.Struct]) -> Inv
 
 
 def _at(body: bytes, path: str) -> Any:
-    """The value that the error is about; UNSET if the body cannot be read to its end. Only errors pay for this."""
+    """The value that the error is about; UNSET if the body is long or cannot be read to its end."""
+    if len(body) > _QUOTED_BYTES:
+        return msgspec.UNSET
     try:
         value = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -32,11 +32,13 @@ def parse_sampling(body: CommonBody, limits: Limits, *, max_tokens: int | None, 
             param="n",
         )
     top_p = 1.0 if body.top_p is None else body.top_p
-    check_range("top_p", top_p, 0.0, 1.0, is_low_open=True)
+    check_range("top_p", top_p, 0.0, 1.0)
     repetition_penalty = 1.0 if body.repetition_penalty is None else body.repetition_penalty
     check_range("repetition_penalty", repetition_penalty, 0.0, inf, is_low_open=True)
     top_k = 0 if body.top_k is None else body.top_k
     check_range("top_k", top_k, -1, _INT32)
+    if top_p == 0:
+        top_p, top_k = 1.0, 1  # no probability mass is the likeliest token alone; engines want more than 0
     if body.seed is not None:
         check_range("seed", body.seed, -(2**63), 2**63 - 1)
     if logprobs is not None:

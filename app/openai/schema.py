@@ -213,7 +213,8 @@ class ChatBody(CommonBody, frozen=True, forbid_unknown_fields=True, kw_only=True
 class CompletionBody(CommonBody, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """POST /v1/completions."""
 
-    prompt: str | list[int | str | list[int]]
+    prompt: msgspec.Raw
+    """See `app/openai/prompt.py`."""
     echo: bool | None = None
     logprobs: int | None = None
 

@@ -1,14 +1,14 @@
 """From a parsed request to what is sent and routed: the prompt's tokens, its block names, the resolved sampling.
 
-Short requests are rendered and tokenized on the event loop (microseconds), long ones on a small thread pool, whose size
-bounds how many run at once. A prompt that provably cannot fit is not tokenized at all.
+Short requests are parsed, rendered and tokenized on the event loop (microseconds), long ones of every kind on a small
+thread pool, whose size bounds how many run at once. A prompt that provably cannot fit is not tokenized at all.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -20,6 +20,8 @@ from planes.wire.blocks import Hashes, Tokens
 from planes.wire.errors import InvalidRequest, Rejected
 from planes.wire.frames import Sampling
 
+Result = TypeVar("Result")
+
 DEFAULT_INLINE_BYTES: Final = 16_384
 """Tokenizing this much takes about half a millisecond; a thread costs a tenth of one and leaves the loop free."""
 
@@ -28,6 +30,15 @@ class ContextExceeded(InvalidRequest):
     """Prompt, or prompt and completion, are longer than the model's context."""
 
     code = "context_length_exceeded"
+
+
+class PreparationTimeout(Rejected):
+    """The request's time was over before its prompt was tokens."""
+
+    status, code = 504, "deadline"
+
+    def __init__(self) -> None:
+        super().__init__("the request's time was over while its prompt waited to be tokenized")
 
 
 class TokenizersBusy(Rejected):
@@ -82,27 +93,39 @@ class Preprocessor:
         self._num_waiting = 0
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenize")
 
-    async def prepare(self, parsed: ParsedRequest, model: ModelEntry, *, cache_salt: str | None = None) -> Prepared:
+    async def parse(
+        self, parse: Callable[[bytes], ParsedRequest], body: bytes, *, deadline: float | None = None
+    ) -> ParsedRequest:
+        """What `parse` makes of a body.  Raises:  what `parse` does; TokenizersBusy, PreparationTimeout."""
+        if len(body) <= self._inline_bytes:
+            return parse(body)
+        return await self._on_thread(deadline, parse, body)
+
+    async def prepare(
+        self, parsed: ParsedRequest, model: ModelEntry, *, cache_salt: str | None = None, deadline: float | None = None
+    ) -> Prepared:
         """
-        Args:  cache_salt: instead of the request's own (see `Tenant.salted`).
-        Raises:  InvalidRequest, ContextExceeded among them; TokenizersBusy.
+        Args:  cache_salt: instead of the request's own (see `Tenant.salted`).  deadline: on the event loop's clock.
+        Raises:  InvalidRequest, ContextExceeded among them; TokenizersBusy, PreparationTimeout.
         """
         salt = parsed.cache_salt if cache_salt is None else cache_salt
-        if parsed.num_bytes <= self._inline_bytes or not isinstance(parsed.prompt, str):
+        if parsed.num_bytes <= self._inline_bytes:
             return _prepared(parsed, model, salt)
-        return await self._on_thread(parsed, model, salt)
+        return await self._on_thread(deadline, _prepared, parsed, model, salt)
 
     def close(self) -> None:
         """Waits for prompts that are being tokenized; those that wait for a thread are cancelled."""
         self._threads.shutdown(cancel_futures=True)
 
-    async def _on_thread(self, parsed: ParsedRequest, model: ModelEntry, salt: str) -> Prepared:
+    async def _on_thread(self, deadline: float | None, work: Callable[..., Result], *args: Any) -> Result:
         if self._num_waiting >= self._max_waiting:
             raise TokenizersBusy(self._num_waiting, self._max_waiting)
         self._num_waiting += 1
         try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, _prepared, parsed, model, salt)
+            async with asyncio.timeout_at(deadline):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+        except TimeoutError:
+            raise PreparationTimeout from None
         finally:
             self._num_waiting -= 1
 

@@ -3,11 +3,20 @@
 Templates are rendered as `transformers` renders them (same sandbox, whitespace rules and helpers), with bounds on the
 iterations and the size of the output.
 
-A control token that a user typed must stay text. So before rendering, each spelling of one inside a message is put
-between two sentinels: strings of private-use characters drawn anew for every rendering. They travel through the
-template with the text; afterwards every control token in the output that overlaps a sentinel pair is the user's, every
-other one the template's. The output is cut *at the template's own control tokens* around a user's one, which is where
-tokenizers cut anyway: apart from the user's control token itself, tokens come out as if the text were encoded whole.
+A control token that a user typed must stay text, and so must one that only comes to be in the template: from the ends
+of two messages, or when a filter takes something out of one. So where a client's text has any character that a control
+token begins or ends with, the messages are rendered twice, neither time as they are:
+
+- *marked*: each spelling of a control token inside a message is put between two sentinels, strings of private-use
+  characters drawn anew for every rendering. They travel through the template with the text; afterwards every control
+  token that overlaps a sentinel pair is the user's. Without its sentinels this is the prompt.
+- *defused*: those characters are replaced by one that no control token has. A control token that is still there, at
+  the same place, is the template's. Where the template looks at such characters (for `</think>`, say) and so writes
+  something else, both renderings must have the same control tokens in the same order; if not, none is trusted.
+
+The output is cut *at the template's own control tokens* around a user's one, which is where tokenizers cut anyway:
+apart from the user's control token itself, tokens come out as if the text were encoded whole. A template that writes
+both ends itself around a client's word (`<|{{ role }}|>`) means the token.
 """
 
 import itertools
@@ -56,6 +65,8 @@ class TemplateLimits:
     spelt_tokens: int = 10_000
     """Control tokens spelt out by the client; each costs some microseconds."""
     output_chars: int = 64_000_000
+    """Of the output, and of what `*` repeats on the way there."""
+    integer_bits: int = 4_096
 
 
 class TemplateError(InvalidRequest):
@@ -85,7 +96,12 @@ class ChatTemplate:
         # The globals too: Jinja would merge them anew for every rendering, which takes as long as rendering.
         self._variables = {**self._template.globals, "tools": None, "documents": None, **(variables or {})}
         self._specials = {token.text: token for token in special_tokens if token.text}
-        self._special = re.compile(_alternatives(self._specials)) if self._specials else None
+        self._special = re.compile(_alternatives(self._specials))
+        ends = {char for text in self._specials for char in (text[0], text[-1])}
+        edges = {char for char in ends if not char.isalnum() and not char.isspace()}
+        endless = [text for text in self._specials if edges.isdisjoint(text)]
+        self._edge = re.compile("|".join(map(re.escape, [*endless, *edges])))
+        """Finds what a control token can begin or end with; for one of letters alone, the whole."""
         self._limits = limits
         # Most templates know only system, user and assistant; developer is OpenAI's newer word for system.
         self._knows_developer = "developer" in source
@@ -98,13 +114,36 @@ class ChatTemplate:
         """
         if not self._knows_developer:
             messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
-        if self._special is None or not (
-            _spells(messages, self._special) or (kwargs and _spells(kwargs, self._special))
-        ):
-            return [Segment(self._rendered(messages, kwargs), is_trusted=True)]
-        sentinels = _Sentinels(self._limits.spelt_tokens)
-        marked = [_marked(m, self._special, sentinels) for m in messages]
-        return self._segments(self._rendered(marked, _marked(kwargs, self._special, sentinels)), sentinels)
+        try:
+            if not self._specials or not (_spells(messages, self._edge) or (kwargs and _spells(kwargs, self._edge))):
+                return [Segment(self._rendered(messages, kwargs), is_trusted=True)]
+            return self._checked(messages, kwargs)
+        except RecursionError as exc:
+            raise TemplateError("The messages are nested too deeply for the chat template.", param="messages") from exc
+
+    def _checked(self, messages: Sequence[dict[str, Json]], kwargs: Mapping[str, Json] | None) -> list[Segment]:
+        """The prompt of messages that may have to do with its control tokens: see the module."""
+        spelt: Sequence[tuple[int, int]] = ()
+        if _spells(messages, self._special) or (kwargs and _spells(kwargs, self._special)):
+            sentinels = _Sentinels(self._limits.spelt_tokens)
+            text, spelt = sentinels.removed(self._replaced(messages, kwargs, self._special, sentinels.around))
+        else:
+            text = self._rendered(messages, kwargs)
+        return self._segments(text, spelt, self._replaced(messages, kwargs, self._edge, _DEFUSED))
+
+    def _replaced(
+        self,
+        messages: Sequence[dict[str, Json]],
+        kwargs: Mapping[str, Json] | None,
+        found: re.Pattern[str],
+        by: str | Callable[[re.Match[str]], str],
+    ) -> str:
+        """The prompt, with what is `found` in the client's strings replaced before the template sees them."""
+
+        def change(text: str) -> str:
+            return found.sub(by, text)
+
+        return self._rendered([_mapped(message, change) for message in messages], _mapped(kwargs, change))
 
     def _rendered(self, messages: Sequence[dict[str, Json]], kwargs: Mapping[str, Json] | None) -> str:
         budget = _Budget(self._limits)
@@ -130,30 +169,42 @@ class ChatTemplate:
                 f"The chat template failed on these messages: {type(exc).__name__}: {exc}", param="messages"
             ) from exc
 
-    def _segments(self, rendered: str, sentinels: "_Sentinels") -> list[Segment]:
-        if self._special is None:
-            return [Segment(rendered, is_trusted=True)]
-        text, untrusted = sentinels.removed(rendered)
-        cuts: list[tuple[int, int]] = []  # the template's control tokens: [start, end)
-        ours: list[int] = []  # where the users' begin
-        pairs = iter(untrusted)
+    def _segments(self, text: str, spelt: Sequence[tuple[int, int]], defused: str) -> list[Segment]:
+        """`text` cut up.  spelt: the control tokens that a message holds whole.  defused: the other rendering."""
+        others, users = [], []
+        pairs = iter(spelt)
         theirs_start, theirs_end = next(pairs, _NOWHERE)
         for match in self._special.finditer(text):
             start, end = match.span()
             while theirs_end <= start:
                 theirs_start, theirs_end = next(pairs, _NOWHERE)
             if theirs_start < end:
-                ours.append(start)
+                users.append(start)
             else:
+                others.append(match)
+        cuts: list[tuple[int, int]] = []  # the template's control tokens: [start, end)
+        for match, is_templates in zip(others, self._templates(others, text, defused), strict=True):
+            start, end = match.span()
+            if is_templates:
                 token = self._specials[match[0]]
                 swallowed_from = _skip_back(text, start) if token.lstrip else start
                 cuts.append((swallowed_from, _skip(text, end) if token.rstrip else end))
-        return list(_cut(text, cuts, ours))
+            else:
+                users.append(start)
+        return list(_cut(text, cuts, sorted(users)))
+
+    def _templates(self, found: Sequence[re.Match[str]], text: str, defused: str) -> list[bool]:
+        """Whether the template alone has written each of the control tokens `found` in `text`."""
+        if len(text) == len(defused):
+            return [defused.startswith(match[0], match.start()) for match in found]
+        return [[match[0] for match in found] == self._special.findall(defused)] * len(found)
 
 
 _NOWHERE: Final = (sys.maxsize, sys.maxsize)
 _BUDGET: Final = "_headrace_budget"
 _PRIVATE_USE: Final = 0xF0000
+_DEFUSED: Final = "\U0010fffd"
+"""No control token has it: the last private-use character."""
 
 
 class _Sentinels:
@@ -211,19 +262,43 @@ class _Budget:
                 )
             yield item
 
-    def output(self, pieces: Iterable[str]) -> Iterator[str]:
-        for piece in pieces:
-            self._chars_left -= len(piece)
-            if self._chars_left < 0:
+    def multiply(self, operator: str, left: Any, right: Any) -> None:
+        """Count what `left operator right` will make, before it is made."""
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+            if bits > self._limits.integer_bits:
                 raise TemplateError(
-                    f"The rendered prompt has more than {self._limits.output_chars} characters, which is the limit.",
+                    f"The chat template computed a number of more than {self._limits.integer_bits} bits.",
                     param="messages",
                 )
+            return
+        for repeated, times in ((left, right), (right, left)):
+            if isinstance(repeated, Sequence) and isinstance(times, int):
+                self._spend(len(repeated) * max(times, 0))
+
+    def output(self, pieces: Iterable[str]) -> Iterator[str]:
+        for piece in pieces:
+            self._spend(len(piece))
             yield piece
+
+    def _spend(self, num_chars: int) -> None:
+        self._chars_left -= num_chars
+        if self._chars_left < 0:
+            raise TemplateError(
+                f"The rendered prompt has more than {self._limits.output_chars} characters, which is the limit.",
+                param="messages",
+            )
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """transformers' sandbox; every `for` counts against the rendering's budget."""
+    """transformers' sandbox; every `for`, `*` and `**` counts against the rendering's budget."""
+
+    intercepted_binops = frozenset({"*", "**"})  # which also keeps Jinja from computing them when it compiles
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        budget: _Budget = context[_BUDGET]
+        budget.multiply(operator, left, right)
+        return super().call_binop(context, operator, left, right)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         tree = super()._parse(source, name, filename)
@@ -264,7 +339,12 @@ def _tojson(
 
 
 def _environment(clock: Callable[[], datetime]) -> _Environment:
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    environment = _Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        optimized=False,  # nothing of a template is computed before a request pays for it
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+    )
     environment.filters["tojson"] = _tojson
     environment.filters[_BUDGET] = _counted
     environment.globals["raise_exception"] = _raise_exception
@@ -283,14 +363,14 @@ def _spells(value: Json, special: re.Pattern[str]) -> bool:
     return False
 
 
-def _marked(value: Json, special: re.Pattern[str], sentinels: _Sentinels) -> Json:
-    """A copy of a JSON value with each control token in its strings between sentinels."""
+def _mapped(value: Json, change: Callable[[str], str]) -> Json:
+    """A copy of a JSON value with every string in it changed."""
     if isinstance(value, str):
-        return special.sub(sentinels.around, value)
+        return change(value)
     if isinstance(value, Mapping):
-        return {_marked(k, special, sentinels): _marked(item, special, sentinels) for k, item in value.items()}
+        return {_mapped(key, change): _mapped(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_marked(item, special, sentinels) for item in value]
+        return [_mapped(item, change) for item in value]
     return value
 
 

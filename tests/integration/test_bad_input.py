@@ -45,7 +45,7 @@ BAD = [
      ["40", "32768"]),
     ("too hot", chat(temperature=2.5), "temperature", None, ["2.5", "2"]),
     ("no temperature at all", chat(temperature=float("nan")), None, "invalid_json", []),
-    ("top_p of 0", chat(top_p=0), "top_p", None, ["0"]),
+    ("a negative top_p", chat(top_p=-1), "top_p", None, ["-1", "0"]),
     ("too many choices", chat(n=1000), "n", None, ["1000", "16"]),
     ("no choice", chat(n=0), "n", None, ["0", "1"]),
     ("an empty stop string", chat(stop=""), "stop", None, ["empty"]),

@@ -147,7 +147,7 @@ def test_a_misspelt_field_is_refused_with_the_nearest_name():
     [
         ("temperature", 2.1, "2.1 is out of range; it must be from 0 to 2"),
         ("temperature", -0.1, "-0.1 is out of range"),
-        ("top_p", 0, "0.0 is out of range; it must be more than 0 and at most 1"),
+        ("top_p", -0.1, "-0.1 is out of range; it must be from 0 to 1"),
         ("top_p", 1.01, "out of range"),
         ("presence_penalty", -2.5, "from -2 to 2"),
         ("frequency_penalty", 3, "from -2 to 2"),
@@ -294,3 +294,8 @@ def test_any_message_is_parsed_or_refused(message, role):
     messages = [{"role": role, **message}] if isinstance(message, dict) else [message]
     with contextlib.suppress(InvalidRequest):
         assert isinstance(parse(messages=messages), ParsedRequest)
+
+
+def test_no_probability_mass_is_the_likeliest_token():
+    sampling = parse(top_p=0, top_k=50).sampling
+    assert (sampling.top_p, sampling.top_k) == (1.0, 1)

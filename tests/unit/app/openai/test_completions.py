@@ -64,6 +64,53 @@ def test_a_prompt_that_cannot_be_run_is_refused(prompt, said):
     assert error.param in {"prompt", "prompt[0]"}
 
 
+@pytest.mark.parametrize("num", [1, 9_999, 10_000, 50_000])
+@pytest.mark.parametrize("separators", [(",", ":"), (" ,\n ", ":")])
+def test_long_lists_of_ids_come_out_whole(num, separators):
+    ids = [(i * 7919) % 2**32 for i in range(num)]
+    body = json.dumps({"prompt": ids, "model": "m"}, separators=separators).encode()
+    assert parse_completion(body).prompt.tolist() == ids
+    assert parse_completion(body.replace(b"[", b"[ [").replace(b"]", b"] ]")).prompt.tolist() == ids
+
+
+@pytest.mark.parametrize("at", [0, 5, 12_345, 49_999])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("x,y", 'mixes token ids with "x,y"'),
+        ([1, 2], "mixes token ids with [1,2]"),
+        (1.5, "'prompt[{at}]': expected int, got float; the value is 1.5"),
+        (None, "'prompt[{at}]': expected int, got null"),
+        ({"a": [1, 2]}, "'prompt[{at}]': expected int, got object"),
+        (True, "'prompt[{at}]': expected int, got bool; the value is true"),
+        ("x" * 100_000, "mixes token ids with"),
+    ],
+)
+def test_what_is_wrong_in_a_long_list_is_named_with_its_place(at, wrong, said):
+    ids = [7] * 50_000
+    ids[at] = wrong
+    error = refusal(prompt=ids)
+    if at or not isinstance(wrong, str | list):
+        assert said.format(at=at) in str(error)
+    assert len(str(error)) < 300
+
+
+def test_ids_out_of_range_are_found_in_every_piece():
+    for wrong in (-1, 2**32, 10**40):
+        assert "out of range" in str(refusal(prompt=[7] * 50_000 + [wrong]))
+
+
+@pytest.mark.parametrize("prompt", [b'"\xff"', b'["\xff"]', b'[1, "\xff"]'])
+def test_a_prompt_that_is_no_utf_8_is_refused(prompt):
+    with pytest.raises(InvalidRequest):
+        parse_completion(b'{"model": "m", "prompt": %b}' % prompt)
+
+
+def test_a_prompt_that_is_missing_is_named():
+    with pytest.raises(InvalidRequest, match="Missing required parameter: 'prompt'"):
+        parse_completion(b'{"model": "m"}')
+
+
 def test_logprobs_are_a_number_here():
     assert parse(logprobs=3).sampling.logprobs == 3
     assert "from 0 to 20" in str(refusal(logprobs=21))

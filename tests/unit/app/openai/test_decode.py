@@ -92,3 +92,13 @@ def test_the_fast_path_and_the_error_path_decode_the_same_value():
         parse_chat(msgspec.json.encode({"model": "m", "messages": [{"role": "user", "content": {"é": [1]}}]}))
     assert caught.value.param == "messages[0].content"
     assert 'the value is {"é":[1]}' in str(caught.value)
+
+
+def test_a_long_body_is_not_decoded_once_more_to_quote_what_is_wrong_with_it():
+    def refused(num):
+        with pytest.raises(InvalidRequest) as caught:
+            parse_chat(json.dumps({"model": "m", "messages": [], "stop_token_ids": [1] * num + ["x"]}).encode())
+        return str(caught.value)
+
+    assert refused(10) == "Invalid type for 'stop_token_ids[10]': expected int, got str; the value is \"x\"."
+    assert refused(50_000) == "Invalid type for 'stop_token_ids[50000]': expected int, got str."

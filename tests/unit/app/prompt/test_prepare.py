@@ -9,7 +9,14 @@ import pytest
 
 from app.openai.chat import parse_chat
 from app.openai.completions import parse_completion
-from app.prompt.prepare import ContextExceeded, ModelEntry, Preprocessor, TokenizersBusy, chat_template_of
+from app.prompt.prepare import (
+    ContextExceeded,
+    ModelEntry,
+    PreparationTimeout,
+    Preprocessor,
+    TokenizersBusy,
+    chat_template_of,
+)
 from app.prompt.template import ChatTemplate
 from app.prompt.tokenizer import Tokenizer
 from planes.wire import blocks
@@ -59,6 +66,57 @@ async def test_a_long_prompt_on_a_thread_gives_the_same_as_on_the_loop(model):
     assert np.array_equal(threaded.blocks, inline.blocks)
     on_thread.close()
     on_loop.close()
+
+
+@pytest.mark.parametrize("prompt", ["words " * 40, [1] * 100], ids=["text", "token ids"])
+async def test_whatever_is_long_is_parsed_and_prepared_off_the_event_loop(model, prompt):
+    threads = []
+
+    class Watched(Tokenizer):
+        def __init__(self, tokenizer):
+            self.__dict__.update(tokenizer.__dict__)
+
+        def decode(self, tokens):
+            threads.append(threading.current_thread())
+            return super().decode(tokens)
+
+        def encode_prompt(self, text):
+            threads.append(threading.current_thread())
+            return super().encode_prompt(text)
+
+    def parse(body):
+        threads.append(threading.current_thread())
+        return parse_completion(body)
+
+    body = json.dumps({"model": "sim", "prompt": prompt, "echo": True}).encode()
+    for inline_bytes, is_inline in ((len(body) - 1, False), (len(body), True)):
+        preprocessor = Preprocessor(inline_bytes=inline_bytes)
+        threads.clear()
+        parsed = await preprocessor.parse(parse, body)
+        await preprocessor.prepare(parsed, replace(model, tokenizer=Watched(model.tokenizer)))
+        assert [each is threading.main_thread() for each in threads] == [is_inline] * 2
+        preprocessor.close()
+
+
+async def test_a_prompt_whose_time_is_over_before_a_thread_had_it_is_refused(model):
+    preprocessor = Preprocessor(inline_bytes=0, num_threads=1)
+    going = threading.Event()
+    blocking = asyncio.create_task(preprocessor.parse(lambda body: going.wait(), b"x"))
+    await asyncio.sleep(0)
+    now = asyncio.get_running_loop().time()
+    with pytest.raises(PreparationTimeout):
+        await preprocessor.parse(lambda body: body, b"x", deadline=now)
+    with pytest.raises(PreparationTimeout):
+        await preprocessor.prepare(chat(), model, deadline=now)
+    going.set()
+    assert await blocking
+    preprocessor.close()
+
+
+async def test_a_prompt_of_exactly_the_context_leaves_no_room(preprocessor, model):
+    error = await refused(preprocessor, completion([1] * 512, max_tokens=None), model)
+    assert "your prompt has 512 tokens, which leaves no room" in str(error)
+    assert (await preprocessor.prepare(completion([1] * 511, max_tokens=1), model)).sampling.max_tokens == 1
 
 
 async def test_prompts_with_other_salts_share_no_block(preprocessor, model):

@@ -1,0 +1,123 @@
+"""The `prompt` of POST /v1/completions: a text or token ids, from its JSON.
+
+A list of ids may have millions, and one call into the decoder holds the interpreter's lock until it returns: so a list
+is decoded in pieces, between which the event loop gets its turn (`app/prompt/prepare.py` does this on a thread).
+"""
+
+import json
+import re
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from app.openai.decode import check_range, shown
+from planes.wire.blocks import Tokens
+from planes.wire.errors import InvalidRequest
+
+_PIECE_BYTES: Final = 32_768
+"""About half a millisecond."""
+_IDS: Final = msgspec.json.Decoder(list[int])
+_NO_ID: Final = re.compile(rb"(?:\A|,)\s*+(?!-?\d+\s*(?:,|\Z))")
+_KINDS: Final = {
+    ord('"'): "str",
+    ord("["): "array",
+    ord("{"): "object",
+    ord("n"): "null",
+    ord("t"): "bool",
+    ord("f"): "bool",
+}
+_SHOWN_BYTES: Final = 200
+
+
+def parse_prompt(raw: msgspec.Raw) -> str | Tokens:
+    """A text, or token ids (shape (n,), uint32, n >= 1). A list of one prompt is that prompt.
+
+    Args:  raw: a JSON value whose syntax has been checked.
+    Raises:  InvalidRequest; several prompts in one request are refused.
+    """
+    text = bytes(raw)
+    if text.startswith(b'"'):
+        return _text(text)
+    if not text.startswith(b"["):
+        raise InvalidRequest(
+            f"Invalid type for 'prompt': expected str or array, got {_kind(text)}; the value is {_value(text)}.",
+            param="prompt",
+            code="invalid_type",
+        )
+    inner = text[1:_PIECE_BYTES].lstrip()
+    if inner.startswith(b"]"):
+        raise InvalidRequest("Invalid 'prompt': it must not be an empty list.", param="prompt")
+    if not inner.startswith((b'"', b"[")):
+        return _token_ids(text)
+    prompts = msgspec.json.decode(text, type=list[msgspec.Raw])
+    if len(prompts) > 1:
+        raise InvalidRequest(
+            f"Invalid 'prompt': {len(prompts)} prompts were given and the limit is 1; send a request for each.",
+            param="prompt",
+        )
+    only = bytes(prompts[0])
+    return _text(only) if only.startswith(b'"') else _token_ids(only)
+
+
+def _text(text: bytes) -> str:
+    try:
+        return msgspec.json.decode(text, type=str)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise InvalidRequest(f"The request body is not valid JSON: {exc}.", code="invalid_json") from exc
+
+
+def _token_ids(text: bytes) -> Tokens:
+    """Of a JSON list."""
+    pieces: list[Tokens] = []
+    num_ids, at, end = 0, 1, len(text) - 1
+    while at < end:
+        cut = text.find(b",", min(at + _PIECE_BYTES, end), end)
+        cut = end if cut < 0 else cut
+        try:
+            ids = _IDS.decode(b"[%b]" % text[at:cut])
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            raise _not_an_id(text, at, cut, num_ids) from exc
+        if ids:
+            check_range("prompt", min(ids), 0, 2**32 - 1)
+            check_range("prompt", max(ids), 0, 2**32 - 1)
+        pieces.append(np.array(ids, dtype=np.uint32))
+        num_ids += len(ids)
+        at = cut + 1
+    if not num_ids:
+        raise InvalidRequest("Invalid 'prompt': it must hold at least one token id.", param="prompt")
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def _not_an_id(text: bytes, at: int, cut: int, num_ids: int) -> InvalidRequest:
+    """Why text[at:cut], with `num_ids` ids before it, is no list of ids."""
+    piece = text[at:cut]
+    found = _NO_ID.search(piece)
+    if found is None:
+        return InvalidRequest("Invalid 'prompt': it is no list of token ids.", param="prompt", code="invalid_type")
+    value = text[at + found.end() :]
+    if value.startswith((b'"', b"[")):
+        return InvalidRequest(
+            f"Invalid 'prompt': it mixes token ids with {_value(value)}; send only ids or only text.",
+            param="prompt",
+            code="invalid_type",
+        )
+    name = f"prompt[{num_ids + piece.count(b',', 0, found.end())}]"
+    return InvalidRequest(
+        f"Invalid type for '{name}': expected int, got {_kind(value)}; the value is {_value(value)}.",
+        param=name,
+        code="invalid_type",
+    )
+
+
+def _kind(text: bytes) -> str:
+    return _KINDS.get(text[0], "float" if re.match(rb"-?\d+[.eE]", text) else "int")
+
+
+def _value(text: bytes) -> str:
+    """The value that `text` begins with, as an error message quotes it."""
+    beginning = text[:_SHOWN_BYTES].decode("utf-8", "replace")
+    try:
+        return shown(json.JSONDecoder().raw_decode(beginning)[0])
+    except (ValueError, RecursionError):
+        return f"{beginning[:59]}…"
