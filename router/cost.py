@@ -15,7 +15,7 @@ every limit. Another second of prompt work costs each stream 0.04 / (1 - utilisa
 both, and on one kept for decoding 0.3 / (1 - utilisation)^2 s: next to nothing while streams are fast, and so much
 when they are slow that prompts gather on few workers and the others decode for them. On the latter a prompt that
 comes in small chunks costs less: a pause of one step nothing, one of ten or more the whole. Where no stream is now,
-those that may come (the mean of a minute) count as if streams were fast. ADR 8 has what was measured.
+those that may come (the mean of a minute) count as if streams were fast. ADR 21 has the reasons.
 
 Its own stream is charged like anybody's: for prompts that are left where it begins to decode; and where the client gets
 the prefill worker's token at once, for the handover and the first step after it, which then only interrupt the stream.

@@ -1,0 +1,48 @@
+"""What the documents say of themselves: links lead somewhere, decisions are dated and listed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "loadtest").rglob("*.md")])
+DECISIONS = sorted((ROOT / "docs" / "adr").glob("[0-9]*.md"))
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_there_are_pages():
+    assert len(PAGES) > 15
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("decision", DECISIONS, ids=lambda page: page.stem)
+def test_a_decision_is_one_dated_page_in_the_index(decision):
+    text = decision.read_text()
+    number = int(decision.name[:4])
+    assert re.match(rf"# {number}\. .+\n\nDate: 20\d\d-\d\d-\d\d.* Status: ", text), "begin it as the others begin"
+    assert len(text.splitlines()) <= 60, "one page: measurements that go on belong into docs/measurements.md"
+    assert f"]({decision.name})" in (decision.parent / "README.md").read_text(), "docs/adr/README.md lists all"
+
+
+def test_every_make_target_is_explained():
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    named = next(line for line in lines if line.startswith(".PHONY:")).split()[1:]
+    explained = {line.split(":")[0] for line in lines if re.match(r"[a-z-]+:.*## ", line)}
+    assert set(named) == explained
