@@ -60,14 +60,15 @@ run: install ## Serve a model, everything on this machine: ENGINE=vllm (default)
 	@$(VENV)/bin/headrace up --engine $(ENGINE) $(ARGS)
 
 test: install $(VENV)/.dev lint ## The whole suite: unit, integration (real etcd and NATS), end to end (real vLLM)
-	$(RUN) -m pytest -n 2 -m "not e2e"
+	$(RUN) -m pytest -n 2 -m "not e2e" --cov --cov-report=
 	$(RUN) -m pytest -m e2e
+	@echo "lines that unit and integration tests run in their own process: $$($(RUN) -m coverage report --format=total) %"
 
 unit: $(VENV)/.dev ## The fast tests alone
 	$(RUN) -m pytest -n 2 tests/unit
 
-lint: $(VENV)/.dev ## ruff and mypy
-	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
+lint: $(VENV)/.dev ## ruff, mypy and codespell
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy && $(VENV)/bin/codespell
 
 format: $(VENV)/.dev ## Let ruff mend what it can
 	$(RUN) -m ruff check --fix . ; $(RUN) -m ruff format .
@@ -89,4 +90,4 @@ docker: ## Build both images; FLAVOR=cpu (default), cuda or sim
 	docker build --network=host -f docker/worker.Dockerfile --build-arg FLAVOR=$(FLAVOR) -t headrace/worker:$(FLAVOR) -t headrace/worker .
 
 clean: ## Remove what make made
-	rm -rf router/index/libblock_table.so $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf router/index/libblock_table.so $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
