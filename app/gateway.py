@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from app.auth import ApiKeys
-from app.fleet.connections import Fleet
+from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfigFollower
 from app.http.body import BodyMemory
 from app.metrics import Metrics
@@ -30,7 +30,7 @@ class Gateway:
     router: Router
     routing_config: RoutingConfigFollower
     dispatcher: Dispatcher
-    fleet: Fleet
+    fleet: WorkerConnections
     relay: Relay
     metrics: Metrics
     clock: Clock

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from app.auth import ApiKeys, KeyFileError
-from app.fleet.connections import Fleet
+from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, RoutingSetup, routing_setup
 from app.gateway import Gateway
 from app.http.body import BodyMemory
@@ -120,7 +120,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
             worker.worker, worker.epoch, worker.address, deadline=deadline, limits=limits
         )
 
-    fleet = Fleet(router, dispatcher, models, events, connect=connect, clock=clock, rng=random.Random())
+    fleet = WorkerConnections(router, dispatcher, models, events, connect=connect, clock=clock, rng=random.Random())
     prefills = None
     if settings.prefill_dispatch == "queue":
         prefills = QueuedPrefills(PrefillQueue(events), events, fleet, gateway=secrets.token_hex(8))

@@ -33,12 +33,17 @@ class AssetsUnavailable(HeadraceError):  # noqa: N818 - names the outcome, as th
 
 
 class ModelCard(msgspec.Struct, frozen=True):
-    """What a gateway needs of a model. `files` maps a file's name to its sha256 in hex, in order of names."""
+    """What a gateway needs of a model. `files` maps a file's name to its sha256 in hex, in order of names.
+
+    Workers with one card can take each other's requests: the same tokens, named in blocks of one size. What only bounds
+    them, such as the context, is a fact of each worker.
+    """
 
     model: str
-    context_length: int
     eos_token_ids: list[int]
     files: dict[str, str]
+    block_size: int = 0
+    """Tokens in the blocks by which prompts for its workers are named; 0: a card from before it was told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +78,13 @@ def read_model_files(directory: Path) -> dict[str, bytes]:
     return files
 
 
-def make_card(files: Mapping[str, bytes], *, model: str, context_length: int) -> ModelCard:
+def make_card(files: Mapping[str, bytes], *, model: str, block_size: int) -> ModelCard:
     """Describe a model's files; the end-of-sequence tokens are its generation config's, else its config's.
 
     Raises:  AssetsUnavailable if one of these two files is not what it should be.
     """
     digests = {name: sha256(files[name]) for name in sorted(files)}
-    return ModelCard(model, context_length, _eos_token_ids(files), digests)
+    return ModelCard(model, _eos_token_ids(files), digests, block_size)
 
 
 async def publish_card(store: Store, card: ModelCard, files: Mapping[str, bytes], *, timeout_s: float = 120.0) -> str:
@@ -110,7 +115,8 @@ async def fetch_card(store: Store, digest: str, cache_dir: Path, *, timeout_s: f
                 card = msgspec.json.decode(encoded, type=ModelCard)
             except msgspec.DecodeError as exc:
                 raise AssetsUnavailable(f"model card {digest} is malformed: {exc}") from exc
-            files = {name: await _fetch(store, wanted, cache_dir) for name, wanted in card.files.items()}
+            wanted = {name: digest for name, digest in card.files.items() if name in FILES_OF_INTEREST}
+            files = {name: await _fetch(store, digest, cache_dir) for name, digest in wanted.items()}
     except TimeoutError:
         raise AssetsUnavailable(f"model card {digest} could not be fetched within {timeout_s} s") from None
     return LoadedCard(digest, card, files)

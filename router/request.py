@@ -45,6 +45,8 @@ class RoutableRequest:
     is_first_token_exact: bool = True
     """The client gets the prefill worker's first token at once, before the handover."""
     handover: HandoverPreference = HandoverPreference.AUTO
+    card_digest: str = ""
+    """Of the model card that made the tokens: only workers of that card understand them; empty: any."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):

@@ -145,7 +145,7 @@ class _Worker:
 
     async def run(self, vocabulary: Vocabulary, started_at: float) -> None:
         settings, facts = self.settings, self.engine.facts
-        card = await read_card(settings.model_path, model=settings.model_name, context_length=facts.context_length)
+        card = await read_card(settings.model_path, model=settings.model_name, block_size=facts.block_size)
         cards = CardPublisher(settings.model_path, card, ObjectStore(self.plane), self.plane)
         server = WorkerServer(
             self.engine,

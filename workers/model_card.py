@@ -59,10 +59,10 @@ class CardPublisher:
         return True
 
 
-async def read_card(directory: Path, *, model: str, context_length: int) -> ModelCard:
+async def read_card(directory: Path, *, model: str, block_size: int) -> ModelCard:
     """Raises:  AssetsUnavailable."""
     try:
         files = await asyncio.to_thread(read_model_files, directory)
     except OSError as exc:
         raise AssetsUnavailable(f"{exc.filename}: {exc.strerror}") from exc
-    return make_card(files, model=model, context_length=context_length)
+    return make_card(files, model=model, block_size=block_size)

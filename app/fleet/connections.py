@@ -4,23 +4,27 @@
                                         └─ stream lost ──► down; connect again, with growing pauses
     registration gone, or replaced ──► down for routing; the stream stays until its requests have ended
 
-etcd and NATS may both be away: who is connected stays connected, and the router goes on with what it knew.
+etcd and NATS may both be away: who is connected stays connected, and the router goes on with what it knew. Nothing that
+a worker says ends more than the use of that worker: whatever connecting to it raises is logged and tried again.
 """
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Protocol
 
 import msgspec
 import structlog
 
+from app.fleet.snapshots import Snapshots, SnapshotSource
+from app.fleet.split import split_gauges, splits_of
+from app.fleet.status import RegisteredWorker, registered_worker, worker_gauges
 from app.metrics import Gauge, Total
+from app.prompt.card import CardUnusable
 from app.serving.binding import Clock, Dispatcher
 from planes.streams.client import WorkerConnection, WorkerUnreachable
 from planes.wire.errors import HeadraceError
-from planes.wire.messages import EngineFacts, KvEvents, LoadReport, Registration, Role, Snapshot, WorkerId, WorkerState
+from planes.wire.messages import KvEvents, LoadReport, Registration, WorkerId, WorkerState
 from router.router import Router
 
 _log = structlog.get_logger()
@@ -28,25 +32,26 @@ _log = structlog.get_logger()
 Connect = Callable[[Registration], Awaitable[WorkerConnection]]
 """Opens the stream to a registered worker.  Raises:  WorkerUnreachable."""
 
-_SNAPSHOT_PAUSE_S = 0.5
-"""Between two snapshots of one worker."""
-_SNAPSHOTS_AT_ONCE = 4
+_LEAST_PAUSE_S, _MOST_PAUSE_S = 0.1, 5.0
+_MOST_UNUSABLE_PAUSE_S = 60.0
+"""What is wrong with a model card costs a tokenizer's loading each time, and is mended by another card."""
+_STABLE_S = 5.0
+"""A stream that held for so long is connected again at once; one that keeps breaking costs ever fewer attempts."""
 _RETIRED_CHECK_S = 5.0
 """How often a connection looks whether it is still wanted."""
 
 
-class SnapshotSource(Protocol):
-    """What the fleet asks of the event plane."""
+class WorkerModels(Protocol):
+    """What is asked of `app.prompt.catalog.Models`: a worker can be used once its tokenizer is there."""
 
-    async def request_snapshot(self, worker: WorkerId) -> Snapshot:
-        """Raises:  HeadraceError if it cannot be had now."""
+    def registered(self, registration: Registration) -> None: ...
+    def deregistered(self, worker: WorkerId) -> None: ...
+    def worker_up(self, worker: WorkerId) -> None:
+        """Raises:  HeadraceError if it must not be used beside the others."""
 
-
-class ModelLoader(Protocol):
-    """What must be there before a worker can be used: its model's tokenizer."""
-
+    def worker_down(self, worker: WorkerId) -> None: ...
     async def load(self, registration: Registration) -> None:
-        """Returns at once if it is there.  Raises:  HeadraceError if it cannot be had now."""
+        """Returns at once if the tokenizer is there.  Raises:  HeadraceError if it cannot be had now."""
 
 
 class _Member:
@@ -54,39 +59,27 @@ class _Member:
 
     def __init__(self, registration: Registration) -> None:
         self.registration = registration
+        """`state` is draining as soon as etcd or a load report has said so."""
         self.connection: WorkerConnection | None = None
         self.is_registered = True
+        self.is_up = False
+        """Whether the router and the models count it in."""
         self.report: LoadReport | None = None
         self.task: asyncio.Task[None] | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
-    """One worker, as `GET /v1/fleet` shows it."""
-
-    worker: str
-    role: Role
-    model: str
-    engine: str
-    address: str
-    epoch: int
-    state: WorkerState
-    is_connected: bool
-    num_streams: int
-    """Requests of this gateway on the worker."""
-    facts: EngineFacts
-    load: LoadReport | None
-    """The last report, without its steps."""
+    @property
+    def is_ready(self) -> bool:
+        return self.connection is not None and self.registration.state is WorkerState.READY
 
 
-class Fleet:
+class WorkerConnections:
     """Registrations and events in, connections out. `run` does the waiting."""
 
     def __init__(
         self,
         router: Router,
         dispatcher: Dispatcher,
-        models: ModelLoader,
+        models: WorkerModels,
         snapshots: SnapshotSource,
         *,
         connect: Connect,
@@ -96,17 +89,19 @@ class Fleet:
         self._router = router
         self._dispatcher = dispatcher
         self._models = models
-        self._snapshots = snapshots
         self._connect = connect
         self._clock = clock
         self._rng = rng
         self._members: dict[WorkerId, _Member] = {}
         self._tasks: asyncio.TaskGroup | None = None
-        self._stale = asyncio.Event()
+        self._snapshots = Snapshots(
+            router, snapshots, is_current=self._is_current, on_applied=dispatcher.changed, clock=clock
+        )
         self._join_watchers: dict[object, Callable[[WorkerId], None]] = {}
-        self._num_snapshots = asyncio.Semaphore(_SNAPSHOTS_AT_ONCE)
-        self._snapshotting: set[WorkerId] = set()
+        self.splits: Mapping[str, str] = {}
+        """Where the registered workers disagree on what a model is, in a sentence each."""
         self._bytes_of_closed = [0, 0]
+        self._num_refused = 0
 
     async def run(self) -> None:
         """Connect to workers and repair the index until cancelled; then close every connection."""
@@ -115,13 +110,7 @@ class Fleet:
                 self._tasks = tasks
                 for member in self._members.values():
                     self._start(member)
-                while True:
-                    await self._stale.wait()
-                    self._stale.clear()
-                    for worker in self._router.workers_to_snapshot():
-                        if worker not in self._snapshotting:
-                            self._snapshotting.add(worker)
-                            tasks.create_task(self._take_snapshot(worker))
+                await self._snapshots.run()
         finally:
             self._tasks = None
 
@@ -131,15 +120,14 @@ class Fleet:
         """A worker registered, or changed its registration."""
         member = self._members.get(registration.worker)
         if member is not None and _is_same_start(member.registration, registration):
-            member.registration = registration
-            if member.connection is not None:
-                self._router.worker_up(registration, now=self._clock())
-                self._dispatcher.changed()
+            self._change(member, registration)
             return
         if member is not None:
             self._retire(member)
         _log.info("worker.registered", worker=registration.worker, role=registration.role, address=registration.address)
         member = self._members[registration.worker] = _Member(registration)
+        self._models.registered(registration)
+        self._look_for_splits()
         self._start(member)
 
     def worker_down(self, worker: WorkerId) -> None:
@@ -148,22 +136,33 @@ class Fleet:
         if member is not None:
             _log.info("worker.deregistered", worker=worker)
             self._retire(member)
+            self._models.deregistered(worker)
+            self._look_for_splits()
 
     # --- the event plane says ------------------------------------------------------------------------------------
 
     def kv_changed(self, batch: KvEvents) -> None:
-        try:
-            self._router.apply_events(batch, now=self._clock())
-        except ValueError as exc:
-            _log.warning("events.malformed", worker=batch.worker, reason=str(exc))
-        self._check_index()
+        """Publications of workers that are not registered, or not with this epoch, are dropped."""
+        if self._is_current(batch.worker, batch.epoch):
+            try:
+                self._router.apply_events(batch, now=self._clock())
+            except Exception as exc:  # noqa: BLE001 - the publication is at fault, and there will be others
+                self._refused("events.refused", batch.worker, exc)
+            self._snapshots.check()
 
     def load_reported(self, report: LoadReport) -> None:
+        """Reports of workers that are not registered, or not with this epoch, are dropped."""
         member = self._members.get(report.worker)
-        if member is not None and member.registration.epoch == report.epoch:
-            member.report = report
-        self._router.apply_load(report, now=self._clock())
-        self._check_index()
+        if member is None or member.registration.epoch != report.epoch:
+            return
+        member.report = report
+        try:
+            if report.state is not member.registration.state:
+                self._change(member, msgspec.structs.replace(member.registration, state=report.state))
+            self._router.apply_load(report, now=self._clock())
+        except Exception as exc:  # noqa: BLE001 - as above
+            self._refused("report.refused", report.worker, exc)
+        self._snapshots.check()
         self._dispatcher.changed()
 
     # --- lookups -------------------------------------------------------------------------------------------------
@@ -201,10 +200,7 @@ class Fleet:
     def is_pulled(self, model: str) -> bool:
         """Whether some worker takes prefill jobs of this model from the queue."""
         return any(
-            member.registration.is_pulling
-            and member.registration.model == model
-            and member.registration.state is WorkerState.READY
-            and member.connection is not None
+            member.is_ready and member.registration.is_pulling and member.registration.model == model
             for member in self._members.values()
         )
 
@@ -223,35 +219,29 @@ class Fleet:
     @property
     def is_serving(self) -> bool:
         """Whether some worker could decode a request now."""
-        return any(
-            member.connection is not None
-            and member.registration.role.can_decode
-            and member.registration.state is WorkerState.READY
-            for member in self._members.values()
-        )
+        return any(member.is_ready and member.registration.role.can_decode for member in self._members.values())
 
-    def statuses(self) -> list[WorkerStatus]:
-        return [_status(member) for _, member in sorted(self._members.items())]
+    def statuses(self) -> list[RegisteredWorker]:
+        return [
+            registered_worker(
+                member.registration,
+                member.report,
+                num_streams=None if member.connection is None else member.connection.num_streams,
+            )
+            for _, member in sorted(self._members.items())
+        ]
 
     def gauges(self) -> Iterator[Gauge]:
         """For the metrics."""
-        counts: dict[tuple[str, str], int] = {}
+        yield from worker_gauges(self.statuses())
+        yield from split_gauges(member.registration for member in self._members.values())
         received, sent = self._bytes_of_closed
         for member in self._members.values():
-            key = (member.registration.role.value, "up" if member.connection is not None else "down")
-            counts[key] = counts.get(key, 0) + 1
             if member.connection is not None:
                 received += member.connection.num_bytes_received
                 sent += member.connection.num_bytes_sent
-        for (role, state), count in counts.items():
-            yield Gauge("workers", "Registered workers, by stream.", count, (("role", role), ("stream", state)))
         for direction, count in (("received", received), ("sent", sent)):
             yield Total("stream_bytes", "Bytes on workers' streams.", count, (("direction", direction),))
-        for worker, member in self._members.items():
-            if member.report is not None:
-                yield Gauge("worker_blocks", "Blocks held.", member.report.num_cached, (("worker", worker),))
-                yield Gauge("worker_running", "Running requests.", member.report.num_running, (("worker", worker),))
-                yield Gauge("worker_waiting", "Waiting requests.", member.report.num_waiting, (("worker", worker),))
 
     # --- one worker's life ---------------------------------------------------------------------------------------
 
@@ -259,92 +249,118 @@ class Fleet:
         if self._tasks is not None and member.task is None:
             member.task = self._tasks.create_task(self._keep(member))
 
+    def _change(self, member: _Member, registration: Registration) -> None:
+        """A worker says something new of itself. One that drains never comes back, whoever is late to say so."""
+        if member.registration.state is WorkerState.DRAINING:
+            registration = msgspec.structs.replace(registration, state=WorkerState.DRAINING)
+        if registration == member.registration:
+            return
+        member.registration = registration
+        self._models.registered(registration)
+        if not member.is_up:
+            return
+        try:
+            self._router.worker_up(registration, now=self._clock())
+        except Exception:  # noqa: BLE001 - the registration is at fault, and is this worker's alone
+            _log.exception("worker.unusable", worker=registration.worker)
+            self._down(member)
+        self._dispatcher.changed()
+
     def _retire(self, member: _Member) -> None:
         """Route nothing more there; without a stream there is nothing to wait for either."""
         member.is_registered = False
-        if member.connection is not None:
-            self._router.worker_down(member.registration.worker, now=self._clock())
-            self._dispatcher.changed()
-            if not member.connection.num_streams:
-                member.connection.close()
-        elif member.task is not None:
-            member.task.cancel()
+        self._down(member)
+        if member.connection is None:
+            if member.task is not None:
+                member.task.cancel()
+        elif not member.connection.num_streams:
+            member.connection.close()
 
     async def _keep(self, member: _Member) -> None:
-        pause_s = 0.1
+        """Whatever goes wrong is this worker's alone: it is logged, and tried again after growing pauses."""
+        worker, pause_s = member.registration.worker, _LEAST_PAUSE_S
         while member.is_registered:
+            most_s = _MOST_PAUSE_S
             try:
                 await self._models.load(member.registration)
                 connection = await self._connect(member.registration)
+                since = self._clock()
+                await self._hold(member, connection)
+                if self._clock() - since > _STABLE_S:
+                    pause_s = _LEAST_PAUSE_S
+            except CardUnusable as exc:
+                most_s = _MOST_UNUSABLE_PAUSE_S
+                _log.error("worker.unusable", worker=worker, reason=str(exc), retry_s=round(pause_s, 1))
             except HeadraceError as exc:
-                _log.warning("worker.unreachable", worker=member.registration.worker, reason=str(exc))
-                await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.0))
-                pause_s = min(5.0, pause_s * 2)
-                continue
-            pause_s = 0.1
-            await self._hold(member, connection)
+                _log.warning("worker.unreachable", worker=worker, reason=str(exc))
+            except Exception:  # noqa: BLE001 - as the docstring says
+                most_s = _MOST_UNUSABLE_PAUSE_S
+                _log.exception("worker.unusable", worker=worker, retry_s=round(pause_s, 1))
+            await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.0))
+            pause_s = min(most_s, pause_s * 2)
 
     async def _hold(self, member: _Member, connection: WorkerConnection) -> None:
         """Let the router use a connection until it ends."""
         worker = member.registration.worker
         member.connection = connection
-        _log.info("worker.connected", worker=worker)
-        self._router.worker_up(member.registration, now=self._clock())
-        self._check_index()
-        self._dispatcher.changed()
-        for on_joined in list(self._join_watchers.values()):
-            on_joined(worker)
         try:
+            self._up(member)
+            _log.info("worker.connected", worker=worker)
             while not connection.closed.done():
                 await asyncio.wait([connection.closed], timeout=_RETIRED_CHECK_S)
                 if not member.is_registered and not connection.num_streams:
                     connection.close()
+            _log.info("worker.disconnected", worker=worker, reason=connection.closed.result())
         finally:
             connection.close()
             member.connection = None
             self._bytes_of_closed[0] += connection.num_bytes_received
             self._bytes_of_closed[1] += connection.num_bytes_sent
-        _log.info("worker.disconnected", worker=worker, reason=connection.closed.result())
-        if member.is_registered:
-            self._router.worker_down(worker, now=self._clock())
-            self._dispatcher.changed()
+            self._down(member)
 
-    # --- the index -----------------------------------------------------------------------------------------------
-
-    def _check_index(self) -> None:
-        if self._router.workers_to_snapshot():
-            self._stale.set()
-
-    async def _take_snapshot(self, worker: WorkerId) -> None:
+    def _up(self, member: _Member) -> None:
+        """Raises:  whatever says that the worker cannot be used; then it is not."""
+        worker = member.registration.worker
+        self._models.worker_up(worker)
         try:
-            async with self._num_snapshots:
-                snapshot = await self._snapshots.request_snapshot(worker)
-            self._router.apply_snapshot(snapshot, now=self._clock())
+            self._router.worker_up(member.registration, now=self._clock())
+        except Exception:
+            self._models.worker_down(worker)
+            raise
+        member.is_up = True
+        self._snapshots.check()
+        self._dispatcher.changed()
+        for on_joined in list(self._join_watchers.values()):
+            on_joined(worker)
+
+    def _down(self, member: _Member) -> None:
+        if member.is_up:
+            member.is_up = False
+            self._models.worker_down(member.registration.worker)
+            self._router.worker_down(member.registration.worker, now=self._clock())
             self._dispatcher.changed()
-        except (HeadraceError, ValueError) as exc:
-            _log.warning("snapshot.failed", worker=worker, reason=str(exc))
-        finally:
-            # Whatever is still missing is asked for again when the worker's next event or report shows it.
-            await asyncio.sleep(_SNAPSHOT_PAUSE_S)
-            self._snapshotting.discard(worker)
+
+    # --- what all workers say together -----------------------------------------------------------------------------
+
+    def _is_current(self, worker: WorkerId, epoch: int) -> bool:
+        member = self._members.get(worker)
+        return member is not None and member.registration.epoch == epoch
+
+    def _look_for_splits(self) -> None:
+        splits = splits_of(member.registration for member in self._members.values())
+        for what in splits.keys() - self.splits.keys():
+            _log.warning("fleet.split", reason=splits[what])
+        for what in self.splits.keys() - splits.keys():
+            _log.info("fleet.agrees", what=what)
+        self.splits = splits
+
+    def _refused(self, event: str, worker: WorkerId, exc: Exception) -> None:
+        """A flood is logged, and does not flood the log."""
+        self._num_refused += 1
+        if self._num_refused.bit_count() == 1:
+            _log.warning(event, worker=worker, total=self._num_refused, reason=f"{type(exc).__name__}: {exc}")
 
 
 def _is_same_start(one: Registration, other: Registration) -> bool:
-    return (one.epoch, one.address) == (other.epoch, other.address)
-
-
-def _status(member: _Member) -> WorkerStatus:
-    registration, report, connection = member.registration, member.report, member.connection
-    return WorkerStatus(
-        worker=registration.worker,
-        role=registration.role,
-        model=registration.model,
-        engine=registration.engine,
-        address=registration.address,
-        epoch=registration.epoch,
-        state=registration.state if report is None else report.state,
-        is_connected=connection is not None,
-        num_streams=0 if connection is None else connection.num_streams,
-        facts=registration.facts,
-        load=None if report is None else msgspec.structs.replace(report, steps=[]),
-    )
+    """Whether nothing but the state has changed: what else a start says of itself stays true as long as it runs."""
+    return msgspec.structs.replace(one, state=other.state) == other

@@ -67,6 +67,7 @@ async def read_request(
         tenant=tenant.name,
         slo_ttft_s=parsed.slo_ttft_s,
         options=options,
+        card_digest=model.digest,
     )
 
 

@@ -1,32 +1,37 @@
-"""The models that this gateway can prepare requests for: tokenizer and chat template, from the cards of workers."""
+"""The models that this gateway can prepare requests for: tokenizer and chat template, from the cards of workers.
+
+What a model is, is told by (name, card digest), and lives as long as a worker of it is registered. Workers of one name
+may have different cards: a rolling upgrade, another block size, or a mistake. A request is prepared by one of them and
+carries its digest, so that it reaches workers of that card alone. Which one a name stands for: the card with the most
+workers that could decode now; among equals, the one whose newest worker started last.
+
+Context and vocabulary are no part of a card. They are facts of the workers that are there, and change with them: the
+largest context decides what is taken in (the router finds the workers with room), the smallest vocabulary which token
+ids are.
+"""
 
 import asyncio
-from dataclasses import replace
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import jinja2
-import msgspec
 import structlog
 
 from app.openai.errors import ModelNotFound
-from app.prompt.prepare import ModelEntry, chat_template_of
-from app.prompt.template import ChatTemplate
-from app.prompt.tokenizer import Tokenizer, UnusableTokenizerError
-from planes.assets import LoadedCard, Store, fetch_card
-from planes.wire.errors import HeadraceError, Rejected
-from planes.wire.messages import EngineFacts, Registration
+from app.prompt.card import ModelUnusable, entry_of
+from app.prompt.prepare import ModelEntry
+from planes.assets import Store, fetch_card
+from planes.wire.errors import Rejected
+from planes.wire.messages import Registration, WorkerId, WorkerState
 
 _log = structlog.get_logger()
 
-_MAX_MODELS = 64
-"""Beyond that the oldest is forgotten, and loaded again when a worker of it connects."""
+_MAX_CARDS = 64
+"""A tokenizer may take 300 MB."""
 
-
-class ModelUnusable(HeadraceError):  # noqa: N818 - names the outcome, as the style guide asks
-    """A worker's model cannot be served by this gateway."""
-
-    code = "model_unusable"
+_Key = tuple[str, str]
+"""A model's name and its card's digest."""
 
 
 class ModelLoading(Rejected):
@@ -47,91 +52,222 @@ class NoModelYet(Rejected):
         super().__init__(f"no worker has registered here yet, for {model[:200]!r} or any model", retry_after_s=5.0)
 
 
-class Models:
-    """By the name that clients use. The newest card of a name wins."""
+class NoWorkerLeft(Rejected):
+    """The workers of this model have gone."""
 
-    def __init__(self, store: Store, cache_dir: Path) -> None:
+    code = "no_worker"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"no worker of {model!r} is registered any more; start one or wait for one", retry_after_s=5.0)
+
+
+@dataclass(frozen=True, slots=True)
+class CardStatus:
+    """One card of one model, as `GET /v1/fleet` shows it."""
+
+    model: str
+    card: str
+    num_workers: int
+    num_ready: int
+    """Those that could decode a request now."""
+    is_current: bool
+    """Whether requests are prepared by this card."""
+    is_loaded: bool
+    context_length: int
+    """The largest of its workers."""
+    block_size: int
+
+
+@dataclass(slots=True)
+class _Served:
+    """One registered worker."""
+
+    registration: Registration
+    is_up: bool = False
+
+    @property
+    def is_ready(self) -> bool:
+        ready = self.registration.state is WorkerState.READY and self.registration.role.can_decode
+        return self.is_up and ready
+
+
+class Models:
+    """By the name that clients use."""
+
+    def __init__(self, store: Store, cache_dir: Path, *, max_cards: int = _MAX_CARDS) -> None:
+        """`max_cards`: beyond that the longest unused ones without workers are forgotten; then nothing new is taken."""
         self._store = store
         self._cache_dir = cache_dir
-        self._entries: dict[str, ModelEntry] = {}
-        self._digests: dict[str, str] = {}
-        self._loading: dict[str, asyncio.Lock] = {}
+        self._max_cards = max_cards
+        self._cards: OrderedDict[_Key, ModelEntry] = OrderedDict()
+        """Those loaded; first the ones that have been without workers for longest."""
+        self._locks: dict[_Key, asyncio.Lock] = {}
+        self._workers: dict[WorkerId, _Served] = {}
+        self._current: dict[str, ModelEntry] = {}
+        self._has_seen_worker = False
 
     @property
     def longest_context(self) -> int:
         """Tokens, over all models that can be served; 0 if there is none."""
-        return max([entry.context_length for entry in self._entries.values()], default=0)
+        return max([entry.context_length for entry in self._current.values()], default=0)
 
     def entry(self, model: str) -> ModelEntry:
-        """Raises:  ModelNotFound, ModelLoading, NoModelYet."""
-        entry = self._entries.get(model)
+        """What prepares a request for this model now.
+
+        Raises:  ModelNotFound, ModelLoading, NoModelYet, NoWorkerLeft.
+        """
+        entry = self._current.get(model)
         if entry is not None:
             return entry
-        if model in self._loading:
+        if any(served.registration.model == model for served in self._workers.values()):
             raise ModelLoading(model)
-        if not self._loading:
+        if not self._has_seen_worker:
             raise NoModelYet(model)
+        if any(name == model for name, _ in self._cards):
+            raise NoWorkerLeft(model)
         raise ModelNotFound(model)
+
+    def statuses(self) -> list[CardStatus]:
+        """Every card of every registered worker."""
+        return [self._status(key, group) for key, group in sorted(self._groups(self._workers.values()).items())]
+
+    # --- which workers there are -----------------------------------------------------------------------------------
+
+    def registered(self, registration: Registration) -> None:
+        """A worker registered, or changed its registration; `load` may follow."""
+        self._has_seen_worker = True
+        before = self._workers.get(registration.worker)
+        is_up = before is not None and before.is_up and before.registration.epoch == registration.epoch
+        self._workers[registration.worker] = _Served(registration, is_up)
+        if before is not None and _key(before.registration) != _key(registration):
+            self._left(before.registration)
+        self._choose(registration.model)
+
+    def deregistered(self, worker: WorkerId) -> None:
+        served = self._workers.pop(worker, None)
+        if served is not None:
+            self._left(served.registration)
+
+    def worker_up(self, worker: WorkerId) -> None:
+        """Requests may be sent there from now on.  Raises:  ModelUnusable if they must not be."""
+        served = self._workers[worker]
+        key, facts = _key(served.registration), served.registration.facts
+        for other in self._groups(self._workers.values())[key]:
+            size = other.registration.facts.block_size
+            if other.is_up and other is not served and size != facts.block_size:
+                raise ModelUnusable(
+                    f"{worker} has blocks of {facts.block_size} tokens; {other.registration.worker}, with the same "
+                    f"model card, has {size}: prompts of {served.registration.model!r} are named in one size"
+                )
+        served.is_up = True
+        self._choose(served.registration.model)
+
+    def worker_down(self, worker: WorkerId) -> None:
+        """Its stream was lost. Unknown workers are ignored."""
+        served = self._workers.get(worker)
+        if served is not None and served.is_up:
+            served.is_up = False
+            self._choose(served.registration.model)
 
     async def load(self, registration: Registration) -> None:
         """Fetch and build what `registration` needs, unless it is there.
 
         Raises:  ModelUnusable; AssetsUnavailable, EventPlaneUnavailable: try again later.
         """
-        model = registration.model
-        if model not in self._loading and len(self._loading) >= _MAX_MODELS:
-            self._forget(next(iter(self._loading)))
-        async with self._loading.setdefault(model, asyncio.Lock()):
-            if self._digests.get(model) == registration.card_digest:
-                self._check_facts(registration)
+        key = _key(registration)
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            if key in self._cards:
                 return
+            self._make_room(key)
             card = await fetch_card(self._store, registration.card_digest, self._cache_dir)
-            self._entries[model] = await asyncio.to_thread(_entry, model, card, registration.facts)
-            self._digests[model] = registration.card_digest
-            _log.info("model.loaded", model=model, tokenizer=self._entries[model].tokenizer.backend)
+            entry = await asyncio.to_thread(entry_of, registration.model, card, registration.facts)
+            self._make_room(key)
+            self._cards[key] = entry
+            _log.info("model.loaded", model=registration.model, card=key[1], tokenizer=entry.tokenizer.backend)
+        self._choose(registration.model)
 
-    def _forget(self, model: str) -> None:
-        for table in (self._entries, self._digests, self._loading):
-            table.pop(model, None)
+    # --- the inside ------------------------------------------------------------------------------------------------
 
-    def _check_facts(self, registration: Registration) -> None:
-        """Prompts are named in blocks of one size, and cut to the smallest context."""
-        entry, facts = self._entries[registration.model], registration.facts
-        if facts.block_size != entry.block_size:
-            raise ModelUnusable(
-                f"{registration.worker} has blocks of {facts.block_size} tokens; the model's other workers "
-                f"have {entry.block_size}: start all workers of {registration.model!r} with one block size"
-            )
-        if facts.context_length < entry.context_length:
-            self._entries[registration.model] = replace(entry, context_length=facts.context_length)
+    def _make_room(self, key: _Key) -> None:
+        """Raises:  ModelUnusable if every card is in use: what works now is not given up for what comes."""
+        served = self._groups(self._workers.values())
+        idle = [known for known in self._cards if known not in served]
+        while len(self._cards) >= self._max_cards:
+            if not idle:
+                raise ModelUnusable(
+                    f"no room for {key[0]!r}: {len(self._cards)} model cards have workers here and the limit is "
+                    f"{self._max_cards}; serve some of them by another gateway, in a namespace of its own"
+                )
+            del self._cards[idle.pop(0)]
 
+    def _left(self, registration: Registration) -> None:
+        """A worker does not serve what it has served."""
+        key = _key(registration)
+        if not any(_key(served.registration) == key for served in self._workers.values()):
+            self._locks.pop(key, None)
+            if key in self._cards:
+                self._cards.move_to_end(key)
+        self._choose(registration.model)
 
-def _entry(model: str, card: LoadedCard, facts: EngineFacts) -> ModelEntry:
-    """Blocks for as long as a tokenizer takes to load."""
-    try:
-        config: dict[str, Any] = msgspec.json.decode(
-            card.files.get("tokenizer_config.json", b"{}"), type=dict[str, Any]
+    def _choose(self, model: str) -> None:
+        """Decide which card the name stands for, and what its workers can do."""
+        own = [served for served in self._workers.values() if served.registration.model == model]
+        groups = {key: group for key, group in self._groups(own).items() if key in self._cards}
+        before = self._current.pop(model, None)
+        if not groups:
+            return
+        key = max(groups, key=lambda key: _rank(groups[key]))
+        self._current[model] = _with_facts(self._cards[key], groups[key])
+        if before is not None and before.digest != key[1]:
+            _log.warning("model.card_changed", model=model, card=key[1], before=before.digest, cards=len(groups))
+
+    @staticmethod
+    def _groups(workers: Iterable[_Served]) -> dict[_Key, list[_Served]]:
+        groups: dict[_Key, list[_Served]] = {}
+        for served in workers:
+            groups.setdefault(_key(served.registration), []).append(served)
+        return groups
+
+    def _status(self, key: _Key, group: list[_Served]) -> CardStatus:
+        model, digest = key
+        current = self._current.get(model)
+        return CardStatus(
+            model=model,
+            card=digest,
+            num_workers=len(group),
+            num_ready=sum(served.is_ready for served in group),
+            is_current=current is not None and current.digest == digest,
+            is_loaded=key in self._cards,
+            context_length=_context_length(group),
+            block_size=next(_block_sizes(group)),
         )
-        tokenizer = Tokenizer(card.files["tokenizer.json"], config)
-    except (KeyError, msgspec.DecodeError, UnusableTokenizerError) as exc:
-        raise ModelUnusable(f"model {model!r}, card {card.digest}: {exc}") from exc
-    return ModelEntry(
-        model=model,
-        tokenizer=tokenizer,
-        template=_template(model, card, config, tokenizer),
-        context_length=facts.context_length,
-        block_size=facts.block_size,
-        vocab_size=facts.vocab_size,
+
+
+def _key(registration: Registration) -> _Key:
+    return registration.model, registration.card_digest
+
+
+def _rank(group: list[_Served]) -> tuple[int, int, str]:
+    newest = max(group, key=lambda served: served.registration.epoch).registration
+    return sum(served.is_ready for served in group), newest.epoch, newest.card_digest
+
+
+def _with_facts(entry: ModelEntry, group: list[_Served]) -> ModelEntry:
+    return replace(
+        entry,
+        context_length=_context_length(group),
+        block_size=next(_block_sizes(group)),
+        vocab_size=min(served.registration.facts.vocab_size for served in group),
     )
 
 
-def _template(model: str, card: LoadedCard, config: dict[str, Any], tokenizer: Tokenizer) -> ChatTemplate | None:
-    file = card.files.get("chat_template.jinja")
-    source = chat_template_of(config) if file is None else file.decode(errors="replace")
-    if source is None:
-        return None
-    try:
-        return ChatTemplate(source, tokenizer.special_tokens, variables=tokenizer.variables)
-    except jinja2.TemplateSyntaxError as exc:
-        _log.error("template.unusable", model=model, reason=str(exc))
-        return None
+def _context_length(group: list[_Served]) -> int:
+    """Of those that could decode a request; a prefill worker alone answers nobody."""
+    deciding = [served for served in group if served.registration.role.can_decode] or group
+    return max(served.registration.facts.context_length for served in deciding)
+
+
+def _block_sizes(group: list[_Served]) -> Iterator[int]:
+    """Of those up, who agree, before the others."""
+    for served in sorted(group, key=lambda served: not served.is_up):
+        yield served.registration.facts.block_size

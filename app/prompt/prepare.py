@@ -61,6 +61,8 @@ class ModelEntry:
     block_size: int
     vocab_size: int
     """Of the engine, which may pad beyond the tokenizer's."""
+    digest: str = ""
+    """Of the card that tokenizer and template come from: only workers of that card understand the tokens."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

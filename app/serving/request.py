@@ -31,6 +31,8 @@ class GatewayRequest:
     tenant: str = ""
     slo_ttft_s: float | None = None
     options: HeaderOptions = field(default_factory=HeaderOptions)
+    card_digest: str = ""
+    """Of the model card that made the tokens."""
 
     @property
     def is_resumable(self) -> bool:
@@ -74,6 +76,7 @@ class GatewayRequest:
             is_local_only=self.sampling.n > 1 or num_tokens > 0,
             is_first_token_exact=self.is_first_token_early,
             handover=handover,
+            card_digest=self.card_digest,
         )
 
     def generate(self, leg: Leg, name: RequestId, resume: Sequence[int], *, now: float) -> Generate:

@@ -32,7 +32,7 @@ async def store(url: str, namespace: str) -> AsyncIterator[ObjectStore]:
 
 async def test_a_card_with_a_tokenizer_of_33_mb(nats_url: str, namespace: str, tmp_path: Path) -> None:
     files = {"tokenizer.json": os.urandom(33 * 1024 * 1024), "generation_config.json": b'{"eos_token_id": 1}'}
-    card = make_card(files, model="m", context_length=64)
+    card = make_card(files, model="m", block_size=16)
     async with store(nats_url, namespace) as worker, store(nats_url, namespace) as gateway:
         digest = await publish_card(worker, card, files)
         loaded = await fetch_card(gateway, digest, tmp_path)
@@ -42,7 +42,7 @@ async def test_a_card_with_a_tokenizer_of_33_mb(nats_url: str, namespace: str, t
 
 async def test_many_workers_may_publish_at_once(nats_url: str, namespace: str, tmp_path: Path) -> None:
     files = {"tokenizer.json": os.urandom(1024 * 1024)}
-    card = make_card(files, model="m", context_length=64)
+    card = make_card(files, model="m", block_size=16)
     async with contextlib.AsyncExitStack() as stack:
         workers = [await stack.enter_async_context(store(nats_url, namespace)) for _ in range(4)]
         digests = await asyncio.gather(*(publish_card(worker, card, files) for worker in workers))

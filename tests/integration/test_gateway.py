@@ -78,7 +78,7 @@ async def crew(site):
         events = EventPlane(site.nats, site.namespace)
         running = [tasks.create_task(events.run())]
         await events.wait_connected(10)
-        card = make_card(FILES, model="sim", context_length=4096)
+        card = make_card(FILES, model="sim", block_size=16)
         digest = await publish_card(ObjectStore(events), card, FILES)
 
         async def start(name: str, *, port: int = 0, epoch: int = 0, state=WorkerState.READY) -> ScriptedWorker:

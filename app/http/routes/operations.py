@@ -52,12 +52,14 @@ def operation_routes(gateway: Gateway) -> APIRouter:
 
     @routes.get("/v1/fleet", response_model=None)
     async def fleet(request: Request) -> Response:
-        """The registered workers; how the router sees those it may use; the routing settings in force."""
+        """The registered workers and their models; what they disagree on; how the router sees them; its settings."""
         gateway.keys.authenticate(request.headers)
         return json_reply(
             {
                 "num_waiting": gateway.dispatcher.num_waiting,
                 "workers": gateway.fleet.statuses(),
+                "models": gateway.models.statuses(),
+                "warnings": list(gateway.fleet.splits.values()),
                 "router": gateway.router.workers(now=gateway.clock()),
                 "routing": _routing(gateway.routing_config),
             }

@@ -9,7 +9,7 @@ import pytest
 import uvicorn
 
 from app.auth import ApiKeys
-from app.fleet.connections import Fleet
+from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, routing_setup
 from app.gateway import Gateway
 from app.http.body import BodyMemory
@@ -70,7 +70,7 @@ async def gateway(settings, tmp_path):
     router, metrics = Router(start.settings, start.policy), Metrics()
     dispatcher, models = Dispatcher(router, clock=clock), Models(NoStore(), tmp_path)
     models.load = load
-    fleet = Fleet(router, dispatcher, models, models, connect=connect, clock=clock, rng=random.Random(0))
+    fleet = WorkerConnections(router, dispatcher, models, models, connect=connect, clock=clock, rng=random.Random(0))
     relay = Relay(dispatcher, fleet, metrics, clock=clock, limits=ExchangeLimits(replacement_s=0.0))
     metrics.watch(fleet.gauges)
     metrics.watch(lambda: router_gauges(router.stats(now=clock())))

@@ -40,7 +40,7 @@ class FakeStore:
 
 @pytest.fixture
 def card() -> ModelCard:
-    return make_card(FILES, model="m", context_length=64)
+    return make_card(FILES, model="m", block_size=16)
 
 
 async def test_what_is_fetched_is_what_was_published(card: ModelCard, tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ async def test_what_is_fetched_is_what_was_published(card: ModelCard, tmp_path: 
 
 
 async def test_the_same_files_in_another_order_have_the_same_digest(card: ModelCard) -> None:
-    again = make_card(dict(reversed(FILES.items())), model="m", context_length=64)
+    again = make_card(dict(reversed(FILES.items())), model="m", block_size=16)
     assert await publish_card(FakeStore(), again, FILES) == await publish_card(FakeStore(), card, FILES)
 
 
@@ -112,12 +112,12 @@ async def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(card: ModelCa
     ],
 )
 def test_end_of_sequence_tokens(files: dict[str, bytes], expected: list[int]) -> None:
-    assert make_card(files, model="m", context_length=1).eos_token_ids == expected
+    assert make_card(files, model="m", block_size=16).eos_token_ids == expected
 
 
 def test_a_broken_config_is_refused() -> None:
     with pytest.raises(AssetsUnavailable, match=r"generation_config\.json is malformed"):
-        make_card({"generation_config.json": b"{"}, model="m", context_length=1)
+        make_card({"generation_config.json": b"{"}, model="m", block_size=16)
 
 
 def test_only_files_of_interest_are_read(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class FakePlane:
 
 
 async def sim_card():
-    return await read_card(SIM_MODEL, model="sim", context_length=100)
+    return await read_card(SIM_MODEL, model="sim", block_size=16)
 
 
 @asynccontextmanager
@@ -58,7 +58,7 @@ async def test_the_card_is_stored_with_its_files_under_the_digest_known_before(t
     async with running(publisher):
         await publisher.published.wait()
     loaded = await fetch_card(store, publisher.digest, tmp_path)
-    assert (loaded.card.model, loaded.card.context_length) == ("sim", 100)
+    assert (loaded.card.model, loaded.card.block_size) == ("sim", 16)
     assert 259 in loaded.card.eos_token_ids
     assert loaded.files["tokenizer.json"] == (SIM_MODEL / "tokenizer.json").read_bytes()
 
@@ -89,4 +89,4 @@ async def test_a_store_that_lost_everything_is_filled_again():
 
 async def test_a_directory_without_a_tokenizer_makes_no_card(tmp_path: Path):
     with pytest.raises(AssetsUnavailable, match=r"tokenizer\.json"):
-        await read_card(tmp_path, model="m", context_length=1)
+        await read_card(tmp_path, model="m", block_size=16)

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
-from app.fleet.connections import Fleet
+from app.fleet.connections import WorkerConnections
 from app.serving.binding import Dispatcher
 from planes.streams.client import WorkerUnreachable
 from planes.wire.errors import HeadraceError
@@ -26,11 +26,13 @@ class FakeStream:
             self.closed.set_result("closed")
 
 
-class Eager(random.Random):
-    """Takes the shortest pause."""
+class Pauses(random.Random):
+    """As long as the test says; none at first."""
+
+    share = 0.0
 
     def uniform(self, a, b):
-        return 0.0
+        return self.share
 
 
 class World:
@@ -43,10 +45,13 @@ class World:
         self.unreachable: set[str] = set()
         self.missing_models: set[str] = set()
         self.loaded: list[str] = []
+        self.models: list[tuple] = []
+        self.breaks: Exception | None = None
         self.snapshots = asyncio.Queue()
         self.asked: list[str] = []
-        self.fleet = Fleet(
-            self.router, self.dispatcher, self, self, connect=self.connect, clock=lambda: 5.0, rng=Eager()
+        self.pauses = Pauses()
+        self.fleet = WorkerConnections(
+            self.router, self.dispatcher, self, self, connect=self.connect, clock=lambda: 5.0, rng=self.pauses
         )
 
     async def connect(self, worker):
@@ -55,7 +60,21 @@ class World:
         self.streams.append(FakeStream(worker))
         return self.streams[-1]
 
+    def registered(self, worker):
+        self.models.append(("registered", worker.worker, worker.state.value))
+
+    def deregistered(self, worker):
+        self.models.append(("deregistered", worker))
+
+    def worker_up(self, worker):
+        self.models.append(("up", worker))
+
+    def worker_down(self, worker):
+        self.models.append(("down", worker))
+
     async def load(self, worker):
+        if self.breaks is not None:
+            raise self.breaks
         if worker.model in self.missing_models:
             raise HeadraceError("no card yet")
         self.loaded.append(worker.model)
@@ -201,21 +220,34 @@ async def test_events_and_reports_reach_the_router(world):
     batch = KvEvents(WorkerId("d0"), 1, 1, [])
     world.fleet.kv_changed(batch)
     world.fleet.load_reported(report())
-    world.fleet.load_reported(report(epoch=0))
-    assert world.router.log[:3] == [batch, report(), report(epoch=0)]
+    assert world.router.log[:2] == [batch, report()]
     (status,) = world.fleet.statuses()
     assert status.load == report()
+
+
+async def test_what_comes_from_strangers_and_other_epochs_is_dropped(world):
+    world.fleet.worker_up(registration("d0", epoch=2))
+    for worker, epoch in (("d0", 1), ("d0", 3), ("d1", 2)):
+        world.fleet.kv_changed(KvEvents(WorkerId(worker), epoch, 1, []))
+        world.fleet.load_reported(report(worker, epoch=epoch))
+    assert [each for each in world.router.log if each != "dispatch"] == []
+    (status,) = world.fleet.statuses()
+    assert status.load is None
 
 
 async def test_malformed_events_are_no_reason_to_end(world):
     def malformed(batch, *, now):
         raise ValueError("7 bytes")
 
-    world.router.apply_events = malformed
+    world.fleet.worker_up(registration("d0"))
+    world.router.apply_events = world.router.apply_load = malformed
     world.fleet.kv_changed(KvEvents(WorkerId("d0"), 1, 1, []))
+    world.fleet.load_reported(report())
 
 
 async def test_a_worker_whose_blocks_are_unknown_is_asked_for_a_snapshot_once_at_a_time(world):
+    world.fleet.worker_up(registration("d0"))
+    await settle()
     world.router.stale = [WorkerId("d0")]
     world.fleet.load_reported(report())
     world.fleet.load_reported(report())
@@ -270,3 +302,96 @@ async def test_a_model_is_pulled_while_a_connected_ready_worker_says_so(world):
         assert not world.fleet.is_pulled("sim")
         world.fleet.worker_down(WorkerId("p1"))
         assert not world.fleet.is_connected(WorkerId("p1"))
+
+
+@pytest.mark.parametrize("error", [RecursionError("deep"), TypeError("5 is no list"), KeyError("x"), MemoryError()])
+async def test_a_worker_whose_model_raises_anything_is_not_used_and_all_others_are(world, error):
+    world.breaks, world.pauses.share = error, 1e6
+    world.fleet.worker_up(registration("poison", model="poison"))
+    await settle()
+    assert world.router.up == {}
+    world.breaks = None
+    world.fleet.worker_up(registration("d0"))
+    await settle()
+    assert "d0" in world.router.up
+
+
+async def test_a_worker_that_the_router_cannot_take_is_not_used_and_all_others_are(world):
+    refuse = world.router.worker_up
+
+    def picky(worker, *, now):
+        if worker.worker == "poison":
+            raise ZeroDivisionError
+        refuse(worker, now=now)
+
+    world.router.worker_up, world.pauses.share = picky, 1e6
+    world.fleet.worker_up(registration("poison"))
+    world.fleet.worker_up(registration("d0"))
+    await settle()
+    assert set(world.router.up) == {"d0"}
+    assert all(stream.closed.done() for stream in world.streams if stream.to.worker == "poison")
+    assert ("down", "poison") in world.models
+    assert not world.fleet.is_connected(WorkerId("poison"))
+
+
+async def test_a_change_that_the_router_cannot_take_ends_the_use_of_that_worker(world):
+    world.fleet.worker_up(registration("d0"))
+    world.fleet.worker_up(registration("d1"))
+    await settle()
+
+    def refuse(worker, *, now):
+        raise ZeroDivisionError
+
+    world.router.worker_up = refuse
+    world.fleet.worker_up(registration("d0", state=WorkerState.DRAINING))
+    assert set(world.router.up) == {"d1"}
+
+
+async def test_a_worker_that_drains_never_comes_back_whoever_is_late_to_say_so(world):
+    world.fleet.worker_up(registration("d0"))
+    await settle()
+    world.fleet.load_reported(report(state=WorkerState.DRAINING))
+    assert world.router.up["d0"].state is WorkerState.DRAINING
+    assert world.models[-1] == ("registered", "d0", "draining")
+    world.fleet.worker_up(registration("d0"))
+    world.fleet.load_reported(report())
+    assert world.router.up["d0"].state is WorkerState.DRAINING
+    assert not world.fleet.is_serving
+    (status,) = world.fleet.statuses()
+    assert status.state is WorkerState.DRAINING
+
+
+async def test_a_start_that_says_something_else_of_itself_is_another_start(world):
+    world.fleet.worker_up(registration("d0"))
+    await settle()
+    world.fleet.worker_up(registration("d0", model="other"))
+    await settle()
+    assert world.router.up["d0"].model == "other"
+    assert world.streams[0].closed.done()
+    assert len(world.streams) == 2
+
+
+async def test_the_models_are_told_who_is_there(world):
+    world.fleet.worker_up(registration("d0"))
+    await settle()
+    world.unreachable.add("d0")
+    world.streams[0].close()
+    await settle()
+    world.fleet.worker_down(WorkerId("d0"))
+    assert world.models == [
+        ("registered", "d0", "ready"),
+        ("up", "d0"),
+        ("down", "d0"),
+        ("deregistered", "d0"),
+    ]
+
+
+async def test_workers_that_disagree_are_shown_as_long_as_they_do(world):
+    world.fleet.worker_up(registration("d0"))
+    assert world.fleet.splits == {}
+    world.fleet.worker_up(registration("d1", card_digest="1" * 64))
+    assert list(world.fleet.splits) == ["cards of sim"]
+    gauges = {(gauge.name, *(value for _, value in gauge.labels)): gauge.value for gauge in world.fleet.gauges()}
+    assert gauges["model_cards", "sim"] == 2
+    world.fleet.worker_down(WorkerId("d0"))
+    assert world.fleet.splits == {}

@@ -5,9 +5,11 @@ import msgspec
 import pytest
 
 from app.openai.errors import ModelNotFound
-from app.prompt.catalog import ModelLoading, Models, ModelUnusable, NoModelYet
+from app.prompt.card import CardUnusable, ModelUnusable
+from app.prompt.catalog import ModelLoading, Models, NoModelYet, NoWorkerLeft
 from planes.assets import AssetsUnavailable, make_card, read_model_files, sha256
 from planes.wire.errors import HeadraceError
+from planes.wire.messages import Role, WorkerId, WorkerState
 from tests.fakes import FACTS, registration
 
 FILES = read_model_files(Path(__file__).parents[4] / "workers" / "sim" / "model")
@@ -31,7 +33,7 @@ class Store:
         return self.objects[name]
 
     def publish(self, files, model="sim"):
-        encoded = msgspec.json.encode(make_card(files, model=model, context_length=4096))
+        encoded = msgspec.json.encode(make_card(files, model=model, block_size=16))
         for data in (*files.values(), encoded):
             self.objects[sha256(data)] = data
         return sha256(encoded)
@@ -47,80 +49,202 @@ def models(store, tmp_path):
     return Models(store, tmp_path)
 
 
-def with_facts(digest, **facts):
-    worker = registration("d0", card_digest=digest)
-    return msgspec.structs.replace(worker, facts=msgspec.structs.replace(FACTS, **facts))
+def worker(name, digest, role=Role.BOTH, *, epoch=1, model="sim", state=WorkerState.READY, **facts):
+    found = registration(name, role, epoch=epoch, card_digest=digest, model=model, state=state)
+    return msgspec.structs.replace(found, facts=msgspec.structs.replace(FACTS, **facts))
+
+
+async def join(models, *workers):
+    for each in workers:
+        models.registered(each)
+        await models.load(each)
+        models.worker_up(each.worker)
+
+
+def without_template(store, model="sim"):
+    config = {key: value for key, value in json.loads(FILES["tokenizer_config.json"]).items() if key != "chat_template"}
+    changed = {**FILES, "tokenizer_config.json": json.dumps(config).encode()}
+    changed.pop("chat_template.jinja", None)
+    return store.publish(changed, model)
 
 
 async def test_a_model_is_there_after_its_first_worker_and_fetched_once(models, store):
     digest = store.publish(FILES)
     with pytest.raises(NoModelYet):
         models.entry("sim")
-    await models.load(registration("d0", card_digest=digest))
+    await join(models, worker("d0", digest))
     with pytest.raises(ModelNotFound):
         models.entry("other")
     asked = store.num_asked
-    await models.load(registration("d1", card_digest=digest))
+    await join(models, worker("d1", digest))
     assert store.num_asked == asked
     entry = models.entry("sim")
-    assert (entry.block_size, entry.context_length, entry.vocab_size) == (16, 4096, 300)
+    assert (entry.block_size, entry.context_length, entry.vocab_size, entry.digest) == (16, 4096, 300, digest)
     assert entry.template is not None
 
 
 async def test_until_its_files_have_come_a_known_model_is_loading(models, store):
+    missing = worker("d0", "0" * 64)
+    models.registered(missing)
     with pytest.raises(HeadraceError):
-        await models.load(registration("d0", card_digest="0" * 64))
+        await models.load(missing)
     with pytest.raises(ModelLoading, match="'sim' is being loaded"):
         models.entry("sim")
 
 
-async def test_a_new_card_replaces_the_old_one(models, store):
-    await models.load(registration("d0", card_digest=store.publish(FILES)))
-    config = {key: value for key, value in json.loads(FILES["tokenizer_config.json"]).items() if key != "chat_template"}
-    changed = {**FILES, "tokenizer_config.json": json.dumps(config).encode()}
-    changed.pop("chat_template.jinja", None)
-    await models.load(registration("d1", card_digest=store.publish(changed)))
+async def test_a_request_is_prepared_by_the_card_that_most_ready_workers_have(models, store):
+    old, new = store.publish(FILES), without_template(store)
+    await join(models, worker("old-1", old), worker("old-2", old), worker("new-1", new, epoch=5))
+    assert models.entry("sim").digest == old
+    assert models.entry("sim").template is not None
+    models.registered(worker("old-1", old, state=WorkerState.DRAINING))
+    assert models.entry("sim").digest == new, "one each: the one whose newest worker started last"
     assert models.entry("sim").template is None
+    models.registered(worker("old-1", old))
+    assert models.entry("sim").digest == old
+    models.worker_down(WorkerId("old-2"))
+    assert models.entry("sim").digest == new
+    models.deregistered(WorkerId("new-1"))
+    assert models.entry("sim").digest == old
 
 
-async def test_workers_of_one_model_must_agree_on_the_block_size(models, store):
+async def test_workers_that_cannot_decode_do_not_decide_which_card_serves(models, store):
+    old, new = store.publish(FILES), without_template(store)
+    prefills = [worker(f"p{index}", new, Role.PREFILL, epoch=5) for index in range(3)]
+    await join(models, worker("d0", old), *prefills)
+    assert models.entry("sim").digest == old
+
+
+async def test_every_card_is_shown_with_its_workers(models, store):
+    old, new = store.publish(FILES), without_template(store)
+    await join(models, worker("old-1", old), worker("old-2", old), worker("new-1", new))
+    models.worker_down(WorkerId("old-2"))
+    models.worker_down(WorkerId("new-1"))
+    shown = {each.card: (each.num_workers, each.num_ready, each.is_current) for each in models.statuses()}
+    assert shown == {old: (2, 1, True), new: (1, 0, False)}
+
+
+async def test_workers_of_one_card_that_are_up_agree_on_the_block_size(models, store):
     digest = store.publish(FILES)
-    await models.load(with_facts(digest))
-    with pytest.raises(ModelUnusable, match="blocks of 32 tokens; the model's other workers have 16"):
-        await models.load(with_facts(digest, block_size=32))
+    await join(models, worker("d0", digest))
+    with pytest.raises(ModelUnusable, match="d1 has blocks of 32 tokens; d0, with the same model card, has 16"):
+        await join(models, worker("d1", digest, block_size=32))
+    assert models.entry("sim").block_size == 16
 
 
-async def test_the_smallest_context_counts(models, store):
+async def test_workers_that_come_back_with_another_block_size_are_served(models, store):
     digest = store.publish(FILES)
-    for length in (4096, 2048, 3000):
-        await models.load(with_facts(digest, context_length=length))
-    assert models.entry("sim").context_length == 2048
+    await join(models, worker("d0", digest))
+    models.deregistered(WorkerId("d0"))
+    with pytest.raises(NoWorkerLeft, match="'sim' is registered any more"):
+        models.entry("sim")
+    await join(models, worker("d0", digest, epoch=2, block_size=32))
+    assert models.entry("sim").block_size == 32
+
+
+async def test_the_largest_context_of_the_workers_that_are_there_counts(models, store):
+    digest = store.publish(FILES)
+    lengths = []
+    for name, length in (("d0", 1024), ("d1", 8192), ("d2", 2048)):
+        await join(models, worker(name, digest, context_length=length))
+        lengths.append(models.entry("sim").context_length)
+    models.deregistered(WorkerId("d1"))
+    lengths.append(models.entry("sim").context_length)
+    await join(models, worker("p0", digest, Role.PREFILL, context_length=9000))
+    lengths.append(models.entry("sim").context_length)
+    assert lengths == [1024, 8192, 8192, 2048, 2048]
+
+
+async def test_token_ids_that_some_worker_does_not_know_are_not_taken_in(models, store):
+    digest = store.publish(FILES)
+    await join(models, worker("d0", digest, vocab_size=320), worker("d1", digest, vocab_size=300))
+    assert models.entry("sim").vocab_size == 300
+    models.deregistered(WorkerId("d1"))
+    assert models.entry("sim").vocab_size == 320
 
 
 async def test_a_tokenizer_that_cannot_be_used_is_said_so(models, store):
     digest = store.publish({**FILES, "tokenizer.json": b"{}"})
-    with pytest.raises(ModelUnusable, match=r"tokenizer\.json"):
-        await models.load(registration("d0", card_digest=digest))
+    with pytest.raises(CardUnusable, match=r"tokenizer\.json"):
+        await join(models, worker("d0", digest))
 
 
-async def test_a_template_that_cannot_be_compiled_leaves_the_model_to_completions(models, store):
-    digest = store.publish({**FILES, "chat_template.jinja": b"{% if %}"})
-    await models.load(registration("d0", card_digest=digest))
-    assert models.entry("sim").template is None
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": b'{"additional_special_tokens": 5}'},
+        {"tokenizer_config.json": b"\xff"},
+        {"tokenizer_config.json": b"[" * 100_000},
+        {"tokenizer.json": b"[" * 100_000},
+        {"tokenizer.json": b'{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": ["a b c"]}}'},
+    ],
+)
+async def test_whatever_a_card_raises_makes_that_card_unusable(models, store, files):
+    with pytest.raises(CardUnusable):
+        await join(models, worker("d0", store.publish({**FILES, **files})))
+    good = store.publish(FILES)
+    await join(models, worker("d1", good))
+    assert models.entry("sim").digest == good
 
 
-async def test_the_number_of_models_is_bounded(models, store):
+@pytest.mark.parametrize(
+    "template",
+    [
+        b"{% if %}",
+        b"{{ 7**(7**5) }}",
+        b"{% if x %}" * 600 + b"{% endif %}" * 600,
+        b"{{ " + b"(" * 5000 + b"1" + b")" * 5000 + b" }}",
+    ],
+)
+async def test_a_template_that_cannot_be_compiled_leaves_the_model_to_completions(models, store, template):
+    await join(models, worker("d0", store.publish({**FILES, "chat_template.jinja": template})))
+    assert models.entry("sim").tokenizer is not None
+
+
+async def test_no_model_with_workers_is_forgotten_for_another_one(store, tmp_path):
+    models = Models(store, tmp_path, max_cards=3)
     digest = store.publish(FILES)
-    for number in range(66):
-        await models.load(registration("d0", card_digest=digest, model=f"m{number}"))
+    for number in range(3):
+        await join(models, worker(f"d{number}", digest, model=f"m{number}"))
+    with pytest.raises(ModelUnusable, match="no room for 'm3': 3 model cards have workers here and the limit is 3"):
+        await join(models, worker("d3", digest, model="m3"))
+    for number in range(3):
+        assert models.entry(f"m{number}").model == f"m{number}"
+    with pytest.raises(ModelLoading):
+        models.entry("m3")
+
+
+async def test_the_model_that_has_been_without_workers_for_longest_makes_room(store, tmp_path):
+    models = Models(store, tmp_path, max_cards=3)
+    digest = store.publish(FILES)
+    for number in range(3):
+        await join(models, worker(f"d{number}", digest, model=f"m{number}"))
+    models.deregistered(WorkerId("d1"))
+    models.deregistered(WorkerId("d0"))
+    await join(models, worker("d3", digest, model="m3"))
     with pytest.raises(ModelNotFound):
+        models.entry("m1")
+    with pytest.raises(NoWorkerLeft):
         models.entry("m0")
-    assert models.entry("m65").model == "m65"
+    assert models.entry("m2").model == "m2"
+    assert models.entry("m3").model == "m3"
+
+
+async def test_what_is_kept_of_models_that_come_and_go_is_bounded(store, tmp_path):
+    models = Models(store, tmp_path, max_cards=3)
+    digest = store.publish(FILES)
+    for number in range(20):
+        models.registered(worker("d0", digest, model=f"m{number}", epoch=number))
+        await models.load(worker("d0", digest, model=f"m{number}", epoch=number))
+    models.deregistered(WorkerId("d0"))
+    assert (len(models._cards), models._locks, models._workers, models._current) == (3, {}, {}, {})
 
 
 async def test_the_longest_context_is_that_of_all_models(models, store):
     assert models.longest_context == 0
+    digest = store.publish(FILES)
     for model, context_length in (("a", 1000), ("b", 4000), ("c", 2000)):
-        worker = with_facts(store.publish(FILES, model), context_length=context_length)
-        await models.load(msgspec.structs.replace(worker, model=model))
+        await join(models, worker(f"of-{model}", digest, model=model, context_length=context_length))
     assert models.longest_context == 4000
+    models.deregistered(WorkerId("of-b"))
+    assert models.longest_context == 2000

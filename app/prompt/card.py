@@ -1,0 +1,66 @@
+"""From a model card and its files to what prepares requests by it. Any worker may have written anything there."""
+
+from typing import Any
+
+import msgspec
+import structlog
+
+from app.prompt.prepare import ModelEntry, chat_template_of
+from app.prompt.template import ChatTemplate
+from app.prompt.tokenizer import Tokenizer, UnusableTokenizerError
+from planes.assets import LoadedCard
+from planes.wire.errors import HeadraceError
+from planes.wire.messages import EngineFacts
+
+_log = structlog.get_logger()
+
+
+class ModelUnusable(HeadraceError):  # noqa: N818 - names the outcome, as the style guide asks
+    """A worker's model cannot be served by this gateway as things stand."""
+
+    code = "model_unusable"
+
+
+class CardUnusable(ModelUnusable):
+    """A card or a tokenizer is not what it should be: trying again hardly helps."""
+
+
+def entry_of(model: str, card: LoadedCard, facts: EngineFacts) -> ModelEntry:
+    """Blocks for as long as a tokenizer takes to load; call it on a thread.
+
+    Raises:  CardUnusable, whatever the card's files raise.
+    """
+    try:
+        return _built(model, card, facts)
+    except (KeyError, msgspec.DecodeError, UnusableTokenizerError) as exc:
+        raise CardUnusable(f"model {model!r}, card {card.digest}: {exc}") from exc
+    except BaseException as exc:  # nothing but the files speaks here, and what is written in Rust panics past Exception
+        _log.exception("model.unusable", model=model, card=card.digest)
+        raise CardUnusable(f"model {model!r}, card {card.digest}: {type(exc).__name__}: {exc}") from exc
+
+
+def _built(model: str, card: LoadedCard, facts: EngineFacts) -> ModelEntry:
+    config: dict[str, Any] = msgspec.json.decode(card.files.get("tokenizer_config.json", b"{}"), type=dict[str, Any])
+    tokenizer = Tokenizer(card.files["tokenizer.json"], config)
+    return ModelEntry(
+        model=model,
+        tokenizer=tokenizer,
+        template=_template(model, card, config, tokenizer),
+        context_length=facts.context_length,
+        block_size=facts.block_size,
+        vocab_size=facts.vocab_size,
+        digest=card.digest,
+    )
+
+
+def _template(model: str, card: LoadedCard, config: dict[str, Any], tokenizer: Tokenizer) -> ChatTemplate | None:
+    """None if there is none that can be compiled: completions need none."""
+    file = card.files.get("chat_template.jinja")
+    source = chat_template_of(config) if file is None else file.decode(errors="replace")
+    if source is None:
+        return None
+    try:
+        return ChatTemplate(source, tokenizer.special_tokens, variables=tokenizer.variables)
+    except Exception as exc:  # noqa: BLE001 - Jinja's own, its compiler's depth, what its constant folding computes
+        _log.error("template.unusable", model=model, card=card.digest, reason=f"{type(exc).__name__}: {exc}"[:500])
+        return None
