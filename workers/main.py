@@ -75,7 +75,7 @@ class Ending:
     async def wait(self) -> None:
         await self._has_come.wait()
 
-    async def outlasts(self, work: Coroutine[Any, Any, object]) -> bool:
+    async def run_until_ending(self, work: Coroutine[Any, Any, object]) -> bool:
         """Await `work`; cancel it if the end comes first. Tells whether it was done. What it raises is passed on."""
         working = asyncio.ensure_future(work)
         waiting = asyncio.ensure_future(self.wait())
@@ -113,14 +113,12 @@ async def serve(settings: WorkerSettings, ending: Ending, *, make_engine: Engine
     engine = make_engine(settings, worker, vocab_size=len(vocabulary.names))
     plane = EventPlane(settings.nats, settings.namespace, name=worker)
     publisher = Publisher(worker, epoch, plane, load=engine.load, on_death=ending.engine_died)
-    if await ending.outlasts(engine.start(publisher, progress=progressed)):
-        try:
+    try:
+        if await ending.run_until_ending(engine.start(publisher, progress=progressed)):
             gc.collect()
             gc.freeze()  # what the start has left stays; collections need not look at it again
             await _Worker(settings, worker, epoch, engine, plane, publisher, ending).run(vocabulary, started_at)
-        finally:
-            await engine.stop()
-    else:
+    finally:
         await engine.stop()
     if ending.refusal is not None:
         raise ending.refusal
@@ -163,9 +161,9 @@ class _Worker:
         async with asyncio.TaskGroup() as group:
             # The publisher first: it subscribes before there is a connection that could fail it.
             tasks = [group.create_task(work) for work in (self.publisher.run(), cards.run(), self.plane.run())]
-            await self.ending.outlasts(_at_most(_CARD_PATIENCE_S, cards.published))
+            await self.ending.run_until_ending(_at_most(_CARD_PATIENCE_S, cards.published))
             tasks.append(group.create_task(self._register(registrar)))
-            if await self.ending.outlasts(registrar.registered.wait()):
+            if await self.ending.run_until_ending(registrar.registered.wait()):
                 seconds = round(time.monotonic() - started_at, 1)
                 _log.info("worker.ready", worker=self.worker, address=registration.address, seconds=seconds)
             if puller is not None:

@@ -1,4 +1,7 @@
-"""The last gate before an engine: whatever could make it fail, or wait for something that never comes, stops here."""
+"""The last gate before an engine: whatever could make it fail, or wait for something that never comes, stops here.
+
+The only place where a worker checks lengths and tokens. What is in a ticket only its engine can read.
+"""
 
 import math
 

@@ -20,7 +20,8 @@ class EngineStartError(HeadraceError):
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One request as the engine sees it: tokens in, tokens out.
+    """One request as the engine sees it: tokens in, tokens out. `workers.validate.admit` makes it: engines do not check
+    lengths and tokens again.
 
     prompt: the client's prompt, shape (n,), uint32, n >= 1.  resume: tokens generated elsewhere already, which the
     engine treats as part of its input and never reports again.  sampling.max_tokens counts `resume` in.
@@ -121,8 +122,8 @@ class Engine(Protocol):
         """Run `request`. `on_output` is called on the event loop, in order, until every choice has its `finish`.
 
         Outputs of one engine step arrive within one turn of the loop. Errors of the engine arrive as
-        `finish=ERROR`, never as an exception.  Raises: InvalidRequest for a request that must not reach the engine
-        (too long, tokens outside the vocabulary, malformed handover parameters).
+        `finish=ERROR`, never as an exception.  Raises: InvalidRequest for handover parameters that must not reach the
+        engine: only it can read them.
         """
 
     def abort(self, request: RequestId) -> None:

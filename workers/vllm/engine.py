@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -29,13 +28,13 @@ from planes.wire.messages import (
 )
 from workers.engine.base import EngineLoad, EngineObserver, EngineOutput, EngineRequest, EngineStartError
 from workers.vllm.config import CPU_PRIOR, VllmOptions, check_model_dir, engine_config, eos_tokens
+from workers.vllm.cores import pin_threads
 from workers.vllm.events import EventReader, EventTranslator
 from workers.vllm.failure import cause_of, expect_failure
 from workers.vllm.output import NO_ARRIVAL, Arrival, translate
 from workers.vllm.request import (
     KvGroup,
-    TicketExpired,
-    check_tokens,
+    TicketTooOld,
     handover_params,
     is_greedy,
     sampling_arguments,
@@ -49,7 +48,7 @@ _log = structlog.get_logger()
 
 
 @dataclass(slots=True, eq=False)
-class _Run:
+class _ActiveRequest:
     """One request on its way."""
 
     request: EngineRequest
@@ -80,7 +79,7 @@ class VllmEngine:
 
     def __init__(self, options: VllmOptions) -> None:
         self._options = options
-        self._runs: dict[RequestId, _Run] = {}
+        self._runs: dict[RequestId, _ActiveRequest] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._leased: dict[RequestId, str] = {}
         """Handed over: what the engine process calls them."""
@@ -130,12 +129,14 @@ class VllmEngine:
             self._keep(self._reader.run(observer.kv_changed))
             progress("computing a first token")
             await self._warm_up()
+            if options.cores:
+                for pid in self.process_ids:
+                    pin_threads(pid, options.cores)
+            self._facts = self._read_facts(config)
         except EngineStartError:
             raise
         except Exception as exc:  # vLLM raises whatever its parts raise
             raise EngineStartError(f"vLLM could not start: {cause_of(exc)}") from exc
-        self._pin()
-        self._facts = self._read_facts(config)
         self._keep(self._watch_steps())
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
@@ -204,14 +205,6 @@ class VllmEngine:
         """Of the engine process (one per data-parallel rank, so one)."""
         return [process.pid for process in self._llm.engine_core.resources.engine_manager.processes]
 
-    def _pin(self) -> None:
-        """Move every thread of the engine to its cores."""
-        if not self._options.cores:
-            return
-        for pid in self.process_ids:
-            for thread in Path(f"/proc/{pid}/task").iterdir():
-                os.sched_setaffinity(int(thread.name), self._options.cores)
-
     def _watch_processes(self) -> None:
         loop = asyncio.get_running_loop()
         for process in self._llm.engine_core.resources.engine_manager.processes:
@@ -268,7 +261,6 @@ class VllmEngine:
     def submit(self, request: EngineRequest, on_output: Callable[[EngineOutput], None]) -> None:
         if request.request in self._runs:
             raise InvalidRequest(f"the request {request.request} runs here already", param="request")
-        check_tokens(request, self._facts)
         self._release(request.request)  # what an earlier attempt left
         options = self._options
         try:
@@ -276,27 +268,27 @@ class VllmEngine:
                 request, options.handover, self._latest.groups, self._facts.block_size, now=time.time()
             )
             error = ""
-        except TicketExpired as exc:
+        except TicketTooOld as exc:
             handover, error = None, str(exc)
         waits = 1 if isinstance(request.leg, DecodeLeg) else len(request.prompt) + len(request.resume)
         if not self._runs:
             self._heard_at = time.monotonic()  # it had nothing to say
-        run = _Run(request, on_output, set(range(request.sampling.n)), waits)
+        run = _ActiveRequest(request, on_output, set(range(request.sampling.n)), waits)
         self._runs[request.request] = run
         run.task = asyncio.create_task(self._refuse(run, error) if error else self._generate(run, handover))
         if isinstance(request.leg, DecodeLeg) and options.handover is HandoverMode.PUSH:
             loop = asyncio.get_running_loop()
             run.deadline = loop.call_later(options.push_timeout_s, self._push_timed_out, run)
 
-    async def _refuse(self, run: _Run, error: str) -> None:
+    async def _refuse(self, run: _ActiveRequest, error: str) -> None:
         self._fail(run, error)
 
-    def _push_timed_out(self, run: _Run) -> None:
+    def _push_timed_out(self, run: _ActiveRequest) -> None:
         if run.waiting_tokens and self._runs.get(run.request.request) is run:
             self._cancel(run)
             self._fail(run, f"no KV cache was written within {self._options.push_timeout_s} s")
 
-    async def _generate(self, run: _Run, handover: dict[str, Any] | None) -> None:
+    async def _generate(self, run: _ActiveRequest, handover: dict[str, Any] | None) -> None:
         from vllm import SamplingParams  # noqa: PLC0415
         from vllm.inputs import tokens_input  # noqa: PLC0415
         from vllm.sampling_params import RequestOutputKind  # noqa: PLC0415
@@ -318,13 +310,12 @@ class VllmEngine:
             self._fail(run, "the engine process died")
             self._died("the engine process died")
         except Exception as exc:  # noqa: BLE001 - vLLM raises whatever its parts raise; the request must be answered
-            _log.warning("request.failed", request_id=request.request, error=f"{type(exc).__name__}: {exc}")
             self._fail(run, f"{type(exc).__name__}: {exc}")
         finally:
             if self._runs.get(request.request) is run:
                 del self._runs[request.request]
 
-    def _relay(self, run: _Run, output: Any) -> None:
+    def _relay(self, run: _ActiveRequest, output: Any) -> None:
         run.waiting_tokens = 0
         if run.deadline is not None:
             run.deadline.cancel()
@@ -336,14 +327,14 @@ class VllmEngine:
                     run.unfinished.discard(index)
                 run.on_output(engine_output)
 
-    def _translate(self, run: _Run, output: Any, choice: Any, index: int) -> EngineOutput:
+    def _translate(self, run: _ActiveRequest, output: Any, choice: Any, index: int) -> EngineOutput:
         is_first = run.is_unheard and index == 0
         run.is_unheard = run.is_unheard and not is_first
         translated = translate(run.request, output, choice, index, is_first=is_first, arrival=run.arrival)
         ticket = self._ticket(run, output, translated.finish)
         return translated if ticket is None else replace(translated, ticket=ticket)
 
-    def _ticket(self, run: _Run, output: Any, finish: FinishReason | None) -> Ticket | None:
+    def _ticket(self, run: _ActiveRequest, output: Any, finish: FinishReason | None) -> Ticket | None:
         """None if the request is complete: its first token ended it, or it was to be one token long."""
         leg, params, options = run.request.leg, output.kv_transfer_params, self._options
         if not isinstance(leg, PrefillLeg) or finish is not FinishReason.LENGTH or not params:
@@ -372,7 +363,7 @@ class VllmEngine:
             self._ending.add(task)
             task.add_done_callback(self._ending.discard)
 
-    def _fail(self, run: _Run, error: str) -> None:
+    def _fail(self, run: _ActiveRequest, error: str) -> None:
         self._runs.pop(run.request.request, None)
         for index in sorted(run.unfinished):
             run.on_output(EngineOutput(index, (), finish=FinishReason.ERROR, error=error))
@@ -385,7 +376,7 @@ class VllmEngine:
             run.unfinished.clear()
             self._cancel(run)
 
-    def _cancel(self, run: _Run) -> None:
+    def _cancel(self, run: _ActiveRequest) -> None:
         """Cancelling the task makes vLLM abort the request; it is kept until it has ended."""
         if run.deadline is not None:
             run.deadline.cancel()

@@ -55,7 +55,7 @@ _decode = msgspec.msgpack.Decoder(_Batch).decode
 
 
 @dataclass(slots=True)
-class _Held:
+class _CachedBlock:
     """A block that the engine holds. copies: physical blocks with the same content (equal prompts at the same time)."""
 
     name: int
@@ -68,12 +68,12 @@ class EventTranslator:
 
     def __init__(self, model: str) -> None:
         self._model = model
-        self._held: dict[int, _Held] = {}
+        self._cached: dict[int, _CachedBlock] = {}
         self._group: int | None = None
 
     @property
     def num_cached(self) -> int:
-        return len(self._held)
+        return len(self._cached)
 
     def translate(self, payload: bytes) -> list[KvEvent]:
         """Raises:  msgspec.DecodeError if `payload` is no event batch of vLLM's."""
@@ -93,8 +93,8 @@ class EventTranslator:
         return events
 
     def clear(self) -> list[KvEvent]:
-        """Forget everything held; what is stored later under a forgotten parent has no name and is left out."""
-        self._held.clear()
+        """Forget everything cached; what is stored later under a forgotten parent has no name and is left out."""
+        self._cached.clear()
         return [AllCleared()]
 
     def _counts(self, event: _Stored) -> bool:
@@ -103,13 +103,13 @@ class EventTranslator:
         return (event.group_idx or 0) == self._group
 
     def _stored(self, event: _Stored) -> list[int]:
-        """Names that were not held before."""
+        """Names that were not cached before."""
         if not event.block_hashes or not self._counts(event):
             return []
         if event.parent_block_hash is None:
             parent, depth = root(self._model, _salt(event.extra_keys)), 0
         else:
-            before = self._held.get(event.parent_block_hash)
+            before = self._cached.get(event.parent_block_hash)
             if before is None:
                 return []
             parent, depth = before.name, before.depth
@@ -119,10 +119,10 @@ class EventTranslator:
             return []  # a partly filled block: nobody can ask for it by name
         new = []
         for offset, (block, name) in enumerate(zip(event.block_hashes, names, strict=True), start=1):
-            if (held := self._held.get(block)) is not None:
-                held.copies += 1
+            if (cached := self._cached.get(block)) is not None:
+                cached.copies += 1
             else:
-                self._held[block] = _Held(name, depth + offset)
+                self._cached[block] = _CachedBlock(name, depth + offset)
                 new.append(name)
         return new
 
@@ -132,13 +132,13 @@ class EventTranslator:
             return []
         gone = []
         for block in event.block_hashes:
-            held = self._held.get(block)
-            if held is None:
+            cached = self._cached.get(block)
+            if cached is None:
                 continue
-            held.copies -= 1
-            if held.copies == 0:
-                del self._held[block]
-                gone.append(held.name)
+            cached.copies -= 1
+            if cached.copies == 0:
+                del self._cached[block]
+                gone.append(cached.name)
         return gone
 
 

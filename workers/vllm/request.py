@@ -8,11 +8,10 @@ those it was written for.
 from typing import Annotated, Any
 
 import msgspec
-import numpy as np
 
 from planes.wire.errors import HeadraceError, InvalidRequest
 from planes.wire.frames import LocalLeg, PrefillLeg, Sampling, Ticket
-from planes.wire.messages import EngineFacts, HandoverEndpoint, HandoverMode, WorkerId
+from planes.wire.messages import HandoverEndpoint, HandoverMode, WorkerId
 from workers.engine.base import EngineRequest, is_drawn_again
 
 _GREEDY_BELOW = 1e-5
@@ -23,7 +22,7 @@ _Positive = Annotated[int, msgspec.Meta(ge=1)]
 _Word = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 
 
-class TicketExpired(HeadraceError):  # noqa: N818 - names what is wrong
+class TicketTooOld(HeadraceError):  # noqa: N818 - names what is wrong
     """The prefill worker may have freed the blocks already."""
 
     code = "ticket_expired"
@@ -85,7 +84,7 @@ def write_ticket(worker: WorkerId, params: dict[str, Any], *, lease_s: int, cach
 def pull_params(ticket: Ticket, request: EngineRequest, groups: list[KvGroup], *, now: float) -> dict[str, Any]:
     """The decode leg's `kv_transfer_params`. now: seconds since 1970.
 
-    Raises:  InvalidRequest if anything about the ticket could harm the engine; TicketExpired.
+    Raises:  InvalidRequest if anything about the ticket could harm the engine; TicketTooOld.
     """
     try:
         pull = msgspec.msgpack.decode(ticket.params, type=PullParams)
@@ -103,7 +102,7 @@ def pull_params(ticket: Ticket, request: EngineRequest, groups: list[KvGroup], *
         raise _malformed(f"the ticket lists {counts} blocks per group, {num_tokens} tokens here have {expected}")
     age_s = now - pull.written_at
     if age_s > ticket.lease_s:
-        raise TicketExpired(f"the ticket is {age_s:.1f} s old and its lease {ticket.lease_s:.1f} s")
+        raise TicketTooOld(f"the ticket is {age_s:.1f} s old and its lease {ticket.lease_s:.1f} s")
     params: dict[str, Any] = msgspec.to_builtins(pull)
     del params["written_at"]
     return params | {"do_remote_prefill": True, "do_remote_decode": False, "transfer_mode": "pull"}
@@ -140,7 +139,7 @@ def handover_params(
 ) -> dict[str, Any] | None:
     """`kv_transfer_params` of any leg; None where no KV cache changes hands.
 
-    mode: what this engine was started with.  Raises:  InvalidRequest, TicketExpired.
+    mode: what this engine was started with.  Raises:  InvalidRequest, TicketTooOld.
     """
     leg = request.leg
     if isinstance(leg, LocalLeg):
@@ -174,29 +173,6 @@ def _check_resume(request: EngineRequest, block_size: int) -> None:
         raise _malformed(f"a decode leg resumes at most 1 token, not {len(request.resume)}")
     if request.resume and len(request.prompt) % block_size == 0:
         raise _malformed(f"a prompt of {len(request.prompt)} tokens fills its blocks of {block_size}: resume nothing")
-
-
-def check_tokens(request: EngineRequest, facts: EngineFacts) -> None:
-    """Raises:  InvalidRequest for what vLLM would refuse, or, without a tokenizer, not even notice."""
-    sampling = request.sampling
-    num_input = len(request.prompt) + len(request.resume)
-    if not len(request.prompt):
-        raise InvalidRequest("the prompt is empty", param="prompt")
-    if num_input >= facts.context_length:
-        raise InvalidRequest(
-            f"the input has {num_input} tokens and the context ends at {facts.context_length}", param="prompt"
-        )
-    if sampling.max_tokens - len(request.resume) < 1:
-        raise InvalidRequest(
-            f"max_tokens is {sampling.max_tokens} and {len(request.resume)} are there already", param="max_tokens"
-        )
-    given = (*request.resume, *sampling.stop_token_ids, *sampling.logit_bias)
-    highest, lowest = max((int(np.max(request.prompt)), *given)), min((0, *given))
-    if highest >= facts.vocab_size or lowest < 0:
-        raise InvalidRequest(
-            f"token ids reach from {lowest} to {highest}, the vocabulary from 0 to {facts.vocab_size - 1}",
-            param="prompt",
-        )
 
 
 def is_greedy(sampling: Sampling) -> bool:
