@@ -1,6 +1,6 @@
 """What a worker tells the event plane: which KV blocks it holds, how busy it is, and its whole set when asked.
 
-State first, messages second: the held set and its digest are right whatever happens to a message. Publications carry
+State first, messages second: the cached set and its digest are right whatever happens to a message. Publications carry
 (epoch, seq); one that is lost shows as a gap or as a digest that differs, and whoever notices asks for a snapshot.
 """
 
@@ -103,7 +103,7 @@ class Publisher:
         self._load = load
         self._on_death = on_death
         self._state = WorkerState.READY
-        self._held = CachedBlocks()
+        self._cached = CachedBlocks()
         self._seq = 0
         self._pending: list[KvEvent] = []
         self._pending_bytes = 0
@@ -133,7 +133,7 @@ class Publisher:
 
     def kv_changed(self, events: list[KvEvent]) -> None:
         for event in events:
-            self._held.apply(event)
+            self._cached.apply(event)
             for part in _parts(event):
                 self._pending.append(part)
                 self._pending_bytes += 0 if isinstance(part, AllCleared) else len(part.hashes)
@@ -152,7 +152,7 @@ class Publisher:
 
     def snapshot(self) -> Snapshot:
         self._seal()
-        return Snapshot(self._worker, self._epoch, self._seq, self._held.packed())
+        return Snapshot(self._worker, self._epoch, self._seq, self._cached.packed())
 
     def report(self) -> LoadReport:
         """The next load report; takes the step samples along."""
@@ -170,15 +170,15 @@ class Publisher:
             free_blocks=load.free_blocks,
             kv_tokens=load.kv_tokens,
             seq=self._seq,
-            num_cached=len(self._held),
-            digest=self._held.digest,
+            num_cached=len(self._cached),
+            digest=self._cached.digest,
             steps=steps,
         )
 
     # --- sending ---------------------------------------------------------------------------------------------------
 
     def _seal(self) -> None:
-        """Number what is pending, so that `seq` and the held set belong together."""
+        """Number what is pending, so that `seq` and the cached set belong together."""
         if self._pending:
             self._seq += 1
             self._put(KvEvents(self._worker, self._epoch, self._seq, list(_merged(self._pending))))

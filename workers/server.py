@@ -4,7 +4,7 @@
     QUEUED    → RUNNING  → Done    → interrupted    → (quiet)  → rejected
     RUNNING   → RUNNING  → Done    → interrupted    → (quiet)  → interrupted
 
-An answer that has ended stands in no table any more and hears nothing, so there is no second answer to give. Every
+A request that has ended stands in no table any more and hears nothing, so there is no second answer to give. Every
 ending but the engine's own takes the request back from the engine at once.
 
 A prefill leg that ends with a ticket leaves its KV cache in the engine, which frees it when it has been fetched or its
@@ -73,7 +73,7 @@ class WorkerDraining(Rejected):
         super().__init__("this worker finishes what it has and takes no new requests")
 
 
-class DuplicateRequest(Rejected):
+class RequestIdTaken(Rejected):
     """The engine tells requests apart by their ids."""
 
     code = "duplicate_request"
@@ -83,7 +83,7 @@ class DuplicateRequest(Rejected):
 
 
 class Connection(Protocol):
-    """What an answer needs of `planes.streams.server.GatewayConnection`."""
+    """What a request needs of `planes.streams.server.GatewayConnection`."""
 
     def post(self, item: Delta | Done | Failed) -> None: ...
 
@@ -103,7 +103,7 @@ class _State(Enum):
     ENDED = auto()
 
 
-class _Answer:
+class _RunningRequest:
     """One request on one stream."""
 
     __slots__ = (
@@ -184,7 +184,7 @@ class WorkerServer:
         self._end_tokens = end_tokens
         self._limit = engine.facts.max_batch + max_queued
         self._call_later = call_later
-        self._answers: dict[Connection, dict[StreamId, _Answer]] = {}
+        self._running: dict[Connection, dict[StreamId, _RunningRequest]] = {}
         self._requests: set[RequestId] = set()
         self._handed_over: dict[RequestId, _HandedOver] = {}
         self._is_draining = False
@@ -205,9 +205,9 @@ class WorkerServer:
 
     def interrupt_all(self, code: str, message: str) -> None:
         """Give every request up; gateways continue them elsewhere."""
-        for answers in list(self._answers.values()):
-            for answer in list(answers.values()):
-                self._fail(answer, FailureKind.INTERRUPTED, code, message)
+        for streams in list(self._running.values()):
+            for running in list(streams.values()):
+                self._fail(running, FailureKind.INTERRUPTED, code, message)
 
     # --- what gateways say ----------------------------------------------------------------------------------------
 
@@ -219,10 +219,10 @@ class WorkerServer:
             connection.post(_failed(request.stream, exc))
 
     def cancel(self, connection: Connection, stream: StreamId) -> None:
-        answer = self._answers.get(connection, {}).get(stream)
-        if answer is not None:
-            self._end(answer)
-            self._engine.abort(answer.request.request)
+        running = self._running.get(connection, {}).get(stream)
+        if running is not None:
+            self._end(running)
+            self._engine.abort(running.request.request)
             return
         for request, kept in list(self._handed_over.items()):
             if kept.connection is connection and kept.stream == stream:  # the ticket has not been heard of
@@ -235,7 +235,7 @@ class WorkerServer:
             self._engine.abort(request)
 
     def gone(self, connection: Connection) -> None:
-        for stream in list(self._answers.get(connection, ())):
+        for stream in list(self._running.get(connection, ())):
             self.cancel(connection, stream)
         for request, kept in list(self._handed_over.items()):
             if kept.connection is connection:
@@ -248,13 +248,13 @@ class WorkerServer:
         if kept is not None:
             kept.timer.cancel()
 
-    # --- one answer's life ----------------------------------------------------------------------------------------
+    # --- one request's life ----------------------------------------------------------------------------------------
 
     def _admitted(self, request: Generate) -> EngineRequest:
         if self._is_draining:
             raise WorkerDraining
         if request.request in self._requests:
-            raise DuplicateRequest(request.request)
+            raise RequestIdTaken(request.request)
         admitted = admit(request, role=self._role, facts=self._engine.facts, endpoint=self._engine.endpoint)
         if len(self._requests) >= self._limit:
             raise WorkerBusy(len(self._requests), self._limit)
@@ -269,19 +269,19 @@ class WorkerServer:
             context=admitted.prompt[-_CONTEXT_TOKENS:].tolist(),
         )
         self._forget(request.request)  # the engine does so, too, when it gets a request of that name
-        answer = _Answer(connection, request, len(admitted.prompt), formatter)
+        running = _RunningRequest(connection, request, len(admitted.prompt), formatter)
         if admitted.resume and (finish := self._resumed(formatter, admitted)) is not None:
-            payload = formatter.end(finish) + formatter.finish(answer.usage())
-            connection.post(Done(request.stream, finish, answer.usage(), payload))
+            payload = formatter.end(finish) + formatter.finish(running.usage())
+            connection.post(Done(request.stream, finish, running.usage(), payload))
             return
         self._requests.add(request.request)
-        self._answers.setdefault(connection, {})[request.stream] = answer
+        self._running.setdefault(connection, {})[request.stream] = running
         self._idle.clear()
-        answer.timer = self._call_later(request.timeout_s, partial(self._expire, answer))
+        running.timer = self._call_later(request.timeout_s, partial(self._expire, running))
         try:
-            self._engine.submit(admitted, partial(self._take, answer))
+            self._engine.submit(admitted, partial(self._take, running))
         except InvalidRequest:
-            self._end(answer)
+            self._end(running)
             raise
 
     def _resumed(self, formatter: Formatter, admitted: EngineRequest) -> FinishReason | None:
@@ -294,110 +294,112 @@ class WorkerServer:
         formatter.fold(resume)
         return formatter.finish_reason or (FinishReason.LENGTH if len(resume) >= sampling.max_tokens else None)
 
-    def _take(self, answer: _Answer, output: EngineOutput) -> None:
+    def _take(self, running: _RunningRequest, output: EngineOutput) -> None:
         """News from the engine."""
-        if answer.state is _State.ENDED:
+        if running.state is _State.ENDED:
             return  # it ended while this was under way
-        answer.state = _State.RUNNING
-        answer.measure(output)
+        running.state = _State.RUNNING
+        running.measure(output)
         if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
-            self._engine_failed(answer, output)
-        elif isinstance(answer.request.leg, PrefillLeg):
-            self._prefilled(answer, answer.request.leg, output)
+            self._engine_failed(running, output)
+        elif isinstance(running.request.leg, PrefillLeg):
+            self._prefilled(running, running.request.leg, output)
         else:
-            self._decoded(answer, output)
+            self._decoded(running, output)
 
-    def _decoded(self, answer: _Answer, output: EngineOutput) -> None:
-        payload, tokens = answer.formatter.feed(output)
-        finish = answer.formatter.finish_reason
+    def _decoded(self, running: _RunningRequest, output: EngineOutput) -> None:
+        payload, tokens = running.formatter.feed(output)
+        finish = running.formatter.finish_reason
         if finish is not None:
-            self._complete(answer, finish, payload, list(tokens), is_engine_done=output.finish is not None)
+            self._complete(running, finish, payload, list(tokens), is_engine_done=output.finish is not None)
         elif tokens:
-            answer.connection.post(Delta(answer.request.stream, payload, list(tokens)))
+            running.connection.post(Delta(running.request.stream, payload, list(tokens)))
 
-    def _prefilled(self, answer: _Answer, leg: PrefillLeg, output: EngineOutput) -> None:
+    def _prefilled(self, running: _RunningRequest, leg: PrefillLeg, output: EngineOutput) -> None:
         """The engine stops after one token; whether that ends the answer is for the request's own limits to say."""
-        request, formatter = answer.request, answer.formatter
+        request, formatter = running.request, running.formatter
         num_resumed = len(request.resume) // 4
         is_answer = output.finish is FinishReason.STOP and output.ticket is None
         if is_drawn_again(leg, request.sampling, num_resumed=num_resumed) and not is_answer:
-            self._unheard(answer, output)
+            self._unheard(running, output)
             return
-        num_tokens = num_resumed + len(answer.held_tokens) + len(output.tokens)
+        num_tokens = num_resumed + len(running.held_tokens) + len(output.tokens)
         is_limit = output.finish is FinishReason.LENGTH and num_tokens < request.sampling.max_tokens
         payload, tokens = formatter.feed(replace(output, finish=None) if is_limit else output)
-        answer.held_payload += payload
-        answer.held_tokens += tokens
+        running.held_payload += payload
+        running.held_tokens += tokens
         if formatter.finish_reason is not None:
             # Nobody will pull; but who is pushed to has begun already and waits for the KV cache.
             is_engine_done = leg.mode is HandoverMode.PUSH and output.finish is not None
             self._complete(
-                answer,
+                running,
                 formatter.finish_reason,
-                answer.held_payload,
-                answer.held_tokens,
+                running.held_payload,
+                running.held_tokens,
                 is_engine_done=is_engine_done,
             )
         elif output.ticket is not None:
-            self._hand_over(answer, output.ticket, is_emitting=leg.emit_first)
+            self._hand_over(running, output.ticket, is_emitting=leg.emit_first)
         elif output.finish is not None:
-            self._fail(answer, FailureKind.INTERRUPTED, "ticket_missing", "the engine kept no KV cache to hand over")
+            self._fail(running, FailureKind.INTERRUPTED, "ticket_missing", "the engine kept no KV cache to hand over")
 
-    def _unheard(self, answer: _Answer, output: EngineOutput) -> None:
+    def _unheard(self, running: _RunningRequest, output: EngineOutput) -> None:
         """The decode worker draws the first token anew: this one counts for nothing, only the ticket does."""
         if output.ticket is not None:
-            self._hand_over(answer, output.ticket, is_emitting=False)
+            self._hand_over(running, output.ticket, is_emitting=False)
         elif output.finish is not None:
-            self._fail(answer, FailureKind.INTERRUPTED, "ticket_missing", "the engine kept no KV cache to hand over")
+            self._fail(running, FailureKind.INTERRUPTED, "ticket_missing", "the engine kept no KV cache to hand over")
 
-    def _hand_over(self, answer: _Answer, ticket: Ticket, *, is_emitting: bool) -> None:
-        usage = answer.usage()
-        payload, tokens = (answer.held_payload, answer.held_tokens) if is_emitting else (b"", [])
+    def _hand_over(self, running: _RunningRequest, ticket: Ticket, *, is_emitting: bool) -> None:
+        usage = running.usage()
+        payload, tokens = (running.held_payload, running.held_tokens) if is_emitting else (b"", [])
         ticket = msgspec.structs.replace(ticket, cached_tokens=usage.cached_tokens)
-        self._end(answer)
-        request = answer.request
+        self._end(running)
+        request = running.request
         timer = self._call_later(ticket.lease_s, partial(self._forget, request.request))
-        self._handed_over[request.request] = _HandedOver(answer.connection, request.stream, ticket.lease_s, timer)
-        answer.connection.post(Done(request.stream, FinishReason.LENGTH, usage, payload, tokens, ticket))
+        self._handed_over[request.request] = _HandedOver(running.connection, request.stream, ticket.lease_s, timer)
+        running.connection.post(Done(request.stream, FinishReason.LENGTH, usage, payload, tokens, ticket))
 
     def _complete(
-        self, answer: _Answer, finish: FinishReason, payload: bytes, tokens: list[int], *, is_engine_done: bool
+        self, running: _RunningRequest, finish: FinishReason, payload: bytes, tokens: list[int], *, is_engine_done: bool
     ) -> None:
-        self._end(answer)
-        if not is_engine_done or answer.request.sampling.n > 1:
-            self._engine.abort(answer.request.request)
-        usage = answer.usage()
-        payload += answer.formatter.finish(usage)
-        answer.connection.post(Done(answer.request.stream, finish, usage, payload, tokens))
+        self._end(running)
+        if not is_engine_done or running.request.sampling.n > 1:
+            self._engine.abort(running.request.request)
+        usage = running.usage()
+        payload += running.formatter.finish(usage)
+        running.connection.post(Done(running.request.stream, finish, usage, payload, tokens))
 
-    def _fail(self, answer: _Answer, kind: FailureKind, code: str, message: str, *, reason: str | None = None) -> None:
+    def _fail(
+        self, running: _RunningRequest, kind: FailureKind, code: str, message: str, *, reason: str | None = None
+    ) -> None:
         """reason: what the log says; by default the message."""
-        self._end(answer)
-        self._engine.abort(answer.request.request)
-        answer.connection.post(Failed(answer.request.stream, kind, code, message))
+        self._end(running)
+        self._engine.abort(running.request.request)
+        running.connection.post(Failed(running.request.stream, kind, code, message))
         reason = message if reason is None else reason
-        _log.warning("request.failed", request_id=answer.request.request, kind=kind, code=code, reason=reason)
+        _log.warning("request.failed", request_id=running.request.request, kind=kind, code=code, reason=reason)
 
-    def _engine_failed(self, answer: _Answer, output: EngineOutput) -> None:
-        """Clients hear what the answer is called; the engine's words, and its libraries', are for the log."""
+    def _engine_failed(self, running: _RunningRequest, output: EngineOutput) -> None:
+        """Clients hear what it is called; the engine's words, and its libraries', are for the log."""
         message = "the engine could not go on with this request; its worker's log says why"
-        self._fail(answer, FailureKind.INTERRUPTED, f"engine_{output.finish}", message, reason=output.error)
+        self._fail(running, FailureKind.INTERRUPTED, f"engine_{output.finish}", message, reason=output.error)
 
-    def _expire(self, answer: _Answer) -> None:
-        kind = FailureKind.REJECTED if answer.state is _State.QUEUED else FailureKind.INTERRUPTED
-        message = f"not finished {answer.request.timeout_s:g} s after it arrived here"
-        self._fail(answer, kind, "deadline_exceeded", message)
+    def _expire(self, running: _RunningRequest) -> None:
+        kind = FailureKind.REJECTED if running.state is _State.QUEUED else FailureKind.INTERRUPTED
+        message = f"not finished {running.request.timeout_s:g} s after it arrived here"
+        self._fail(running, kind, "deadline_exceeded", message)
 
-    def _end(self, answer: _Answer) -> None:
-        """Forget the answer: from here on nothing reaches it."""
-        answer.state = _State.ENDED
-        if answer.timer is not None:
-            answer.timer.cancel()
-        answers = self._answers[answer.connection]
-        del answers[answer.request.stream]
-        if not answers:
-            del self._answers[answer.connection]
-        self._requests.discard(answer.request.request)
+    def _end(self, running: _RunningRequest) -> None:
+        """Forget the request: from here on nothing reaches it."""
+        running.state = _State.ENDED
+        if running.timer is not None:
+            running.timer.cancel()
+        streams = self._running[running.connection]
+        del streams[running.request.stream]
+        if not streams:
+            del self._running[running.connection]
+        self._requests.discard(running.request.request)
         if not self._requests:
             self._idle.set()
 

@@ -15,8 +15,11 @@ from planes.wire.frames import DecodeLeg, LocalLeg, PrefillLeg, Sampling
 from planes.wire.messages import EngineFacts, HandoverEndpoint, HandoverMode, RequestId, WorkerId
 from workers.engine.base import EngineRequest
 from workers.nixl_wheel import installed_wheel
+from workers.sim.counting_transfer import CountingTransfer
 from workers.sim.engine import SimEngine, SimOptions
-from workers.sim.transfer import CountingTransfer, HandoverFailed, KvPool, NixlTransfer
+from workers.sim.kv_pool import KvPool
+from workers.sim.side_channel import HandoverFailed
+from workers.sim.transfer import NixlTransfer
 
 pytestmark = [
     pytest.mark.integration,
@@ -234,7 +237,8 @@ PREFILL_PROCESS = """
 import asyncio, sys
 import numpy as np
 from planes.wire.messages import HandoverMode
-from workers.sim.transfer import KvPool, NixlTransfer
+from workers.sim.kv_pool import KvPool
+from workers.sim.transfer import NixlTransfer
 
 async def main():
     transfer = NixlTransfer(KvPool(512, 4096), mode=HandoverMode(sys.argv[1]), engine_id="child", host="127.0.0.1")

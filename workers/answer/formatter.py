@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from planes.wire.frames import FinishReason, Format, Sampling, Usage
 from workers.answer.detokenizer import Vocabulary
-from workers.answer.sse import Answer, Events, TokenNote
+from workers.answer.sse import EventWriter, FinishedChoice, TokenNote
 from workers.answer.stop_strings import StopFinder
 from workers.engine.base import EngineOutput, TokenLogprob
 
@@ -37,10 +37,10 @@ class Formatter:
         Args:  end_tokens: the model's end-of-sequence ids.  context: the prompt's last tokens, for tokenizers whose
         text depends on what stands before.
         """
-        self._events = Events(layout, sampling.n, vocabulary)
+        self._writer = EventWriter(layout, sampling.n, vocabulary)
         self._has_logprobs = sampling.logprobs is not None
         self._end_tokens = end_tokens | frozenset(sampling.stop_token_ids)
-        self._choices = [_Choice(index, self._events, vocabulary, sampling, context) for index in range(sampling.n)]
+        self._choices = [_Choice(index, self._writer, vocabulary, sampling, context) for index in range(sampling.n)]
         self._num_open = sampling.n
 
     @property
@@ -90,9 +90,9 @@ class Formatter:
 
     def finish(self, usage: Usage) -> bytes:
         """The last bytes of the answer, after every choice has ended."""
-        if self._events.is_streaming:
-            return self._events.last(usage)
-        return self._events.body([choice.answer(has_logprobs=self._has_logprobs) for choice in self._choices], usage)
+        if self._writer.is_streaming:
+            return self._writer.last(usage)
+        return self._writer.body([choice.finished(has_logprobs=self._has_logprobs) for choice in self._choices], usage)
 
 
 class _Choice:
@@ -100,7 +100,6 @@ class _Choice:
 
     __slots__ = (
         "_detokenizer",
-        "_events",
         "_index",
         "_is_open",
         "_is_streaming",
@@ -109,19 +108,20 @@ class _Choice:
         "_parts",
         "_stops",
         "_text_length",
+        "_writer",
         "_written",
         "finish",
         "num_tokens",
     )
 
     def __init__(
-        self, index: int, events: Events, vocabulary: Vocabulary, sampling: Sampling, context: Sequence[int]
+        self, index: int, writer: EventWriter, vocabulary: Vocabulary, sampling: Sampling, context: Sequence[int]
     ) -> None:
         self.finish: FinishReason | None = None
         self.num_tokens = 0
         self._index = index
-        self._events = events
-        self._is_streaming = events.is_streaming
+        self._writer = writer
+        self._is_streaming = writer.is_streaming
         self._detokenizer = vocabulary.detokenizer(context)
         self._stops = StopFinder(sampling.stop) if sampling.stop else None
         self._min_tokens = sampling.min_tokens
@@ -163,7 +163,7 @@ class _Choice:
 
     def close(self) -> None:
         if self._is_streaming and self.finish is not None:
-            self._written.append(self._events.closing(self._index, self.finish))
+            self._written.append(self._writer.closing(self._index, self.finish))
 
     def take(self) -> bytes:
         """Events written since the last call."""
@@ -171,16 +171,16 @@ class _Choice:
         self._written.clear()
         return written
 
-    def answer(self, *, has_logprobs: bool) -> Answer:
+    def finished(self, *, has_logprobs: bool) -> FinishedChoice:
         """The finished choice."""
         notes = self._notes if has_logprobs else None
-        return Answer(self._index, "".join(self._parts), notes, self.finish or FinishReason.LENGTH)
+        return FinishedChoice(self._index, "".join(self._parts), notes, self.finish or FinishReason.LENGTH)
 
     def _open(self) -> None:
         if not self._is_open:
             self._is_open = True
             if self._is_streaming:
-                self._written.append(self._events.opening(self._index))
+                self._written.append(self._writer.opening(self._index))
 
     def _write(self, text: str, note: TokenNote | None) -> None:
         if not self._is_streaming:
@@ -188,6 +188,6 @@ class _Choice:
             if note is not None:
                 self._notes.append(note)
         elif note is not None:
-            self._written.append(self._events.token(self._index, text, note))
+            self._written.append(self._writer.token(self._index, text, note))
         elif text:
-            self._written.append(self._events.text(self._index, text))
+            self._written.append(self._writer.text(self._index, text))

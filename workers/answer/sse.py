@@ -25,8 +25,8 @@ class TokenNote:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One choice of an answer that is not streamed."""
+class FinishedChoice:
+    """One whole choice of an answer that is not streamed."""
 
     index: int
     text: str
@@ -34,7 +34,7 @@ class Answer:
     finish: FinishReason
 
 
-class Events:
+class EventWriter:
     """Writes the server-sent events, or the one body, of one request."""
 
     def __init__(self, layout: Format, num_choices: int, vocabulary: Vocabulary) -> None:
@@ -84,16 +84,16 @@ class Events:
             return b"data: [DONE]\n\n"
         return b"data: " + _encode(self._identity | {"choices": [], "usage": _usage(usage)}) + b"\n\ndata: [DONE]\n\n"
 
-    def body(self, answers: Sequence[Answer], usage: Usage) -> bytes:
-        choices = [self._choice(answer) for answer in answers]
-        return _encode(self._identity | {"choices": choices, "usage": _usage(usage)})
+    def body(self, choices: Sequence[FinishedChoice], usage: Usage) -> bytes:
+        written = [self._choice(choice) for choice in choices]
+        return _encode(self._identity | {"choices": written, "usage": _usage(usage)})
 
-    def _choice(self, answer: Answer) -> dict[str, Any]:
-        text: dict[str, Any] = {"text": self._layout.echo + answer.text}
+    def _choice(self, choice: FinishedChoice) -> dict[str, Any]:
+        text: dict[str, Any] = {"text": self._layout.echo + choice.text}
         if self._is_chat:
-            text = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
-        logprobs = None if answer.notes is None else self._logprobs(answer.notes)
-        return {"index": answer.index, **text, "logprobs": logprobs, "finish_reason": answer.finish}
+            text = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+        logprobs = None if choice.notes is None else self._logprobs(choice.notes)
+        return {"index": choice.index, **text, "logprobs": logprobs, "finish_reason": choice.finish}
 
     def _logprobs(self, notes: Sequence[TokenNote]) -> dict[str, Any]:
         if self._is_chat:

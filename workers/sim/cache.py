@@ -45,7 +45,7 @@ class SimCache:
         return len(self._free) + len(self._idle)
 
     def match(self, names: Sequence[int], limit: int) -> int:
-        """How many of the first `limit` names are held without a gap, from the first on."""
+        """How many of the first `limit` names are cached without a gap, from the first on."""
         by_name = self._by_name
         count = 0
         for name in names:
@@ -99,22 +99,22 @@ class SimCache:
             self._free.append(block)
 
     def store(self, blocks: Sequence[int], names: Sequence[int]) -> None:
-        """These referenced blocks are full and hold what `names` say. A name already held stays where it is."""
-        by_name, held = self._by_name, self._names
+        """These referenced blocks are full and hold what `names` say. A name already cached stays where it is."""
+        by_name, block_names = self._by_name, self._names
         for block, name in zip(blocks, names, strict=True):
-            if name not in by_name and held[block] is None:
+            if name not in by_name and block_names[block] is None:
                 by_name[name] = block
-                held[block] = name
+                block_names[block] = name
                 self._stored.append(name)
         self.version += 1
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one reference of each block of a sequence, given in prompt order."""
-        references, held, idle, free = self._references, self._names, self._idle, self._free
+        references, block_names, idle, free = self._references, self._names, self._idle, self._free
         for block in reversed(blocks):
             references[block] -= 1
             if not references[block]:
-                if held[block] is None:
+                if block_names[block] is None:
                     free.append(block)
                 else:
                     idle[block] = None
@@ -132,6 +132,6 @@ class SimCache:
         if events:
             self._on_events(events)
 
-    def held(self) -> Hashes:
-        """Names of all blocks held, in no order."""
+    def cached_names(self) -> Hashes:
+        """Names of all cached blocks, in no order."""
         return np.fromiter(self._by_name, dtype=np.uint64, count=len(self._by_name))

@@ -25,13 +25,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from planes.wire.blocks import Hashes, continue_each
-from planes.wire.errors import InvalidRequest
 from planes.wire.frames import FinishReason
 from planes.wire.messages import EngineFacts, KvEvent, LatencyPrior, RequestId, StepSample
 from workers.engine.base import EngineLoad
 from workers.sim.cache import SimCache
 from workers.sim.request import KvMemory, SimLeg, SimOutput, SimReport, SimRequest
-from workers.sim.scheduler import EngineQueueFull, Scheduler
+from workers.sim.scheduler import EngineQueueFull, SimScheduler
 from workers.sim.sequence import Sequence, State, corruption
 from workers.sim.steps import Steps
 from workers.sim.tokens import key_of, word_of
@@ -76,7 +75,7 @@ class SimCore:
         self._key = key_of(model, seed)
         self._memory = memory
         self._cache = SimCache(facts.num_blocks, on_events=on_events)
-        self._scheduler = Scheduler(facts, self._cache, max_waiting=max_waiting)
+        self._scheduler = SimScheduler(facts, self._cache, max_waiting=max_waiting)
         self._steps = Steps(speed)
         self._order = 0
         self._admitted: list[RequestId] = []
@@ -88,8 +87,8 @@ class SimCore:
     def submit(self, request: SimRequest, *, now: float) -> None:
         """Queue a request. A decode leg gets its blocks here at once if it can: see `take_admitted`.
 
-        Raises:  InvalidRequest if it can never run here; EngineQueueFull; ValueError if the id is in use, or names,
-        tokens and counts disagree.
+        Raises:  EngineQueueFull; ValueError if it can never run here, if the id is in use, or if names, tokens and
+        counts disagree.
         """
         length = request.prompt_tokens + request.resume_tokens
         self._check(request, length)
@@ -99,20 +98,17 @@ class SimCore:
         self._order += 1
         self._cut(now)
         if request.leg is SimLeg.DECODE:
-            self._admit(now, budget=0)
+            self._admitted += [sequence.request.request for sequence in self._scheduler.admit_remote().remote]
             self._cache.flush()
 
     def _check(self, request: SimRequest, length: int) -> None:
         limit = self.facts.context_length
         if request.prompt_tokens < 1 or length >= limit:
-            message = f"the input has {length} tokens; this model takes 1 to {limit - 1} and at least one to complete"
-            raise InvalidRequest(message, param="prompt", code="context_length_exceeded")
+            raise ValueError(f"the input has {length} tokens; 1 to {limit - 1} and one to complete fit the context")
         if request.max_tokens <= request.resume_tokens:
-            message = f"max_tokens is {request.max_tokens} and {request.resume_tokens} tokens are there already"
-            raise InvalidRequest(message, param="max_tokens")
+            raise ValueError(f"max_tokens is {request.max_tokens}; {request.resume_tokens} tokens are there already")
         if request.leg is SimLeg.DECODE and not 1 <= request.remote_tokens <= length:
-            message = f"the handover offers {request.remote_tokens} tokens of KV cache for an input of {length}"
-            raise InvalidRequest(message, param="ticket")
+            raise ValueError(f"{request.remote_tokens} tokens of KV cache are offered for an input of {length}")
         if request.request in self._scheduler.sequences or request.request in self._scheduler.leases:
             raise ValueError(f"request id {request.request} is in use")
         num_names, full = len(request.names), length // self._size
@@ -222,25 +218,18 @@ class SimCore:
         if self.busy_until is not None:
             raise RuntimeError(f"a step is in progress until {self.busy_until}")
         scheduler = self._scheduler
-        has_preempted = scheduler.grow()
-        budget = self.facts.max_step_tokens - len(scheduler.decoding)
-        self._chunks = scheduler.chunks(budget)
-        if not has_preempted:
-            self._admit(now, budget - sum(tokens for _, tokens in self._chunks))
-        self._cache.flush()
-        if not self._chunks and not scheduler.decoding:
-            return None
-        is_run = horizon is not None and not self._chunks and not has_preempted
-        self._begin(now, scheduler.most_steps() if is_run else 1, math.inf if horizon is None else horizon)
-        return self._steps.ends[-1] - now
-
-    def _admit(self, now: float, budget: int) -> None:
-        admission = self._scheduler.admit(budget)
-        self._admitted += [sequence.request.request for sequence in admission.remote]
-        for sequence, _ in admission.running:
+        batch = scheduler.schedule()
+        self._chunks = batch.chunks
+        self._admitted += [sequence.request.request for sequence in batch.remote]
+        for sequence, _ in batch.chunks:
             if sequence.scheduled_at < 0:
                 sequence.scheduled_at = now
-        self._chunks += admission.running
+        self._cache.flush()
+        if not batch.chunks and not scheduler.decoding:
+            return None
+        is_run = horizon is not None and not batch.chunks and not batch.has_preempted
+        self._begin(now, scheduler.most_steps() if is_run else 1, math.inf if horizon is None else horizon)
+        return self._steps.ends[-1] - now
 
     def _begin(self, now: float, most: int, horizon: float) -> None:
         """Time the step. A chunk of one token costs what a decode costs, and is counted as one."""
@@ -398,9 +387,9 @@ class SimCore:
         """Steps that ended since the last call, newest last, at most 256: what a load report wants."""
         return self._steps.take_samples()
 
-    def held(self) -> Hashes:
+    def cached_names(self) -> Hashes:
         """Names of all blocks in the prefix cache, as published by events; any order."""
-        return self._cache.held()
+        return self._cache.cached_names()
 
 
 def _check_facts(facts: EngineFacts) -> None:

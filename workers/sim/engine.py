@@ -32,9 +32,12 @@ from workers.engine.base import (
     is_drawn_again,
 )
 from workers.sim.core import EngineQueueFull, SimCore, SimLeg, SimOutput, SimRequest
+from workers.sim.handover import KvTransfer, Offer
+from workers.sim.kv_pool import KvPool
 from workers.sim.options import SimOptions, faster
+from workers.sim.side_channel import HandoverFailed
 from workers.sim.tokens import key_of, logprob_of
-from workers.sim.transfer import HandoverFailed, KvPool, KvTransfer, Offer, open_transfer
+from workers.sim.transfer import open_transfer
 
 __all__ = ["SimEngine", "SimOptions"]
 
@@ -52,7 +55,7 @@ class TransferFactory(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class _Run:
+class _ActiveRequest:
     """One request."""
 
     request: EngineRequest
@@ -67,7 +70,7 @@ class _Run:
 class _Choice:
     """One of a request's answers."""
 
-    run: _Run
+    run: _ActiveRequest
     index: int
     on_output: OnOutput
     plain: dict[tuple[int, ...], EngineOutput] | None
@@ -91,7 +94,7 @@ class SimEngine:
         self._speed = faster(options.speed or options.facts.latency, options.speedup)
         self._engine_id = f"{options.worker}-{secrets.token_hex(4)}"  # new at every start
         self._transfer: KvTransfer | None = None
-        self._runs: dict[RequestId, _Run] = {}
+        self._runs: dict[RequestId, _ActiveRequest] = {}
         self._choices: dict[RequestId, _Choice] = {}
         self._leases: dict[RequestId, _Lease] = {}
         self._handovers: set[asyncio.Task[None]] = set()
@@ -157,7 +160,7 @@ class SimEngine:
 
     def submit(self, request: EngineRequest, on_output: OnOutput) -> None:
         """See `workers.engine.base.Engine.submit`."""
-        run = _Run(request, on_output)
+        run = _ActiveRequest(request, on_output)
         run.source = self._source(request)
         sequences = self._sequences(run)
         now = self._loop.time()
@@ -197,15 +200,12 @@ class SimEngine:
             raise InvalidRequest(message, param="ticket")
         return offer
 
-    def _sequences(self, run: _Run) -> list[SimRequest]:
-        """What the core runs: one sequence a choice. Raises:  InvalidRequest."""
+    def _sequences(self, run: _ActiveRequest) -> list[SimRequest]:
+        """What the core runs: one sequence a choice."""
         request, sampling, options = run.request, run.request.sampling, self._options
         tokens = request.prompt
         if request.resume:
             tokens = np.concatenate((tokens, np.array(request.resume, dtype=np.uint32)))
-        if len(tokens) and int(tokens.max()) >= self._facts.vocab_size:
-            message = f"the input has token {tokens.max()}; the vocabulary ends at {self._facts.vocab_size - 1}"
-            raise InvalidRequest(message, param="prompt")
         root_name = root(options.model, request.cache_salt)
         names = name_blocks(tokens, self._facts.block_size, root_name)
         leg, remote_tokens = _leg(request, len(tokens))
@@ -377,7 +377,7 @@ class SimEngine:
             self._handovers.add(run.handover)
             run.handover.add_done_callback(self._handovers.discard)
 
-    async def _hand_over(self, run: _Run, sequence: RequestId) -> None:
+    async def _hand_over(self, run: _ActiveRequest, sequence: RequestId) -> None:
         """Get the missing blocks. That takes the simulated time at least; when pulling, the real one is part of it."""
         source, transfer = run.source, self._transfer
         if source is None or transfer is None:
@@ -404,7 +404,7 @@ class SimEngine:
         self._wake()
 
 
-def _num_tokens(run: _Run) -> int:
+def _num_tokens(run: _ActiveRequest) -> int:
     return len(run.request.prompt) + len(run.request.resume)
 
 

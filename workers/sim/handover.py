@@ -1,10 +1,10 @@
-"""What every kind of handover between simulated engines shares: block pool, offers, announcements, who waits for whom.
+"""What every kind of handover between simulated engines shares: offers, announcements, who waits for whom.
 
 pull: the prefill engine offers (`offer`, in the ticket), the decode engine takes (`receive`) and tells that it has.
 push: the decode engine announces its blocks (`receive`, over `side_channel.py`), the prefill engine writes them when it
 has offered the same request.
 
-`sim/transfer.py` moves real bytes over NIXL; `CountingTransfer`, here, stands in for it where NIXL is not installed.
+`transfer.py` moves real bytes over NIXL; `counting_transfer.py` stands in for it where NIXL is not installed.
 """
 
 import asyncio
@@ -17,9 +17,9 @@ import msgspec
 import numpy as np
 import structlog
 
-from planes.wire.blocks import Hashes
 from planes.wire.errors import InvalidRequest
 from planes.wire.messages import HandoverEndpoint, HandoverMode
+from workers.sim.kv_pool import KvPool
 from workers.sim.side_channel import (
     Announcement,
     Caller,
@@ -30,8 +30,6 @@ from workers.sim.side_channel import (
     Refused,
     Taken,
     Written,
-    answer_from,
-    asking,
 )
 
 _log = structlog.get_logger()
@@ -56,25 +54,6 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     @property
     def num_blocks(self) -> int:
         return len(self.blocks) // 4
-
-
-class KvPool:
-    """Simulated KV bytes, `num_blocks` times `bytes_per_block`; the first 8 of each block say what it holds."""
-
-    def __init__(self, num_blocks: int, bytes_per_block: int) -> None:
-        """Raises:  ValueError unless `bytes_per_block` is a positive multiple of 8."""
-        if bytes_per_block < 8 or bytes_per_block % 8:
-            raise ValueError(f"bytes_per_block is {bytes_per_block}; a positive multiple of 8 is needed")
-        self.num_blocks = num_blocks
-        self.bytes_per_block = bytes_per_block
-        self.data = np.zeros((num_blocks, bytes_per_block // 8), dtype="<u8")
-
-    def write(self, blocks: Sequence[int], words: Hashes) -> None:
-        self.data[blocks, 0] = words
-
-    def read(self, blocks: Sequence[int]) -> Hashes:
-        words: Hashes = self.data[blocks, 0]
-        return words
 
 
 class KvTransfer(Protocol):
@@ -277,44 +256,3 @@ class Handovers(ABC):
     @abstractmethod
     async def _await_push(self, source: HandoverEndpoint, question: Announcement) -> None:
         """Announce, and wait until our blocks are written."""
-
-
-class CountingTransfer(Handovers):
-    """No NIXL: the words that say what the blocks hold travel in tickets and on the side channel, the bytes do not."""
-
-    def _describe(self, request: str, blocks: Sequence[int]) -> Offer:
-        words = self._pool.read(blocks).tobytes()
-        packed = np.asarray(blocks, dtype="<u4").tobytes()
-        return Offer(*self._address(), request, packed, self._pool.bytes_per_block, words=words)
-
-    def _check_offer(self, offer: Offer) -> None:
-        if len(offer.words) != 8 * offer.num_blocks:
-            raise InvalidRequest(
-                f"the ticket has {len(offer.words)} bytes of words for {offer.num_blocks} blocks; the prefill worker "
-                f"hands over with NIXL, which is not installed here",
-                param="ticket",
-            )
-
-    async def _pull(self, offer: Offer, blocks: Sequence[int]) -> None:
-        async with asking(offer.host, offer.port, Taken(offer.engine_id, offer.request)) as reader:
-            await answer_from(reader)
-        words = np.frombuffer(offer.words, dtype="<u8")
-        self._pool.write(blocks, words[len(words) - len(blocks) :])
-
-    def _write(
-        self,
-        request: str,
-        blocks: list[int],
-        announcement: Announcement,  # noqa: ARG002 - the words go back where it came from
-        caller: Caller,
-    ) -> None:
-        caller.answer(Written(self._pool.read(blocks).tobytes()))
-        self._done(request)
-
-    async def _await_push(self, source: HandoverEndpoint, question: Announcement) -> None:
-        blocks = np.frombuffer(question.blocks, dtype="<u4")
-        async with asking(source.host, source.port, question) as reader:
-            words = np.frombuffer((await answer_from(reader)).words, dtype="<u8")
-        if len(words) != len(blocks):
-            raise HandoverFailed(f"{len(words)} of {len(blocks)} blocks came from engine {source.engine_id}")
-        self._pool.write(blocks.tolist(), words)

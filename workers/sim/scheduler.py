@@ -24,15 +24,23 @@ class EngineQueueFull(Rejected):
 
 
 @dataclass(slots=True)
-class Admission:
-    """What `admit` changed: decode legs that got blocks, and sequences that begin to run."""
+class Batch:
+    """What `schedule` decided, beside one token for each decoding sequence."""
 
+    chunks: list[tuple[Sequence, int]] = field(default_factory=list)
+    """Prompts, with the tokens of each to compute in this step."""
     remote: list[Sequence] = field(default_factory=list)
-    running: list[tuple[Sequence, int]] = field(default_factory=list)
-    """With the tokens to compute in this step."""
+    """Decode legs that got their blocks: their KV cache may come."""
+    has_preempted: bool = False
+
+    def add(self, sequence: Sequence, budget: int) -> int:
+        """Compute what is left of a prompt, as far as the budget goes. Returns how many tokens that are."""
+        tokens = min(budget, sequence.length - sequence.computed)
+        self.chunks.append((sequence, tokens))
+        return tokens
 
 
-class Scheduler:
+class SimScheduler:
     """Queues and blocks of one engine. `prefilling` and `decoding` are the running sequences, first admitted first."""
 
     def __init__(self, facts: EngineFacts, cache: SimCache, *, max_waiting: int) -> None:
@@ -55,6 +63,60 @@ class Scheduler:
         self._waiting: list[tuple[int, int, Sequence]] = []
         self._arrived: deque[Sequence] = deque()
         self._blocked: tuple[Sequence, int] | None = None
+
+    # --- continuous batching -------------------------------------------------------------------------------------
+
+    def schedule(self) -> Batch:
+        """One step: all that decode, one token each; then prompts that have begun; then whoever waits.
+
+        Where blocks run out, the latest sequence is preempted and nobody is admitted.
+        """
+        batch = Batch(has_preempted=self._grow())
+        budget = self._facts.max_step_tokens - len(self.decoding)
+        for sequence in self.prefilling:
+            if budget <= 0:
+                break
+            budget -= batch.add(sequence, budget)
+        if not batch.has_preempted:
+            self._admit(batch, budget)
+        return batch
+
+    def admit_remote(self) -> Batch:
+        """Between two steps: give blocks to decode legs that are next in the queue."""
+        batch = Batch()
+        self._admit(batch, budget=0)
+        return batch
+
+    def _admit(self, batch: Batch, budget: int) -> None:
+        """As far as seats, blocks and `budget` tokens allow: first whose KV cache has arrived, then who waits."""
+        seats = self._facts.max_batch - len(self.decoding) - len(self.prefilling)
+        while self._arrived and seats > 0 and budget > 0:
+            budget -= batch.add(self._run(self._arrived.popleft()), budget)
+            seats -= 1
+        while (sequence := self._first()) is not None:
+            is_remote = sequence.needs_remote  # it takes blocks, and neither a seat nor tokens yet
+            if not is_remote and (seats <= 0 or budget <= 0):
+                break
+            if not self._allocate(sequence):
+                break
+            self._pop(sequence)
+            if is_remote:
+                sequence.needs_remote, sequence.state = False, State.REMOTE
+                batch.remote.append(sequence)
+            else:
+                budget -= batch.add(self._run(sequence), budget)
+                seats -= 1
+
+    def _run(self, sequence: Sequence) -> Sequence:
+        sequence.state = State.RUNNING
+        self.prefilling.append(sequence)
+        return sequence
+
+    def decode(self, sequence: Sequence) -> None:
+        """A prompt is computed: from prefilling to decoding."""
+        self.prefilling.remove(sequence)
+        self.decoding.append(sequence)
+        self.kv_tokens += sequence.length
 
     # --- the waiting queue ---------------------------------------------------------------------------------------
 
@@ -151,7 +213,7 @@ class Scheduler:
             sequence.cached_tokens = sequence.computed
         return True
 
-    def grow(self) -> bool:
+    def _grow(self) -> bool:
         """Give a block to each decoding sequence that needs one for its next token. Returns whether that cost
         somebody else theirs.
         """
@@ -215,55 +277,6 @@ class Scheduler:
     def reserve(self, steps: int) -> None:
         """Take the blocks of `steps` decode steps."""
         self._give(self.decoding, self._needs(steps))
-
-    # --- admission -----------------------------------------------------------------------------------------------
-
-    def chunks(self, budget: int) -> list[tuple[Sequence, int]]:
-        """Tokens to compute for sequences in the middle of their prompt."""
-        chunks = []
-        for sequence in self.prefilling:
-            if budget <= 0:
-                break
-            tokens = min(budget, sequence.length - sequence.computed)
-            chunks.append((sequence, tokens))
-            budget -= tokens
-        return chunks
-
-    def admit(self, budget: int) -> Admission:
-        """Let in whom batch, blocks and `budget` tokens allow: first whose KV cache has arrived, then who waits."""
-        admission = Admission()
-        room = self._facts.max_batch - len(self.decoding) - len(self.prefilling)
-        while self._arrived and room > 0 and budget > 0:
-            budget -= self._run(self._arrived.popleft(), budget, admission)
-            room -= 1
-        while (sequence := self._first()) is not None:
-            is_remote = sequence.needs_remote
-            if not is_remote and (room <= 0 or budget <= 0 or self._arrived):
-                break
-            if not self._allocate(sequence):
-                break
-            self._pop(sequence)
-            if is_remote:
-                sequence.needs_remote = False
-                sequence.state = State.REMOTE
-                admission.remote.append(sequence)
-            else:
-                budget -= self._run(sequence, budget, admission)
-                room -= 1
-        return admission
-
-    def _run(self, sequence: Sequence, budget: int, admission: Admission) -> int:
-        sequence.state = State.RUNNING
-        self.prefilling.append(sequence)
-        tokens = min(budget, sequence.length - sequence.computed)
-        admission.running.append((sequence, tokens))
-        return tokens
-
-    def decode(self, sequence: Sequence) -> None:
-        """A prompt is computed: from prefilling to decoding."""
-        self.prefilling.remove(sequence)
-        self.decoding.append(sequence)
-        self.kv_tokens += sequence.length
 
     @property
     def uncomputed_tokens(self) -> int:

@@ -10,7 +10,7 @@ MAX_SAMPLES = 256
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class _StepRun:
     """Steps that ended: the first one's work, its start, and all ends. Each further step has `batch` more kv tokens."""
 
     prefill_tokens: int
@@ -36,8 +36,8 @@ class Steps:
         self.last_ends: list[float] = []
         self._speed = speed
         self._work = (0, 0, 0, 0, 0.0)
-        self._runs: deque[_Run] = deque(maxlen=MAX_SAMPLES)
-        self._last: _Run | None = None
+        self._runs: deque[_StepRun] = deque(maxlen=MAX_SAMPLES)
+        self._last: _StepRun | None = None
 
     @property
     def busy_until(self) -> float | None:
@@ -77,7 +77,7 @@ class Steps:
         """End the run. Returns its number of steps."""
         prefill, pairs, batch, kv_tokens, start = self._work
         self.last_ends, self.ends = self.ends, []
-        self._last = _Run(prefill, pairs, batch, kv_tokens, start, self.last_ends)
+        self._last = _StepRun(prefill, pairs, batch, kv_tokens, start, self.last_ends)
         self._runs.append(self._last)
         return len(self.last_ends)
 
@@ -92,7 +92,7 @@ class Steps:
         return samples[-MAX_SAMPLES:]
 
 
-def _samples(run: _Run) -> list[StepSample]:
+def _samples(run: _StepRun) -> list[StepSample]:
     starts = [run.start, *run.ends]
     first = max(0, len(run.ends) - MAX_SAMPLES)
     return [

@@ -24,10 +24,10 @@ import structlog
 from planes.wire.errors import InvalidRequest
 from planes.wire.messages import HandoverEndpoint, HandoverMode
 from workers.nixl_wheel import installed_wheel
-from workers.sim.handover import CountingTransfer, Handovers, KvPool, KvTransfer, Offer
+from workers.sim.counting_transfer import CountingTransfer
+from workers.sim.handover import Handovers, KvTransfer, Offer
+from workers.sim.kv_pool import KvPool
 from workers.sim.side_channel import Announcement, Caller, HandoverFailed, Peer, Written, answer_from, asking
-
-__all__ = ["CountingTransfer", "HandoverFailed", "KvPool", "KvTransfer", "NixlTransfer", "Offer", "open_transfer"]
 
 _log = structlog.get_logger()
 

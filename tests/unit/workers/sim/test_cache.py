@@ -125,7 +125,7 @@ def test_the_same_name_computed_twice_is_held_once():
     assert cache.free_blocks == 3
     cache.release(first)
     assert cache.free_blocks == 4
-    assert cache.held().tolist() == [7]
+    assert cache.cached_names().tolist() == [7]
 
 
 @given(st.data())
@@ -147,7 +147,7 @@ def test_after_any_history_references_balance_and_events_tell_what_is_held(data)
         cache.flush()
         references = Counter(block for blocks in running for block in blocks)
         assert cache.free_blocks == 6 - len(references)
-        assert folded.names == set(cache.held().tolist())
+        assert folded.names == set(cache.cached_names().tolist())
         assert len(folded.names) <= 6
     for blocks in running:
         cache.release(blocks)

@@ -6,8 +6,10 @@ import pytest
 
 from planes.wire.errors import InvalidRequest
 from planes.wire.messages import HandoverMode
+from workers.sim.counting_transfer import CountingTransfer
+from workers.sim.handover import Offer
+from workers.sim.kv_pool import KvPool
 from workers.sim.side_channel import Peer
-from workers.sim.transfer import CountingTransfer, KvPool, Offer
 
 
 @pytest.fixture
