@@ -176,6 +176,7 @@ class _Worker:
                 await puller.until_idle(_LAST_NEWS_S)
             await registrar.close()
             await streams.stop()
+            server.hear_no_more()
             for task in tasks:
                 task.cancel()
 

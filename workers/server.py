@@ -13,6 +13,7 @@ lease is over. Sooner if nobody will come:
     Cancel that crossed Done, Release        → at once
     the gateway's connection is gone         → after a quarter of the lease: the gateway may live, and a decode worker
                                                be fetching; it has fetched by then, or told the engine that it waits
+    this worker hears nobody any more        → likewise
 """
 
 import asyncio
@@ -237,11 +238,17 @@ class WorkerServer:
     def gone(self, connection: Connection) -> None:
         for stream in list(self._running.get(connection, ())):
             self.cancel(connection, stream)
-        for request, kept in list(self._handed_over.items()):
-            if kept.connection is connection:
-                kept.timer.cancel()
-                orphaned = self._call_later(kept.lease_s * _ORPHANED_SHARE, partial(self.release, connection, request))
-                self._handed_over[request] = replace(kept, timer=orphaned)
+        self._orphan({request: kept for request, kept in self._handed_over.items() if kept.connection is connection})
+
+    def hear_no_more(self) -> None:
+        """Nobody can release anything here any more: what has been handed over shall not keep the engine for long."""
+        self._orphan(dict(self._handed_over))
+
+    def _orphan(self, handed_over: dict[RequestId, _HandedOver]) -> None:
+        for request, kept in handed_over.items():
+            kept.timer.cancel()
+            timer = self._call_later(kept.lease_s * _ORPHANED_SHARE, partial(self.release, kept.connection, request))
+            self._handed_over[request] = replace(kept, timer=timer)
 
     def _forget(self, request: RequestId) -> None:
         kept = self._handed_over.pop(request, None)

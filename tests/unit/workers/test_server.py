@@ -446,6 +446,17 @@ def test_a_gone_gateway_s_kv_caches_are_given_up_before_their_leases_are_over():
     assert world.engine.aborted == ["r1"]
 
 
+def test_a_worker_that_hears_nobody_any_more_keeps_no_kv_cache_to_its_lease_s_end():
+    """Jobs of the prefill queue have no connection that could be gone."""
+    world = World()
+    prefill(world, is_emitting=True)
+    world.server.hear_no_more()
+    (timer,) = (timer for timer in world.timers if not timer.is_cancelled)
+    assert timer.seconds == 7.5
+    timer.callback()
+    assert world.engine.aborted == ["r1"]
+
+
 def test_a_kv_cache_whose_lease_is_over_is_the_engine_s_again():
     world = World()
     prefill(world, is_emitting=True)
