@@ -6,19 +6,11 @@
 
 A request that has ended stands in no table any more and hears nothing, so there is no second answer to give. Every
 ending but the engine's own takes the request back from the engine at once.
-
-A prefill leg that ends with a ticket leaves its KV cache in the engine, which frees it when it has been fetched or its
-lease is over. Sooner if nobody will come:
-
-    Cancel that crossed Done, Release        → at once
-    the gateway's connection is gone         → after a quarter of the lease: the gateway may live, and a decode worker
-                                               be fetching; it has fetched by then, or told the engine that it waits
-    this worker hears nobody any more        → likewise
+What becomes of a KV cache that was handed over: `handed_over.py`.
 """
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum, auto
 from functools import partial
 from typing import Protocol
@@ -44,13 +36,10 @@ from planes.wire.messages import HandoverMode, RequestId, Role
 from workers.answer.detokenizer import Vocabulary
 from workers.answer.formatter import Formatter
 from workers.engine.base import Engine, EngineOutput, EngineRequest, is_drawn_again
+from workers.handed_over import CallLater, HandedOver, Timer
 from workers.validate import admit
 
 _log = structlog.get_logger()
-
-_ORPHANED_SHARE = 0.25
-"""Share of its lease for which a KV cache is kept on when its gateway's connection is gone. vLLM's decode engine says
-within a sixth of the lease that it waits."""
 
 _CONTEXT_TOKENS = 8
 """Prompt tokens that a formatter may look at."""
@@ -87,15 +76,6 @@ class Connection(Protocol):
     """What a request needs of `planes.streams.server.GatewayConnection`."""
 
     def post(self, item: Delta | Done | Failed) -> None: ...
-
-
-class Timer(Protocol):
-    """What `loop.call_later` returns."""
-
-    def cancel(self) -> None: ...
-
-
-CallLater = Callable[[float, Callable[[], None]], Timer]
 
 
 class _State(Enum):
@@ -152,16 +132,6 @@ class _RunningRequest:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _HandedOver:
-    """A request whose KV cache the engine keeps for a decode worker, until `timer` says that the lease is over."""
-
-    connection: Connection
-    stream: StreamId
-    lease_s: float
-    timer: Timer
-
-
 class WorkerServer:
     """Runs what gateways ask for; the handler of `planes.streams.server.StreamServer`."""
 
@@ -187,7 +157,7 @@ class WorkerServer:
         self._call_later = call_later
         self._running: dict[Connection, dict[StreamId, _RunningRequest]] = {}
         self._requests: set[RequestId] = set()
-        self._handed_over: dict[RequestId, _HandedOver] = {}
+        self._handed_over = HandedOver(self._give_up, call_later)
         self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -225,35 +195,24 @@ class WorkerServer:
             self._end(running)
             self._engine.abort(running.request.request)
             return
-        for request, kept in list(self._handed_over.items()):
-            if kept.connection is connection and kept.stream == stream:  # the ticket has not been heard of
-                self.release(connection, request)
+        self._handed_over.cancelled(connection, stream)
 
     def release(self, connection: Connection, request: RequestId) -> None:  # noqa: ARG002 - any gateway may say it
         """Give up the KV cache kept for a request that has been handed over; one that runs here goes on."""
-        self._forget(request)
-        if request not in self._requests:
-            self._engine.abort(request)
+        self._handed_over.release(request)
 
     def gone(self, connection: Connection) -> None:
         for stream in list(self._running.get(connection, ())):
             self.cancel(connection, stream)
-        self._orphan({request: kept for request, kept in self._handed_over.items() if kept.connection is connection})
+        self._handed_over.gone(connection)
 
     def hear_no_more(self) -> None:
         """Nobody can release anything here any more: what has been handed over shall not keep the engine for long."""
-        self._orphan(dict(self._handed_over))
+        self._handed_over.hear_no_more()
 
-    def _orphan(self, handed_over: dict[RequestId, _HandedOver]) -> None:
-        for request, kept in handed_over.items():
-            kept.timer.cancel()
-            timer = self._call_later(kept.lease_s * _ORPHANED_SHARE, partial(self.release, kept.connection, request))
-            self._handed_over[request] = replace(kept, timer=timer)
-
-    def _forget(self, request: RequestId) -> None:
-        kept = self._handed_over.pop(request, None)
-        if kept is not None:
-            kept.timer.cancel()
+    def _give_up(self, request: RequestId) -> None:
+        if request not in self._requests:
+            self._engine.abort(request)
 
     # --- one request's life ----------------------------------------------------------------------------------------
 
@@ -275,7 +234,7 @@ class WorkerServer:
             end_tokens=self._end_tokens,
             context=admitted.prompt[-_CONTEXT_TOKENS:].tolist(),
         )
-        self._forget(request.request)  # the engine does so, too, when it gets a request of that name
+        self._handed_over.forget(request.request)  # the engine does so, too, when it gets a request of that name
         running = _RunningRequest(connection, request, len(admitted.prompt), formatter)
         if admitted.resume and (finish := self._resumed(formatter, admitted)) is not None:
             payload = formatter.end(finish) + formatter.finish(running.usage())
@@ -363,8 +322,7 @@ class WorkerServer:
         ticket = msgspec.structs.replace(ticket, cached_tokens=usage.cached_tokens)
         self._end(running)
         request = running.request
-        timer = self._call_later(ticket.lease_s, partial(self._forget, request.request))
-        self._handed_over[request.request] = _HandedOver(running.connection, request.stream, ticket.lease_s, timer)
+        self._handed_over.keep(request.request, running.connection, request.stream, ticket.lease_s)
         running.connection.post(Done(request.stream, FinishReason.LENGTH, usage, payload, tokens, ticket))
 
     def _complete(
