@@ -75,10 +75,10 @@ class DuplicateRequest(Rejected):
 
 
 class PolicyFailed(Rejected):
-    """The policy raised, or named workers that it was not offered."""
+    """The policy raised, or its answer cannot be used. What it raised is the cause: for the log, not for clients."""
 
     status, code = 500, "policy_failed"
 
-    def __init__(self, policy: str, cause: Exception) -> None:
-        super().__init__(f"the routing policy {policy!r} raised {type(cause).__name__}: {cause}")
+    def __init__(self, policy: str, cause: BaseException) -> None:
+        super().__init__(f"the routing policy {policy!r} raised {type(cause).__name__}; the gateway's log tells more")
         self.__cause__ = cause

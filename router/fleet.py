@@ -228,7 +228,9 @@ class Fleet:
                 decode.append(view)
         if not decode:
             return None
-        return FleetView(prefill=prefill, decode=decode, links=self.links, now=now, rng=rng, num_waiting=num_waiting)
+        return FleetView(
+            prefill=tuple(prefill), decode=tuple(decode), links=self.links, now=now, rng=rng, num_waiting=num_waiting
+        )
 
     def learn(self, reservation: Reservation, observed: Observed) -> None:
         """Take in what happened to a request. Where steps are reported they teach more than whole prefills do."""

@@ -13,16 +13,14 @@ So a hot worker's line grows, for those at its end, until an idle worker is chea
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 
 from planes.wire.messages import WorkerId
+from router.decision import Decision
 from router.fleet import Fleet
-from router.policy import Choice
 from router.queue import Bids, Queue, Waiting
 from router.request import Candidate, RoutableRequest
 from router.worker import Worker
@@ -35,187 +33,181 @@ _STALE_S = 0.5
 _POLL_S = 0.5
 """With requests waiting, dispatch runs at least this often: utilisation decays, and reports may have stopped."""
 
-Decide = Callable[[Waiting, dict[WorkerId, float]], Choice | None]
-"""Asks the policy about one request, given the seconds of work queued before it per worker, and binds it unless the
-answer is to hold it. None: the request was refused instead."""
 
-
-@dataclass(slots=True)
-class _Walk:
-    """State of one walk. queue_s: per worker, work of requests that this walk has passed included; `ahead` that alone.
-
-    room: rows of workers that may take another request.  passed_tokens: shorter prompts need no room there and begin
-    after `starts_in_s`; most_passed is the largest.
-    """
-
-    now: float
-    queue_s: npt.NDArray[np.float64]
-    room: set[int]
-    passed_tokens: npt.NDArray[np.int64]
-    starts_in_s: npt.NDArray[np.float64]
-    most_passed: int = 0
-    ahead: dict[WorkerId, float] = field(default_factory=dict)
-    num_asked: int = 0
-    num_refreshed: int = 0
-    num_blocked: int = 0
-
-
-class Dispatch:
-    """Walks the queue. Keeps nothing that it could not find out again by asking."""
+class LateBinding:
+    """Chooses whom to ask about. Keeps nothing that it could not find out again by asking."""
 
     def __init__(self, fleet: Fleet, queue: Queue) -> None:
-        self._fleet = fleet
-        self._queue = queue
-        self._version = 0
+        self.fleet = fleet
+        self.queue = queue
+        self.version = 0
+        """Of the rows that bids name; another one makes them void."""
+        self.names: list[WorkerId] = []
+        self.rows: dict[WorkerId, int] = {}
+        self.shortest_first: list[tuple[int, Worker]] = []
+        self.room_changes = 0
+        self.max_backlog_s = math.inf
+        """More prompt work than this, and a worker has no room for more: as the policy last said."""
+        self.wakeup = math.inf
+        """When to walk again though nothing else happened."""
         self._fleet_version = -1
-        self._names: list[WorkerId] = []
-        self._rows: dict[WorkerId, int] = {}
-        self._shortest_first: list[tuple[int, Worker]] = []
-        self._room_changes = 0
-        self._max_backlog_s = math.inf
-        self._wakeup = math.inf
 
     def forget(self) -> None:
         """The policy changed: ask about everybody anew."""
-        self._version += 1
-        self._max_backlog_s = math.inf
+        self.version += 1
+        self.max_backlog_s = math.inf
 
     def room_changed(self) -> None:
         """A worker reported, or a request ended: those that lacked room to decode may try again."""
-        self._room_changes += 1
+        self.room_changes += 1
 
-    def wakeup(self) -> float:
-        """When to run again though nothing else happened."""
-        return self._wakeup
-
-    def run(self, decide: Decide, now: float) -> None:
-        """Bind whoever can be bound now."""
-        if self._fleet_version != self._fleet.version:
-            self._fleet_version = self._fleet.version
-            self._version += 1
-            self._names = list(self._fleet.workers)
-            self._rows = {name: row for row, name in enumerate(self._names)}
-            workers = enumerate(self._fleet.workers.values())
-            self._shortest_first = [(row, worker) for row, worker in workers if worker.facts.is_shortest_first]
-        queue_s = np.array([worker.backlog_s(now) for worker in self._fleet.workers.values()])
-        room = set(np.flatnonzero(queue_s <= self._max_backlog_s).tolist())
-        walk = _Walk(now, queue_s, room, np.zeros(len(queue_s), dtype=np.int64), np.zeros(len(queue_s)))
-        for row, worker in self._shortest_first:
-            walk.passed_tokens[row], walk.starts_in_s[row] = worker.passing(float(queue_s[row]))
-        if self._shortest_first:
-            walk.most_passed = int(walk.passed_tokens.max())
-        self._wakeup = now + _POLL_S
-        max_asked = max(4, _MAX_ASKED_WORKERS // max(1, len(self._names)))
-        for waiting in list(islice(self._queue.walk(), _MAX_WALK)):
-            if walk.num_blocked >= _MAX_BLOCKED or not (walk.room or walk.most_passed):
-                break
-            if not walk.room and waiting.request.prompt_tokens >= walk.most_passed:
-                continue
-            if walk.num_asked >= max_asked:
-                self._wakeup = now
-                return
-            if self._is_to_ask(waiting, walk):
-                walk.num_asked += 1
-                self._ask(waiting, decide, walk)
-        self._wakeup = min(self._wakeup, self._next_room(now))
-
-    def _is_to_ask(self, waiting: Waiting, walk: _Walk) -> bool:
-        bids = waiting.bids
-        if bids is None or bids.version != self._version:
-            return True
-        if walk.room and bids.made_at < walk.now - _STALE_S and walk.num_refreshed < _MAX_REFRESHED:
-            walk.num_refreshed += 1
-            return True
-        rows, tokens = bids.rows, waiting.request.prompt_tokens
-        queue_s = walk.queue_s[rows]
-        if tokens < walk.most_passed:
-            queue_s = np.where(tokens < walk.passed_tokens[rows], walk.starts_in_s[rows], queue_s)
-        cheapest = int((bids.cost_s + queue_s).argmin())
-        row = int(rows[cheapest])
-        if queue_s[cheapest] > bids.max_backlog_s and tokens >= walk.passed_tokens[row]:
-            self._pass(row, float(bids.work_s[cheapest]), bids.max_backlog_s, walk)
-            return False
-        if waiting.blocked == self._room_changes:
-            walk.num_blocked += 1
-            return False
-        return True
-
-    def _ask(self, waiting: Waiting, decide: Decide, walk: _Walk) -> None:
-        choice = decide(waiting, walk.ahead)
-        if choice is None:
-            return
-        chosen = choice.chosen
-        name = chosen.prefill or chosen.decode
-        row = self._rows[name]
-        if not choice.is_held:
-            worker = self._fleet.workers[name]
-            backlog_s = worker.backlog_s(walk.now)
-            walk.queue_s[row] = backlog_s + walk.ahead.get(name, 0.0)
-            walk.passed_tokens[row], walk.starts_in_s[row] = worker.passing(backlog_s)
-            walk.most_passed = int(walk.passed_tokens.max())
-            if walk.queue_s[row] > self._max_backlog_s:
-                walk.room.discard(row)
-            return
-        known_s = 0.0 if self._max_backlog_s == math.inf else 0.99 * self._max_backlog_s
-        self._max_backlog_s = max(choice.max_backlog_s, known_s)
-        waiting.bids = self._bids(choice, walk.now)
-        best = min(choice.candidates, key=_prefill_s)
-        self._queue.update(waiting, max(0, waiting.request.prompt_tokens - best.cached_tokens), best.prefill_s)
-        if walk.queue_s[row] > choice.max_backlog_s and not chosen.num_passed:
-            self._pass(row, chosen.prefill_s, choice.max_backlog_s, walk)
-        else:
-            waiting.blocked = self._room_changes
-            walk.num_blocked += 1
-
-    def _pass(self, row: int, work_s: float, max_backlog_s: float, walk: _Walk) -> None:
-        """A request waits for this worker: those after it come after its work."""
-        walk.queue_s[row] += work_s
-        name = self._names[row]
-        walk.ahead[name] = walk.ahead.get(name, 0.0) + work_s
-        if walk.queue_s[row] > max_backlog_s:
-            walk.room.discard(row)
-
-    def _bids(self, choice: Choice, now: float) -> Bids:
-        cheapest: dict[int, tuple[float, float]] = {}
-        for option in choice.candidates:
-            row = self._rows[option.prefill or option.decode]
-            bid = option.total_s - option.queue_s, option.prefill_s
-            if row not in cheapest or bid < cheapest[row]:
-                cheapest[row] = bid
-        costs, works = zip(*cheapest.values(), strict=True)
-        rows = np.fromiter(cheapest, dtype=np.intp, count=len(cheapest))
-        return Bids(self._version, now, rows, np.array(costs), np.array(works), choice.max_backlog_s)
-
-    def _next_room(self, now: float) -> float:
-        """When the first busy worker will have room, by prediction."""
-        waits = [worker.busy_until - self._max_backlog_s for worker in self._fleet.workers.values()]
-        return min((instant for instant in waits if instant > now), default=math.inf)
-
-    # --- predictions for requests that are not asked about ---------------------------------------------------------
+    def walk(self, now: float) -> "Walk":
+        """One walk over the queue. Bind, hold or refuse each of its requests before taking the next."""
+        if self._fleet_version != self.fleet.version:
+            self._fleet_version = self.fleet.version
+            self.version += 1
+            self.names = list(self.fleet.workers)
+            self.rows = {name: row for row, name in enumerate(self.names)}
+            workers = enumerate(self.fleet.workers.values())
+            self.shortest_first = [(row, worker) for row, worker in workers if worker.facts.is_shortest_first]
+        return Walk(self, now)
 
     def shortest(self, request: RoutableRequest) -> tuple[int, float]:
         """Uncached tokens and prefill seconds of a request where most of it is cached."""
         tokens, seconds = request.prompt_tokens, math.inf
-        for name, depth in self._fleet.cached_blocks(request).items():
-            worker = self._fleet.workers.get(name)
+        for name, depth in self.fleet.cached_blocks(request).items():
+            worker = self.fleet.workers.get(name)
             if worker is not None and name not in request.excluded:
                 size = worker.facts.block_size
                 uncached = request.prompt_tokens - min(depth, (request.prompt_tokens - 1) // size) * size
                 if uncached < tokens:
                     tokens, seconds = uncached, worker.latency.prefill_s(uncached, request.prompt_tokens)
         if seconds == math.inf:
-            worker = next(iter(self._fleet.eligible(request)), None)
+            worker = next(iter(self.fleet.eligible(request)), None)
             seconds = worker.latency.prefill_s(tokens, tokens) if worker is not None else 0.0
         return tokens, seconds
 
     def wait_s(self, request: RoutableRequest, now: float, *, aging: float) -> float:
         """Predicted wait in the gateway's queue of a request that came now."""
-        if not len(self._queue):
+        if not len(self.queue):
             return 0.0
         _, seconds = self.shortest(request)
-        workers = self._fleet.eligible(request)
+        workers = self.fleet.eligible(request)
         computing = sum(worker.registration.role.can_prefill for worker in workers) or len(workers) or 1
-        return self._queue.work_before_s(request, seconds + aging * now) / computing
+        return self.queue.work_before_s(request, seconds + aging * now) / computing
+
+
+class Walk:
+    """One walk: what it has passed lies before what follows, in `ahead` seconds of prompt work per worker."""
+
+    def __init__(self, binding: LateBinding, now: float) -> None:
+        self.ahead: dict[WorkerId, float] = {}
+        self._binding = binding
+        self._now = now
+        workers = binding.fleet.workers.values()
+        self._queue_s = np.array([worker.backlog_s(now) for worker in workers])
+        """Per row, work of requests that this walk has passed included."""
+        self._room = set(np.flatnonzero(self._queue_s <= binding.max_backlog_s).tolist())
+        """Rows of workers that may take another request."""
+        self._passed_tokens = np.zeros(len(self._queue_s), dtype=np.int64)
+        """Per row, prompts shorter than this need no room and begin after `_starts_in_s`."""
+        self._starts_in_s = np.zeros(len(self._queue_s))
+        for row, worker in binding.shortest_first:
+            self._passed_tokens[row], self._starts_in_s[row] = worker.passing(float(self._queue_s[row]))
+        self._most_passed = int(self._passed_tokens.max()) if binding.shortest_first else 0
+        self._num_refreshed = self._num_blocked = 0
+
+    def __iter__(self) -> Iterator[Waiting]:
+        """The requests to ask the policy about, in order of service."""
+        binding, now = self._binding, self._now
+        binding.wakeup = now + _POLL_S
+        max_asked, num_asked = max(4, _MAX_ASKED_WORKERS // max(1, len(binding.names))), 0
+        for waiting in list(islice(binding.queue.walk(), _MAX_WALK)):
+            if self._num_blocked >= _MAX_BLOCKED or not (self._room or self._most_passed):
+                break
+            if not self._room and waiting.request.prompt_tokens >= self._most_passed:
+                continue
+            if num_asked >= max_asked:
+                binding.wakeup = now
+                return
+            if self._is_to_ask(waiting):
+                num_asked += 1
+                yield waiting
+        binding.wakeup = min(binding.wakeup, self._next_room())
+
+    def bound(self, chosen: Candidate) -> None:
+        """A request was bound: its worker has more to do."""
+        binding, name = self._binding, chosen.prefill or chosen.decode
+        row, worker = binding.rows[name], binding.fleet.workers[name]
+        backlog_s = worker.backlog_s(self._now)
+        self._queue_s[row] = backlog_s + self.ahead.get(name, 0.0)
+        self._passed_tokens[row], self._starts_in_s[row] = worker.passing(backlog_s)
+        self._most_passed = int(self._passed_tokens.max())
+        if self._queue_s[row] > binding.max_backlog_s:
+            self._room.discard(row)
+
+    def held(self, waiting: Waiting, decision: Decision) -> None:
+        """A request is held back: it bids for the workers from now on, and those after it come after its work."""
+        binding, chosen, limit_s = self._binding, decision.chosen, decision.max_backlog_s
+        known_s = 0.0 if binding.max_backlog_s == math.inf else 0.99 * binding.max_backlog_s
+        binding.max_backlog_s = max(limit_s, known_s)
+        waiting.bids = self._bids(decision)
+        best = min(decision.candidates, key=_prefill_s)
+        uncached_tokens = max(0, waiting.request.prompt_tokens - best.cached_tokens)
+        binding.queue.update(waiting, uncached_tokens, best.prefill_s)
+        row = binding.rows[chosen.prefill or chosen.decode]
+        if self._queue_s[row] > limit_s and not chosen.num_passed:
+            self._pass(row, chosen.prefill_s, limit_s)
+        else:
+            waiting.blocked = binding.room_changes
+            self._num_blocked += 1
+
+    def _is_to_ask(self, waiting: Waiting) -> bool:
+        bids = waiting.bids
+        if bids is None or bids.version != self._binding.version:
+            return True
+        if self._room and bids.made_at < self._now - _STALE_S and self._num_refreshed < _MAX_REFRESHED:
+            self._num_refreshed += 1
+            return True
+        rows, tokens = bids.rows, waiting.request.prompt_tokens
+        queue_s = self._queue_s[rows]
+        if tokens < self._most_passed:
+            queue_s = np.where(tokens < self._passed_tokens[rows], self._starts_in_s[rows], queue_s)
+        cheapest = int((bids.cost_s + queue_s).argmin())
+        row = int(rows[cheapest])
+        if queue_s[cheapest] > bids.max_backlog_s and tokens >= self._passed_tokens[row]:
+            self._pass(row, float(bids.work_s[cheapest]), bids.max_backlog_s)
+            return False
+        if waiting.blocked == self._binding.room_changes:
+            self._num_blocked += 1
+            return False
+        return True
+
+    def _pass(self, row: int, work_s: float, max_backlog_s: float) -> None:
+        """A request waits for this worker: those after it come after its work."""
+        self._queue_s[row] += work_s
+        name = self._binding.names[row]
+        self.ahead[name] = self.ahead.get(name, 0.0) + work_s
+        if self._queue_s[row] > max_backlog_s:
+            self._room.discard(row)
+
+    def _bids(self, decision: Decision) -> Bids:
+        cheapest: dict[int, tuple[float, float]] = {}
+        for option in decision.candidates:
+            row = self._binding.rows[option.prefill or option.decode]
+            bid = option.total_s - option.queue_s, option.prefill_s
+            if row not in cheapest or bid < cheapest[row]:
+                cheapest[row] = bid
+        costs, works = zip(*cheapest.values(), strict=True)
+        rows = np.fromiter(cheapest, dtype=np.intp, count=len(cheapest))
+        version = self._binding.version
+        return Bids(version, self._now, rows, np.array(costs), np.array(works), decision.max_backlog_s)
+
+    def _next_room(self) -> float:
+        """When the first busy worker will have room, by prediction."""
+        limit_s = self._binding.max_backlog_s
+        waits = [worker.busy_until - limit_s for worker in self._binding.fleet.workers.values()]
+        return min((instant for instant in waits if instant > self._now), default=math.inf)
 
 
 def _prefill_s(option: Candidate) -> float:

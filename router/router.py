@@ -4,7 +4,7 @@ This file is the contract that the gateway and the simulator are written against
 
     submit ── refused: QueueFull, SloMissed, NoWorker, DuplicateRequest (raised)
        └────► waiting ── dispatch ──► bound ── prefilled ── release
-                 │  └── refused: DeadlineExceeded, SloMissed, NoWorker (returned)
+                 │  └── refused: DeadlineExceeded, SloMissed, NoWorker, NoPair, PolicyFailed (returned)
                  └── withdraw
 
 How a request is bound is in `router/late_binding.py`.
@@ -17,14 +17,13 @@ from dataclasses import dataclass, replace
 
 from planes.wire.errors import Rejected
 from planes.wire.messages import KvEvents, LoadReport, Registration, RequestId, Snapshot, WorkerId
-from router import cost
-from router.decision_log import Counts, History, RouterStats, ShadowStats, WorkerStatus, worth_keeping
-from router.errors import DeadlineExceeded, DuplicateRequest, NoPair, NoWorker, PolicyFailed, QueueFull, SloMissed
+from router.decision import Decision, decide
+from router.decision_log import Counts, History, RouterStats, ShadowStats, WorkerStatus
+from router.errors import DeadlineExceeded, DuplicateRequest, NoPair, NoWorker, QueueFull, SloMissed
 from router.fleet import Fleet
-from router.handover_preference import enforced
-from router.late_binding import Dispatch
+from router.late_binding import LateBinding, Walk
 from router.policies.headrace import Headrace
-from router.policy import Choice, FleetView, Policy
+from router.policy import FleetView, Policy
 from router.queue import Queue, Waiting
 from router.request import Candidate, Explanation, HandoverPreference, Observed, Outcome, RoutableRequest, Route
 from router.settings import RouterSettings
@@ -57,11 +56,12 @@ class Router:
         """`shadow` decides too and is not obeyed; `rng` breaks ties between equally good workers."""
         self._settings = settings or RouterSettings()
         self._policy: Policy = policy or Headrace()
-        self._shadow = shadow
+        self._policy_name = self._policy.name
+        self._shadow, self._shadow_name = shadow, "" if shadow is None else shadow.name
         self._rng = rng or random.Random(0)
         self._fleet = Fleet()
         self._queue = Queue(self._settings)
-        self._dispatch = Dispatch(self._fleet, self._queue)
+        self._late_binding = LateBinding(self._fleet, self._queue)
         self._fleet_version = -1
         self._bound: dict[RequestId, tuple[Reservation, Candidate]] = {}
         self._history = History(self._settings.history)
@@ -72,12 +72,15 @@ class Router:
     def configure(self, settings: RouterSettings, policy: Policy, *, shadow: Policy | None = None, now: float) -> None:
         """Change settings and policies. Waiting requests stay, and are decided anew at the next `dispatch`."""
         del now
-        if shadow is None or self._shadow is None or shadow.name != self._shadow.name:
+        shadow_name = "" if shadow is None else shadow.name
+        if shadow_name != self._shadow_name:
             self._counts.forget_shadow()
-        self._settings, self._policy, self._shadow = settings, policy, shadow
+        self._settings = settings
+        self._policy, self._policy_name = policy, policy.name
+        self._shadow, self._shadow_name = shadow, shadow_name
         self._queue.settings = settings
         self._history.trim(settings.history)
-        self._dispatch.forget()
+        self._late_binding.forget()
 
     # --- the fleet: control and event plane ---------------------------------------------------------------------
 
@@ -104,7 +107,7 @@ class Router:
     def apply_load(self, report: LoadReport, *, now: float) -> None:
         """Take over a load report; a digest that differs from our copy's marks the worker for a snapshot."""
         self._fleet.apply_load(report, now=now, report_delay_s=self._settings.report_delay_s)
-        self._dispatch.room_changed()
+        self._late_binding.room_changed()
 
     def workers_to_snapshot(self) -> list[WorkerId]:
         """Workers whose blocks we do not know for sure. Stays so until `apply_snapshot`; the caller paces itself."""
@@ -129,7 +132,7 @@ class Router:
             self._refused(explanation, exc)
             self._history.add(explanation)
             raise
-        uncached, seconds = self._dispatch.shortest(request)
+        uncached, seconds = self._late_binding.shortest(request)
         self._queue.add(request, uncached, seconds, explanation, now=now)
         self._history.add(explanation)
 
@@ -142,11 +145,14 @@ class Router:
         slo = self._slo(request)
         view = self._fleet.view(request, {}, now, self._rng, len(self._queue) + 1) if slo is not None else None
         if slo is not None and view is not None:
-            chosen = cost.judge(request, _choose(self._policy, request, view).chosen, view)
+            chosen = decide(self._policy, self._policy_name, request, view).chosen
             self._check_slo(chosen, self._wait_s(request, chosen, now), slo)
 
     def dispatch(self, *, now: float) -> list[Route | Refusal]:
-        """Bind every request whose time has come, and reserve for it. Call after anything changed, and at `wakeup`."""
+        """Bind every request whose time has come, and reserve for it. Call after anything changed, and at `wakeup`.
+
+        A policy cannot make it raise; where it answers badly the request that it was asked about is refused.
+        """
         answers: list[Route | Refusal] = [
             self._turn_away(waiting, DeadlineExceeded(now - waiting.submitted_at))
             for waiting in self._queue.expired(now)
@@ -154,7 +160,11 @@ class Router:
         if len(self._queue):
             answers += self._refuse_unservable()
             self._queue.promote(now)
-            self._dispatch.run(lambda waiting, ahead: self._decide(waiting, ahead, now, answers), now)
+            walk = self._late_binding.walk(now)
+            for waiting in walk:
+                answer = self._answer(waiting, walk, now)
+                if answer is not None:
+                    answers.append(answer)
         return answers
 
     def _refuse_unservable(self) -> list[Refusal]:
@@ -170,48 +180,41 @@ class Router:
         error = NoPair if request.handover is HandoverPreference.ALWAYS else NoWorker
         return error(request.model, num_workers=len(self._fleet.workers))
 
-    def _decide(
-        self, waiting: Waiting, ahead: dict[WorkerId, float], now: float, answers: list[Route | Refusal]
-    ) -> Choice | None:
-        """Ask the policy about one request, and bind it unless it is held. None: it was refused."""
-        request = waiting.request
-        view = self._fleet.view(request, ahead, now, self._rng, len(self._queue))
+    def _answer(self, waiting: Waiting, walk: Walk, now: float) -> Route | Refusal | None:
+        """Ask the policy about one request, and bind or refuse it. None: it is held back."""
+        request, explanation = waiting.request, waiting.explanation
+        view = self._fleet.view(request, walk.ahead, now, self._rng, len(self._queue))
         if view is None:
-            answers.append(self._turn_away(waiting, self._nobody(request)))
-            return None
+            return self._turn_away(waiting, self._nobody(request))
         try:
-            choice = _choose(self._policy, request, view)
-            # Published rules predict no seconds, and may name a pair that cannot hand over.
-            is_judged = choice.is_held or choice.chosen.prefill_s > 0
-            chosen = choice.chosen if is_judged else cost.judge(request, choice.chosen, view)
-        except Exception as exc:  # noqa: BLE001 - a policy may be a user's own: its bug is this request's alone
-            answers.append(self._turn_away(waiting, PolicyFailed(self._policy.name, exc)))
+            decision = decide(self._policy, self._policy_name, request, view)
+        except Rejected as exc:
+            return self._turn_away(waiting, exc)
+        held_s = now - waiting.submitted_at
+        explanation.policy = self._policy_name
+        explanation.candidates, explanation.chosen = decision.kept, decision.chosen
+        explanation.held_s = held_s
+        if decision.is_held:
+            self._counts.held += waiting.bids is None
+            explanation.held_because = decision.held_because
+            walk.held(waiting, decision)
             return None
-        explanation = waiting.explanation
-        explanation.policy = self._policy.name
-        explanation.candidates, explanation.chosen = worth_keeping(choice.candidates), choice.chosen
-        explanation.held_s = now - waiting.submitted_at
-        if choice.is_held:
-            self._counts.held += not explanation.held_because
-            explanation.held_because = choice.held_because
-            return choice
-        slo = self._slo(request)
+        slo_s = self._slo(request)
         try:
-            if slo is not None:
-                self._check_slo(chosen, now - waiting.submitted_at, slo)
+            if slo_s is not None:
+                self._check_slo(decision.chosen, held_s, slo_s)
         except SloMissed as exc:
-            answers.append(self._turn_away(waiting, exc))
-            return None
-        answers.append(self._bind(waiting, chosen, view, now))
-        return Choice(chosen=chosen, candidates=choice.candidates)
+            return self._turn_away(waiting, exc)
+        route = self._bind(waiting, decision, view, now)
+        walk.bound(decision.chosen)
+        return route
 
-    def _bind(self, waiting: Waiting, chosen: Candidate, view: FleetView, now: float) -> Route:
-        request, held_s = waiting.request, now - waiting.submitted_at
+    def _bind(self, waiting: Waiting, decision: Decision, view: FleetView, now: float) -> Route:
+        request, chosen = waiting.request, decision.chosen
         self._queue.serve(waiting)
         self._bound[request.request] = self._fleet.reserve(request, chosen, now), chosen
-        waiting.explanation.chosen = chosen
         self._bind_rate.add(now)
-        self._counts.decisions[self._policy.name] += 1
+        self._counts.decisions[self._policy_name] += 1
         self._counts.local += chosen.prefill is None
         if self._shadow is not None:
             self._ask_shadow(self._shadow, waiting, chosen, view)
@@ -222,16 +225,16 @@ class Router:
             cached_tokens=chosen.cached_tokens,
             decode_cached_tokens=chosen.decode_cached_tokens,
             predicted=chosen,
-            policy=self._policy.name,
-            held_s=held_s,
-            num_candidates=len(waiting.explanation.candidates),
+            policy=self._policy_name,
+            held_s=now - waiting.submitted_at,
+            num_candidates=len(decision.kept),
         )
 
     def _ask_shadow(self, shadow: Policy, waiting: Waiting, chosen: Candidate, view: FleetView) -> None:
         request = waiting.request
         try:
-            other = cost.judge(request, _choose(shadow, request, view).chosen, view)
-        except Exception:  # noqa: BLE001 - it is not obeyed, so it must not do harm either
+            other = decide(shadow, self._shadow_name, request, view).chosen
+        except Rejected:
             self._counts.shadow_failed += 1
             return
         waiting.explanation.shadow = other
@@ -251,7 +254,7 @@ class Router:
 
     def _wait_s(self, request: RoutableRequest, chosen: Candidate, now: float) -> float:
         """Predicted wait in the queue; who passes those that are computed need not wait for room."""
-        return 0.0 if chosen.num_passed else self._dispatch.wait_s(request, now, aging=self._settings.aging)
+        return 0.0 if chosen.num_passed else self._late_binding.wait_s(request, now, aging=self._settings.aging)
 
     def _check_slo(self, chosen: Candidate, waiting_s: float, slo_s: float) -> None:
         ttft_s = waiting_s + chosen.ttft_s
@@ -265,7 +268,7 @@ class Router:
         """The instant at which `dispatch` should run though nothing else happened; None: no need."""
         if not len(self._queue):
             return None
-        return min(self._queue.wakeup(), self._dispatch.wakeup())
+        return min(self._queue.wakeup(), self._late_binding.wakeup)
 
     def withdraw(self, request: RequestId, *, now: float) -> None:
         """The client of a queued request went away. Unknown ids are ignored (it may just have been bound)."""
@@ -289,7 +292,7 @@ class Router:
         """Give back the reservation of a bound request, exactly once, and learn from it. Raises KeyError if unbound."""
         reservation, predicted = self._bound.pop(request)
         self._fleet.release(reservation, observed.completion_tokens, now)
-        self._dispatch.room_changed()
+        self._late_binding.room_changed()
         self._fleet.learn(reservation, observed)
         self._counts.observe(predicted, observed)
         if observed.outcome is Outcome.FINISHED and observed.completion_tokens > 0:
@@ -319,10 +322,9 @@ class Router:
         try:
             if view is None:
                 raise self._nobody(request)
-            choice = _choose(self._policy, request, view)
-            explanation.candidates = worth_keeping(choice.candidates)
-            explanation.chosen = cost.judge(request, choice.chosen, view)
-            explanation.held_because = choice.held_because
+            decision = decide(self._policy, self._policy_name, request, view)
+            explanation.candidates, explanation.chosen = decision.kept, decision.chosen
+            explanation.held_because = decision.held_because
             slo = self._slo(request)
             if slo is not None:
                 self._check_slo(explanation.chosen, self._wait_s(request, explanation.chosen, now), slo)
@@ -333,7 +335,7 @@ class Router:
     def _explanation(self, request: RoutableRequest, now: float) -> Explanation:
         return Explanation(
             request.request,
-            self._policy.name,
+            self._policy_name,
             request.prompt_tokens,
             now,
             handover=request.handover,
@@ -346,7 +348,7 @@ class Router:
         shadow = None
         if self._shadow is not None:
             shadow = ShadowStats(
-                self._shadow.name,
+                self._shadow_name,
                 counts.shadow_decided,
                 counts.shadow_differed,
                 counts.shadow_faster_s,
@@ -374,10 +376,6 @@ class Router:
     def workers(self, *, now: float) -> list[WorkerStatus]:
         """Every registered worker as the router sees it."""
         return self._fleet.statuses(now)
-
-
-def _choose(policy: Policy, request: RoutableRequest, view: FleetView) -> Choice:
-    return enforced(request, policy.choose(request, view), view)
 
 
 class BindRate:

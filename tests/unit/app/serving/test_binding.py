@@ -1,14 +1,22 @@
 import asyncio
 
+import msgspec
 import numpy as np
 import pytest
+import structlog
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from app.serving.binding import Dispatcher
 from planes.wire.errors import Rejected
 from planes.wire.messages import RequestId
-from router.request import Observed, RoutableRequest
-from router.router import Refusal
-from tests.fakes import FakeRouter, route
+from router.errors import PolicyFailed
+from router.policy import Choice
+from router.request import Candidate, Observed, RoutableRequest, Route
+from router.router import Refusal, Router
+from router.settings import RouterSettings
+from tests.fakes import FakeRouter, candidate, registration, route
 
 
 class Clock:
@@ -123,3 +131,84 @@ async def test_a_router_that_raises_leaves_nothing_reserved_and_serves_whoever_c
     answers = submit(dispatcher)
     await settle()
     assert [found.decode for found in answers] == ["d0"]
+
+
+GOOD, HELD = "good", "held"
+ODD = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(["w0", "w1", "nobody", ""]), st.just(object())
+)
+ANSWERS = st.one_of(
+    st.sampled_from([GOOD, HELD]),
+    ODD,
+    st.sampled_from([ValueError("x"), SystemExit(1), asyncio.CancelledError(), Rejected("no")]),
+    st.builds(
+        Choice,
+        chosen=st.one_of(st.just(candidate("w0")), ODD),
+        candidates=st.one_of(st.just((candidate("w0"),)), ODD, st.lists(ODD, max_size=3).map(tuple)),
+        is_held=st.one_of(st.booleans(), ODD),
+        held_because=st.one_of(st.text(max_size=3), ODD),
+        max_backlog_s=ODD,
+    ),
+    st.builds(
+        lambda fields, is_held: Choice(
+            chosen=(option := replace(candidate("w0", "w1"), **fields)), candidates=(option,), is_held=is_held
+        ),
+        st.dictionaries(st.sampled_from(Candidate.__struct_fields__), ODD, max_size=3),
+        st.booleans(),
+    ),
+)
+
+
+class Scripted:
+    """A policy that answers each request as the test says; GOOD binds it to the first worker, HELD holds it back."""
+
+    name = "scripted"
+
+    def __init__(self, answers):
+        self.answers = answers
+
+    def choose(self, request, view):
+        answer = self.answers.get(request.request, GOOD)
+        if isinstance(answer, BaseException):
+            raise answer
+        if answer not in (GOOD, HELD):
+            return answer
+        option = candidate(view.decode[0].worker)
+        return Choice(chosen=option, candidates=(option,), is_held=answer == HELD, held_because="later")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(ANSWERS, min_size=1, max_size=6), st.booleans())
+def test_whatever_a_policy_answers_reserve_and_release_balance_and_others_are_served(answers, is_slo_set):
+    script = {f"r{number}": answer for number, answer in enumerate(answers)}
+
+    async def scenario():
+        policy = Scripted(dict(script))
+        router = Router(RouterSettings(slo_ttft_s=60.0 if is_slo_set else None), policy, shadow=policy)
+        for name in ("w0", "w1"):
+            router.worker_up(registration(name), now=10.0)
+        dispatcher = Dispatcher(router, clock=Clock())
+        answers = {name: [] for name in [*script, "another"]}
+        for name, told in answers.items():
+            wanted = RoutableRequest(RequestId(name), "sim", np.empty(0, np.uint64), 1000, 10, 1e9)
+            dispatcher.submit(wanted, told.append)
+        await settle()
+        assert isinstance(answers["another"][0], Route), "one request's policy answer kept another one waiting"
+        policy.answers.clear()  # it binds whatever it had held back
+        router.configure(RouterSettings(), policy, now=10.0)
+        dispatcher.changed()
+        await settle()
+        for name, told in answers.items():
+            (answer,) = told
+            if isinstance(answer, Route):
+                dispatcher.release(RequestId(name), Observed(completion_tokens=3))
+            else:
+                assert isinstance(answer, PolicyFailed)
+        dispatcher.stop()
+        assert (router.stats(now=10.0).bound, router.stats(now=10.0).waiting, dispatcher.num_waiting) == (0, {}, 0)
+        for worker in router.workers(now=10.0):
+            assert (worker.num_running, worker.num_waiting, worker.kv_tokens, worker.queue_s) == (0, 0, 0, 0.0)
+        msgspec.json.encode([router.explain(RequestId(name)) for name in answers])
+
+    with structlog.testing.capture_logs():  # printing hundreds of tracebacks takes minutes
+        asyncio.run(scenario())

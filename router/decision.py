@@ -1,0 +1,99 @@
+"""A policy's answer, checked before anything is made of it: a policy may be a user's own, and may answer anything.
+
+A decision names workers that were offered, holds numbers that can be added up, does what the client wants, and has the
+router's own seconds. Whatever else a policy does is `PolicyFailed` for the one request that it was asked about.
+"""
+
+from dataclasses import dataclass
+
+from router import cost
+from router.decision_log import worth_keeping
+from router.errors import PolicyFailed
+from router.handover_preference import enforced
+from router.policy import Choice, FleetView, Policy
+from router.request import Candidate, RoutableRequest
+
+_MOST = 1e15  # seconds, or a rule's own unit: beyond any prediction, and thousands of them still add up exactly enough
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """A choice that can be carried out. `chosen` is priced by the router, whatever the policy predicts."""
+
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    """All that the policy weighed. Only what a queue adds up is checked in all of them: total, queue, prefill."""
+    kept: tuple[Candidate, ...]
+    """The cheapest of them, for explain: every field is checked."""
+    is_held: bool
+    held_because: str
+    max_backlog_s: float
+
+
+def decide(policy: Policy, name: str, request: RoutableRequest, view: FleetView) -> Decision:
+    """Ask `policy`, which goes by `name`.  Raises:  PolicyFailed, whatever the policy did; NoPair."""
+    try:
+        choice = policy.choose(request, view)
+        _check(choice, view)
+        kept = worth_keeping(choice.candidates)
+        for option in kept:
+            _check_fields(option, request)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:
+        raise PolicyFailed(name, exc) from exc
+    obeyed = enforced(request, choice, view)
+    return Decision(
+        chosen=cost.judge(request, obeyed.chosen, view),
+        candidates=obeyed.candidates,
+        kept=kept if obeyed is choice else worth_keeping(obeyed.candidates),
+        is_held=obeyed.is_held,
+        held_because=obeyed.held_because,
+        max_backlog_s=float(obeyed.max_backlog_s),
+    )
+
+
+def _check(choice: Choice, view: FleetView) -> None:
+    """Raises:  TypeError or ValueError, or whatever comparing strange values raises."""
+    _expect("the answer", choice, Choice)
+    _expect("is_held", choice.is_held, bool)
+    _expect("held_because", choice.held_because, str)
+    _expect("candidates", choice.candidates, tuple)
+    _expect_number("max_backlog_s", choice.max_backlog_s, 0, _MOST)
+    if not choice.candidates:
+        raise ValueError("candidates is empty and must hold what was weighed, the chosen one at least")
+    prefill = {None, *[worker.worker for worker in view.prefill]}
+    decode = {worker.worker for worker in view.decode}
+    for option in (choice.chosen, *choice.candidates):  # hundreds in a large fleet
+        _expect("a candidate", option, Candidate)
+        if option.decode not in decode or option.prefill not in prefill:
+            raise ValueError(f"prefill on {option.prefill!r} and decode on {option.decode!r} were not offered")
+        if not (0.0 <= option.queue_s <= _MOST and 0.0 <= option.prefill_s <= _MOST >= option.total_s >= -_MOST):
+            raise ValueError(f"seconds must be 0 to {_MOST:g}, and are: {option!r}")
+
+
+def _check_fields(option: Candidate, request: RoutableRequest) -> None:
+    """What is shown must be numbers and words, too."""
+    for name in ("queue_s", "prefill_s", "handover_s", "first_step_s", "inflicted_s", "decode_s"):
+        _expect_number(name, getattr(option, name), 0, _MOST)
+    _expect_number("early_token_discount_s", option.early_token_discount_s, 0, _MOST)
+    _expect_number("total_s", option.total_s, -_MOST, _MOST)
+    _expect_number("cached_tokens", option.cached_tokens, 0, request.prompt_tokens)
+    _expect_number("decode_cached_tokens", option.decode_cached_tokens, 0, request.prompt_tokens)
+    _expect_number("num_passed", option.num_passed, 0, _MOST)
+    _expect("is_first_early", option.is_first_early, bool)
+    _expect("decode", option.decode, str)
+    if option.prefill is not None:
+        _expect("prefill", option.prefill, str)
+
+
+def _expect(name: str, value: object, wanted: type) -> None:
+    if type(value) is not wanted:
+        raise TypeError(f"{name} is {type(value).__name__} and must be {wanted.__name__}")
+
+
+def _expect_number(name: str, value: float, least: float, most: float) -> None:
+    if type(value) is not float and type(value) is not int:
+        raise TypeError(f"{name} is {type(value).__name__} and must be a plain number")
+    if not least <= value <= most:
+        raise ValueError(f"{name} is {value!r} and must be {least:g} to {most:g}")
