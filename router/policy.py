@@ -94,7 +94,10 @@ class Choice:
 
 
 class Policy(Protocol):
-    """Decides where a request goes. Stateless but for what it keeps in `self`; deterministic given `view.rng`."""
+    """Decides where a request goes. Stateless but for what it keeps in `self`; deterministic given `view.rng`.
+
+    It is asked when a request could be bound, again if it held it back, and once as a shadow. Previews ask a deep copy.
+    """
 
     name: str
 

@@ -10,6 +10,7 @@ This file is the contract that the gateway and the simulator are written against
 How a request is bound is in `router/late_binding.py`.
 """
 
+import copy
 import math
 import random
 from collections.abc import Iterable
@@ -59,6 +60,7 @@ class Router:
         self._policy_name = self._policy.name
         self._shadow, self._shadow_name = shadow, "" if shadow is None else shadow.name
         self._rng = rng or random.Random(0)
+        self._estimate = Headrace()
         self._fleet = Fleet()
         self._queue = Queue(self._settings)
         self._late_binding = LateBinding(self._fleet, self._queue)
@@ -142,11 +144,12 @@ class Router:
             raise QueueFull(len(self._queue), limit, retry_after_s=self._bind_rate.seconds_for(limit / 10, now))
         if not self._fleet.can_serve(request):
             raise self._nobody(request)
-        slo = self._slo(request)
-        view = self._fleet.view(request, {}, now, self._rng, len(self._queue) + 1) if slo is not None else None
-        if slo is not None and view is not None:
-            chosen = decide(self._policy, self._policy_name, request, view).chosen
-            self._check_slo(chosen, self._wait_s(request, chosen, now), slo)
+        slo_s = self._slo(request)
+        view = None if slo_s is None else self._fleet.view(request, {}, now, random.Random(0), len(self._queue) + 1)
+        if slo_s is not None and view is not None:
+            # Our own rule, whatever the policy: that one may remember what it is asked, and is asked when it counts.
+            chosen = decide(self._estimate, self._estimate.name, request, view).chosen
+            self._check_slo(chosen, self._wait_s(request, chosen, now), slo_s)
 
     def dispatch(self, *, now: float) -> list[Route | Refusal]:
         """Bind every request whose time has come, and reserve for it. Call after anything changed, and at `wakeup`.
@@ -315,19 +318,26 @@ class Router:
         return self._history.get(request)
 
     def preview(self, request: RoutableRequest, *, now: float) -> Explanation:
-        """What would be decided now. Changes nothing."""
+        """What would be decided now. Changes nothing: it is a copy of the policy that is asked."""
         explanation = self._explanation(request, now)
-        # A policy may keep what it decided, and draws numbers: neither is to be felt by real requests.
+        try:
+            policy = copy.deepcopy(self._policy)
+        except Exception as exc:  # noqa: BLE001 - a user's own may hold anything
+            explanation.refused_because = (
+                f"the policy {self._policy_name!r} cannot be copied ({type(exc).__name__}), and asking it might change "
+                "what it does next; give it a __deepcopy__"
+            )
+            return explanation
         view = self._fleet.view(request, {}, now, random.Random(0), len(self._queue) + 1)
         try:
             if view is None:
                 raise self._nobody(request)
-            decision = decide(self._policy, self._policy_name, request, view)
+            decision = decide(policy, self._policy_name, request, view)
             explanation.candidates, explanation.chosen = decision.kept, decision.chosen
             explanation.held_because = decision.held_because
-            slo = self._slo(request)
-            if slo is not None:
-                self._check_slo(explanation.chosen, self._wait_s(request, explanation.chosen, now), slo)
+            slo_s = self._slo(request)
+            if slo_s is not None:
+                self._check_slo(decision.chosen, self._wait_s(request, decision.chosen, now), slo_s)
         except Rejected as exc:
             explanation.refused_because = str(exc)
         return explanation

@@ -1,4 +1,5 @@
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -24,9 +25,11 @@ from planes.wire.messages import (
 from router.errors import DeadlineExceeded, DuplicateRequest, NoWorker, QueueFull, SloMissed
 from router.policies.least_loaded import LeastLoaded
 from router.policies.round_robin import RoundRobin
+from router.policy import Choice
 from router.request import Failure, Observed, Outcome, RoutableRequest, Route
 from router.router import Refusal, Router
 from router.settings import RouterSettings
+from tests.fakes import candidate
 
 FACTS = EngineFacts(
     block_size=16,
@@ -359,6 +362,49 @@ def test_preview_changes_nothing():
     assert router.wakeup() is None
     refused = router.preview(request("r", model="?"), now=0.0)
     assert "'?'" in refused.refused_because
+
+
+class InTurn:
+    """A user's policy that remembers whom it named last."""
+
+    name = "in turn"
+
+    def __init__(self):
+        self.last = [-1]
+
+    def choose(self, request, view):
+        self.last[0] = (self.last[0] + 1) % len(view.decode)
+        only = candidate(view.decode[self.last[0]].worker)
+        return Choice(chosen=only, candidates=(only,))
+
+
+@pytest.mark.parametrize("policy", [RoundRobin, InTurn])
+@pytest.mark.parametrize("slo_ttft_s", [None, 1e6])
+def test_neither_a_preview_nor_an_slo_moves_a_policy_that_remembers(policy, slo_ttft_s):
+    router = router_of(*(registration(f"b{k}") for k in range(3)), policy=policy(), slo_ttft_s=slo_ttft_s)
+    served = []
+    for number in range(6):
+        assert router.preview(request("p"), now=0.0).chosen.decode == f"b{number % 3}"
+        (answer,) = send(router, f"r{number}")
+        served.append(answer.decode)
+    assert served == ["b0", "b1", "b2"] * 2
+
+
+def test_a_preview_of_a_policy_that_cannot_be_copied_says_so_and_does_not_ask_it():
+    policy = InTurn()
+    policy.lock = threading.Lock()
+    router = router_of(registration("b0"), registration("b1"), policy=policy)
+    explanation = router.preview(request("p"), now=0.0)
+    assert "'in turn' cannot be copied (TypeError)" in explanation.refused_because
+    assert send(router, "r")[0].decode == "b0"
+
+
+def test_an_slo_does_not_change_how_ties_are_broken():
+    def served(slo_ttft_s):
+        router = router_of(*(registration(f"b{k}") for k in range(8)), slo_ttft_s=slo_ttft_s)
+        return [send(router, f"r{number}", tokens=100)[0].decode for number in range(8)]
+
+    assert served(None) == served(1e6)
 
 
 def test_answers_shorter_than_allowed_are_learned():
