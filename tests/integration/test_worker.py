@@ -213,7 +213,7 @@ async def test_a_ready_worker_is_registered_with_what_gateways_need(fleet, tmp_p
         task = asyncio.create_task(plane.run())
         await plane.wait_connected(10)
         loaded = await fetch_card(ObjectStore(plane), found.card_digest, tmp_path)
-        assert loaded.card.context_length == 512
+        assert loaded.card.block_size == 8
         assert "chat_template" in json.loads(loaded.files["tokenizer_config.json"])
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
