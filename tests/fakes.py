@@ -177,7 +177,9 @@ class FakeWorkers:
 
     def __init__(self, *registrations: Registration):
         self.registrations = {each.worker: each for each in registrations}
-        self.connections = {each.worker: FakeConnection(each.worker) for each in registrations}
+        self.connections: dict[str, FakeConnection] = {
+            each.worker: FakeConnection(each.worker) for each in registrations
+        }
         self.watchers = {}
 
     def watch_joins(self, on_joined):

@@ -55,6 +55,7 @@ class EngineProcess:
         self.heard = asyncio.Condition()
         self.answers = {}
         self.ready = None
+        self.reading = None
         self._ids = itertools.count()
 
     @classmethod

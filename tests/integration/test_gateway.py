@@ -43,6 +43,8 @@ class ScriptedWorker:
         limits = StreamLimits(ping_s=0.2, dead_s=1.0)
         self.server = StreamServer(self, worker=self.name, epoch=self.epoch, limits=limits)
         self.registrar: Registrar
+        self.registration: Registration
+        self.port: int
 
     def generate(self, connection, request):
         self.requests.put_nowait((connection, request))

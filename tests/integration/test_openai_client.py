@@ -1,6 +1,7 @@
 """OpenAI's own Python client, unchanged, against the gateway."""
 
 import hashlib
+from typing import Any
 
 import openai
 import pytest
@@ -8,7 +9,7 @@ import pytest
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What drives a mill?"}]
-CHAT = {"model": "sim", "messages": MESSAGES, "max_tokens": 24, "extra_body": {"ignore_eos": True}}
+CHAT: dict[str, Any] = {"model": "sim", "messages": MESSAGES, "max_tokens": 24, "extra_body": {"ignore_eos": True}}
 COMPLETION = {"model": "sim", "prompt": "Once upon a time", "max_tokens": 24, "extra_body": {"ignore_eos": True}}
 
 

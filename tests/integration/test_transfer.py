@@ -271,7 +271,7 @@ async def prefill_process(mode, transports):
             process.stdin.close()
             async with asyncio.timeout(30):
                 assert await process.wait() == 0
-        process._transport.close()
+        process._transport.close()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("mode", list(HandoverMode))

@@ -153,6 +153,8 @@ async def fleet(etcd_url: str, nats_url: str, namespace: str) -> AsyncIterator[F
 class Answer:
     """Collects one stream."""
 
+    stream: StreamId
+
     def __init__(self) -> None:
         self.payload = b""
         self.tokens: list[int] = []

@@ -3,6 +3,7 @@ import json
 import random
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -110,8 +111,9 @@ async def reach():
     async def start(gateway):
         config = _uvicorn_config(gateway.settings, create_app(gateway))
         config.load()
+        protocol: Any = config.http_protocol_class
         state, loop = uvicorn.server.ServerState(), asyncio.get_running_loop()
-        server = await loop.create_server(lambda: config.http_protocol_class(config, state, {}), "127.0.0.1", 0)
+        server = await loop.create_server(lambda: protocol(config, state, {}), "127.0.0.1", 0)
         served.append((server, state))
 
         async def sent(data):

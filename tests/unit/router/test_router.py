@@ -392,7 +392,7 @@ def test_neither_a_preview_nor_an_slo_moves_a_policy_that_remembers(policy, slo_
 
 def test_a_preview_of_a_policy_that_cannot_be_copied_says_so_and_does_not_ask_it():
     policy = InTurn()
-    policy.lock = threading.Lock()
+    vars(policy)["lock"] = threading.Lock()
     router = router_of(registration("b0"), registration("b1"), policy=policy)
     explanation = router.preview(request("p"), now=0.0)
     assert "'in turn' cannot be copied (TypeError)" in explanation.refused_because

@@ -34,7 +34,7 @@ def own():
     class Nameless(Own):
         name = 7
 
-    module.Own, module.Broken, module.Nameless = Own, Broken, Nameless
+    vars(module).update(Own=Own, Broken=Broken, Nameless=Nameless)
     sys.modules["own_policies"] = module
     yield module
     del sys.modules["own_policies"]

@@ -64,6 +64,7 @@ class Scene:
             limits=ExchangeLimits(max_attempts, replacement_s),
             prefills=prefills,
         )
+        self.prefills = prefills
         self.response = FakeResponse()
         self.task = None
 
@@ -596,7 +597,6 @@ class FakePrefills:
 @pytest.fixture
 async def queueing():
     scene = Scene(prefills=FakePrefills())
-    scene.prefills = scene.relay.prefills
     yield scene
     scene.dispatcher.stop()
 

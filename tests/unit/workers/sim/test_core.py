@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -510,7 +511,7 @@ def simulate(workload, horizon):
     """A discrete-event loop as the simulator's: arrivals and aborts cut what is in progress."""
     requests, aborts = workload
     h = Harness(num_blocks=16, max_batch=3)
-    events = [(at, 0, (name, prompt, count)) for at, name, prompt, count in requests]
+    events: list[tuple[float, int, Any]] = [(at, 0, (name, prompt, count)) for at, name, prompt, count in requests]
     events += [(at, 1, f"r{i}") for at, i in aborts]
     loads = []
     for at, kind, what in [*sorted(events, key=lambda e: e[:2]), (math.inf, 2, None)]:

@@ -157,6 +157,10 @@ def wire():
     return wire
 
 
+class ObservedEngine(SimEngine):
+    observer: Observer
+
+
 @pytest.fixture
 async def make_engine(wire):
     engines = []
@@ -166,7 +170,7 @@ async def make_engine(wire):
             return FakeTransfer(wire, pool, mode, engine_id)
 
         options = {"worker": WorkerId("w"), "model": "m", "facts": FACTS, "handover": mode, "speedup": 1e6}
-        engine = SimEngine(SimOptions(**(options | changes)), make_transfer=make_transfer)
+        engine = ObservedEngine(SimOptions(**(options | changes)), make_transfer=make_transfer)
         engine.observer = Observer()
         await engine.start(engine.observer, progress=lambda _: None)
         engines.append(engine)
@@ -180,7 +184,7 @@ async def make_engine(wire):
         assert engine._core.load().free_blocks == FACTS.num_blocks
         assert engine.observer.held == set(engine._core.cached_names().tolist())
         if engine._transfer is not None:
-            assert engine._transfer.is_stopped
+            assert engine._transfer.is_stopped  # type: ignore[attr-defined]  # a FakeTransfer
 
 
 async def test_an_answer_comes_token_by_token_and_ends_with_what_was_measured(make_engine):
