@@ -6,17 +6,14 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from planes.control import parse_endpoints
-from planes.events import parse_servers
 from planes.streams.protocol import StreamLimits
 from planes.wire.errors import UnusableSetting
-from planes.wire.names import check_namespace
 from process.paths import cache_dir
-from process.settings import check_setting
+from process.settings import ProcessSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GatewaySettings:
+class GatewaySettings(ProcessSettings):
     """Settings of one gateway process.
 
     Raises:  UnusableSetting, naming the setting, its value and what is allowed.
@@ -24,11 +21,6 @@ class GatewaySettings:
 
     host: Annotated[str, Parameter(help="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Parameter(help="Port to listen on; 0 takes a free one.")] = 8000
-    etcd: Annotated[str, Parameter(help="URL of the etcd cluster, http://host:port[,host:port...].")] = (
-        "http://127.0.0.1:2379"
-    )
-    nats: Annotated[str, Parameter(help="URL of the NATS cluster.")] = "nats://127.0.0.1:4222"
-    namespace: Annotated[str, Parameter(help="Separates fleets that share etcd and NATS.")] = "default"
     policy: Annotated[str, Parameter(help="Routing policy: a name, or package.module:Class of your own.")] = "headrace"
     shadow_policy: Annotated[
         str | None, Parameter(help="A second policy that decides too, is measured, and is not obeyed; empty: none.")
@@ -76,10 +68,9 @@ class GatewaySettings:
             help="Where tokenizer files are kept between starts. Default: assets in HEADRACE_CACHE (~/.cache/headrace)."
         ),
     ] = None
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], Parameter(help="Least level to log.")] = "info"
-    log_json: Annotated[bool, Parameter(help="Log JSON lines.")] = False
 
     def __post_init__(self) -> None:
+        ProcessSettings.__post_init__(self)
         if not 0 <= self.port <= 65535:
             raise UnusableSetting("port", self.port, "a port is 0 to 65535")
         for name in ("queue_limit", "max_attempts", "max_body_bytes", "body_memory_bytes", "slow_client_bytes"):
@@ -96,9 +87,6 @@ class GatewaySettings:
             raise UnusableSetting(
                 "dead_after_s", self.dead_after_s, f"it must exceed --heartbeat-s ({self.heartbeat_s})"
             )
-        check_setting("etcd", self.etcd, parse_endpoints)
-        check_setting("nats", self.nats, parse_servers)
-        check_setting("namespace", self.namespace, check_namespace)
 
     @property
     def assets_dir(self) -> Path:

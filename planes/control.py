@@ -19,7 +19,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import urlsplit
 
 import aetcd
 import msgspec
@@ -30,6 +29,7 @@ from aetcd.utils import prefix_range_end
 from planes.wire.errors import HeadraceError, UnusableSetting
 from planes.wire.messages import Registration, WorkerId
 from planes.wire.names import check_namespace
+from planes.wire.urls import parse_etcd
 
 _log = structlog.get_logger()
 
@@ -70,11 +70,13 @@ IsRunning = Callable[[Registration], Awaitable[bool]]
 class Etcd:
     """Where etcd is. Endpoints are used one at a time, the next one after a failure.
 
-    url: `http://host:port[,host:port…]`.  timeout_s: for one call.  Raises:  ValueError for an unusable url.
+    url: `http://[user:password@]host:port[,host:port…]`.  timeout_s: for one call.
+    Raises:  ValueError for an unusable url.
     """
 
     def __init__(self, url: str, *, timeout_s: float = 3.0, rng: random.Random | None = None) -> None:
-        self._endpoints = parse_endpoints(url)
+        address = parse_etcd(url)
+        self._endpoints, self._login = address.endpoints, address.login
         self._current = 0
         self._timeout_s = timeout_s
         self._rng = rng or random.Random()
@@ -84,7 +86,8 @@ class Etcd:
         """A connected `aetcd.Client`.  Raises:  ControlPlaneUnavailable for every error of etcd inside the block."""
         used = self._current
         host, port = self._endpoints[used]
-        client = aetcd.Client(host, port, timeout=self._timeout_s, options=_CHANNEL_OPTIONS)
+        user, password = (None, None) if self._login is None else (self._login.user, self._login.password)
+        client = aetcd.Client(host, port, user, password, timeout=self._timeout_s, options=_CHANNEL_OPTIONS)
         try:
             async with client:
                 yield client
@@ -379,18 +382,6 @@ def workers_prefix(namespace: str) -> bytes:
 
 def config_key(namespace: str) -> bytes:
     return f"/headrace/{check_namespace(namespace)}/config".encode()
-
-
-def parse_endpoints(url: str) -> list[tuple[str, int]]:
-    """`http://host:port[,host:port…]` as hosts and ports.  Raises:  ValueError naming the url and what is expected."""
-    endpoints = []
-    for part in url.removeprefix("http://").split(","):
-        address = urlsplit(f"//{part.strip().removeprefix('http://')}")
-        if "://" in part.removeprefix("http://") or address.hostname is None or address.path not in ("", "/"):
-            raise ValueError(f"etcd url {url!r} must look like http://host:port[,host:port...]; TLS is not supported")
-        host = f"[{address.hostname}]" if ":" in address.hostname else address.hostname
-        endpoints.append((host, address.port or 2379))
-    return endpoints
 
 
 async def _mirror(

@@ -20,7 +20,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 import nats.errors
@@ -32,6 +31,7 @@ from nats.aio.subscription import Subscription
 from planes.wire.errors import HeadraceError
 from planes.wire.messages import KvEvents, LoadReport, Snapshot, WorkerId
 from planes.wire.names import check_namespace, subject_token
+from planes.wire.urls import parse_nats
 
 _log = structlog.get_logger()
 _Message = TypeVar("_Message")
@@ -109,11 +109,11 @@ class _Part(msgspec.Struct, frozen=True, array_like=True):
 class EventPlane:
     """One connection to NATS, and everything of one namespace that goes over it.
 
-    url: `nats://host:port[,nats://host:port…]`.  Raises:  ValueError for an unusable url or namespace.
+    url: `nats://[user:password@]host:port[,nats://host:port…]`.  Raises:  ValueError for an unusable url or namespace.
     """
 
     def __init__(self, url: str, namespace: str, *, name: str = "headrace", rng: random.Random | None = None) -> None:
-        self._servers = parse_servers(url)
+        self._address = parse_nats(url)
         self.namespace = check_namespace(namespace)
         self._name = name
         self._rng = rng or random.Random()
@@ -159,7 +159,7 @@ class EventPlane:
                 await self._connected.wait()
         except TimeoutError:
             raise EventPlaneUnavailable(
-                f"no connection to NATS at {', '.join(self._servers)} within {timeout_s} s"
+                f"no connection to NATS at {', '.join(self._address.servers)} within {timeout_s} s"
             ) from None
 
     async def flush(self, timeout_s: float = 2.0) -> None:
@@ -184,7 +184,10 @@ class EventPlane:
             closed.set()
 
         await client.connect(
-            servers=self._servers,
+            servers=list(self._address.servers),
+            user=None if self._address.login is None else self._address.login.user,
+            password=None if self._address.login is None else self._address.login.password,
+            token=self._address.token,
             name=self._name,
             connect_timeout=2,
             max_reconnect_attempts=-1,
@@ -216,13 +219,15 @@ class EventPlane:
             _log.error("events.callback_failed", exc_info=exc)
         elif not self.is_connected and not self._is_outage_logged:
             self._is_outage_logged = True
-            _log.warning("nats.unavailable", servers=self._servers, reason=str(exc) or type(exc).__name__)
+            _log.warning(
+                "nats.unavailable", servers=", ".join(self._address.servers), reason=str(exc) or type(exc).__name__
+            )
         else:
             _log.debug("nats.error", reason=str(exc) or type(exc).__name__)
 
     def _require_client(self) -> Client:
         if self._client is None or not self._client.is_connected:
-            raise EventPlaneUnavailable(f"no connection to NATS at {', '.join(self._servers)}")
+            raise EventPlaneUnavailable(f"no connection to NATS at {', '.join(self._address.servers)}")
         return self._client
 
     # --- messages of any kind --------------------------------------------------------------------------------------
@@ -369,16 +374,6 @@ class EventPlane:
                     return await _join(worker, inbox, timeout_s)
             except TimeoutError:
                 raise EventPlaneUnavailable(f"no snapshot of {worker} within {timeout_s} s") from None
-
-
-def parse_servers(url: str) -> list[str]:
-    """`nats://host:port[,nats://host:port…]` as a list.  Raises:  ValueError naming the url and what is expected."""
-    servers = [part.strip() for part in url.split(",")]
-    for server in servers:
-        address = urlsplit(server)
-        if address.scheme not in ("nats", "tls") or not address.hostname or address.port == 0:
-            raise ValueError(f"NATS url {url!r} must look like nats://host:port[,nats://host:port...]")
-    return servers
 
 
 @contextmanager

@@ -1,12 +1,31 @@
 """What is kept on this machine between starts."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+from planes.wire.errors import HeadraceError
 
 DEMO_MODEL = "gemma-3-270m"
 """What clients call the model that is served when nobody names one (`workers/demo_model/convert.py`)."""
 
 
-def cache_dir() -> Path:
-    """`$HEADRACE_CACHE`, else `~/.cache/headrace`. It may not exist yet."""
-    return Path(os.environ.get("HEADRACE_CACHE") or Path.home() / ".cache" / "headrace")
+class UnusableCache(HeadraceError):  # noqa: N818 - names what is wrong
+    """The folder of HEADRACE_CACHE is none that can be used."""
+
+    code = "unusable_cache"
+
+    def __init__(self, value: object, reason: str) -> None:
+        super().__init__(f"HEADRACE_CACHE is {value!r}: {reason}")
+
+
+def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """`$HEADRACE_CACHE`, else `~/.cache/headrace`. It may not exist yet.  Raises:  UnusableCache."""
+    named = environ.get("HEADRACE_CACHE")
+    try:
+        folder = Path(named).expanduser() if named else Path("~/.cache/headrace").expanduser()
+    except RuntimeError as exc:  # this user has no home
+        raise UnusableCache(named or "not set", f"there is no home folder ({exc}); name another") from exc
+    if not folder.is_absolute():
+        raise UnusableCache(named, "it must be an absolute path, so that it does not depend on the current folder")
+    return folder

@@ -22,14 +22,14 @@ def free_port():
             return port
 
 
-def start_up(port, output, *flags, env):
+def start_up(port, output, *flags, env, argv=(sys.executable, "-m", "app.cli"), cwd=ROOT):
     """Begin it in a session of its own, like one in a terminal; it writes to the file `output`."""
     with output.open("wb") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "app.cli", "up", "--port", str(port), *flags],
+            [*argv, "up", "--port", str(port), *flags],
             stdout=file,
             stderr=subprocess.STDOUT,
-            cwd=ROOT,
+            cwd=cwd,
             env=os.environ | env,
             start_new_session=True,
         )

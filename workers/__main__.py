@@ -1,42 +1,20 @@
-"""The worker process: `python -m workers --role decode --engine sim …`."""
+"""`python -P -m workers`, which `headrace worker` becomes. vLLM's engine process imports this module again."""
 
-import asyncio
-import signal
+import os
 import sys
-from functools import partial
-from typing import Annotated
 
-import uvloop
-from cyclopts import Parameter
-
-from process import logging as logs
-from process.settings import command_line, run
-from workers.demo_model.convert import ensure_demo_model
-from workers.main import Ending, progressed, serve
-from workers.settings import WorkerSettings
-
-app = command_line(
-    "headrace worker",
-    "A serving process: an engine, and what connects it to gateways.",
-)
+from process.signals import end_on_sigterm
 
 
-@app.default
-def main(settings: Annotated[WorkerSettings | None, Parameter(name="*")] = None) -> int:
-    """Run a worker until SIGTERM or SIGINT; it then finishes what it has, for --drain-s at most."""
-    settings = settings or WorkerSettings()
-    logs.configure(settings.log_level, as_json=settings.log_json)
-    settings = settings.with_model(partial(ensure_demo_model, progress=progressed))
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(settings))
+def main() -> int:
+    """Run the worker that `sys.argv` describes."""
+    end_on_sigterm()
+    os.environ["PYTHONSAFEPATH"] = "1"  # the interpreters that vLLM starts shall not look in the current directory
+    from process.settings import run  # noqa: PLC0415 - takes half a second
+    from workers.command import app  # noqa: PLC0415
+
+    return run(app)
 
 
-async def _serve(settings: WorkerSettings) -> int:
-    ending = Ending()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, ending.asked)
-    return await serve(settings, ending)
-
-
-if __name__ == "__main__":  # vLLM's engine process imports this module again
-    sys.exit(run(app))
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Everything an operator may set about a worker. Also from `HEADRACE_<FLAG>`; `python -m workers --help` lists it."""
+"""Everything an operator may set about a worker. Also from `HEADRACE_<FLAG>`; `headrace worker --help` lists it."""
 
 import ipaddress
 import re
@@ -11,12 +11,10 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from planes.control import parse_endpoints
-from planes.events import parse_servers
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import HandoverMode, Role
-from planes.wire.names import check_namespace
 from process.paths import DEMO_MODEL
+from process.settings import ProcessSettings
 
 SIM_MODEL = Path(__file__).parent / "sim" / "model"
 """Tokenizer and chat template of the simulated engine's own model."""
@@ -26,7 +24,7 @@ _ANY_HOST = ("", "0.0.0.0", "::")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSettings:
+class WorkerSettings(ProcessSettings):
     """Settings of one worker process. None stands for the engine's own default.
 
     Raises:  UnusableSetting, naming the setting, its value and what is allowed.
@@ -53,11 +51,6 @@ class WorkerSettings:
         ),
     ] = None
     port: Annotated[int, Parameter(help="Port to listen on for gateways; 0 takes a free one.")] = 0
-    etcd: Annotated[str, Parameter(help="URL of the etcd cluster, http://host:port[,host:port...].")] = (
-        "http://127.0.0.1:2379"
-    )
-    nats: Annotated[str, Parameter(help="URL of the NATS cluster.")] = "nats://127.0.0.1:4222"
-    namespace: Annotated[str, Parameter(help="Separates fleets that share etcd and NATS.")] = "default"
     handover: Annotated[
         Literal["pull", "push", "none"],
         Parameter(help="Who moves the KV cache: the decode worker, the prefill worker, or nobody."),
@@ -109,10 +102,9 @@ class WorkerSettings:
         float, Parameter(help="Silence on a gateway's stream after which the gateway counts as gone, in seconds.")
     ] = 3.0
     drain_s: Annotated[float, Parameter(help="Longest wait for running requests at shutdown, in seconds.")] = 30.0
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], Parameter(help="Least level to log.")] = "info"
-    log_json: Annotated[bool, Parameter(help="Log JSON lines.")] = False
 
     def __post_init__(self) -> None:
+        ProcessSettings.__post_init__(self)
         _check_numbers(self)
         _check_model(self)
         _check_names(self)
@@ -208,11 +200,6 @@ def _check_model(settings: WorkerSettings) -> None:
 
 
 def _check_names(settings: WorkerSettings) -> None:
-    for name, check in (("etcd", parse_endpoints), ("nats", parse_servers), ("namespace", check_namespace)):
-        try:
-            check(getattr(settings, name))
-        except ValueError as exc:
-            raise UnusableSetting(name, getattr(settings, name), str(exc)) from exc
     if settings.worker_id is not None and _WORKER_ID.fullmatch(settings.worker_id) is None:
         raise UnusableSetting("worker_id", settings.worker_id, "it must be 1 to 64 of the characters A-Z a-z 0-9 _ . -")
     if settings.served_model_name == "":

@@ -11,9 +11,9 @@ from cyclopts import Parameter
 
 from app.fleet.routing_config import RoutingConfig, routing_setup
 from app.settings import GatewaySettings
-from planes.control import Etcd, delete_config, get_config, parse_endpoints, put_config
-from planes.wire.errors import HeadraceError, UnusableSetting
-from planes.wire.names import check_namespace
+from planes.control import Etcd, delete_config, get_config, put_config
+from planes.wire.errors import HeadraceError
+from process.settings import EtcdSettings
 from router.settings import RouterSettings
 
 NAMES = RoutingConfig.__struct_fields__
@@ -26,21 +26,12 @@ class UnusableConfig(HeadraceError):  # noqa: N818 - names what is wrong
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ConfigSettings:
+class ConfigSettings(EtcdSettings):
     """Where the settings are, and whether to take them away."""
 
-    etcd: Annotated[str, Parameter(help="URL of the etcd cluster.")] = "http://127.0.0.1:2379"
-    namespace: Annotated[str, Parameter(help="Separates fleets that share etcd and NATS.")] = "default"
     clear: Annotated[
         bool, Parameter(help="Remove all: gateways go back to what they were started with.", negative="")
     ] = False
-
-    def __post_init__(self) -> None:
-        for name, check in (("etcd", parse_endpoints), ("namespace", check_namespace)):
-            try:
-                check(getattr(self, name))
-            except ValueError as exc:
-                raise UnusableSetting(name, getattr(self, name), str(exc)) from exc
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from planes.control import Etcd, WorkerDirectory, parse_endpoints
-from planes.events import EventPlane, parse_servers
+from planes.control import Etcd, WorkerDirectory
+from planes.events import EventPlane
 from planes.wire.errors import HeadraceError, UnusableSetting
 from planes.wire.messages import LoadReport, Registration, WorkerId
-from planes.wire.names import check_namespace
+from planes.wire.urls import redacted
 from process.logging import configure
-from process.settings import check_setting
+from process.settings import PlaneSettings
 
 _REPORT_WAIT_S = 1.5
 """Idle workers report every second."""
@@ -38,21 +38,16 @@ class NoAnswer(HeadraceError):  # noqa: N818 - names the outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FleetTableSettings:
+class FleetTableSettings(PlaneSettings):
     """Where to look."""
 
-    etcd: Annotated[str, Parameter(help="URL of the etcd cluster.")] = "http://127.0.0.1:2379"
-    nats: Annotated[str, Parameter(help="URL of the NATS cluster.")] = "nats://127.0.0.1:4222"
-    namespace: Annotated[str, Parameter(help="Separates fleets that share etcd and NATS.")] = "default"
     once: Annotated[bool, Parameter(help="Print the table once, on a terminal too.")] = False
     timeout_s: Annotated[float, Parameter(help="Longest wait for etcd, in seconds.")] = 5.0
 
     def __post_init__(self) -> None:
+        PlaneSettings.__post_init__(self)
         if not self.timeout_s > 0:
             raise UnusableSetting("timeout_s", self.timeout_s, "it must be more than 0 seconds")
-        check_setting("etcd", self.etcd, parse_endpoints)
-        check_setting("nats", self.nats, parse_servers)
-        check_setting("namespace", self.namespace, check_namespace)
 
 
 class _Fleet:
@@ -106,7 +101,7 @@ async def show(settings: FleetTableSettings) -> int:
         for task in tasks:
             task.cancel()
     if not is_known:
-        raise NoAnswer(f"etcd at {settings.etcd} did not answer within {settings.timeout_s:g} s")
+        raise NoAnswer(f"etcd at {redacted(settings.etcd)} did not answer within {settings.timeout_s:g} s")
     return 0
 
 

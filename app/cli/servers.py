@@ -18,8 +18,14 @@ from pathlib import Path
 
 from planes.wire.errors import HeadraceError
 
-# Neither server has enough to do for a second core here, and with one their idle loops cost a third less.
-_ENVIRONMENT = {"GOMAXPROCS": "1"}
+
+def _environment() -> dict[str, str]:
+    """Ours, less ETCD_*, each of which would be a flag of etcd.
+
+    Neither server has enough to do for a second core here, and with one their idle loops cost a third less.
+    """
+    return {name: value for name, value in os.environ.items() if not name.startswith("ETCD_")} | {"GOMAXPROCS": "1"}
+
 
 # The kernel ends the child when its parent is gone, killed or not. The child arranges that itself, in a small
 # interpreter that then becomes the program: between fork and exec a process with threads must not run Python.
@@ -83,7 +89,7 @@ def nats_argv(data_dir: Path, port: int, host: str = "127.0.0.1") -> list[str]:
 
 def run_in_foreground(argv: list[str]) -> None:
     """Become this program; never returns."""
-    os.execve(argv[0], argv, os.environ | _ENVIRONMENT)  # noqa: S606 - no shell is the point; argv is ours
+    os.execve(argv[0], argv, _environment())  # noqa: S606 - no shell is the point; argv is ours
 
 
 def free_port(name: str, port: int, host: str = "127.0.0.1") -> int:
@@ -157,7 +163,7 @@ async def _spawn(argv: list[str], log: Path) -> Process:
             *tied_to_parent(argv),
             stdout=output,
             stderr=STDOUT,
-            env=os.environ | _ENVIRONMENT,
+            env=_environment(),
             start_new_session=True,  # Ctrl-C is for us; we end our children in order
         )
 

@@ -48,6 +48,7 @@ class Child:
     name: str
     argv: list[str]
     log: Path
+    environment: dict[str, str]
     probe: Callable[[], Awaitable[bool]] | None = None
     """Asked whether the child is ready; None: nobody waits for it."""
     process: Process | None = None
@@ -119,6 +120,7 @@ class Supervisor:
             *tied_to_parent(child.argv),
             stdout=PIPE,
             stderr=STDOUT,
+            env=child.environment,
             start_new_session=True,  # Ctrl-C is for the supervisor; it ends the children in order
             limit=1 << 20,
         )

@@ -12,10 +12,9 @@ import re
 import shutil
 import signal
 import socket
-import sys
 import time
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,14 +23,17 @@ from cyclopts import Parameter
 from app.auth import load_keys
 from app.cli.servers import Server, ServerNotStarted, etcd_server, nats_server
 from app.cli.supervisor import Child, Supervisor, ending, say
-from planes.control import parse_endpoints
-from planes.events import parse_servers
+from app.settings import GatewaySettings
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import Role
 from planes.wire.names import check_namespace
+from planes.wire.urls import parse_etcd, parse_nats, redacted
+from process.environment import variable, without_strangers
 from process.paths import DEMO_MODEL, cache_dir
+from process.programs import program
 from process.settings import check_setting
 from router.policies import load_policy
+from workers.settings import WorkerSettings
 
 _LOCK = "headrace.lock"
 """Locked in the state directory while `headrace up` runs there; its presence says that the directory is ours."""
@@ -83,9 +85,9 @@ class UpSettings:
         if not 1 <= self.port <= 65535:
             raise UnusableSetting("port", self.port, "a port is 1 to 65535")
         if self.etcd is not None:
-            check_setting("etcd", self.etcd, parse_endpoints)
+            check_setting("etcd", self.etcd, parse_etcd)
         if self.nats is not None:
-            check_setting("nats", self.nats, parse_servers)
+            check_setting("nats", self.nats, parse_nats)
         check_setting("namespace", self.namespace, check_namespace)
         if ":" not in self.policy:  # a class of the user's is for the gateway to import
             check_setting("policy", self.policy, load_policy)
@@ -121,8 +123,9 @@ async def run_everything(settings: UpSettings) -> int:
         children.append(_gateway_child(settings, etcd, nats, state, len(children)))
         await supervisor.start(children)
         if not stop.is_set():
-            variables = f"HEADRACE_ETCD={etcd} HEADRACE_NATS={nats} HEADRACE_NAMESPACE={settings.namespace}"
-            say(f"export {variables} for headrace fleet and headrace config")
+            named = {"etcd": etcd, "nats": nats, "namespace": settings.namespace}
+            shown = " ".join(f"{variable(name)}={value}" for name, value in named.items() if redacted(value) == value)
+            say(f"export {shown} for headrace fleet and headrace config")
             _announce(settings, _served_name(settings), time.monotonic() - started_at, state)
         await supervisor.watch()
         say("stopping; streams that run may finish (Ctrl-C again: they may not) …")
@@ -198,23 +201,33 @@ def _worker_children(settings: UpSettings, etcd: str, nats: str, state: Path) ->
     for role, own_cores in zip(roles, cores, strict=True):
         counts[role] = counts.get(role, 0) + 1
         name = f"{role}-{counts[role]}"
-        argv = [sys.executable, "-m", "workers", "--role", role, "--engine", settings.engine, "--worker-id", name]
-        argv += ["--etcd", etcd, "--nats", nats, "--namespace", settings.namespace]
+        argv = program("workers", "--role", role, "--engine", settings.engine, "--worker-id", name)
+        argv += ["--namespace", settings.namespace]
         argv += ["--host", "127.0.0.1", "--port", "0", "--handover", settings.handover]
         argv += ["--model", settings.model] if settings.model else []
         argv += ["--served-model-name", _served_name(settings)]
         argv += ["--cores", own_cores] if settings.engine == "vllm" else []
-        children.append(Child(name, argv, state / f"{name}.log"))
+        children.append(Child(name, argv, state / f"{name}.log", _environment(WorkerSettings, etcd, nats)))
     return children
 
 
 def _gateway_child(settings: UpSettings, etcd: str, nats: str, state: Path, num_workers: int) -> Child:
-    argv = [sys.executable, "-m", "app.cli", "gateway", "--host", settings.host, "--port", str(settings.port)]
-    argv += ["--etcd", etcd, "--nats", nats, "--namespace", settings.namespace, "--policy", settings.policy]
+    argv = program("app.cli", "gateway", "--host", settings.host, "--port", str(settings.port))
+    argv += ["--namespace", settings.namespace, "--policy", settings.policy]
     argv += ["--api-keys-file", str(settings.api_keys_file)] if settings.api_keys_file else []
     return Child(
-        "gateway", argv, state / "gateway.log", probe=lambda: _serves(settings.host, settings.port, num_workers)
+        "gateway",
+        argv,
+        state / "gateway.log",
+        _environment(GatewaySettings, etcd, nats),
+        probe=lambda: _serves(settings.host, settings.port, num_workers),
     )
+
+
+def _environment(settings: type[GatewaySettings | WorkerSettings], etcd: str, nats: str) -> dict[str, str]:
+    """What a child is told this way: what it reads of ours, and addresses, whose passwords `ps` would show."""
+    names = [field.name for field in fields(settings)]
+    return without_strangers(os.environ, names) | {variable("etcd"): etcd, variable("nats"): nats}
 
 
 def _share_cores(num_workers: int) -> list[str]:

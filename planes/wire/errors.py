@@ -1,5 +1,7 @@
 """The three ways a request can end badly; every other error of ours is a kind of one of them."""
 
+from planes.wire.urls import redacted
+
 
 class HeadraceError(Exception):
     """Base of all errors that a request or a process can end with."""
@@ -46,4 +48,4 @@ class UnusableSetting(HeadraceError):  # noqa: N818 - names what is wrong
     code = "unusable_setting"
 
     def __init__(self, name: str, value: object, allowed: str) -> None:
-        super().__init__(f"--{name.replace('_', '-')} is {value!r}: {allowed}")
+        super().__init__(f"--{name.replace('_', '-')} is {redacted(repr(value))}: {allowed}")

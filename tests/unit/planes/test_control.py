@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from aetcd import Transactions
 
-from planes.control import Etcd, Registrar, WorkerDirectory, WorkerIdTaken, _pauses, parse_endpoints, workers_prefix
+from planes.control import Etcd, Registrar, WorkerDirectory, WorkerIdTaken, _pauses, workers_prefix
 from planes.wire.messages import EngineFacts, Registration, Role, WorkerId, WorkerState
 
 FACTS = EngineFacts(
@@ -58,18 +58,6 @@ class Seen:
 @pytest.fixture
 def seen() -> Seen:
     return Seen()
-
-
-def test_endpoints_of_a_list() -> None:
-    assert parse_endpoints("http://a:1,b:2,http://[::1]:3, c") == [("a", 1), ("b", 2), ("[::1]", 3), ("c", 2379)]
-
-
-@pytest.mark.parametrize(
-    "url", ["", "https://a:1", "http://a:1,https://b:2", "http://", "http://a:1/path", "http://a:x"]
-)
-def test_an_unusable_url_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match=r"etcd url|[Pp]ort"):
-        parse_endpoints(url)
 
 
 def test_pauses_grow_to_five_seconds_and_vary() -> None:

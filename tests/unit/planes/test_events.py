@@ -9,7 +9,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from planes import events
-from planes.events import EventPlane, EventPlaneUnavailable, Reply, parse_servers
+from planes.events import EventPlane, EventPlaneUnavailable, Reply
 from planes.wire.messages import BlocksStored, KvEvents, Snapshot, WorkerId
 
 WORKER = WorkerId("w")
@@ -25,16 +25,6 @@ class FakeInbox:
 
 def reply(part: events._Part) -> Reply:
     return Reply(msgspec.msgpack.encode(part), {}, "")
-
-
-def test_servers_of_a_list() -> None:
-    assert parse_servers("nats://a:1, tls://b:2") == ["nats://a:1", "tls://b:2"]
-
-
-@pytest.mark.parametrize("url", ["", "a:4222", "http://a:1", "nats://", "nats://a:1,b:2", "nats://a:x"])
-def test_an_unusable_url_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match=r"NATS url|[Pp]ort"):
-        parse_servers(url)
 
 
 def test_subjects_hold_any_worker_name() -> None:

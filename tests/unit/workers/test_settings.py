@@ -6,7 +6,7 @@ from cyclopts import CycloptsError
 
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import HandoverMode, Role
-from workers import __main__ as command
+from workers import command
 from workers.settings import SIM_MODEL, WorkerSettings, own_address
 
 

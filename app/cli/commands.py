@@ -1,0 +1,119 @@
+"""The command line `headrace`: one command per process, and `up` for all of them."""
+
+import asyncio
+import importlib.metadata
+import os
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from app.cli import servers
+from app.cli.config import ConfigSettings, change_config, live_settings
+from app.cli.fleet import FleetTableSettings, show
+from app.cli.up import UpSettings, run_everything
+from app.settings import GatewaySettings
+from process.environment import strangers
+from process.programs import program
+from process.settings import command_line
+from process.signals import hold_sigterm
+from workers.settings import WorkerSettings
+
+app = command_line(
+    "headrace",
+    "A disaggregated LLM serving gateway: prefill and decode on different workers, KV cache over NIXL. "
+    "Every flag may also come from the environment: --etcd as HEADRACE_ETCD, --log-json as HEADRACE_LOG_JSON.",
+)
+app.version = lambda: importlib.metadata.version("headrace")
+app.version_flags = ["--version"]
+
+_EVERYTHING = (UpSettings, GatewaySettings, WorkerSettings, FleetTableSettings, ConfigSettings)
+"""What variables may say in the shell where small commands run: that of a fleet's operator."""
+_FLAGS = Parameter(name="*")
+_Port = Annotated[int, Parameter(help="Port to listen on.")]
+_Host = Annotated[str, Parameter(help="Address to listen on.")]
+_Changes = Annotated[
+    str,
+    Parameter(
+        name="changes",
+        show_env_var=False,
+        help="NAME=VALUE. The names, and what counts where they are not set:\n\n"
+        + "\n".join(f"- {each.name} ({each.otherwise}): {each.meaning}" for each in live_settings()),
+    ),
+]
+_DataDir = Annotated[Path | None, Parameter(help="Where its data lives. Default: a new temporary folder.")]
+
+
+@app.command
+def up(settings: Annotated[UpSettings | None, _FLAGS] = None) -> int:
+    """Run everything on this machine: etcd, NATS, workers and a gateway. Ctrl-C stops it all."""
+    settings = settings or UpSettings()
+    _tell_strangers(UpSettings, GatewaySettings, WorkerSettings)
+    return asyncio.run(run_everything(settings))
+
+
+@app.command
+def gateway(settings: Annotated[GatewaySettings | None, _FLAGS] = None) -> None:
+    """Run a gateway: OpenAI's HTTP API in front of the workers that etcd knows."""
+    from app.main import serve  # noqa: PLC0415 - half a second that no other command should pay
+
+    settings = settings or GatewaySettings()
+    _tell_strangers(GatewaySettings)
+    serve(settings)
+
+
+@app.command(help_flags=[])
+def worker(*flags: Annotated[str, Parameter(allow_leading_hyphen=True, show=False, show_env_var=False)]) -> None:
+    """Run a worker; `headrace worker --help` lists its settings."""
+    _tell_strangers(WorkerSettings)
+    hold_sigterm()
+    os.execv(sys.executable, program("workers", *flags))  # noqa: S606 - no shell is the point
+
+
+@app.command
+def etcd(*, host: _Host = "127.0.0.1", port: _Port = 2379, data_dir: _DataDir = None) -> None:
+    """Run a single etcd, for one machine and for tests; production has a cluster of its own."""
+    _tell_strangers(*_EVERYTHING)
+    port = servers.free_port("etcd", port, host)
+    servers.run_in_foreground(servers.etcd_argv(data_dir or _scratch("etcd"), port, host))
+
+
+@app.command
+def nats(*, host: _Host = "127.0.0.1", port: _Port = 4222, data_dir: _DataDir = None) -> None:
+    """Run a single NATS server with JetStream, for one machine and for tests."""
+    _tell_strangers(*_EVERYTHING)
+    port = servers.free_port("nats", port, host)
+    servers.run_in_foreground(servers.nats_argv(data_dir or _scratch("nats"), port, host))
+
+
+@app.command
+def fleet(settings: Annotated[FleetTableSettings | None, _FLAGS] = None) -> int:
+    """Show which workers are registered, and what they are doing."""
+    settings = settings or FleetTableSettings()
+    _tell_strangers(*_EVERYTHING)
+    return asyncio.run(show(settings))
+
+
+@app.command
+def config(*changes: _Changes, settings: Annotated[ConfigSettings | None, _FLAGS] = None) -> None:
+    """Show the routing settings that gateways follow while they run, or change them: headrace config policy=dynamo
+
+    What is not set, or set to null, is as each gateway was started.
+    """
+    settings = settings or ConfigSettings()
+    _tell_strangers(*_EVERYTHING)
+    print(asyncio.run(change_config(changes, settings)))
+
+
+def _scratch(name: str) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f"headrace-{name}-"))
+
+
+def _tell_strangers(*settings: type) -> None:
+    """One line for every `HEADRACE_*` variable that none of these settings reads: most are misspelt."""
+    names = ["data_dir", *(field.name for each in settings for field in fields(each))]
+    for stranger in strangers(os.environ, names):
+        print(f"headrace: {stranger}", file=sys.stderr)

@@ -1,0 +1,37 @@
+"""The command line of a worker: `headrace worker --role decode --engine sim …`."""
+
+import asyncio
+import signal
+from functools import partial
+from typing import Annotated
+
+import uvloop
+from cyclopts import Parameter
+
+from process import logging as logs
+from process.settings import command_line
+from workers.demo_model.convert import ensure_demo_model
+from workers.main import Ending, progressed, serve
+from workers.settings import WorkerSettings
+
+app = command_line(
+    "headrace worker",
+    "A serving process: an engine, and what connects it to gateways.",
+)
+
+
+@app.default
+def main(settings: Annotated[WorkerSettings | None, Parameter(name="*")] = None) -> int:
+    """Run a worker until SIGTERM or SIGINT; it then finishes what it has, for --drain-s at most."""
+    settings = settings or WorkerSettings()
+    logs.configure(settings.log_level, as_json=settings.log_json)
+    settings = settings.with_model(partial(ensure_demo_model, progress=progressed))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(settings))
+
+
+async def _serve(settings: WorkerSettings) -> int:
+    ending = Ending()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ending.asked)
+    return await serve(settings, ending)
