@@ -7,7 +7,7 @@ The file is TOML:
     sha256 = "9f86d0…"               # of the key, 64 hex digits; or in plain text: key = "sk-…"
     priority = 0                     # class that its requests get; they may ask for a later one, never for a sooner
     max_concurrent = 64              # sequences at once, n of a request with n choices; leave out for no limit
-    cache_salt = "…"                 # tenants with different salts never share a cached prompt
+    cache_salt = "…"                 # tenants share cached prompts if theirs is the same; without it, with nobody
 """
 
 import hashlib
@@ -87,7 +87,7 @@ class KeyEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str | None = None
     priority: int = 0
     max_concurrent: int | None = None
-    cache_salt: str = ""
+    cache_salt: str | None = None
 
 
 class KeyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -128,15 +128,15 @@ class ApiKeys:
             raise Unauthenticated("The API key is not one of this server's.")
         return tenant
 
-    def admitted(self, tenant: Tenant) -> "Admission":
+    def admitted(self, tenant: Tenant) -> "TenantSlots":
         """Count a request as under way for as long as a `with` block runs."""
-        return Admission(tenant, self._running)
+        return TenantSlots(tenant, self._running)
 
     def num_running(self, tenant: Tenant) -> int:
         return self._running.get(tenant.name, 0)
 
 
-class Admission:
+class TenantSlots:
     """The sequences of one request under way. `running`: those of each tenant, by name; changed here."""
 
     __slots__ = ("_num", "_running", "_tenant")
@@ -170,6 +170,11 @@ class Admission:
             del self._running[self._tenant.name]
 
 
+def is_open_to_others(host: str, key_file: Path | None) -> bool:
+    """Whether a gateway that listens on `host` serves whoever reaches this machine, no key needed."""
+    return key_file is None and not host.startswith("127.") and host not in ("::1", "localhost")
+
+
 def load_keys(path: Path) -> dict[bytes, Tenant]:
     """Tenants by sha256 of their key.  Raises:  KeyFileError."""
     try:
@@ -183,8 +188,14 @@ def load_keys(path: Path) -> dict[bytes, Tenant]:
         digest = _digest_of(entry, f"The key file {path} is not valid: keys[{index}] ({entry.tenant!r})")
         if digest in tenants:
             raise KeyFileError(f"The key file {path} is not valid: keys[{index}] ({entry.tenant!r}) has a key twice")
-        tenants[digest] = Tenant(entry.tenant, entry.priority, entry.max_concurrent, entry.cache_salt)
+        tenants[digest] = _tenant(entry)
     return tenants
+
+
+def _tenant(entry: KeyEntry) -> Tenant:
+    """Whether a prompt is cached tells that somebody has sent it: so by default every tenant has a salt of its own."""
+    salt = f"tenant {entry.tenant}" if entry.cache_salt is None else entry.cache_salt
+    return Tenant(entry.tenant, entry.priority, entry.max_concurrent, salt)
 
 
 def _digest_of(entry: KeyEntry, where: str) -> bytes:

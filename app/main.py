@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from app.auth import ApiKeys, KeyFileError
+from app.auth import ApiKeys, KeyFileError, is_open_to_others
 from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, RoutingSetup, routing_setup
 from app.gateway import Gateway
@@ -210,6 +210,8 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
             if fallback := gateway.router.stats(now=gateway.clock()).index_fallback:
                 _log.warning("index.pure_python", reason=fallback)
             _settle_memory()
+            if is_open_to_others(settings.host, settings.api_keys_file):
+                _log.warning("gateway.open_to_all", host=host, advice="set --api-keys-file or listen on 127.0.0.1")
             _log.info("gateway.listening", host=host, port=port, policy=settings.policy)
             await server.serve(sockets=[listener])
             await server.cut_off()

@@ -9,7 +9,9 @@ from collections.abc import Callable
 import structlog
 
 LEVELS = ("debug", "info", "warning", "error")
-_QUOTED = re.compile(r'[\s="\\]')
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Control characters, and those that turn the direction of a line: a terminal would obey."""
+_QUOTED = re.compile(rf'[\s="\\]|{_UNPRINTABLE.pattern}')
 
 
 def configure(level: str = "info", *, as_json: bool = False) -> None:
@@ -61,4 +63,9 @@ def _text(value: object) -> str:
     if _QUOTED.search(text) is None:
         return text
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\r", "\\r")
-    return f'"{escaped}"'
+    return f'"{_UNPRINTABLE.sub(_escaped, escaped)}"'
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"

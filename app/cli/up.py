@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from app.auth import load_keys
+from app.auth import is_open_to_others, load_keys
 from app.cli.servers import Server, ServerNotStarted, etcd_server, nats_server
 from app.cli.supervisor import Child, Supervisor, ending, say
 from app.settings import GatewaySettings
@@ -281,6 +281,8 @@ def _announce(settings: UpSettings, model: str, seconds: float, state: Path) -> 
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "The capital of France is"}}], '
     body += '"max_tokens": 32, "stream": true}'
     say(f"ready after {seconds:.1f} s; logs in {state}; Ctrl-C stops everything")
+    if is_open_to_others(settings.host, settings.api_keys_file):
+        say(f"warning: {settings.host} lets everybody in who reaches this machine; --api-keys-file asks for keys")
     if settings.prefill:
         say("the router would serve a prompt as short as the one below where it decodes; its second header says not to")
     print(f"\nHeadrace listens on {url}\n")

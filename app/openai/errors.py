@@ -38,6 +38,9 @@ _STATUS_OF_CODE: Final = {
 }
 
 
+_INTERNAL: Final = "The server had an internal error; it has been logged."
+
+
 class ModelNotFound(InvalidRequest):
     """No worker serves this model."""
 
@@ -140,10 +143,10 @@ def _type(exc: BaseException) -> str:
 
 def _body(exc: BaseException) -> ErrorBody:
     # The text of a foreign exception may hold anything, a prompt included: it belongs in our log, not in an answer.
-    known = isinstance(exc, HeadraceError)
+    message = exc.for_client() if isinstance(exc, HeadraceError) else _INTERNAL
     return ErrorBody(
         ErrorDetail(
-            message=str(exc) if known else "The server had an internal error; it has been logged.",
+            message=message,
             type=_type(exc),
             param=exc.param if isinstance(exc, InvalidRequest) else None,
             code=code_of(exc),

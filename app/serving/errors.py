@@ -17,6 +17,9 @@ class WorkerRefused(Rejected):
         self.worker = worker
         self.code = code
 
+    def for_client(self) -> str:
+        return f"worker {self.worker} refused the request ({self.code})"
+
 
 class WorkerBusy(Rejected):
     """The worker has as many requests as it takes. It is well, and will have room again."""
@@ -27,6 +30,9 @@ class WorkerBusy(Rejected):
         super().__init__(f"worker {worker} has no room: {reason}; try again in a second", retry_after_s=1.0)
         self.worker = worker
 
+    def for_client(self) -> str:
+        return f"worker {self.worker} has no room; try again in a second"
+
 
 class WorkerFailed(Interrupted):
     """The worker began and could not go on."""
@@ -35,6 +41,9 @@ class WorkerFailed(Interrupted):
         super().__init__(f"worker {worker} could not go on: {reason}")
         self.worker = worker
         self.code = code
+
+    def for_client(self) -> str:
+        return f"worker {self.worker} could not go on ({self.code})"
 
 
 class WorkerDisagrees(Interrupted):
@@ -45,6 +54,10 @@ class WorkerDisagrees(Interrupted):
     def __init__(self, worker: WorkerId, code: str, reason: str) -> None:
         super().__init__(f"worker {worker} would not compute what this gateway has found valid ({code}): {reason}")
         self.worker = worker
+        self.refused_with = code
+
+    def for_client(self) -> str:
+        return f"worker {self.worker} would not compute what this gateway has found valid ({self.refused_with})"
 
 
 class TicketExpired(Interrupted):
@@ -55,6 +68,9 @@ class TicketExpired(Interrupted):
     def __init__(self, worker: WorkerId, reason: str) -> None:
         super().__init__(f"the KV cache kept by worker {worker} was not taken in time: {reason}")
         self.worker = worker
+
+    def for_client(self) -> str:
+        return f"the KV cache kept by worker {self.worker} was not taken in time"
 
 
 LegError = WorkerUnreachable | WorkerLost | WorkerRefused | WorkerBusy | WorkerFailed | WorkerDisagrees | TicketExpired
@@ -86,6 +102,10 @@ class NotResumable(Interrupted):
 
     def __init__(self, n: int, reason: str) -> None:
         super().__init__(f"an answer of n = {n} choices cannot be continued on another worker: {reason}")
+        self.n = n
+
+    def for_client(self) -> str:
+        return f"an answer of n = {self.n} choices cannot be continued on another worker"
 
 
 def leg_error(

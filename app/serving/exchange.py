@@ -332,7 +332,7 @@ class Exchange:
         if attempt.route.prefill is not None and self._is_handing_over(kind):
             pair = attempt.prefill_worker, attempt.route.decode
         attempt.outcome = Outcome.INTERRUPTED
-        attempt.failure = Failure(error.code, error.worker, str(error))
+        attempt.failure = Failure(error.code, error.worker, error.for_client())
         told = self._leave()
         self._lost = error
         if not self.request.is_resumable:
@@ -433,4 +433,4 @@ def _code_of(error: Exception) -> str:
 
 def _reason_of(error: Exception) -> str:
     # The text of a foreign exception may hold anything, a prompt included.
-    return str(error) if isinstance(error, HeadraceError) else type(error).__name__
+    return error.for_client() if isinstance(error, HeadraceError) else type(error).__name__

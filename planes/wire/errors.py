@@ -9,6 +9,10 @@ class HeadraceError(Exception):
     code = "internal_error"
     """Label for metrics and OpenAI's `error.code`; a fixed word, never data."""
 
+    def for_client(self) -> str:
+        """The message, without the words of exceptions and peers that are not ours: those belong in the log."""
+        return str(self)
+
 
 class InvalidRequest(HeadraceError):  # noqa: N818 - names the outcome, as the style guide asks
     """The client's mistake; sending it again changes nothing. `param` names the field."""

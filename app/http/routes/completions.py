@@ -13,7 +13,7 @@ from app.openai.chat import parse_chat
 from app.openai.completions import parse_completion
 from app.openai.errors import ModelNotFound, code_of
 from app.serving.relay import fail
-from planes.wire.errors import HeadraceError
+from planes.wire.errors import HeadraceError, InvalidRequest
 
 _log = structlog.get_logger()
 
@@ -60,22 +60,27 @@ def _model(name: str, created: int) -> dict[str, object]:
     return {"id": name, "object": "model", "created": created, "owned_by": "headrace"}
 
 
+def _why(exc: HeadraceError) -> dict[str, str | None]:
+    """For the log: what is wrong with a request is told without its words, which are the client's."""
+    return {"param": exc.param} if isinstance(exc, InvalidRequest) else {"reason": str(exc)}
+
+
 async def _serve(gateway: Gateway, request: Request, parse: Parse, response: StreamedResponse) -> None:
     request_id = gateway.new_request_id()
     # A dictionary, because starlette's own headers are searched one by one for each that is not there.
     headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in request.scope["headers"]}
     try:
         tenant = gateway.keys.authenticate(headers)
-        with gateway.keys.admitted(tenant) as admission:
+        with gateway.keys.admitted(tenant) as slots:
             job = await read_request(
                 gateway, request, headers=headers, tenant=tenant, request_id=request_id, parse=parse
             )
-            admission.widen(job.sampling.n)
+            slots.widen(job.sampling.n)
             await gateway.relay.run(job, response)
     except HeadraceError as exc:
         code = code_of(exc)
         gateway.metrics.ended(RequestSummary(model="", code=code))
-        _log.info("request.finished", request_id=request_id, outcome=code, reason=str(exc))
+        _log.info("request.finished", request_id=request_id, outcome=code, **_why(exc))
         fail(response, exc, [("x-request-id", request_id)])
     except Exception as exc:  # noqa: BLE001 - our own bug: it is logged, and the client gets an answer all the same
         _log.exception("request.bug", request_id=request_id)

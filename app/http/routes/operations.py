@@ -52,12 +52,12 @@ def operation_routes(gateway: Gateway) -> APIRouter:
 
     @routes.get("/v1/fleet", response_model=None)
     async def fleet(request: Request) -> Response:
-        """The registered workers and their models; what they disagree on; how the router sees them; its settings."""
+        """The workers (with keys: not where they are), models, what they disagree on; how the router sees them."""
         gateway.keys.authenticate(request.headers)
         return json_reply(
             {
                 "num_waiting": gateway.dispatcher.num_waiting,
-                "workers": gateway.fleet.statuses(),
+                "workers": _workers(gateway),
                 "models": gateway.models.statuses(),
                 "warnings": list(gateway.fleet.splits.values()),
                 "router": gateway.router.workers(now=gateway.clock()),
@@ -95,6 +95,15 @@ def operation_routes(gateway: Gateway) -> APIRouter:
         )
 
     return routes
+
+
+def _workers(gateway: Gateway) -> list[dict[str, Any]]:
+    """As JSON. Where there are keys, whoever asks is a tenant, and addresses are the operator's."""
+    workers: list[dict[str, Any]] = msgspec.to_builtins(gateway.fleet.statuses())
+    if not gateway.keys.is_open:
+        for worker in workers:
+            del worker["address"]
+    return workers
 
 
 def _told(explanation: Explanation, now: float) -> dict[str, Any]:

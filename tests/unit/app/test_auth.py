@@ -1,4 +1,5 @@
 import hashlib
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from app.auth import (
     TooManyChoices,
     TooManyConcurrent,
     Unauthenticated,
+    is_open_to_others,
     load_keys,
 )
 
@@ -181,3 +183,26 @@ def test_no_tenant_can_spell_the_salt_of_another():
     assert salted.salted("y") == "1:xy"
     assert plain.salted("1:xy") != salted.salted("y")
     assert Tenant("c", cache_salt="xy").salted("") != salted.salted("y")
+
+
+def test_tenants_share_cached_prompts_only_if_their_keys_say_so(tmp_path):
+    path = tmp_path / "keys.toml"
+
+    def salts(*salts):
+        entries = [f'[[keys]]\ntenant = "{i}"\nkey = "sk-{i}"\n{salt}\n' for i, salt in enumerate(salts)]
+        path.write_text("".join(entries))
+        return {tenant.salted("") for tenant in load_keys(path).values()}
+
+    assert len(salts("", "")) == 2
+    assert "" not in salts("", "")
+    assert len(salts('cache_salt = "x"', 'cache_salt = "x"')) == 1
+    assert salts('cache_salt = ""', 'cache_salt = ""') == {""}
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "is_open"),
+    [("0.0.0.0", None, True), ("::", None, True), ("10.0.0.1", None, True), ("0.0.0.0", Path("k"), False)]
+    + [(host, None, False) for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost")],
+)
+def test_who_listens_beyond_this_machine_without_keys_is_open_to_others(host, keys, is_open):
+    assert is_open_to_others(host, keys) is is_open

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 import uvicorn
 
 from app.auth import ApiKeys
@@ -291,3 +292,41 @@ async def test_a_tenant_sees_the_routes_of_its_own_requests_only(gateway, client
 def test_a_setting_that_cannot_work_is_named_with_its_value(changed, message):
     with pytest.raises(UnusableSetting, match=message.replace("(", r"\(")):
         GatewaySettings(**changed)
+
+
+def with_keys(gateway, tmp_path, more=""):
+    (tmp_path / "keys.toml").write_text(f'[[keys]]\ntenant = "t"\nkey = "sk-1"\n{more}')
+    gateway.keys.__init__(tmp_path / "keys.toml")
+    return {"authorization": "Bearer sk-1"}
+
+
+async def test_a_preview_counts_as_a_request_of_its_tenant(gateway, client, tmp_path):
+    key = with_keys(gateway, tmp_path, "max_concurrent = 1\n")
+    tenant = gateway.keys.authenticate(key)
+    with gateway.keys.admitted(tenant):
+        refused = await client.post("/v1/routes", headers=key, json={})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "concurrency_limit")
+    assert (await client.post("/v1/routes", headers=key, json={})).status_code == 400
+    assert gateway.keys.num_running(tenant) == 0
+
+
+async def test_tenants_are_not_told_where_workers_are(gateway, client, tmp_path):
+    gateway.fleet.worker_up(registration("d0"))
+    address = registration("d0").address
+    assert address in (await client.get("/v1/fleet")).text
+    key = with_keys(gateway, tmp_path)
+    listed = await client.get("/v1/fleet", headers=key)
+    assert [worker["worker"] for worker in listed.json()["workers"]] == ["d0"]
+    assert address not in listed.text
+
+
+async def test_what_clients_write_is_not_logged(gateway, reach):
+    sent = await reach(gateway)
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": {"text": "my pin is 4711"}}]}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with structlog.testing.capture_logs() as logged:
+        status, error = await sent(head + body)
+    assert (status, "4711" in error["message"]) == ("400", True), "the client may read it"
+    (line,) = [line for line in logged if line["event"] == "request.finished"]
+    assert (line["outcome"], line["param"]) == ("invalid_type", "messages[0].content")
+    assert "4711" not in str(logged)

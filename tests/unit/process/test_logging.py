@@ -19,7 +19,7 @@ def test_fields_are_written_as_logfmt_has_them():
 
 def test_a_value_cannot_pretend_to_be_another_field_or_line():
     written = line(event="e", reason='a b="c"\nts=1', path="C:\\x", tab="a\tb", zero=0)
-    assert written.partition("event=e ")[2] == 'reason="a b=\\"c\\"\\nts=1" path="C:\\\\x" tab="a\tb" zero=0'
+    assert written.partition("event=e ")[2] == 'reason="a b=\\"c\\"\\nts=1" path="C:\\\\x" tab="a\\x09b" zero=0'
 
 
 def test_the_stamp_follows_the_clock():
@@ -31,3 +31,11 @@ def test_the_stamp_follows_the_clock():
         "ts=1970-01-01T00:00:00.750000Z",
         "ts=1970-01-01T00:00:01.000000Z",
     ]
+
+
+def test_no_value_gives_orders_to_a_terminal():
+    written = line(event="e", model="\x1b[2Jx\x07", c1="a\x9b1m", bell="\x7f", bidi="\u202eabc", fine="naïve 流")
+    assert written.partition("event=e ")[2] == (
+        'model="\\x1b[2Jx\\x07" c1="a\\x9b1m" bell="\\x7f" bidi="\\u202eabc" fine="naïve 流"'
+    )
+    assert written.isprintable()

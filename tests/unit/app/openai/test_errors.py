@@ -4,7 +4,9 @@ import pytest
 
 from app.auth import TooManyConcurrent, Unauthenticated
 from app.openai.errors import BodyTooLarge, ModelNotFound, code_of, response, sse_event
+from app.serving.errors import NotResumable, TicketExpired, WorkerBusy, WorkerDisagrees, WorkerFailed, WorkerRefused
 from planes.wire.errors import HeadraceError, Interrupted, InvalidRequest, Rejected
+from router.errors import PolicyFailed
 
 
 class QueueFull(Rejected):
@@ -63,3 +65,20 @@ def test_a_stream_ends_with_one_event_that_holds_the_error():
     assert event.endswith(b"}\n\n")
     assert event.count(b"\n") == 2
     assert json.loads(event[6:])["error"]["message"] == "line\nbreak"
+
+
+@pytest.mark.parametrize(
+    "exc",
+    [
+        PolicyFailed("mine", KeyError("secret")),
+        WorkerRefused("d0", "unknown_model", "secret"),
+        WorkerBusy("d0", "secret"),
+        WorkerFailed("d0", "engine_died", "ValueError: secret"),
+        WorkerDisagrees("d0", "invalid_request", "secret"),
+        TicketExpired("d0", "secret"),
+        NotResumable(2, "secret"),
+    ],
+)
+def test_words_of_workers_and_policies_stay_inside(exc):
+    assert b"secret" not in response(exc).body + sse_event(exc)
+    assert exc.code in json.loads(response(exc).body)["error"]["code"]
