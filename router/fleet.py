@@ -5,54 +5,15 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from planes.wire.messages import HandoverMode, LatencyPrior, LoadReport, Registration, RequestId, WorkerId, WorkerState
+from planes.wire.messages import HandoverMode, LoadReport, Registration, RequestId, WorkerId, WorkerState
 from router.decision_log import WorkerStatus
 from router.index.index import BlockIndex
-from router.latency import LinkModel
+from router.links import LinkTable
 from router.policy import FleetView, WorkerView
 from router.request import Candidate, HandoverPreference, Observed, RoutableRequest
 from router.worker import Reservation, Worker
 
 _MAX_SHARING = 64  # prompts under way with the same first block that a new one is compared with
-
-
-class LinkTable:
-    """Handover speeds: a model for each pair that has handed over, and one per prefill worker for all other pairs."""
-
-    def __init__(self) -> None:
-        self._pairs: dict[tuple[WorkerId, WorkerId], LinkModel] = {}
-        self._senders: dict[WorkerId, LinkModel] = {}
-        self._priors: dict[WorkerId, LatencyPrior] = {}
-
-    def add(self, prefill: WorkerId, prior: LatencyPrior) -> None:
-        self._priors[prefill] = prior
-        self._senders[prefill] = LinkModel(prior)
-
-    def drop(self, worker: WorkerId) -> None:
-        self._priors.pop(worker, None)
-        self._senders.pop(worker, None)
-        for pair in [pair for pair in self._pairs if worker in pair]:
-            del self._pairs[pair]
-
-    def link(self, prefill: WorkerId, decode: WorkerId) -> LinkModel:
-        model = self._pairs.get((prefill, decode)) or self._senders.get(prefill)
-        return model if model is not None else LinkModel(LatencyPrior())
-
-    def learn(self, prefill: WorkerId, decode: WorkerId, num_bytes: int, seconds: float) -> None:
-        """Take in a handover between two workers; ignored if the sender is gone."""
-        prior = self._priors.get(prefill)
-        if prior is None:
-            return
-        pair = self._pairs.get((prefill, decode))
-        if pair is None:
-            pair = self._pairs[prefill, decode] = LinkModel(prior)
-        pair.learn(num_bytes, seconds)
-        self._senders[prefill].learn(num_bytes, seconds)
-
-    def error_ratio(self) -> float:
-        """Mean over the prefill workers that have handed anything over."""
-        errors = [model.error_ratio for model in self._senders.values() if model.error_ratio]
-        return sum(errors) / len(errors) if errors else 0.0
 
 
 class Fleet:

@@ -2,7 +2,8 @@
 
 Order of service, first rule first:
 
-1. Priority class, 0 before 1. A request counts one class higher after each `promote_after_s`: nobody starves.
+1. Priority class, the lower the sooner, negative ones too. A request counts one class higher after each
+   `promote_after_s`, up to class 0, or to the first class in which anybody waits: nobody starves.
 2. Within a class, deficit round robin between tenants (Shreedhar, Varghese: Efficient fair queueing using deficit round
    robin, SIGCOMM 1995), in uncached prompt tokens: each round gives every tenant `quantum_tokens`; a request is due in
    the first round in which its tenant has saved enough for it and for all before it.
@@ -57,6 +58,10 @@ class Waiting:
     number: int
     level: int
     """Its class now: `request.priority`, less one for each promotion."""
+    level_since: float
+    """When it came into that class."""
+    is_rising: bool = False
+    """A promotion is planned."""
     bids: Bids | None = None
     blocked: int = -1
     """Number of room changes there had been when it last lacked room to decode."""
@@ -84,7 +89,7 @@ class Queue:
     """Waiting requests of one gateway; its bound is the router's to keep."""
 
     def __init__(self, settings: RouterSettings) -> None:
-        self.settings = settings
+        self._settings = settings
         self._waiting: dict[RequestId, Waiting] = {}
         self._levels: dict[int, _Level] = {}
         self._deadlines: list[tuple[float, int, Waiting]] = []
@@ -100,18 +105,37 @@ class Queue:
     def get(self, request: RequestId) -> Waiting | None:
         return self._waiting.get(request)
 
+    def configure(self, settings: RouterSettings) -> None:
+        """Everybody's place and next promotion become what the new settings make of them; O(n log n)."""
+        before, self._settings = self._settings, settings
+        for level in self._levels.values():
+            for tenant in level.tenants.values():  # what it has saved or owes in tokens stays what it is
+                tenant.spent += (level.round - tenant.joined) * (settings.quantum_tokens - before.quantum_tokens)
+                for waiting in tenant.line:
+                    waiting.key = self._key(waiting.prefill_s, waiting.submitted_at)
+                tenant.line.sort(key=_sort_key)
+        self._promotions = [
+            (waiting.level_since + settings.promote_after_s, waiting.number, waiting)
+            for waiting in self._waiting.values()
+            if waiting.is_rising
+        ]
+        heapq.heapify(self._promotions)
+
     def add(
         self, request: RoutableRequest, uncached_tokens: int, prefill_s: float, explanation: Explanation, *, now: float
     ) -> Waiting:
         self._number += 1
-        number, level = self._number, max(0, request.priority)
-        waiting = Waiting(request, now, uncached_tokens, prefill_s, explanation, number, level)
-        waiting.key = prefill_s + self.settings.aging * now
+        number, level, first = self._number, request.priority, self._first_class()
+        waiting = Waiting(request, now, uncached_tokens, prefill_s, explanation, number, level, now)
+        waiting.key = self._key(prefill_s, now)
         self._waiting[request.request] = waiting
         self._enter(waiting)
         heapq.heappush(self._deadlines, (request.deadline, number, waiting))
-        if level:
-            heapq.heappush(self._promotions, (now + self.settings.promote_after_s, number, waiting))
+        if level < first:  # those that were first are so no longer
+            for other in self._waiting.values():
+                self._plan_promotion(other)
+        else:
+            self._plan_promotion(waiting)
         return waiting
 
     def remove(self, waiting: Waiting) -> None:
@@ -131,7 +155,7 @@ class Queue:
 
     def update(self, waiting: Waiting, uncached_tokens: int, prefill_s: float) -> None:
         """What is cached has changed, and with it the request's place."""
-        key = prefill_s + self.settings.aging * waiting.submitted_at
+        key = self._key(prefill_s, waiting.submitted_at)
         if key != waiting.key:
             tenant = self._levels[waiting.level].tenants[waiting.request.tenant]
             del tenant.line[_place(tenant.line, waiting)]
@@ -151,14 +175,29 @@ class Queue:
     def promote(self, now: float) -> None:
         """Move those that have waited long enough one class up."""
         while self._promotions and self._promotions[0][0] <= now:
-            instant, number, waiting = heapq.heappop(self._promotions)
+            instant, _, waiting = heapq.heappop(self._promotions)
             if self._waiting.get(waiting.request.request) is not waiting:
                 continue
-            self._leave(waiting)
-            waiting.level -= 1
-            self._enter(waiting)
-            if waiting.level:
-                heapq.heappush(self._promotions, (instant + self.settings.promote_after_s, number, waiting))
+            waiting.is_rising = False
+            if waiting.level > self._first_class():
+                self._leave(waiting)
+                waiting.level -= 1
+                waiting.level_since = instant
+                self._enter(waiting)
+                self._plan_promotion(waiting)
+
+    def _plan_promotion(self, waiting: Waiting) -> None:
+        if not waiting.is_rising and waiting.level > self._first_class():
+            waiting.is_rising = True
+            instant = waiting.level_since + self._settings.promote_after_s
+            heapq.heappush(self._promotions, (instant, waiting.number, waiting))
+
+    def _first_class(self) -> int:
+        """Class 0, or the first one in which anybody waits."""
+        return min(0, *self._levels) if self._levels else 0
+
+    def _key(self, prefill_s: float, submitted_at: float) -> float:
+        return prefill_s + self._settings.aging * submitted_at
 
     def wakeup(self) -> float:
         """The next deadline or promotion; infinity if there is none."""
@@ -187,7 +226,7 @@ class Queue:
 
     def _rounds(self, level: _Level, tenant: _Tenant, tokens: int) -> int:
         """Further rounds until a tenant can pay `tokens`."""
-        quantum = self.settings.quantum_tokens
+        quantum = self._settings.quantum_tokens
         saved = (level.round - tenant.joined) * quantum - tenant.spent
         if saved > _MAX_SAVED_ROUNDS * quantum:
             tenant.spent += saved - _MAX_SAVED_ROUNDS * quantum
@@ -224,7 +263,7 @@ class Queue:
 
     def work_before_s(self, request: RoutableRequest, key: float) -> float:
         """Predicted prefill seconds of all that would be served before a new request; tenants' rounds left out."""
-        level = max(0, request.priority)
+        level = request.priority
         return sum(
             waiting.prefill_s
             for waiting in self._waiting.values()

@@ -34,7 +34,7 @@ class RoutableRequest:
     expected_tokens: int
     deadline: float
     priority: int = 0
-    """Class: 0 is served before 1, and so on."""
+    """Class: the lower the sooner, negative ones before 0."""
     tenant: str = ""
     slo_ttft_s: float | None = None
     """Refuse at once when no worker is predicted to give the first token in time."""

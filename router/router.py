@@ -33,6 +33,7 @@ from router.worker import Reservation
 _LENGTH_GAIN = 0.02
 _LEAST_SHARE = 0.01
 _RATE_WINDOW_S = 10.0
+_MAX_MODELS = 1024  # whose answers' lengths are remembered; the one that has been silent for longest is forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class Router:
         self._settings = settings
         self._policy, self._policy_name = policy, policy.name
         self._shadow, self._shadow_name = shadow, shadow_name
-        self._queue.settings = settings
+        self._queue.configure(settings)
         self._history.trim(settings.history)
         self._late_binding.forget()
 
@@ -307,9 +308,11 @@ class Router:
 
     def _learn_length(self, model: str, ratio: float) -> None:
         """Callers plan with `max_tokens` where they know no better; answers are mostly shorter, by much the same."""
-        share = self._length_shares.get(model, 1.0)
+        share = self._length_shares.pop(model, 1.0)
         share += _LENGTH_GAIN * (min(ratio, 2.0) * share - share)
         self._length_shares[model] = min(max(share, _LEAST_SHARE), 1.0)
+        if len(self._length_shares) > _MAX_MODELS:
+            del self._length_shares[next(iter(self._length_shares))]
 
     # --- answers about itself --------------------------------------------------------------------------------------
 

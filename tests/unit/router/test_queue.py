@@ -51,6 +51,80 @@ def test_class_zero_goes_first_until_a_wait_has_promoted_the_others():
     assert order(queue) == ["low", "high"]
 
 
+def test_negative_classes_go_before_class_zero_in_their_order():
+    queue = Queue(RouterSettings())
+    for name, priority in {"normal": 0, "vip": -10, "low": 3, "first": -1000, "vip too": -9}.items():
+        add(queue, name, priority=priority)
+    assert order(queue) == ["first", "vip", "vip too", "normal", "low"]
+    assert queue.depths() == {0: 1, -10: 1, 3: 1, -1000: 1, -9: 1}
+
+
+def test_class_zero_does_not_starve_behind_negative_ones():
+    queue = Queue(RouterSettings(promote_after_s=30.0))
+    add(queue, "normal", now=0.0)
+    add(queue, "vip", now=10.0, priority=-2, seconds=0.1)
+    assert queue.wakeup() == 30.0
+    queue.promote(now=60.0)
+    assert order(queue) == ["normal", "vip"]
+    add(queue, "later", now=61.0, priority=-2, seconds=0.1)
+    assert order(queue) == ["normal", "vip", "later"]
+    queue.promote(now=1000.0)
+    assert queue.depths() == {-2: 3}  # nobody is first, so nobody rises above the first class
+
+
+def test_class_zero_stays_where_it_is_while_nobody_is_before_it():
+    queue = Queue(RouterSettings(promote_after_s=30.0))
+    waiting = add(queue, "normal", now=0.0)
+    queue.promote(now=1000.0)
+    assert (waiting.level, queue.wakeup()) == (0, 1e9)
+
+
+def test_other_aging_puts_those_that_wait_in_the_order_it_stands_for():
+    day = 86_400.0
+    changed, fresh = Queue(RouterSettings(aging=4.0)), Queue(RouterSettings(aging=0.1))
+    for queue in (changed, fresh):
+        for number in range(100):
+            add(queue, f"r{number}", now=day + number / 10, seconds=(number * 37 % 100) / 10)
+    changed.configure(RouterSettings(aging=0.1))
+    for queue in (changed, fresh):
+        add(queue, "new", now=day + 20.0, seconds=5.0)
+    assert order(changed) == order(fresh)
+    changed.configure(RouterSettings(aging=4.0))
+    assert order(changed)[-1] == "new"
+
+
+def test_another_quantum_makes_no_tenant_pay_again_for_what_it_has_had():
+    queue = Queue(RouterSettings(quantum_tokens=1000))
+    for number in range(60):
+        add(queue, f"a{number}", tenant="a", tokens=1000)
+        add(queue, f"b{number}", tenant="b", tokens=1000, now=1.0)
+    for _ in range(20):
+        queue.serve(next(each for each in queue.walk() if each.request.tenant == "a"))
+    queue.configure(RouterSettings(quantum_tokens=10))
+    first = [name[0] for name in order(queue)[:20]]
+    assert first.count("a") == 10  # b may go first with what it has saved of eight smaller rounds; a owes nothing
+
+
+def test_another_time_of_promotion_counts_from_when_a_request_came():
+    queue = Queue(RouterSettings(promote_after_s=1000.0))
+    add(queue, "low", now=0.0, priority=1)
+    queue.configure(RouterSettings(promote_after_s=30.0))
+    assert queue.wakeup() == 30.0
+    queue.promote(now=30.0)
+    assert queue.depths() == {0: 1}
+
+
+def test_a_tenant_whose_requests_wait_for_one_worker_saves_up_eight_rounds_and_no_more():
+    queue = Queue(RouterSettings(quantum_tokens=1000))
+    for number in range(60):
+        add(queue, f"a{number}", tenant="a", tokens=1000)
+    waiting = [add(queue, f"b{number}", tenant="b", tokens=1000, now=1.0, seconds=1.0) for number in range(30)]
+    for _ in range(40):  # b's wait for their worker: a's go past them
+        queue.serve(next(each for each in queue.walk() if each.request.tenant == "a"))
+    assert len(waiting) == 30
+    assert [name[0] for name in order(queue)[:10]].count("b") == 9  # eight saved rounds, and this one's
+
+
 def test_a_tenant_that_floods_the_queue_does_not_hold_up_another():
     queue = Queue(RouterSettings(quantum_tokens=1000))
     for k in range(100):
@@ -120,8 +194,8 @@ def test_work_before_counts_what_would_be_served_sooner():
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["add", "add", "serve", "remove", "update", "promote"]),
-            st.integers(0, 3),
+            st.sampled_from(["add", "add", "serve", "remove", "update", "promote", "configure"]),
+            st.integers(-3, 3),
             st.sampled_from(["a", "b", "c"]),
             st.integers(1, 9000),
             st.integers(0, 30),
@@ -139,6 +213,8 @@ def test_every_request_is_in_the_walk_exactly_once_whatever_happens(history):
             present[name] = add(queue, name, now=now, priority=priority, tenant=tenant, tokens=tokens)
         elif what == "promote":
             queue.promote(now)
+        elif what == "configure":
+            queue.configure(RouterSettings(aging=1 + place / 10, quantum_tokens=tokens, promote_after_s=1.0 + place))
         elif some is not None and what == "update":
             queue.update(some, tokens, tokens / 1000)
         elif some is not None:

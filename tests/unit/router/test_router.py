@@ -23,6 +23,7 @@ from planes.wire.messages import (
     WorkerState,
 )
 from router.errors import DeadlineExceeded, DuplicateRequest, NoWorker, QueueFull, SloMissed
+from router.policies.headrace import Headrace
 from router.policies.least_loaded import LeastLoaded
 from router.policies.round_robin import RoundRobin
 from router.policy import Choice
@@ -290,6 +291,15 @@ def test_policy_and_settings_change_without_losing_a_request():
     assert (route.request, route.policy) == ("second", "round_robin")
 
 
+def test_those_bound_without_a_handover_are_counted():
+    router = router_of(*split())
+    (long,) = send(router, "long", tokens=50_000)
+    assert (long.prefill, router.stats(now=0.0).local_decisions) == ("p0", 0)
+    (short,) = send(router, "short", tokens=20)
+    assert (short.prefill, router.stats(now=0.0).local_decisions) == (None, 1)
+    assert router.stats(now=0.0).decisions == {"headrace": 2}
+
+
 def test_a_shadow_decides_and_is_not_obeyed():
     router = router_of(*split(3, 1), policy=LeastLoaded(), shadow=RoundRobin())
     for k in range(12):
@@ -415,6 +425,29 @@ def test_answers_shorter_than_allowed_are_learned():
     chosen = router.preview(request("x", tokens=100, expected=1000), now=4000.0).chosen
     (route,) = send(router, "x", now=4000.0, tokens=100, expected=1000)
     assert route.predicted.total_s < chosen.total_s / 5
+
+
+def test_lengths_are_remembered_of_so_many_models_and_the_silent_ones_are_forgotten_first():
+    router = Router()
+    for number in range(1100):
+        model = f"m{number}"
+        router.worker_up(registration("b", epoch=number + 1, model=model), now=0.0)
+        for name, learned in ((f"r{number}", model), (f"kept{number}", "m")):
+            router.worker_up(registration("c", epoch=number + 1, model="m"), now=0.0)
+            send(router, name, tokens=10, expected=100, model=learned)
+            router.release(RequestId(name), Observed(completion_tokens=10), now=0.0)
+    assert len(router._length_shares) == 1024
+    assert router._length_shares["m"] < 0.2
+    assert "m0" not in router._length_shares
+
+
+def test_settings_that_change_also_change_the_order_of_those_that_wait():
+    router = router_of(registration("b"), aging=4.0)
+    send(router, "running")
+    send(router, "long", now=86_400.0, tokens=20_000)
+    send(router, "short", now=86_401.0, tokens=100)
+    router.configure(RouterSettings(aging=0.1), Headrace(), now=86_402.0)
+    assert [waiting.request.request for waiting in router._queue.walk()] == ["short", "long"]
 
 
 def test_snapshots_are_asked_for_until_they_come():

@@ -1,0 +1,74 @@
+import random
+
+import numpy as np
+import pytest
+
+from planes.wire.messages import HandoverMode, LatencyPrior, RequestId, Role, WorkerId
+from router import cost
+from router.latency import LatencyModel, LinkModel
+from router.policy import FleetView, WorkerView
+from router.request import RoutableRequest
+from tests.fakes import FACTS
+
+
+class Links:
+    def link(self, _prefill, _decode):
+        return LinkModel(LatencyPrior())
+
+
+def worker(name, role=Role.DECODE, **load):
+    fields = dict.fromkeys(("cached_tokens", "num_running", "num_waiting", "waiting_prefill_tokens", "kv_tokens"), 0)
+    fields |= {"handover": HandoverMode.PULL, "queue_s": 0.0, "free_blocks": 1000, "utilisation": 0.0} | load
+    return WorkerView(
+        worker=WorkerId(name), role=role, facts=FACTS, latency=LatencyModel(FACTS.latency, 2048), **fields
+    )
+
+
+def view(*workers, num_waiting=0):
+    return FleetView(
+        prefill=[each for each in workers if each.role.can_prefill],
+        decode=[each for each in workers if each.role.can_decode],
+        links=Links(),
+        now=0.0,
+        rng=random.Random(0),
+        num_waiting=num_waiting,
+    )
+
+
+def request(tokens=1000, expected=100):
+    return RoutableRequest(RequestId("r"), "m", np.empty(0, np.uint64), tokens, expected, 1e9)
+
+
+def test_a_second_of_prompt_work_costs_each_waiting_request_a_second():
+    """Of five requests that wait, one is this one; two workers serve the other four."""
+    workers = [worker("p0", Role.PREFILL), worker("p1", Role.PREFILL), worker("d")]
+    priced = cost.prefill_cost(request(), workers[0], cost.congestion(view(*workers, num_waiting=5)))
+    assert priced.inflicted_s == pytest.approx(2 * priced.prefill_s)
+    alone = cost.prefill_cost(request(), workers[0], cost.congestion(view(*workers, num_waiting=1)))
+    assert alone.inflicted_s == 0.0
+    assert priced.cost_s - alone.cost_s == pytest.approx(2 * priced.prefill_s)
+
+
+def test_where_few_wait_the_busy_price_is_the_higher_one():
+    busy = worker("p0", Role.PREFILL, prefill_utilisation=0.8)
+    for num_waiting, price in ((1, 4.0), (4, 4.0), (10, 9.0)):
+        found = cost.congestion(view(busy, worker("d"), num_waiting=num_waiting))
+        assert found.price(0.8) == pytest.approx(price)
+
+
+@pytest.mark.parametrize("full", [{"num_running": 8}, {"num_running": 4, "free_blocks": 10}])
+def test_on_a_full_worker_the_first_step_waits_until_one_of_those_that_run_has_ended(full):
+    room = cost.decode_cost(request(), worker("d", **full | {"num_running": 4, "free_blocks": 1000}))
+    filled = cost.decode_cost(request(), worker("d", **full))
+    assert (room.has_room, filled.has_room) == (True, False)
+    step_s = worker("d").latency.step_s(full["num_running"] + 1, 1000)
+    assert filled.first_step_s == pytest.approx(step_s + 100 * step_s / full["num_running"])
+    assert filled.cost_s == pytest.approx(filled.first_step_s + filled.decode_s + filled.inflicted_s)
+
+
+def test_a_request_served_where_it_is_prefilled_waits_for_room_to_decode_too():
+    full, free = worker("b", Role.BOTH, num_running=8), worker("b", Role.BOTH, num_running=7)
+    for each, is_waiting in ((full, True), (free, False)):
+        served = cost.local(cost.prefill_cost(request(), each), cost.decode_cost(request(), each))
+        assert (served.first_step_s > 0.05) is is_waiting
+        assert served.ttft_s == pytest.approx(served.queue_s + served.prefill_s + served.first_step_s)
