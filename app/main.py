@@ -17,7 +17,7 @@ import uvloop
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.auth import ApiKeys, KeyFileError, is_open_to_others
 from app.fleet.connections import WorkerConnections
@@ -61,25 +61,11 @@ def serve(settings: GatewaySettings) -> None:
         runner.run(_run(settings, listener))
 
 
-class _App(FastAPI):
-    """FastAPI, but that streamed answers come before its layers: those would cost as much as routing and relaying."""
-
-    def hasten(self) -> None:
-        """Look for streamed answers among the routes; call it when all are there."""
-        endpoints = {route.path: route.endpoint for route in self.routes if isinstance(route, Route)}
-        self._streamed = {path: found for path, found in endpoints.items() if isinstance(found, Streamed)}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        streamed = self._streamed.get(scope["path"]) if scope.get("method") == "POST" else None
-        await (streamed or super().__call__)(scope, receive, send)
-
-
 def create_app(gateway: Gateway) -> FastAPI:
     """The HTTP side of a gateway."""
-    app = _App(title="Headrace", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="Headrace", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.include_router(completion_routes(gateway))
     app.include_router(operation_routes(gateway))
-    app.hasten()
 
     @app.exception_handler(HeadraceError)
     async def refused(_: Request, exc: HeadraceError) -> Response:
@@ -94,6 +80,21 @@ def create_app(gateway: Gateway) -> FastAPI:
         return error_reply(exc)
 
     return app
+
+
+def streams_first(app: FastAPI) -> ASGIApp:
+    """`app` with its two generating routes in front: FastAPI's layers would cost as much as routing and relaying.
+
+    Both stay among its routes, for other methods and for the schema.
+    """
+    endpoints = {route.path: route.endpoint for route in app.routes if isinstance(route, Route)}
+    streamed = {path: endpoint for path, endpoint in endpoints.items() if isinstance(endpoint, Streamed)}
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        found = streamed.get(scope["path"]) if scope["method"] == "POST" else None
+        await (found or app)(scope, receive, send)
+
+    return serve
 
 
 def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
@@ -187,7 +188,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
     )
     await events.subscribe_kv(fleet.kv_changed)
     await events.subscribe_load(fleet.load_reported)
-    server = _Server(_uvicorn_config(settings, create_app(gateway)))
+    server = _Server(_uvicorn_config(settings, streams_first(create_app(gateway))))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop)
@@ -238,7 +239,7 @@ async def _watch_loop(metrics: Metrics) -> None:
         metrics.loop_lagged(max(0.0, loop.time() - due))
 
 
-def _uvicorn_config(settings: GatewaySettings, app: FastAPI) -> uvicorn.Config:
+def _uvicorn_config(settings: GatewaySettings, app: ASGIApp) -> uvicorn.Config:
     limits = ConnectionLimits(read_timeout_s=min(settings.read_timeout_s, settings.request_timeout_s))
     return uvicorn.Config(
         app,

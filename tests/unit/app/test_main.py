@@ -9,13 +9,14 @@ import httpx
 import pytest
 import structlog
 import uvicorn
+from fastapi import FastAPI
 
 from app.auth import ApiKeys
 from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, routing_setup
 from app.gateway import Gateway
 from app.http.body import BodyMemory
-from app.main import _uvicorn_config, create_app
+from app.main import _uvicorn_config, create_app, streams_first
 from app.metrics import Metrics, router_gauges
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
@@ -110,7 +111,7 @@ async def reach():
     served = []
 
     async def start(gateway):
-        config = _uvicorn_config(gateway.settings, create_app(gateway))
+        config = _uvicorn_config(gateway.settings, streams_first(create_app(gateway)))
         config.load()
         protocol: Any = config.http_protocol_class
         state, loop = uvicorn.server.ServerState(), asyncio.get_running_loop()
@@ -330,3 +331,20 @@ async def test_what_clients_write_is_not_logged(gateway, reach):
     (line,) = [line for line in logged if line["event"] == "request.finished"]
     assert (line["outcome"], line["param"]) == ("invalid_type", "messages[0].content")
     assert "4711" not in str(logged)
+
+
+async def test_only_posts_of_the_two_generating_routes_go_past_the_framework(gateway):
+    class Watched(FastAPI):
+        async def __call__(self, scope, receive, send):
+            seen.append(scope["path"])
+
+    seen = []
+    app = Watched()
+    app.router.routes[:] = create_app(gateway).router.routes
+    front = streams_first(app)
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        with pytest.raises(RuntimeError, match="StreamingProtocol"):
+            await front({"type": "http", "method": "POST", "path": path}, None, None)
+        await front({"type": "http", "method": "GET", "path": path}, None, None)
+    await front({"type": "http", "method": "POST", "path": "/v1/routes"}, None, None)
+    assert seen == ["/v1/chat/completions", "/v1/completions", "/v1/routes"]
