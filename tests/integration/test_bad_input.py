@@ -151,7 +151,7 @@ async def _too_large(reader, writer):
         error = json.loads(await reader.readexactly(length))["error"]
     writer.close()
     assert (error["code"], error["type"]) == ("body_too_large", "invalid_request_error")
-    assert str(16 * 1024 * 1024) in error["message"]
+    assert str(1024 * 1024 + 64 * LIMIT) in error["message"], "what a context of LIMIT tokens can need"
 
 
 def _address(api):
