@@ -27,8 +27,11 @@ The driver (`relay.py`; the simulator has one on virtual time) tells it what hap
 | (any)              | Deadline, Stopping, Bug | ENDED        | the same, then Fail                                   |
 
 What has been kept for somebody is part of the state: from the start of a prefill leg until the decode leg's first
-token, whoever leaves says ReleaseTicket. What the client has got is never sent again: a later leg is given `tokens`,
-and its worker's formatter folds them in silence. Who is left out of the next attempt: `blame.py`.
+token, whoever leaves says ReleaseTicket. But never while the decode worker may be READing: it says so itself when its
+leg is cancelled, and if it was lost the lease ends by itself (ADR 15).
+
+What the client has got is never sent again: a later leg is given `tokens`, and its worker's formatter folds them in
+silence. Who is left out of the next attempt: `blame.py`.
 """
 
 from collections.abc import Callable
@@ -39,7 +42,7 @@ from app.serving import effects as do
 from app.serving import events as on
 from app.serving import summary
 from app.serving.attempt import Attempt
-from app.serving.blame import failure_of
+from app.serving.blame import Pair, failure_of
 from app.serving.effects import Effect, Noted
 from app.serving.errors import (
     DeadlinePassed,
@@ -53,7 +56,7 @@ from app.serving.errors import (
 from app.serving.events import Event, LegId
 from app.serving.request import GatewayRequest
 from app.serving.retries import ExchangeLimits, Retries
-from planes.streams.client import WorkerUnreachable
+from planes.streams.client import WorkerLost, WorkerUnreachable
 from planes.wire.errors import HeadraceError
 from planes.wire.frames import DecodeLeg, Done, Leg, LocalLeg, PrefillLeg
 from planes.wire.messages import HandoverMode, RequestId, WorkerId
@@ -321,16 +324,15 @@ class Exchange:
 
     def _leg_failed(self, event: on.LegFailed, now: float) -> list[Effect]:
         _, kind = self._legs.pop(event.leg)
-        if isinstance(kind, PrefillLeg):
+        pair = self._pair(kind)
+        is_lost = isinstance(event.error, WorkerLost)
+        if isinstance(kind, PrefillLeg) or (is_lost and _may_be_reading(kind)):
             self._kept = None  # its worker says so, or is gone
-        return self._failed(event.error, kind, now)
+        return self._failed(event.error, pair, now)
 
-    def _failed(self, error: LegError, kind: Leg | None, now: float) -> list[Effect]:
-        """A leg of this `kind` has failed, or could not even be started."""
+    def _failed(self, error: LegError, pair: Pair | None, now: float) -> list[Effect]:
+        """The attempt has failed. pair: prefill and decode worker, if their handover is what failed."""
         attempt = self.attempts[-1]
-        pair = None
-        if attempt.route.prefill is not None and self._is_handing_over(kind):
-            pair = attempt.prefill_worker, attempt.route.decode
         attempt.outcome = Outcome.INTERRUPTED
         attempt.failure = Failure(error.code, error.worker, error.for_client())
         told = self._leave()
@@ -344,14 +346,12 @@ class Exchange:
         what = Noted.MIGRATED if self.tokens else Noted.RETRIED
         return [*told, do.Note(what, error.code, str(error)), self._submit()]
 
-    def _is_handing_over(self, kind: Leg | None) -> bool:
-        match kind:
-            case DecodeLeg():
-                return self._kept is not None
-            case PrefillLeg(mode=HandoverMode.PUSH):
-                return True
-            case _:
-                return False
+    def _pair(self, kind: Leg) -> Pair | None:
+        """The two workers whose handover a leg of this kind is part of, as long as it is not complete."""
+        attempt = self.attempts[-1]
+        is_push = isinstance(kind, PrefillLeg) and kind.mode is HandoverMode.PUSH
+        is_taking = isinstance(kind, DecodeLeg) and self._kept is not None
+        return (attempt.prefill_worker, attempt.route.decode) if is_push or is_taking else None
 
     def _release_ticket(self) -> list[Effect]:
         kept, self._kept = self._kept, None
@@ -359,6 +359,8 @@ class Exchange:
 
     def _leave(self) -> list[Effect]:
         """Leave the attempt as it is now: nothing runs, is kept or reserved for it any more."""
+        if any(_may_be_reading(kind) for _, kind in self._legs.values()):
+            self._kept = None
         cancelled: list[Effect] = [do.CancelLeg(leg) for leg in self._legs]
         self._legs.clear()
         attempt = self.attempts[-1]
@@ -425,6 +427,11 @@ class Exchange:
         on.Bug: _bug,
         on.ClientGone: _client_gone,
     }
+
+
+def _may_be_reading(kind: Leg) -> bool:
+    """Whether a leg may fetch blocks from a prefill worker's memory, which must stay as it is meanwhile."""
+    return isinstance(kind, DecodeLeg) and kind.ticket is not None
 
 
 def _code_of(error: Exception) -> str:

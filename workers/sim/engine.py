@@ -10,10 +10,10 @@ One timer runs the steps. An idle engine has none.
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -243,6 +243,8 @@ class SimEngine:
         if run is None:
             return
         self._give_up(run.request)
+        if isinstance(run.source, Offer) and self._transfer is not None:
+            self._start_handover(self._decline(run.source, request, run.handover, self._transfer))
         for sequence in run.choices:
             del self._choices[sequence]
             if run.handover is not None:  # bytes may be on their way: the blocks are free when that has ended
@@ -373,9 +375,24 @@ class SimEngine:
     def _begin_handovers(self) -> None:
         for sequence in self._core.take_admitted():
             run = self._choices[sequence].run
-            run.handover = self._loop.create_task(self._hand_over(run, sequence))
-            self._handovers.add(run.handover)
-            run.handover.add_done_callback(self._handovers.discard)
+            run.handover = self._start_handover(self._hand_over(run, sequence))
+
+    def _start_handover(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
+        self._handovers.add(task)
+        task.add_done_callback(self._handovers.discard)
+        return task
+
+    async def _decline(
+        self, offer: Offer, request: RequestId, handover: asyncio.Task[None] | None, transfer: KvTransfer
+    ) -> None:
+        """Tell the prefill worker that what it keeps is not wanted, once nothing is being read any more."""
+        if handover is not None:
+            await asyncio.wait([handover])
+        try:
+            await transfer.receive(offer, request, (), offer.num_blocks, timeout_s=self._options.handover_timeout_s)
+        except HandoverFailed as exc:
+            _log.debug("handover.not_declined", request_id=request, reason=str(exc))  # the lease will end it
 
     async def _hand_over(self, run: _ActiveRequest, sequence: RequestId) -> None:
         """Get the missing blocks. That takes the simulated time at least; when pulling, the real one is part of it."""
@@ -399,7 +416,7 @@ class SimEngine:
             return
         is_pull = isinstance(source, Offer)
         await asyncio.sleep(seconds - (self._loop.time() - begun if is_pull else 0.0))
-        run.handover = None
+        run.handover = run.source = None
         self._core.handover_arrived(sequence, now=self._loop.time())
         self._wake()
 

@@ -361,11 +361,28 @@ async def test_blocks_of_an_aborted_decode_leg_are_kept_until_nothing_writes_to_
     wire.is_open.clear()
     second = Client(decode, "r", leg=DecodeLeg(ticket=first.last.ticket))
     await asyncio.sleep(0)
+    (handover,) = decode._handovers
     decode.abort(RequestId("r"))
     assert decode.load().free_blocks == FACTS.num_blocks - 3
-    await asyncio.gather(*decode._handovers, return_exceptions=True)
+    await asyncio.wait([handover])
     assert decode.load().free_blocks == FACTS.num_blocks
     assert second.outputs == []
+    wire.is_open.set()
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+async def test_a_decode_leg_that_is_given_up_tells_the_prefill_worker_not_to_wait(make_engine, wire, is_begun):
+    prefill, decode = await make_engine(lease_s=30.0), await make_engine()
+    first = await Client(prefill, "r", leg=PrefillLeg(HandoverMode.PULL)).done()
+    assert prefill.load().free_blocks < FACTS.num_blocks
+    wire.is_open.clear()
+    Client(decode, "r", leg=DecodeLeg(ticket=first.last.ticket))
+    if is_begun:
+        await asyncio.sleep(0)
+    decode.abort(RequestId("r"))
+    wire.is_open.set()
+    await asyncio.gather(*decode._handovers, return_exceptions=True)
+    assert prefill.load().free_blocks == FACTS.num_blocks
 
 
 async def test_an_abort_gives_up_what_a_ticket_promised(make_engine, wire):
