@@ -36,9 +36,24 @@ class NoWorker(Rejected):
 
     status, code = 503, "no_worker"
 
-    def __init__(self, model: str, *, num_workers: int) -> None:
+    def __init__(self, model: str, *, num_workers: int, card_digest: str = "") -> None:
         super().__init__(
-            f"none of {num_workers} registered workers can decode for model {model!r}; start one or wait for one",
+            f"none of {num_workers} registered workers can decode for model {model!r}{_of_card(card_digest)}; start "
+            "one or wait for one",
+            retry_after_s=2.0,
+        )
+
+
+class ContextTooLong(NoWorker):
+    """Workers serve the model, and none of them has room for so many tokens: the one that had is gone."""
+
+    code = "context_too_long"
+
+    def __init__(self, model: str, max_context: int, *, longest: int, num_workers: int) -> None:
+        Rejected.__init__(
+            self,
+            f"prompt and answer may take {max_context} tokens, and the longest context among {num_workers} workers "
+            f"that decode for model {model!r} is {longest}; ask for fewer, or wait for a worker with more",
             retry_after_s=2.0,
         )
 
@@ -48,10 +63,11 @@ class NoPair(Rejected):
 
     status, code = 503, "no_pair"
 
-    def __init__(self, model: str, *, num_workers: int) -> None:
+    def __init__(self, model: str, *, num_workers: int, card_digest: str = "") -> None:
         super().__init__(
-            f"none of {num_workers} registered workers can hand a KV cache of model {model!r} over to another; start a "
-            "prefill and a decode worker with the same handover mode, or do not insist on a handover",
+            f"none of {num_workers} registered workers can hand a KV cache of model {model!r}{_of_card(card_digest)} "
+            "over to another; start a prefill and a decode worker with the same handover mode and KV layout, or do not "
+            "insist on a handover",
             retry_after_s=2.0,
         )
 
@@ -82,3 +98,7 @@ class PolicyFailed(Rejected):
     def __init__(self, policy: str, cause: BaseException) -> None:
         super().__init__(f"the routing policy {policy!r} raised {type(cause).__name__}; the gateway's log tells more")
         self.__cause__ = cause
+
+
+def _of_card(digest: str) -> str:
+    return f" with card {digest[:8]}" if digest else ""

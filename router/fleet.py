@@ -5,15 +5,28 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from planes.wire.messages import HandoverMode, LoadReport, Registration, RequestId, WorkerId, WorkerState
+from planes.wire.messages import LoadReport, Registration, RequestId, WorkerId, WorkerState
 from router.decision_log import WorkerStatus
+from router.errors import ContextTooLong, NoPair, NoWorker
 from router.index.index import BlockIndex
 from router.links import LinkTable
-from router.policy import FleetView, WorkerView
+from router.policy import FleetView, HandoverGroup, WorkerView
 from router.request import Candidate, HandoverPreference, Observed, RoutableRequest
 from router.worker import Reservation, Worker
 
 _MAX_SHARING = 64  # prompts under way with the same first block that a new one is compared with
+
+
+class _Serving:
+    """Ready workers of one model and card."""
+
+    def __init__(self, workers: list[Worker]) -> None:
+        self.workers = workers
+        self.can_decode = any(worker.role.can_decode for worker in workers)
+        self.least_context = min([worker.facts.context_length for worker in workers], default=0)
+
+
+_NONE = _Serving([])
 
 
 class Fleet:
@@ -26,8 +39,7 @@ class Fleet:
         self.version = 0
         """Grows when workers come, go or change."""
         self._departed: dict[WorkerId, Worker] = {}
-        self._ready: dict[str, list[Worker]] = {}
-        self._decodable: set[str] = set()
+        self._ready: dict[tuple[str, str], _Serving] = {}
         self._ready_version = -1
         self._computing: dict[int, dict[RequestId, Reservation]] = {}
 
@@ -118,28 +130,46 @@ class Fleet:
     # --- views ---------------------------------------------------------------------------------------------------
 
     def eligible(self, request: RoutableRequest) -> list[Worker]:
-        """Workers that may take the request: ready, of its model, not excluded."""
-        if self._ready_version != self.version:
-            self._ready_version = self.version
-            self._ready, self._decodable = {}, set()
-            for worker in self.workers.values():
-                if worker.is_ready:
-                    self._ready.setdefault(worker.registration.model, []).append(worker)
-                    if worker.role.can_decode:
-                        self._decodable.add(worker.registration.model)
-        ready = self._ready.get(request.model, [])
-        if request.excluded:
-            return [worker for worker in ready if worker.worker not in request.excluded]
-        return ready
+        """Workers that may take the request: ready, of its model and card, with room for its context, not excluded."""
+        serving = self._serving(request)
+        if request.excluded or request.max_context > serving.least_context:
+            return [
+                worker
+                for worker in serving.workers
+                if worker.worker not in request.excluded and worker.facts.context_length >= request.max_context
+            ]
+        return serving.workers
 
     def can_serve(self, request: RoutableRequest) -> bool:
         """Whether any worker that may take the request can decode; as the client wants it, with a handover."""
         if request.handover is HandoverPreference.ALWAYS:
             return bool(_pairable(self.eligible(request)))
-        eligible = self.eligible(request)
-        if not request.excluded:
-            return request.model in self._decodable
-        return any(worker.role.can_decode for worker in eligible)
+        serving = self._serving(request)
+        if not request.excluded and request.max_context <= serving.least_context:
+            return serving.can_decode
+        return any(worker.role.can_decode for worker in self.eligible(request))
+
+    def refusal(self, request: RoutableRequest) -> NoWorker | NoPair:
+        """Why `can_serve` says no."""
+        deciding = [worker for worker in self._serving(request).workers if worker.role.can_decode]
+        longest = max([worker.facts.context_length for worker in deciding], default=0)
+        if 0 < longest < request.max_context:
+            return ContextTooLong(request.model, request.max_context, longest=longest, num_workers=len(deciding))
+        error = NoPair if request.handover is HandoverPreference.ALWAYS else NoWorker
+        return error(request.model, num_workers=len(self.workers), card_digest=request.card_digest)
+
+    def _serving(self, request: RoutableRequest) -> "_Serving":
+        """The ready workers of the request's model and card; found anew when the fleet has changed."""
+        if self._ready_version != self.version:
+            self._ready_version = self.version
+            groups: dict[tuple[str, str], list[Worker]] = {}
+            for worker in self.workers.values():
+                if worker.is_ready:
+                    model, card = worker.registration.model, worker.registration.card_digest
+                    for key in dict.fromkeys(((model, card), (model, ""))):
+                        groups.setdefault(key, []).append(worker)
+            self._ready = {key: _Serving(workers) for key, workers in groups.items()}
+        return self._ready.get((request.model, request.card_digest), _NONE)
 
     def cached_blocks(self, request: RoutableRequest) -> dict[WorkerId, int]:
         """Leading blocks held, or soon held because a prompt with the same beginning is being computed there."""
@@ -177,8 +207,8 @@ class Fleet:
         is_local = request.is_local_only or request.handover is HandoverPreference.NEVER
         for worker in workers:
             name, role, cached_tokens = worker.worker, worker.role, 0
-            if name in cached:
-                size = worker.facts.block_size
+            size = worker.facts.block_size
+            if name in cached and request.block_size in (0, size):
                 cached_tokens = min(cached[name], (request.prompt_tokens - 1) // size) * size
             view = worker.view(
                 cached_tokens, request.prompt_tokens, self.index.num_cached(name), ahead.get(name, 0.0), now
@@ -233,9 +263,12 @@ class Fleet:
 
 def _pairable(workers: Iterable[Worker]) -> list[Worker]:
     """Those that can hand over to another one of them, or take from one."""
+    groups: dict[HandoverGroup, list[Worker]] = {}
+    for worker in workers:
+        if worker.handover is not None:
+            groups.setdefault(worker.handover, []).append(worker)
     found: list[Worker] = []
-    for mode in HandoverMode:
-        able = [worker for worker in workers if worker.handover is mode]
+    for able in groups.values():
         senders = [worker for worker in able if worker.role.can_prefill]
         receivers = [worker for worker in able if worker.role.can_decode]
         if senders and receivers and len({worker.worker for worker in senders + receivers}) > 1:

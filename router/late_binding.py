@@ -77,8 +77,10 @@ class LateBinding:
         tokens, seconds = request.prompt_tokens, math.inf
         for name, depth in self.fleet.cached_blocks(request).items():
             worker = self.fleet.workers.get(name)
-            if worker is not None and name not in request.excluded:
-                size = worker.facts.block_size
+            if worker is None or name in request.excluded:
+                continue
+            size = worker.facts.block_size
+            if request.block_size in (0, size):
                 uncached = request.prompt_tokens - min(depth, (request.prompt_tokens - 1) // size) * size
                 if uncached < tokens:
                     tokens, seconds = uncached, worker.latency.prefill_s(uncached, request.prompt_tokens)

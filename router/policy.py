@@ -3,13 +3,16 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NewType, Protocol
 
 import msgspec
 
-from planes.wire.messages import EngineFacts, HandoverMode, Role, WorkerId
+from planes.wire.messages import EngineFacts, Role, WorkerId
 from router.latency import LatencyModel, LinkModel
 from router.request import Candidate, RoutableRequest
+
+HandoverGroup = NewType("HandoverGroup", str)
+"""Workers whose KV caches fit each other. An opaque name, made in `router/worker.py`."""
 
 
 class WorkerView(msgspec.Struct, frozen=True):
@@ -25,8 +28,8 @@ class WorkerView(msgspec.Struct, frozen=True):
     role: Role
     facts: EngineFacts
     latency: LatencyModel
-    handover: HandoverMode | None
-    """How its KV cache is handed over; None: not at all. Two workers can pair if both say the same."""
+    handover: HandoverGroup | None
+    """With whom it can pair: those of the same group; None: with nobody."""
     cached_tokens: int
     """Leading prompt tokens of this request held here: whole blocks, less than the prompt."""
     num_running: int

@@ -23,7 +23,7 @@ class HandoverPreference(StrEnum):
 class RoutableRequest:
     """All that routing may know of a request.
 
-    blocks: names of the prompt's full blocks (`planes/wire/blocks.py`), per block size of the model's workers.
+    blocks: names of the prompt's full blocks (`planes/wire/blocks.py`).
     expected_tokens: completion tokens to plan with.  deadline: instant after which an answer is worthless.
     """
 
@@ -47,6 +47,10 @@ class RoutableRequest:
     handover: HandoverPreference = HandoverPreference.AUTO
     card_digest: str = ""
     """Of the model card that made the tokens: only workers of that card understand them; empty: any."""
+    block_size: int = 0
+    """Of `blocks`. A worker with blocks of another size holds none of them; 0: every worker's own."""
+    max_context: int = 0
+    """Tokens that it may grow to, the prompt included: only workers with room for so many take it; 0: any."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,7 +2,7 @@
 
 This file is the contract that the gateway and the simulator are written against; see `docs/adr/` for why it queues.
 
-    submit ── refused: QueueFull, SloMissed, NoWorker, DuplicateRequest (raised)
+    submit ── refused: QueueFull, SloMissed, NoWorker, NoPair, DuplicateRequest (raised)
        └────► waiting ── dispatch ──► bound ── prefilled ── release
                  │  └── refused: DeadlineExceeded, SloMissed, NoWorker, NoPair, PolicyFailed (returned)
                  └── withdraw
@@ -20,13 +20,13 @@ from planes.wire.errors import Rejected
 from planes.wire.messages import KvEvents, LoadReport, Registration, RequestId, Snapshot, WorkerId
 from router.decision import Decision, decide
 from router.decision_log import Counts, History, RouterStats, ShadowStats, WorkerStatus
-from router.errors import DeadlineExceeded, DuplicateRequest, NoPair, NoWorker, QueueFull, SloMissed
+from router.errors import DeadlineExceeded, DuplicateRequest, QueueFull, SloMissed
 from router.fleet import Fleet
 from router.late_binding import LateBinding, Walk
 from router.policies.headrace import Headrace
 from router.policy import FleetView, Policy
 from router.queue import Queue, Waiting
-from router.request import Candidate, Explanation, HandoverPreference, Observed, Outcome, RoutableRequest, Route
+from router.request import Candidate, Explanation, Observed, Outcome, RoutableRequest, Route
 from router.settings import RouterSettings
 from router.worker import Reservation
 
@@ -144,7 +144,7 @@ class Router:
         if len(self._queue) >= limit:
             raise QueueFull(len(self._queue), limit, retry_after_s=self._bind_rate.seconds_for(limit / 10, now))
         if not self._fleet.can_serve(request):
-            raise self._nobody(request)
+            raise self._fleet.refusal(request)
         slo_s = self._slo(request)
         view = None if slo_s is None else self._fleet.view(request, {}, now, random.Random(0), len(self._queue) + 1)
         if slo_s is not None and view is not None:
@@ -177,19 +177,14 @@ class Router:
             return []
         self._fleet_version = self._fleet.version
         lost = [waiting for waiting in self._queue.all() if not self._fleet.can_serve(waiting.request)]
-        return [self._turn_away(waiting, self._nobody(waiting.request)) for waiting in lost]
-
-    def _nobody(self, request: RoutableRequest) -> Rejected:
-        """Why `Fleet.can_serve` says no."""
-        error = NoPair if request.handover is HandoverPreference.ALWAYS else NoWorker
-        return error(request.model, num_workers=len(self._fleet.workers))
+        return [self._turn_away(waiting, self._fleet.refusal(waiting.request)) for waiting in lost]
 
     def _answer(self, waiting: Waiting, walk: Walk, now: float) -> Route | Refusal | None:
         """Ask the policy about one request, and bind or refuse it. None: it is held back."""
         request, explanation = waiting.request, waiting.explanation
         view = self._fleet.view(request, walk.ahead, now, self._rng, len(self._queue))
         if view is None:
-            return self._turn_away(waiting, self._nobody(request))
+            return self._turn_away(waiting, self._fleet.refusal(request))
         try:
             decision = decide(self._policy, self._policy_name, request, view)
         except Rejected as exc:
@@ -334,7 +329,7 @@ class Router:
         view = self._fleet.view(request, {}, now, random.Random(0), len(self._queue) + 1)
         try:
             if view is None:
-                raise self._nobody(request)
+                raise self._fleet.refusal(request)
             decision = decide(policy, self._policy_name, request, view)
             explanation.candidates, explanation.chosen = decision.kept, decision.chosen
             explanation.held_because = decision.held_because

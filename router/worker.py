@@ -20,9 +20,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from planes.wire.blocks import Hashes
-from planes.wire.messages import HandoverMode, LoadReport, Registration, RequestId, WorkerState
+from planes.wire.messages import LoadReport, Registration, RequestId, WorkerState
 from router.latency import LatencyModel, is_plausible
-from router.policy import WorkerView
+from router.policy import HandoverGroup, WorkerView
 
 _WINDOW_S = 60.0  # over which utilisation is averaged
 _LATE_SHARE = 0.1  # of outstanding prompt work still to come when it has taken longer than predicted
@@ -83,8 +83,7 @@ class Worker:
         """Take over a changed registration of the same epoch."""
         self.registration = registration
         self.role, self.facts = registration.role, registration.facts
-        endpoint = registration.handover
-        self.handover: HandoverMode | None = endpoint.mode if endpoint is not None else None
+        self.handover = _handover_group(registration)
         self.state = registration.state
 
     @property
@@ -257,6 +256,18 @@ class Worker:
             starts_in_s=starts_in_s,
             num_cached=num_cached,
         )
+
+
+def _handover_group(registration: Registration) -> HandoverGroup | None:
+    """The one place that says who may pair: all that must agree is in the name.
+
+    One mode, one layout, one block size, where no layout is told, and one card: its tokens are the other one's tokens.
+    """
+    endpoint = registration.handover
+    if endpoint is None:
+        return None
+    parts = (endpoint.mode, registration.layout, str(registration.facts.block_size), registration.card_digest)
+    return HandoverGroup(" ".join(parts))
 
 
 class Utilisation:

@@ -77,6 +77,8 @@ class GatewayRequest:
             is_first_token_exact=self.is_first_token_early,
             handover=handover,
             card_digest=self.card_digest,
+            block_size=self.block_size,
+            max_context=len(self.prompt) + self.sampling.max_tokens,
         )
 
     def generate(self, leg: Leg, name: RequestId, resume: Sequence[int], *, now: float) -> Generate:

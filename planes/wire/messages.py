@@ -141,7 +141,7 @@ class Registration(msgspec.Struct, frozen=True):
     """Takes prefill jobs from the queue (`planes/work_queue.py`) when it has room."""
     layout: str = ""
     """Compatibility hash of its KV cache: engine, version, KV layout, dtype, block size, connector version. A handover
-    needs equal ones at both ends; empty: unknown, and taken to fit."""
+    needs equal ones at both ends; empty: unknown, which fits the unknown alone."""
 
 
 class BlocksStored(msgspec.Struct, frozen=True, tag="stored", array_like=True):

@@ -15,7 +15,6 @@ request whose decode worker has no room for it: its KV cache would only wait in 
 
 from collections.abc import Sequence
 
-from planes.wire.messages import HandoverMode
 from router.cost import DecodeCost, PrefillCost, congestion, decode_cost, local, pair, prefill_cost
 from router.policy import Choice, FleetView, Links, WorkerView
 from router.request import Candidate, RoutableRequest
@@ -39,13 +38,14 @@ class Headrace:
         if not request.is_local_only:
             known = {leg.worker.worker: leg for leg in locals_}
             prefills = [known.get(worker.worker) or prefill_cost(request, worker, congested) for worker in view.prefill]
-            for mode in HandoverMode:
-                options += _pairs(
-                    request,
-                    [leg for leg in prefills if leg.worker.handover is mode],
-                    [leg for leg in decodes if leg.worker.handover is mode],
-                    view.links,
-                )
+            for group in dict.fromkeys([leg.worker.handover for leg in prefills]):
+                if group is not None:
+                    options += _pairs(
+                        request,
+                        [leg for leg in prefills if leg.worker.handover == group],
+                        [leg for leg in decodes if leg.worker.handover == group],
+                        view.links,
+                    )
         least = min([option.total_s for option in options])
         near = [option for option in options if option.total_s <= least * _NEAR]
         chosen = near[0] if len(near) == 1 else view.rng.choice(near)

@@ -1,0 +1,30 @@
+import numpy as np
+
+from app.serving.request import GatewayRequest
+from planes.wire.frames import Format, Sampling
+from planes.wire.messages import RequestId
+
+
+def request(max_tokens=50):
+    return GatewayRequest(
+        request=RequestId("r"),
+        model="m",
+        prompt=np.arange(100, dtype=np.uint32),
+        blocks=np.arange(6, dtype=np.uint64),
+        block_size=16,
+        sampling=Sampling(max_tokens),
+        format=Format("chat", "", "m", 0),
+        arrived_at=0.0,
+        deadline=60.0,
+        card_digest="c" * 64,
+    )
+
+
+def test_the_router_is_told_what_a_worker_must_have():
+    routable = request().routable(num_tokens=0, excluded=frozenset(), is_retry=False)
+    assert (routable.card_digest, routable.block_size, routable.max_context) == ("c" * 64, 16, 150)
+
+
+def test_a_request_that_goes_on_elsewhere_grows_no_further_than_it_would_have():
+    routable = request().routable(num_tokens=20, excluded=frozenset(), is_retry=True)
+    assert (routable.max_context, routable.expected_tokens, routable.is_local_only) == (150, 30, True)
