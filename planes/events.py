@@ -19,7 +19,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import nats.errors
@@ -55,6 +55,22 @@ class JetStreamRefused(EventPlaneUnavailable):
     def __init__(self, what: str, err_code: int, description: str) -> None:
         super().__init__(f"{what}: {description} (JetStream error {err_code})")
         self.err_code = err_code
+
+
+class Connects(Protocol):
+    """What tells of its connection."""
+
+    @property
+    def is_connected(self) -> bool: ...
+    def on_connect(self, callback: Callable[[], None]) -> None: ...
+
+
+class Messenger(Protocol):
+    """What sends messages and hears them, by kind and by whom they are about."""
+
+    def subject(self, kind: str, who: str) -> str: ...
+    async def send(self, subject: str, payload: bytes = b"") -> None: ...
+    async def subscribe(self, subject: str, kind: type[_Message], callback: Callable[[_Message], None]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -236,6 +252,10 @@ class EventPlane:
         """The subject for messages of this kind about a worker or a model, whatever characters its name has."""
         return f"headrace.{self.namespace}.{kind}.{subject_token(who)}"
 
+    def subjects(self, kind: str) -> str:
+        """Every subject for messages of this kind, as a pattern."""
+        return f"headrace.{self.namespace}.{kind}.*"
+
     @property
     def max_message_bytes(self) -> int:
         """What the server takes; NATS's default of 1 MB while there has been none."""
@@ -303,11 +323,11 @@ class EventPlane:
 
     async def subscribe_kv(self, callback: Callable[[KvEvents], None]) -> None:
         """Call back with every publication of every worker, in each worker's order. Holds across reconnects."""
-        await self._subscribe(f"headrace.{self.namespace}.kv.*", self._decoded(KvEvents, callback))
+        await self._subscribe(self.subjects("kv"), self._decoded(KvEvents, callback))
 
     async def subscribe_load(self, callback: Callable[[LoadReport], None]) -> None:
         """Call back with every load report of every worker. Holds across reconnects."""
-        await self._subscribe(f"headrace.{self.namespace}.load.*", self._decoded(LoadReport, callback))
+        await self._subscribe(self.subjects("load"), self._decoded(LoadReport, callback))
 
     async def _publish(self, subject: str, message: KvEvents | LoadReport) -> None:
         payload = self._encoder.encode(message)

@@ -220,7 +220,7 @@ class PrefillQueue:
         limits, consumer = self.limits, subject_token(model)
         stream = {
             "name": self._stream,
-            "subjects": [f"headrace.{self._plane.namespace}.prefill.*"],
+            "subjects": [self._plane.subjects("prefill")],
             "retention": "workqueue",
             "discard": "new",
             "storage": "file",

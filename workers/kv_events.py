@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from planes.events import Connects
 from planes.wire.blocks import digest, pack, unpack
 from planes.wire.messages import (
     AllCleared,
@@ -41,10 +42,9 @@ _MAX_UNSENT = 64
 """Publications; the oldest is dropped for the 65th, and the gap shows."""
 
 
-class Events(Protocol):
+class Events(Connects, Protocol):
     """What is needed of `planes.events.EventPlane`."""
 
-    def on_connect(self, callback: Callable[[], None]) -> None: ...
     async def publish_kv(self, events: KvEvents) -> None: ...
     async def publish_load(self, report: LoadReport) -> None: ...
     async def serve_snapshots(self, worker: WorkerId, take: Callable[[], Snapshot]) -> None: ...

@@ -2,14 +2,13 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 import structlog
 
 from planes.assets import AssetsUnavailable, ModelCard, Store, make_card, publish_card, read_model_files, sha256
+from planes.events import Connects
 from planes.wire.errors import HeadraceError
 
 _log = structlog.get_logger()
@@ -17,16 +16,10 @@ _log = structlog.get_logger()
 _RETRY_S = 1.0
 
 
-class Connectable(Protocol):
-    """What is needed of `planes.events.EventPlane`."""
-
-    def on_connect(self, callback: Callable[[], None]) -> None: ...
-
-
 class CardPublisher:
     """Stores the card whenever there is a connection: the store may be new, or have lost everything."""
 
-    def __init__(self, directory: Path, card: ModelCard, store: Store, plane: Connectable) -> None:
+    def __init__(self, directory: Path, card: ModelCard, store: Store, plane: Connects) -> None:
         self._directory = directory
         self._card = card
         self._store = store

@@ -13,13 +13,12 @@ the job goes to another one. No job leaves the queue without a word to its gatew
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 import structlog
 
-from planes.events import EventPlaneUnavailable
+from planes.events import EventPlaneUnavailable, Messenger
 from planes.wire.frames import Delta, Done, Failed, FailureKind, Generate, StreamId
 from planes.wire.messages import RequestId, WorkerId
 from planes.wire.prefill_queue import OVERTRIED, PrefillNews, PrefillUnwanted, QueuedPrefill
@@ -43,16 +42,6 @@ class PrefillJobs(Protocol):
     @property
     def limits(self) -> JobLimits: ...
     async def pull(self, model: str, max_batch: int, *, timeout_s: float) -> list[PrefillJob]: ...
-
-
-class GatewayNews(Protocol):
-    """What is needed of `planes.events.EventPlane`."""
-
-    def subject(self, kind: str, who: str) -> str: ...
-    async def send(self, subject: str, payload: bytes) -> None: ...
-    async def subscribe(
-        self, subject: str, kind: type[PrefillUnwanted], callback: Callable[[PrefillUnwanted], None]
-    ) -> None: ...
 
 
 class LegRunner(Protocol):
@@ -98,7 +87,7 @@ class Puller:
         worker: WorkerId,
         model: str,
         queue: PrefillJobs,
-        plane: GatewayNews,
+        plane: Messenger,
         server: LegRunner,
         engine: LoadedEngine,
         *,

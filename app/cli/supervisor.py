@@ -7,8 +7,9 @@
 | ready    | ends                              | starting, after a pause that grows with every quick death         |
 | any      | the user wants to stop            | SIGTERM, and SIGKILL after a grace period or when asked again     |
 
-Only a child with a probe is waited for. The workers' logs are read for what the user may want to see of them, no more:
-an operator may turn them down, or into JSON.
+etcd and NATS are kept running by the same loop (`keep_running`). Only a child with a probe is waited for: the gateway
+tells how many workers it has connected to, which is what ready means. The workers' logs are read for what the user may
+want to see of them, no more: an operator may turn them down, or into JSON.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from asyncio.subprocess import PIPE, STDOUT, Process
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from app.cli.servers import tied_to_parent
@@ -96,27 +98,22 @@ class Supervisor:
     async def watch(self) -> None:
         """Return when the user wants to stop; until then start again whatever dies."""
         async with asyncio.TaskGroup() as group:
-            keepers = [group.create_task(self._keep_alive(child)) for child in self._children]
+            keepers = [group.create_task(keep_running(partial(self._ended, child))) for child in self._children]
             await self._stop.wait()
             for keeper in keepers:
                 keeper.cancel()
 
-    async def _keep_alive(self, child: Child) -> None:
-        failures = 0
-        while child.process is not None:
-            started_at = time.monotonic()
-            status = await child.process.wait()
-            _kill_group(child.process)
-            await self._readers[child.name]
-            failures = 0 if time.monotonic() - started_at > _STEADY_S else failures
-            pause = _RESTART_PAUSES_S[min(failures, len(_RESTART_PAUSES_S) - 1)]
-            failures += 1
-            say(f"{ending(child.name, status, _why(child))}; starting it again in {pause:g} s")
-            await asyncio.sleep(pause)
-            await self._spawn(child)
+    async def _ended(self, child: Child) -> str:
+        """Wait until the child, started if it is not there, has ended; tell how."""
+        process = child.process or await self._spawn(child)
+        status = await process.wait()
+        _kill_group(process)
+        await self._readers[child.name]
+        child.process = None
+        return ending(child.name, status, _why(child))
 
-    async def _spawn(self, child: Child) -> None:
-        child.process = await asyncio.create_subprocess_exec(
+    async def _spawn(self, child: Child) -> Process:
+        process = child.process = await asyncio.create_subprocess_exec(
             *tied_to_parent(child.argv),
             stdout=PIPE,
             stderr=STDOUT,
@@ -124,7 +121,8 @@ class Supervisor:
             start_new_session=True,  # Ctrl-C is for the supervisor; it ends the children in order
             limit=1 << 20,
         )
-        self._readers[child.name] = asyncio.create_task(self._read(child, child.process))
+        self._readers[child.name] = asyncio.create_task(self._read(child, process))
+        return process
 
     async def _read(self, child: Child, process: Process) -> None:
         """Keep the child's output in its log file; show its progress."""
@@ -174,6 +172,27 @@ class Supervisor:
             )
         _kill_group(process)
         await ended
+
+
+async def keep_running(
+    run: Callable[[], Awaitable[str]],
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> None:
+    """Run again whatever ends, after pauses that grow while it ends quickly; until cancelled, or until `run` raises.
+
+    Args:  run: returns when it has ended, with what there is to say of that.
+    """
+    num_quick = 0
+    while True:
+        started_at = clock()
+        end = await run()
+        num_quick = 0 if clock() - started_at > _STEADY_S else num_quick
+        pause_s = _RESTART_PAUSES_S[min(num_quick, len(_RESTART_PAUSES_S) - 1)]
+        num_quick += 1
+        say(f"{end}; starting it again in {pause_s:g} s")
+        await pause(pause_s)
 
 
 def _kill_group(process: Process) -> None:

@@ -1,12 +1,13 @@
 """`headrace up`: etcd, NATS, workers and a gateway as child processes of one supervisor on this machine.
 
 Order of life: checks that cost nothing → etcd, NATS → workers (side by side) → gateway → ready; then it waits. The end
-goes the other way round, whatever caused it. What dies after it was ready is started again, workers and gateway with
-growing pauses; what dies before ends everything with its last words.
+goes the other way round, whatever caused it. What dies after it was ready is started again, with pauses that
+grow; what dies before ends everything with its last words.
 """
 
 import asyncio
 import fcntl
+import ipaddress
 import os
 import re
 import shutil
@@ -15,14 +16,16 @@ import socket
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from cyclopts import Parameter
 
 from app.auth import is_open_to_others, load_keys
 from app.cli.servers import Server, ServerNotStarted, etcd_server, nats_server
-from app.cli.supervisor import Child, Supervisor, ending, say
+from app.cli.supervisor import Child, Supervisor, ending, keep_running, say
 from app.settings import GatewaySettings
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import Role
@@ -37,8 +40,6 @@ from workers.settings import WorkerSettings
 
 _LOCK = "headrace.lock"
 """Locked in the state directory while `headrace up` runs there; its presence says that the directory is ours."""
-_SERVER_PAUSE_S = 1.0
-"""Between an end of etcd or NATS and the next start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +159,7 @@ async def _servers(settings: UpSettings, state: Path, stack: AsyncExitStack) -> 
             continue
         shutil.rmtree(state / name, ignore_errors=True)
         url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        keeper = asyncio.create_task(_keep_running(name, server, state / name, url))
+        keeper = asyncio.create_task(keep_running(partial(_run_server, name, server, state / name, url)))
         stack.push_async_callback(_cancelled, keeper)
         await asyncio.wait((url, keeper), return_when=asyncio.FIRST_COMPLETED)
         if not url.done():
@@ -168,24 +169,24 @@ async def _servers(settings: UpSettings, state: Path, stack: AsyncExitStack) -> 
     return urls[0], urls[1]
 
 
-async def _keep_running(name: str, server: Server, folder: Path, url: asyncio.Future[str]) -> None:
-    """Run a server, on one port and with its data, until cancelled.  Raises:  ServerNotStarted the first time."""
-    port = 0
-    while True:
-        try:
-            async with server(folder, port) as handle:
-                if url.done():
-                    say(f"{name} is ready again")
-                else:
-                    url.set_result(handle.url)
-                port = handle.port
-                status = await handle.ended()
-            say(f"{ending(name, status, 'see its log')} ({handle.log}); starting it again")
-        except ServerNotStarted as exc:
-            if not url.done():
-                raise
-            say(f"{exc}; trying again")
-        await asyncio.sleep(_SERVER_PAUSE_S)
+async def _run_server(name: str, server: Server, folder: Path, url: asyncio.Future[str]) -> str:
+    """Run a server, on the port and with the data of its first time, until it ends.
+
+    Returns:  how it ended.  Raises:  ServerNotStarted the first time.
+    """
+    port = (urlsplit(url.result()).port or 0) if url.done() else 0
+    try:
+        async with server(folder, port) as handle:
+            if url.done():
+                say(f"{name} is ready again")
+            else:
+                url.set_result(handle.url)
+            status = await handle.ended()
+    except ServerNotStarted as exc:
+        if not url.done():
+            raise
+        return str(exc)
+    return f"{ending(name, status, 'see its log')} ({handle.log})"
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
@@ -262,6 +263,14 @@ def _reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
+def _is_this_machine(host: str) -> bool:
+    """Whether nobody else reaches what listens there; a name other than localhost may be anything."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 async def _serves(host: str, port: int, num_workers: int) -> bool:
     """Whether the gateway answers and has connected to every worker."""
     try:
@@ -280,6 +289,8 @@ def _announce(settings: UpSettings, model: str, seconds: float, state: Path) -> 
     url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "The capital of France is"}}], '
     body += '"max_tokens": 32, "stream": true}'
+    if settings.api_keys_file is None and not _is_this_machine(settings.host):
+        say(f"anybody who reaches {settings.host} may use it: there is no --api-keys-file")
     say(f"ready after {seconds:.1f} s; logs in {state}; Ctrl-C stops everything")
     if is_open_to_others(settings.host, settings.api_keys_file):
         say(f"warning: {settings.host} lets everybody in who reaches this machine; --api-keys-file asks for keys")

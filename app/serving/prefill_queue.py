@@ -11,7 +11,7 @@ way is given up here and its prompt sent directly.
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +20,7 @@ import structlog
 
 from app.metrics import Gauge
 from app.serving.errors import leg_error
-from planes.events import EventPlaneUnavailable
+from planes.events import Connects, EventPlaneUnavailable, Messenger
 from planes.streams.client import WorkerLost
 from planes.wire.errors import HeadraceError
 from planes.wire.frames import Done, Generate
@@ -62,17 +62,8 @@ class JobQueue(Protocol):
     async def stats(self, model: str) -> QueueStats: ...
 
 
-class WorkerNews(Protocol):
+class WorkerNews(Connects, Messenger, Protocol):
     """What is needed of `planes.events.EventPlane`."""
-
-    @property
-    def is_connected(self) -> bool: ...
-    def on_connect(self, callback: Callable[[], None]) -> None: ...
-    def subject(self, kind: str, who: str) -> str: ...
-    async def send(self, subject: str, payload: bytes) -> None: ...
-    async def subscribe(
-        self, subject: str, kind: type[PrefillNews], callback: Callable[[PrefillNews], None]
-    ) -> None: ...
 
 
 class Pullers(Protocol):

@@ -30,6 +30,7 @@ def reply(part: events._Part) -> Reply:
 def test_subjects_hold_any_worker_name() -> None:
     plane = EventPlane("nats://127.0.0.1:1", "ns")
     assert plane.subject("kv", "10.0.0.1:5000") == "headrace.ns.kv.10%2E0%2E0%2E1%3A5000"
+    assert plane.subjects("kv") == "headrace.ns.kv.*"
 
 
 @pytest.mark.parametrize("parts", [0, 1, 2])

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from app.cli.up import UpSettings, _announce, _gateway_child
+from app.cli.up import UpSettings, _announce, _gateway_child, _worker_children
 from planes.wire.errors import UnusableSetting
 
 
@@ -57,3 +57,27 @@ def test_what_the_gateway_would_refuse_is_refused_at_once(changed, message):
 
 def test_a_policy_of_ones_own_is_left_to_the_gateway():
     assert UpSettings(engine="sim", policy="my_module:Mine").policy == "my_module:Mine"
+
+
+@pytest.mark.parametrize(
+    ("host", "is_told"),
+    [("127.0.0.1", False), ("::1", False), ("localhost", False), ("0.0.0.0", True), ("10.0.0.1", True)],
+)
+def test_a_gateway_that_others_reach_without_a_key_is_told(capsys, tmp_path, host, is_told):
+    assert ("there is no --api-keys-file" in announced(capsys, tmp_path, host=host)) == is_told
+    keys = tmp_path / "keys.toml"
+    keys.write_text('[[keys]]\ntenant = "t"\nkey = "sk-1"\n')
+    assert "there is no --api-keys-file" not in announced(capsys, tmp_path, host=host, api_keys_file=keys)
+
+
+def test_children_get_addresses_by_variable_and_only_what_they_read(tmp_path, monkeypatch):
+    for name in ("HEADRACE_MAX_BATCH", "HEADRACE_QUEUE_LIMIT"):
+        monkeypatch.setenv(name, "7")
+    settings = UpSettings(engine="sim", prefill=0)
+    (worker,) = _worker_children(settings, "http://u:s3cr3t@e", "nats://n", tmp_path)
+    gateway = _gateway_child(settings, "http://u:s3cr3t@e", "nats://n", tmp_path, 1)
+    for child, own, other in ((worker, "MAX_BATCH", "QUEUE_LIMIT"), (gateway, "QUEUE_LIMIT", "MAX_BATCH")):
+        assert "s3cr3t" not in " ".join(child.argv)
+        assert child.environment["HEADRACE_ETCD"] == "http://u:s3cr3t@e"
+        assert child.environment[f"HEADRACE_{own}"] == "7"
+        assert f"HEADRACE_{other}" not in child.environment
