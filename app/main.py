@@ -109,7 +109,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
     dispatcher = Dispatcher(router, clock=clock)
 
     def follow(changed: RoutingSetup) -> None:
-        router.configure(changed.settings, changed.policy, shadow=changed.shadow, now=clock())
+        router.configure(changed.settings, changed.policy, shadow=changed.shadow)
         dispatcher.changed()
 
     routing_config = RoutingConfigFollower(settings, start, follow)

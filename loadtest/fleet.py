@@ -522,7 +522,7 @@ class Gateway:
     # --- the event plane -----------------------------------------------------------------------------------------
 
     def apply_events(self, batch: KvEvents) -> None:
-        self.router.apply_events(batch, now=self._clock.now)
+        self.router.apply_events(batch)
 
     def apply_load(self, report: LoadReport) -> None:
         self.router.apply_load(report, now=self._clock.now)
@@ -537,7 +537,7 @@ class Gateway:
 
     def _apply_snapshot(self, snapshot: Snapshot) -> None:
         self._snapshots.discard(snapshot.worker)
-        self.router.apply_snapshot(snapshot, now=self._clock.now)
+        self.router.apply_snapshot(snapshot)
 
 
 def default_router(scenario: Scenario, number: int) -> Router:
@@ -589,7 +589,7 @@ class Run:
         for gateway in gateways:
             gateway.workers = by_id
             for worker in workers:
-                gateway.router.worker_up(worker.registration, now=0.0)
+                gateway.router.worker_up(worker.registration)
         for worker in workers:
             worker.gateways, worker.peers = gateways, by_id
             worker.start(rng.random() * _BUSY_REPORT_S)

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from planes.wire.messages import LoadReport, Registration, RequestId, WorkerId, WorkerState
-from router.decision_log import WorkerStatus
 from router.errors import ContextTooLong, NoPair, NoWorker
 from router.index.index import BlockIndex
 from router.links import LinkTable
 from router.policy import FleetView, HandoverGroup, WorkerView
 from router.request import Candidate, HandoverPreference, Observed, RoutableRequest
+from router.stats import WorkerStatus
 from router.worker import Reservation, Worker
 
 _MAX_SHARING = 64  # prompts under way with the same first block that a new one is compared with

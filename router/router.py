@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from planes.wire.errors import Rejected
 from planes.wire.messages import KvEvents, LoadReport, Registration, RequestId, Snapshot, WorkerId
 from router.decision import Decision, decide
-from router.decision_log import Counts, History, RouterStats, ShadowStats, WorkerStatus
+from router.decision_log import History
 from router.errors import DeadlineExceeded, DuplicateRequest, QueueFull, SloMissed
 from router.fleet import Fleet
 from router.late_binding import LateBinding, Walk
@@ -28,6 +28,7 @@ from router.policy import FleetView, Policy
 from router.queue import Queue, Waiting
 from router.request import Candidate, Explanation, Observed, Outcome, RoutableRequest, Route
 from router.settings import RouterSettings
+from router.stats import Counts, RouterStats, ShadowStats, WorkerStatus
 from router.worker import Reservation
 
 _LENGTH_GAIN = 0.02
@@ -72,9 +73,8 @@ class Router:
         self._length_shares: dict[str, float] = {}
         self._bind_rate = BindRate()
 
-    def configure(self, settings: RouterSettings, policy: Policy, *, shadow: Policy | None = None, now: float) -> None:
+    def configure(self, settings: RouterSettings, policy: Policy, *, shadow: Policy | None = None) -> None:
         """Change settings and policies. Waiting requests stay, and are decided anew at the next `dispatch`."""
-        del now
         shadow_name = "" if shadow is None else shadow.name
         if shadow_name != self._shadow_name:
             self._counts.forget_shadow()
@@ -87,24 +87,20 @@ class Router:
 
     # --- the fleet: control and event plane ---------------------------------------------------------------------
 
-    def worker_up(self, registration: Registration, *, now: float) -> None:
+    def worker_up(self, registration: Registration) -> None:
         """A worker registered or changed its registration. A new epoch forgets everything about the old one."""
-        del now
         self._fleet.up(registration)
 
-    def worker_down(self, worker: WorkerId, *, now: float) -> None:
+    def worker_down(self, worker: WorkerId) -> None:
         """A worker's registration is gone, or its stream was found dead. Its reservations stay until released."""
-        del now
         self._fleet.down(worker)
 
-    def apply_events(self, batch: KvEvents, *, now: float) -> None:
+    def apply_events(self, batch: KvEvents) -> None:
         """Apply one publication; duplicates, gaps and foreign epochs are noticed here and healed by a snapshot."""
-        del now
         self._fleet.index.apply(batch)
 
-    def apply_snapshot(self, snapshot: Snapshot, *, now: float) -> None:
+    def apply_snapshot(self, snapshot: Snapshot) -> None:
         """Replace what is known of a worker's blocks."""
-        del now
         self._fleet.index.apply_snapshot(snapshot)
 
     def apply_load(self, report: LoadReport, *, now: float) -> None:

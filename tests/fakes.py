@@ -123,19 +123,19 @@ class FakeRouter:
         self.bound.remove(request)
         self.released.append((request, observed))
 
-    def worker_up(self, registration, *, now):
+    def worker_up(self, registration):
         self.up[registration.worker] = registration
 
-    def worker_down(self, worker, *, now):
+    def worker_down(self, worker):
         del self.up[worker]
 
-    def apply_events(self, batch, *, now):
+    def apply_events(self, batch):
         self.log.append(batch)
 
     def apply_load(self, report, *, now):
         self.log.append(report)
 
-    def apply_snapshot(self, snapshot, *, now):
+    def apply_snapshot(self, snapshot):
         self.log.append(snapshot)
         self.stale.remove(snapshot.worker)
 

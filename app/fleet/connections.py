@@ -94,9 +94,7 @@ class WorkerConnections:
         self._rng = rng
         self._members: dict[WorkerId, _Member] = {}
         self._tasks: asyncio.TaskGroup | None = None
-        self._snapshots = Snapshots(
-            router, snapshots, is_current=self._is_current, on_applied=dispatcher.changed, clock=clock
-        )
+        self._snapshots = Snapshots(router, snapshots, is_current=self._is_current, on_applied=dispatcher.changed)
         self._join_watchers: dict[object, Callable[[WorkerId], None]] = {}
         self.splits: Mapping[str, str] = {}
         """Where the registered workers disagree on what a model is, in a sentence each."""
@@ -145,7 +143,7 @@ class WorkerConnections:
         """Publications of workers that are not registered, or not with this epoch, are dropped."""
         if self._is_current(batch.worker, batch.epoch):
             try:
-                self._router.apply_events(batch, now=self._clock())
+                self._router.apply_events(batch)
             except Exception as exc:  # noqa: BLE001 - the publication is at fault, and there will be others
                 self._refused("events.refused", batch.worker, exc)
             self._snapshots.check()
@@ -260,7 +258,7 @@ class WorkerConnections:
         if not member.is_up:
             return
         try:
-            self._router.worker_up(registration, now=self._clock())
+            self._router.worker_up(registration)
         except Exception:  # noqa: BLE001 - the registration is at fault, and is this worker's alone
             _log.exception("worker.unusable", worker=registration.worker)
             self._down(member)
@@ -323,7 +321,7 @@ class WorkerConnections:
         worker = member.registration.worker
         self._models.worker_up(worker)
         try:
-            self._router.worker_up(member.registration, now=self._clock())
+            self._router.worker_up(member.registration)
         except Exception:
             self._models.worker_down(worker)
             raise
@@ -337,7 +335,7 @@ class WorkerConnections:
         if member.is_up:
             member.is_up = False
             self._models.worker_down(member.registration.worker)
-            self._router.worker_down(member.registration.worker, now=self._clock())
+            self._router.worker_down(member.registration.worker)
             self._dispatcher.changed()
 
     # --- what all workers say together -----------------------------------------------------------------------------

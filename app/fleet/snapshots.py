@@ -6,7 +6,6 @@ from typing import Protocol
 
 import structlog
 
-from app.serving.binding import Clock
 from planes.wire.errors import HeadraceError
 from planes.wire.messages import Snapshot, WorkerId
 
@@ -28,7 +27,7 @@ class SnapshotRouter(Protocol):
     """What is asked of the router."""
 
     def workers_to_snapshot(self) -> list[WorkerId]: ...
-    def apply_snapshot(self, snapshot: Snapshot, *, now: float) -> None: ...
+    def apply_snapshot(self, snapshot: Snapshot) -> None: ...
 
 
 class Snapshots:
@@ -41,14 +40,12 @@ class Snapshots:
         *,
         is_current: Callable[[WorkerId, int], bool],
         on_applied: Callable[[], None],
-        clock: Clock,
     ) -> None:
         """`is_current`: whether a worker is registered with this epoch; what another one says of it is dropped."""
         self._router = router
         self._source = source
         self._is_current = is_current
         self._on_applied = on_applied
-        self._clock = clock
         self._stale = asyncio.Event()
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._asking: set[WorkerId] = set()
@@ -73,7 +70,7 @@ class Snapshots:
             async with self._slots:
                 snapshot = await self._source.request_snapshot(worker)
             if self._is_current(worker, snapshot.epoch):
-                self._router.apply_snapshot(snapshot, now=self._clock())
+                self._router.apply_snapshot(snapshot)
                 self._on_applied()
         except (HeadraceError, ValueError) as exc:
             _log.warning("snapshot.failed", worker=worker, reason=str(exc))

@@ -29,7 +29,7 @@ def request(name="r", *, tokens=2000, blocks=(), **fields):
 def router_of(*workers, policy="headrace"):
     router = Router(RouterSettings(), load_policy(policy), rng=random.Random(0))
     for each in workers:
-        router.worker_up(each, now=0.0)
+        router.worker_up(each)
     return router
 
 
@@ -63,7 +63,7 @@ def test_whose_card_is_gone_is_refused_for_it():
     router = router_of(worker("new", card=NEW))
     with pytest.raises(NoWorker, match="none of 1 registered workers can decode for model 'sim' with card aaaaaaaa;"):
         router.submit(request(card_digest=OLD), now=0.0)
-    router.worker_up(worker("old", card=OLD), now=0.0)
+    router.worker_up(worker("old", card=OLD))
     assert served(router, request(card_digest=OLD)).decode == "old"
 
 
@@ -120,7 +120,7 @@ def test_names_of_blocks_of_another_size_say_nothing_of_a_worker():
     router = router_of(worker("small", block_size=16), worker("large", block_size=32))
     names = np.arange(1, 51, dtype=np.uint64)
     for name in ("small", "large"):
-        router.apply_events(KvEvents(WorkerId(name), 1, 1, [BlocksStored(pack(names))]), now=0.0)
+        router.apply_events(KvEvents(WorkerId(name), 1, 1, [BlocksStored(pack(names))]))
     found = served(router, request(tokens=1000, blocks=names, block_size=16))
     assert (found.decode, found.cached_tokens) == ("small", 800)
     explanation = router.explain(RequestId("r"))

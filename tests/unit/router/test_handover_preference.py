@@ -47,7 +47,7 @@ def registration(name, role, mode=HandoverMode.PULL):
 def router_of(workers, policy="headrace", **settings):
     router = Router(RouterSettings(**settings), load_policy(policy), rng=random.Random(0))
     for name, role in workers.items():
-        router.worker_up(registration(name, role), now=0.0)
+        router.worker_up(registration(name, role))
     return router
 
 
@@ -104,7 +104,7 @@ def test_without_a_wish_the_policy_decides():
 def test_a_fleet_that_cannot_hand_over_refuses_who_insists(fleet):
     router = Router()
     for each in fleet:
-        router.worker_up(each, now=0.0)
+        router.worker_up(each)
     with pytest.raises(NoPair, match="'m'") as refused:
         router.submit(request(preference=HandoverPreference.ALWAYS), now=0.0)
     assert (refused.value.status, refused.value.code) == (503, "no_pair")
@@ -118,7 +118,7 @@ def test_who_waits_for_a_pair_is_told_when_the_last_one_breaks():
     router.apply_load(busy, now=0.0)
     router.submit(request(preference=HandoverPreference.ALWAYS), now=0.0)
     assert router.dispatch(now=0.0) == []
-    router.worker_down(WorkerId("prefill-1"), now=1.0)
+    router.worker_down(WorkerId("prefill-1"))
     (answer,) = router.dispatch(now=1.0)
     assert isinstance(answer, Refusal)
     assert isinstance(answer.error, NoPair)
@@ -162,6 +162,6 @@ class AloneAnyway:
 def test_a_users_policy_that_weighs_no_pair_is_given_the_best_one():
     router = Router(RouterSettings(), AloneAnyway(), shadow=AloneAnyway())
     for name, role in FLEETS["apart"].items():
-        router.worker_up(registration(name, role), now=0.0)
+        router.worker_up(registration(name, role))
     answer = routed(router, request(preference=HandoverPreference.ALWAYS))
     assert (answer.prefill is not None, answer.policy) == (True, "alone")

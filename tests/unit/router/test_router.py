@@ -62,7 +62,7 @@ def request(name, *, tokens=8000, blocks=(), expected=10, deadline=1e9, model="m
 def router_of(*registrations, policy=None, shadow=None, **limits):
     router = Router(RouterSettings(**limits), policy, shadow=shadow, rng=random.Random(0))
     for each in registrations:
-        router.worker_up(each, now=0.0)
+        router.worker_up(each)
     return router
 
 
@@ -151,7 +151,7 @@ def test_a_short_prompt_is_held_where_it_would_pass_nobody(facts):
 def test_a_request_waits_for_the_worker_that_holds_its_prefix_if_that_is_sooner():
     router = router_of(*split(prefill=2))
     names = np.arange(1, 501, dtype=np.uint64)
-    router.apply_events(KvEvents(WorkerId("p0"), 1, 1, [BlocksStored(pack(names))]), now=0.0)
+    router.apply_events(KvEvents(WorkerId("p0"), 1, 1, [BlocksStored(pack(names))]))
     router.apply_load(report("d0", running=30), now=0.0)
     router.apply_load(report("p0", tokens=2400), now=0.0)
     assert send(router, "r", tokens=8005, blocks=names) == []
@@ -162,7 +162,7 @@ def test_a_request_waits_for_the_worker_that_holds_its_prefix_if_that_is_sooner(
 def test_a_request_does_not_queue_for_a_hot_worker_behind_others_while_one_is_idle():
     router = router_of(*split(prefill=2))
     names = np.arange(1, 251, dtype=np.uint64)
-    router.apply_events(KvEvents(WorkerId("p0"), 1, 1, [BlocksStored(pack(names))]), now=0.0)
+    router.apply_events(KvEvents(WorkerId("p0"), 1, 1, [BlocksStored(pack(names))]))
     router.apply_load(report("d0", running=100), now=0.0)
     router.apply_load(report("p0", tokens=2400), now=0.0)
     for k in range(10):
@@ -242,7 +242,7 @@ def test_waiting_requests_are_refused_when_the_last_worker_leaves():
     router = router_of(registration("b"))
     send(router, "first")
     assert send(router, "second") == []
-    router.worker_down(WorkerId("b"), now=1.0)
+    router.worker_down(WorkerId("b"))
     (refusal,) = router.dispatch(now=1.0)
     assert isinstance(refusal.error, NoWorker)
     router.release(RequestId("first"), Observed(outcome=Outcome.INTERRUPTED), now=1.0)
@@ -286,7 +286,7 @@ def test_policy_and_settings_change_without_losing_a_request():
     router = router_of(registration("b"))
     send(router, "first")
     assert send(router, "second") == []
-    router.configure(RouterSettings(queue_limit=1), RoundRobin(), now=0.1)
+    router.configure(RouterSettings(queue_limit=1), RoundRobin())
     (route,) = router.dispatch(now=0.1)
     assert (route.request, route.policy) == ("second", "round_robin")
 
@@ -309,7 +309,7 @@ def test_a_shadow_decides_and_is_not_obeyed():
     assert 0 < shadow.differed < 12
     assert shadow.faster_s != 0.0
     assert router.explain(RequestId("r11")).shadow is not None
-    router.configure(RouterSettings(), LeastLoaded(), now=0.0)
+    router.configure(RouterSettings(), LeastLoaded())
     assert router.stats(now=0.0).shadow is None
 
 
@@ -431,9 +431,9 @@ def test_lengths_are_remembered_of_so_many_models_and_the_silent_ones_are_forgot
     router = Router()
     for number in range(1100):
         model = f"m{number}"
-        router.worker_up(registration("b", epoch=number + 1, model=model), now=0.0)
+        router.worker_up(registration("b", epoch=number + 1, model=model))
         for name, learned in ((f"r{number}", model), (f"kept{number}", "m")):
-            router.worker_up(registration("c", epoch=number + 1, model="m"), now=0.0)
+            router.worker_up(registration("c", epoch=number + 1, model="m"))
             send(router, name, tokens=10, expected=100, model=learned)
             router.release(RequestId(name), Observed(completion_tokens=10), now=0.0)
     assert len(router._length_shares) == 1024
@@ -446,16 +446,16 @@ def test_settings_that_change_also_change_the_order_of_those_that_wait():
     send(router, "running")
     send(router, "long", now=86_400.0, tokens=20_000)
     send(router, "short", now=86_401.0, tokens=100)
-    router.configure(RouterSettings(aging=0.1), Headrace(), now=86_402.0)
+    router.configure(RouterSettings(aging=0.1), Headrace())
     assert [waiting.request.request for waiting in router._queue.walk()] == ["short", "long"]
 
 
 def test_snapshots_are_asked_for_until_they_come():
     router = router_of(registration("b"))
     names = np.arange(1, 5, dtype=np.uint64)
-    router.apply_events(KvEvents(WorkerId("b"), 1, 2, [BlocksStored(pack(names))]), now=0.0)
+    router.apply_events(KvEvents(WorkerId("b"), 1, 2, [BlocksStored(pack(names))]))
     assert router.workers_to_snapshot() == ["b"]
-    router.apply_snapshot(Snapshot(WorkerId("b"), 1, 2, pack(names)), now=0.0)
+    router.apply_snapshot(Snapshot(WorkerId("b"), 1, 2, pack(names)))
     assert router.workers_to_snapshot() == []
     assert router.workers(now=0.0)[0].indexed_blocks == 4
 
@@ -466,7 +466,7 @@ def test_two_gateways_do_not_herd():
     gateways = [router_of(*workers), router_of(*workers)]
     gateways[1] = Router(RouterSettings(), rng=random.Random(7))
     for each in workers:
-        gateways[1].worker_up(each, now=0.0)
+        gateways[1].worker_up(each)
     backlog = dict.fromkeys([f"p{k}" for k in range(6)], 0)
     now = 0.0
     for step in range(60):
@@ -536,20 +536,20 @@ def test_everything_balances_to_zero_after_any_history(history, policy):  # noqa
         elif what == "release" and bound:
             router.release(bound.pop(place % len(bound)), Observed(completion_tokens=3), now=now)
         elif what == "down":
-            router.worker_down(WorkerId(name), now=now)
+            router.worker_down(WorkerId(name))
         elif what == "up":
             epochs[name] += place % 2
-            router.worker_up(registration(name, roles[name], epoch=epochs[name]), now=now)
+            router.worker_up(registration(name, roles[name], epoch=epochs[name]))
         elif what == "report":
             router.apply_load(report(name, tokens=tokens, running=place, epoch=epochs[name]), now=now)
         elif what == "configure":
-            router.configure(RouterSettings(), LeastLoaded(), now=now)
+            router.configure(RouterSettings(), LeastLoaded())
         dispatch()
         stats = router.stats(now=now)
         assert stats.bound == len(bound)
         assert sum(stats.waiting.values()) == len(submitted)
     for name, role in roles.items():
-        router.worker_up(registration(name, role, epoch=epochs[name]), now=now)
+        router.worker_up(registration(name, role, epoch=epochs[name]))
     for _ in range(1000):
         for request_id in bound:
             router.release(request_id, Observed(), now=now)

@@ -236,7 +236,7 @@ async def test_what_comes_from_strangers_and_other_epochs_is_dropped(world):
 
 
 async def test_malformed_events_are_no_reason_to_end(world):
-    def malformed(batch, *, now):
+    def malformed(batch):
         raise ValueError("7 bytes")
 
     world.fleet.worker_up(registration("d0"))
@@ -319,10 +319,10 @@ async def test_a_worker_whose_model_raises_anything_is_not_used_and_all_others_a
 async def test_a_worker_that_the_router_cannot_take_is_not_used_and_all_others_are(world):
     refuse = world.router.worker_up
 
-    def picky(worker, *, now):
+    def picky(worker):
         if worker.worker == "poison":
             raise ZeroDivisionError
-        refuse(worker, now=now)
+        refuse(worker)
 
     world.router.worker_up, world.pauses.share = picky, 1e6
     world.fleet.worker_up(registration("poison"))
@@ -339,7 +339,7 @@ async def test_a_change_that_the_router_cannot_take_ends_the_use_of_that_worker(
     world.fleet.worker_up(registration("d1"))
     await settle()
 
-    def refuse(worker, *, now):
+    def refuse(worker):
         raise ZeroDivisionError
 
     world.router.worker_up = refuse

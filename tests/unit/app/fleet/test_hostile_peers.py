@@ -140,7 +140,7 @@ class Gateway:
         return self.now
 
     def follow(self, changed):
-        self.router.configure(changed.settings, changed.policy, shadow=changed.shadow, now=self.now)
+        self.router.configure(changed.settings, changed.policy, shadow=changed.shadow)
         self.dispatcher.changed()
 
     async def connect(self, worker):

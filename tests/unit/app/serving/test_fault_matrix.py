@@ -235,7 +235,7 @@ class Scene:
             known = registration(name, role, mode=mode)
             self.world.connections[known.worker] = Connection(self.world, name)
             self.world.registrations[known.worker] = known
-            self.router.worker_up(known, now=self.loop.time())
+            self.router.worker_up(known)
         self.relay = Relay(
             self.dispatcher,
             self.world,
@@ -246,7 +246,7 @@ class Scene:
         )
 
     def lost(self, worker):
-        self.router.worker_down(worker, now=self.loop.time())
+        self.router.worker_down(worker)
         self.dispatcher.changed()
 
     async def serve(self, handover=HandoverPreference.AUTO, *, timeout_s=20.0, name="r", **sampling):
