@@ -24,7 +24,8 @@ import uvloop
 from cyclopts import App, Parameter
 
 from loadtest.client import Client, Sample
-from loadtest.fleet import Run, Scenario
+from loadtest.simulator.scenario import Scenario
+from loadtest.simulator.simulation import Simulation
 from loadtest.stack import Stack, stack
 from loadtest.workloads import Turn, Workload, load
 from planes.wire.messages import EngineFacts
@@ -142,7 +143,7 @@ async def _agree(trace: str, rate: float, limit: int, prefill: int, decode: int,
 
 def _simulate(workload: Workload, facts: EngineFacts, prefill: int, decode: int, seed: int) -> dict[str, float]:
     scenario = Scenario("headrace", prefill, decode, 0, facts, seed=seed)
-    records = Run(scenario, workload).simulate().records
+    records = Simulation(scenario, workload).run().records
     return _quantiles([record.ttft_s for record in records if record.ttft_s is not None])
 
 

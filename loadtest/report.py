@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from loadtest.fleet import Ending, Record, Result
+from loadtest.simulator.records import Ending, Record, Result
 from planes.wire.messages import Role
 
 QUANTILES: Final = tuple(step / 100 for step in range(101))

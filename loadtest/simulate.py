@@ -1,6 +1,6 @@
 """Compare routing policies on a simulated fleet: `python -m loadtest.simulate --help`.
 
-One run serves one workload with one policy (`loadtest/fleet.py`). `--matrix docs` runs the comparison that
+One run serves one workload with one policy (`loadtest/simulator/`). `--matrix docs` runs the comparison that
 `docs/routing.md` reports, and writes its tables, plots and JSON.
 """
 
@@ -20,8 +20,9 @@ import msgspec
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
-from loadtest.fleet import Run, Scenario, engine_facts
 from loadtest.report import Report, Row, Slo, markdown, summarise, table, write
+from loadtest.simulator.scenario import Scenario, engine_facts
+from loadtest.simulator.simulation import Simulation
 from loadtest.workloads import GENERATORS, TRACE_BLOCK_SIZE, Workload, load
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import EngineFacts
@@ -193,7 +194,7 @@ class Comparison:
             num_gateways=case.num_gateways,
             slow_worker=case.slow_worker,
         )
-        result = Run(scenario, workload, on_progress).simulate()
+        result = Simulation(scenario, workload, on_progress).run()
         return summarise(result, load=case.load, fleet=case.fleet, policy=policy, slo=self.slo)
 
     def report(self, cases: Sequence[Case], rows: list[Row]) -> Report:

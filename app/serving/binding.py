@@ -9,6 +9,7 @@ The router is asked again in the same turn of the loop in which anything changed
 
 import asyncio
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import structlog
 
@@ -26,6 +27,19 @@ OnAnswer = Callable[[Route | Rejected], None]
 """Takes the router's answer, once; must not raise."""
 
 
+class Timer(Protocol):
+    """What an event loop's `call_soon` and `call_later` return."""
+
+    def cancel(self) -> None: ...
+
+
+class Timers(Protocol):
+    """What is needed of an event loop; the simulator has one on virtual time."""
+
+    def call_soon(self, callback: Callable[[], Any], /) -> Timer: ...
+    def call_later(self, delay: float, callback: Callable[[], Any], /) -> Timer: ...
+
+
 class RouterBroken(Rejected):
     """The router itself raised: our own bug, which is logged."""
 
@@ -36,15 +50,15 @@ class RouterBroken(Rejected):
 
 
 class Dispatcher:
-    """Passes the router's answers on. One for each router."""
+    """Passes the router's answers on. One for each router. timers: None means the running event loop."""
 
-    def __init__(self, router: Router, *, clock: Clock) -> None:
+    def __init__(self, router: Router, *, clock: Clock, timers: Timers | None = None) -> None:
         self._router = router
         self._clock = clock
-        self._loop = asyncio.get_running_loop()
+        self._timers: Timers = timers or asyncio.get_running_loop()
         self._waiting: dict[RequestId, OnAnswer] = {}
-        self._soon: asyncio.Handle | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._soon: Timer | None = None
+        self._timer: Timer | None = None
 
     @property
     def num_waiting(self) -> int:
@@ -78,7 +92,7 @@ class Dispatcher:
     def changed(self) -> None:
         """Something that the router knows has changed; it will be asked before this turn of the loop is over."""
         if self._soon is None:
-            self._soon = self._loop.call_soon(self._dispatch)
+            self._soon = self._timers.call_soon(self._dispatch)
 
     def stop(self) -> None:
         """Ask the router no more."""
@@ -117,4 +131,4 @@ class Dispatcher:
             self._timer = None
         wakeup = self._router.wakeup()
         if wakeup is not None:
-            self._timer = self._loop.call_later(max(0.001, wakeup - now), self.changed)
+            self._timer = self._timers.call_later(max(0.001, wakeup - now), self.changed)

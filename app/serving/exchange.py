@@ -23,6 +23,7 @@ The driver (`relay.py`; the simulator has one on virtual time) tells it what hap
 |                    | … too often in a row    | ENDED        | … Release, Fail                                       |
 | WAITING            | Joined, TimeUp          | ROUTING      | Submit                                                |
 |                    | TimeUp, the last        | ENDED        | Fail                                                  |
+| (any other)        | TimeUp                  | (same)       | (none): somebody had joined before                    |
 | (any)              | ClientGone              | ENDED        | Withdraw, or CancelLeg, ReleaseTicket, Release        |
 | (any)              | Deadline, Stopping, Bug | ENDED        | the same, then Fail                                   |
 
@@ -203,6 +204,9 @@ class Exchange:
     def _joined(self, event: on.Joined, _: float) -> list[Effect]:
         self._retries.forgive(event.worker)
         return [self._submit()] if self.state is State.WAITING else []
+
+    def _too_late(self, _: on.TimeUp, __: float) -> list[Effect]:
+        return []
 
     def _bypass(self, code: str, reason: str) -> do.Note:
         self._fallback = self._fallback or code
@@ -422,6 +426,7 @@ class Exchange:
     }
     _ANY_STATE: ClassVar[dict[type, Handler]] = {
         on.Joined: _joined,
+        on.TimeUp: _too_late,
         on.Deadline: _deadline,
         on.Stopping: _stopping,
         on.Bug: _bug,

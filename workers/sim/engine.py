@@ -31,10 +31,11 @@ from workers.engine.base import (
     EngineStartError,
     is_drawn_again,
 )
-from workers.sim.core import EngineQueueFull, SimCore, SimLeg, SimOutput, SimRequest
+from workers.sim.core import EngineQueueFull, SimCore, SimOutput, SimRequest
 from workers.sim.handover import KvTransfer, Offer
 from workers.sim.kv_pool import KvPool
 from workers.sim.options import SimOptions, faster
+from workers.sim.request import leg_of
 from workers.sim.side_channel import HandoverFailed
 from workers.sim.tokens import key_of, logprob_of
 from workers.sim.transfer import open_transfer
@@ -208,7 +209,7 @@ class SimEngine:
             tokens = np.concatenate((tokens, np.array(request.resume, dtype=np.uint32)))
         root_name = root(options.model, request.cache_salt)
         names = name_blocks(tokens, self._facts.block_size, root_name)
-        leg, remote_tokens = _leg(request, len(tokens))
+        leg, remote_tokens = leg_of(request.leg, len(tokens))
         is_ending = not is_drawn_again(request.leg, sampling, num_resumed=len(request.resume))
         sequences = []
         for index in range(sampling.n):
@@ -423,13 +424,3 @@ class SimEngine:
 
 def _num_tokens(run: _ActiveRequest) -> int:
     return len(run.request.prompt) + len(run.request.resume)
-
-
-def _leg(request: EngineRequest, num_tokens: int) -> tuple[SimLeg, int]:
-    """The core's kind of leg, and how many tokens of KV cache will come from elsewhere."""
-    leg = request.leg
-    if isinstance(leg, PrefillLeg):
-        return SimLeg.PREFILL, 0
-    if isinstance(leg, DecodeLeg):
-        return SimLeg.DECODE, num_tokens if leg.ticket is None else leg.ticket.num_tokens
-    return SimLeg.LOCAL, 0

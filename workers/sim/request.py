@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planes.wire.blocks import Hashes
-from planes.wire.frames import FinishReason
+from planes.wire.frames import DecodeLeg, FinishReason, Leg, PrefillLeg
 from planes.wire.messages import RequestId
 
 
@@ -22,6 +22,15 @@ class SimLeg(StrEnum):
     """Prompt and one token; the blocks stay pinned until `SimCore.release_lease`."""
     DECODE = "decode"
     """The KV cache of the first `remote_tokens` comes from elsewhere: see `SimCore.handover_arrived`."""
+
+
+def leg_of(leg: Leg, num_tokens: int) -> tuple[SimLeg, int]:
+    """The core's kind of leg, and how many of an input's `num_tokens` have their KV cache elsewhere."""
+    if isinstance(leg, PrefillLeg):
+        return SimLeg.PREFILL, 0
+    if isinstance(leg, DecodeLeg):
+        return SimLeg.DECODE, num_tokens if leg.ticket is None else leg.ticket.num_tokens
+    return SimLeg.LOCAL, 0
 
 
 @dataclass(frozen=True, slots=True)

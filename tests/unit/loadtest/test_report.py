@@ -1,9 +1,9 @@
 import msgspec
 import pytest
 
-from loadtest.fleet import Ending, Gaps, Record, Result, WorkerTotals
 from loadtest.plots import plots
 from loadtest.report import Report, Row, Slo, is_good, markdown, page, quantile, slug, summarise, table, write
+from loadtest.simulator.records import Ending, Gaps, Record, Result, WorkerTotals
 from planes.wire.messages import Role, WorkerId
 
 
@@ -31,7 +31,7 @@ def result():
         WorkerTotals(WorkerId("p1"), Role.PREFILL, busy_s=2.0),
         WorkerTotals(WorkerId("d0"), Role.DECODE, busy_s=5.0),
     ]
-    return Result(records, gaps, workers, duration_s=10.0, num_dispatches=7)
+    return Result(records, gaps, workers, duration_s=10.0)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_imbalance_is_that_of_the_workers_that_prefill(row):
 
 
 def test_a_run_without_requests_has_a_row_too():
-    row = summarise(Result([], Gaps(), [], 0.0, 0), load="l", fleet="f", policy="p", slo=Slo())
+    row = summarise(Result([], Gaps(), [], 0.0), load="l", fleet="f", policy="p", slo=Slo())
     assert row.ttft_mean_s is None
     assert "-" in table([row])
 

@@ -2,10 +2,8 @@ import asyncio
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from planes.wire.blocks import digest, pack, unpack
+from planes.wire.blocks import pack, unpack
 from planes.wire.messages import (
     AllCleared,
     BlocksRemoved,
@@ -17,7 +15,7 @@ from planes.wire.messages import (
     WorkerState,
 )
 from workers.engine.base import EngineLoad
-from workers.kv_events import CachedBlocks, Publisher
+from workers.kv_events import Publisher
 
 WORKER = WorkerId("decode-1")
 
@@ -68,27 +66,6 @@ async def running(subject, events, until):
     await wait()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-
-
-NAMES = st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 9), max_size=8)
-EVENTS = st.builds(lambda names: stored(*names), NAMES) | st.builds(lambda names: removed(*names), NAMES)
-
-
-@given(history=st.lists(EVENTS | st.just(AllCleared())))
-def test_the_held_set_and_its_digest_follow_any_history(history):
-    held, naive = CachedBlocks(), set()
-    for event in history:
-        held.apply(event)
-        match event:
-            case BlocksStored(hashes):
-                naive |= set(unpack(hashes).tolist())
-            case BlocksRemoved(hashes):
-                naive -= set(unpack(hashes).tolist())
-            case _:
-                naive.clear()
-    assert set(unpack(held.packed()).tolist()) == naive
-    assert len(held) == len(naive)
-    assert held.digest == digest(np.array(list(naive), dtype=np.uint64))
 
 
 def test_a_report_carries_load_steps_and_the_digest_of_what_is_held():

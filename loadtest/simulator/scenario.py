@@ -1,0 +1,86 @@
+"""What a simulation is run with: fleet, wiring and faults."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from app.serving.retries import ExchangeLimits
+from planes.streams.protocol import StreamLimits
+from planes.wire.messages import EngineFacts, LatencyPrior, Role, WorkerId
+
+MODEL: Final = "simulated"
+
+
+def engine_facts(*, block_size: int, num_blocks: int, link_gbps: float) -> EngineFacts:
+    """A worker of the simulated fleet: an 8B model (128 KiB of KV cache per token) that prefills 8000 tokens/s."""
+    return EngineFacts(
+        block_size=block_size,
+        num_blocks=num_blocks,
+        context_length=min(200_000, num_blocks * block_size - 1),
+        max_batch=128,
+        max_step_tokens=2048,
+        bytes_per_block=block_size * 128 * 1024,
+        vocab_size=256,
+        latency=LatencyPrior(handover_bytes_per_s=link_gbps * 1e9 / 8),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """At an instant of the run, a worker's process is gone. worker: None picks one that lives."""
+
+    at_s: float
+    worker: WorkerId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What goes wrong.
+
+    kills: at given instants.  kill_every_s: one more that often, at random workers, while requests are under way.
+    restart_s: seconds from a kill until the worker registers anew, with an empty KV cache and another epoch.
+    busy_share: of all legs, those that their worker refuses with `worker_busy`.
+    """
+
+    kills: Sequence[Kill] = ()
+    kill_every_s: float | None = None
+    restart_s: float = 30.0
+    busy_share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A fleet and its router."""
+
+    policy: str
+    num_prefill: int
+    num_decode: int
+    num_both: int
+    facts: EngineFacts
+    seed: int = 0
+    num_gateways: int = 1
+    slow_worker: float = 1.0
+    """The first worker takes this many times as long for everything; nobody tells the router."""
+    hop_s: float = 0.0005
+    """Gateway to worker or back."""
+    publish_s: float = 0.002
+    """KV events, load reports and registrations under way."""
+    dead_s: float = StreamLimits().dead_s
+    """Silence after which a worker counts as dead, for gateways and for readers of its KV cache: no socket tells that
+    it was killed.
+    """
+    lease_s: float = 30.0
+    """How long a prefilled KV cache waits to be fetched."""
+    limits: ExchangeLimits = field(default_factory=ExchangeLimits)
+    faults: Faults = field(default_factory=Faults)
+    drain_s: float = 3600.0
+    """The run ends this long after the last session's start; what is not finished by then counts as unfinished."""
+
+    def workers(self) -> list[tuple[WorkerId, Role]]:
+        roles = [Role.PREFILL] * self.num_prefill + [Role.DECODE] * self.num_decode + [Role.BOTH] * self.num_both
+        return [(WorkerId(f"{role}-{number:03}"), role) for number, role in enumerate(roles)]
+
+    def rng(self, what: str) -> random.Random:
+        """Numbers of their own for each purpose: one more draw here changes nothing elsewhere."""
+        return random.Random(f"{self.seed}/{what}")

@@ -1,0 +1,142 @@
+"""One workload served by one simulated fleet."""
+
+import random
+from collections.abc import Callable
+from typing import Final
+
+from loadtest.simulator.clock import Clock
+from loadtest.simulator.driver import ExchangeDriver, gateway_request
+from loadtest.simulator.gateway import SimulatedGateway, default_router
+from loadtest.simulator.records import Ending, Gaps, Record, Result, WorkerTotals
+from loadtest.simulator.scenario import Kill, Scenario
+from loadtest.simulator.worker import SimulatedWorker
+from loadtest.workloads import Session, Workload
+from planes.wire.messages import RequestId, WorkerId
+from router.router import Router
+from workers.publications import BUSY_REPORT_S
+
+MakeRouter = Callable[[Scenario, int], Router]
+"""Scenario and number of the gateway → its router."""
+
+_FIRST_EPOCH: Final = 1
+
+
+class Simulation:
+    """Good for one `run`."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        workload: Workload,
+        on_progress: Callable[[int, int], None] = lambda _ended, _all: None,
+        *,
+        make_router: MakeRouter = default_router,
+    ) -> None:
+        self.scenario = scenario
+        self.clock = Clock()
+        self.lives: dict[WorkerId, SimulatedWorker] = {}
+        """Of every worker the present one, or the last."""
+        self.gateways = [
+            SimulatedGateway(make_router(scenario, number), scenario, self.clock)
+            for number in range(scenario.num_gateways)
+        ]
+        self._workload = workload
+        self._on_progress = on_progress
+        self._gaps = Gaps()
+        self._records: list[Record] = []
+        self._totals = {worker: WorkerTotals(worker, role) for worker, role in scenario.workers()}
+        self._num_ended = 0
+        self._faults_rng = scenario.rng("faults")
+
+    def run(self) -> Result:
+        """Serve it all, or as much as ends within `drain_s`."""
+        self.start_workers()
+        self._plan_kills()
+        sessions = self._workload.sessions
+        for number, session in enumerate(sessions):
+            gateway = self.gateways[number % len(self.gateways)]
+            self.clock.call_at(session.start_s, self._send, gateway, session, 0)
+        last = max((session.start_s for session in sessions), default=0.0)
+        num_requests = self._workload.num_requests
+        self.clock.run(until=last + self.scenario.drain_s, is_over=lambda: self._num_ended == num_requests)
+        for record in self._records:
+            record.ending = record.ending or Ending.UNFINISHED
+        return Result(self._records, self._gaps, list(self._totals.values()), self.clock.now)
+
+    # --- workers -------------------------------------------------------------------------------------------------
+
+    def start_workers(self) -> None:
+        """Let all gateways know them, and begin to report. `run` does it."""
+        phases = random.Random(self.scenario.seed)
+        for worker in self._totals:
+            life = self._live(worker, _FIRST_EPOCH)
+            for gateway in self.gateways:
+                gateway.worker_up(life)
+        for life in self.lives.values():
+            life.publisher.start(life.core, phases.random() * BUSY_REPORT_S)
+
+    def _live(self, worker: WorkerId, epoch: int) -> SimulatedWorker:
+        life = self.lives[worker] = SimulatedWorker(
+            self._totals[worker],
+            epoch,
+            self.scenario,
+            self.clock,
+            self._gaps,
+            lives=self.lives,
+            listeners=self.gateways,
+            rng=self._faults_rng,
+        )
+        if worker == next(iter(self._totals)):
+            life.core.set_slowdown(self.scenario.slow_worker, now=self.clock.now)
+        return life
+
+    def _plan_kills(self) -> None:
+        faults = self.scenario.faults
+        for kill in faults.kills:
+            self.clock.call_at(kill.at_s, self._kill, kill)
+        if faults.kill_every_s is not None:
+            self.clock.call_at(faults.kill_every_s, self._kill_again, faults.kill_every_s)
+
+    def _kill_again(self, every_s: float) -> None:
+        self._kill(Kill(self.clock.now))
+        self.clock.call_later(every_s, self._kill_again, every_s)
+
+    def _kill(self, kill: Kill) -> None:
+        living = [life for life in self.lives.values() if life.is_alive and kill.worker in {None, life.id}]
+        if not living:
+            return
+        life = living[0] if len(living) == 1 else self._faults_rng.choice(living)
+        life.kill()
+        dead_s, clock = self.scenario.dead_s, self.clock
+        for gateway in self.gateways:
+            clock.call_later(dead_s, gateway.worker_lost, life, f"it said nothing for {dead_s:g} s")
+        clock.call_later(self.scenario.faults.restart_s, self._restart, life)
+
+    def _restart(self, before: SimulatedWorker) -> None:
+        life = self._live(before.id, before.epoch + 1)
+        life.publisher.start(life.core, self.clock.now)
+        for gateway in self.gateways:
+            self.clock.call_later(self.scenario.publish_s, gateway.worker_up, life)
+
+    # --- sessions ------------------------------------------------------------------------------------------------
+
+    def _send(self, gateway: SimulatedGateway, session: Session, number: int) -> None:
+        turn = session.turns[number]
+        record = Record(self.clock.now, turn.prompt_tokens, turn.completion_tokens)
+        request = gateway_request(
+            RequestId(f"r{len(self._records)}"), turn, block_size=self.scenario.facts.block_size, now=self.clock.now
+        )
+        self._records.append(record)
+
+        def ended() -> None:
+            self._num_ended += 1
+            self._on_progress(self._num_ended, self._workload.num_requests)
+            num_left = len(session.turns) - number - 1
+            if not num_left:
+                return
+            if record.ending is Ending.FINISHED:
+                self.clock.call_later(session.turns[number + 1].think_s, self._send, gateway, session, number + 1)
+            else:
+                self._num_ended += num_left  # nobody asks on without an answer
+
+        ExchangeDriver(gateway, request, turn, record, ended).start()
