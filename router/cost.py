@@ -38,13 +38,35 @@ from router.latency import LinkModel
 from router.policy import FleetView, WorkerView
 from router.request import Candidate, RoutableRequest
 
-_MAX_UTILISATION = 0.8
-_STALL_BOTH, _POWER_BOTH = 0.04, 1.5
-_STALL_DECODE, _POWER_DECODE = 0.3, 2
-_NOTICED_STEPS = 10
+
+class CostModel(msgspec.Struct, frozen=True, kw_only=True):
+    """The measured constants of the price, see ADR 8 and ADR 21. What is not in seconds has no unit."""
+
+    max_utilisation: float = 0.8
+    """Busier than this is not told apart: there the queue is what tells."""
+    stall_both: float = 0.04
+    """Seconds of waiting for a first token that a second of standing still counts for, on a worker that does both."""
+    stall_both_power: float = 1.5
+    """By which power of 1 / (1 - utilisation) that grows."""
+    stall_decode: float = 0.3
+    """The same on a worker kept for decoding."""
+    stall_decode_power: float = 2.0
+    noticed_steps: int = 10
+    """A pause of so many decode steps counts in full, one of a single step not at all."""
+    round_trip_s: float = 0.01
+    """From a worker's report to the next prompt's arrival there: work for so long has to lie ready."""
+    patience: float = 4.0
+    """How many times as long as it took to compute a KV cache may wait for room to decode."""
+    shared_steps: float = 16.0
+    """Prompts are brought together in a step as long as they take at most so many times its fixed cost."""
+    near: float = 1.003
+    """Costs this close are equal, and a random one wins: several gateways must not all pick the same worker."""
 
 
-class PrefillCost(msgspec.Struct, frozen=True, kw_only=True):
+MEASURED = CostModel()
+
+
+class PrefillCost(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Computing the prompt on one worker. `cost_s` is all that this leg adds to the total."""
 
     worker: WorkerView
@@ -54,7 +76,7 @@ class PrefillCost(msgspec.Struct, frozen=True, kw_only=True):
     cost_s: float
 
 
-class DecodeCost(msgspec.Struct, frozen=True, kw_only=True):
+class DecodeCost(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Decoding on one worker. `first_step_s` counts the wait for room; `cost_s` has everything but the handover."""
 
     worker: WorkerView
@@ -93,14 +115,16 @@ def congestion(view: FleetView) -> Congestion:
 NO_CONGESTION = Congestion()
 
 
-def prefill_cost(request: RoutableRequest, worker: WorkerView, congested: Congestion = NO_CONGESTION) -> PrefillCost:
+def prefill_cost(
+    request: RoutableRequest, worker: WorkerView, congested: Congestion = NO_CONGESTION, model: CostModel = MEASURED
+) -> PrefillCost:
     uncached = request.prompt_tokens - worker.cached_tokens
     seconds = worker.latency.prefill_s(uncached, request.prompt_tokens)
     queue = worker.starts_in_s if worker.num_passed else worker.queue_s
-    busy = min(worker.prefill_utilisation, _MAX_UTILISATION)
+    busy = min(worker.prefill_utilisation, model.max_utilisation)
     stalled_s = 0.0
     if worker.role.can_decode and (worker.num_running or worker.mean_running):
-        stall = _stall(worker, uncached, busy if worker.num_running else 0.0)
+        stall = _stall(worker, uncached, busy if worker.num_running else 0.0, model)
         stalled_s = seconds * stall * max(worker.num_running, worker.mean_running)
         if worker.num_running:  # every step of the prompt carries the batch along, and begins when the current one ends
             step = worker.latency.step_s(worker.num_running, worker.kv_tokens)
@@ -113,21 +137,21 @@ def prefill_cost(request: RoutableRequest, worker: WorkerView, congested: Conges
     )
 
 
-def _stall(worker: WorkerView, uncached_tokens: int, busy: float) -> float:
+def _stall(worker: WorkerView, uncached_tokens: int, busy: float, model: CostModel) -> float:
     """What a second of standing still costs a stream, against a second of waiting for a first token."""
     if worker.role.can_prefill:
-        return _STALL_BOTH / float((1 - busy) ** _POWER_BOTH)
+        return model.stall_both / float((1 - busy) ** model.stall_both_power)
     chunk = min(uncached_tokens, worker.facts.max_step_tokens)
     pause_s = worker.latency.prefill_s(chunk, chunk)
     step_s = worker.latency.step_s(worker.num_running, worker.kv_tokens)
-    longer_s, noticed_s = max(0.0, pause_s - step_s), (_NOTICED_STEPS - 1) * step_s
+    longer_s, noticed_s = max(0.0, pause_s - step_s), (model.noticed_steps - 1) * step_s
     share = longer_s / noticed_s if longer_s < noticed_s else 1.0
-    return share * _STALL_DECODE / float((1 - busy) ** _POWER_DECODE)
+    return share * model.stall_decode / float((1 - busy) ** model.stall_decode_power)
 
 
-def decode_cost(request: RoutableRequest, worker: WorkerView) -> DecodeCost:
+def decode_cost(request: RoutableRequest, worker: WorkerView, model: CostModel = MEASURED) -> DecodeCost:
     batch, kv_tokens, facts = worker.num_running, worker.kv_tokens, worker.facts
-    expected, busy = request.expected_tokens, min(worker.prefill_utilisation, _MAX_UTILISATION)
+    expected, busy = request.expected_tokens, min(worker.prefill_utilisation, model.max_utilisation)
     before = worker.latency.step_s(batch, kv_tokens)
     after = worker.latency.step_s(batch + 1, kv_tokens + request.prompt_tokens)
     slowdown = max(0.0, after - before) * batch * expected
@@ -138,7 +162,7 @@ def decode_cost(request: RoutableRequest, worker: WorkerView) -> DecodeCost:
     if not has_room:  # somebody has to finish first: on average one does so every `decoding / batch`
         first += decoding / batch
     missing = -(-(request.prompt_tokens - worker.cached_tokens) // facts.block_size) * facts.bytes_per_block
-    stall = _stall(worker, facts.max_step_tokens, busy) if worker.queue_s else 0.0
+    stall = _stall(worker, facts.max_step_tokens, busy, model) if worker.queue_s else 0.0
     return DecodeCost(
         worker=worker,
         first_step_s=first,
@@ -180,11 +204,13 @@ def local(prefill: PrefillCost, decode: DecodeCost) -> Candidate:
     )
 
 
-def pair(request: RoutableRequest, prefill: PrefillCost, decode: DecodeCost, link: LinkModel) -> Candidate:
+def pair(
+    request: RoutableRequest, prefill: PrefillCost, decode: DecodeCost, link: LinkModel, model: CostModel = MEASURED
+) -> Candidate:
     """The legs on two workers, and the handover between them."""
     handover = link.handover_s(decode.missing_bytes)
     stalled_s = _stalled_s(decode, prefill.queue_s + prefill.prefill_s + handover) if decode.prompts_s else 0.0
-    early_s = (1 - _STALL_DECODE) * (handover + decode.first_step_s) if request.is_first_token_exact else 0.0
+    early_s = (1 - model.stall_decode) * (handover + decode.first_step_s) if request.is_first_token_exact else 0.0
     return Candidate(
         prefill=prefill.worker.worker,
         decode=decode.worker.worker,

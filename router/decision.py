@@ -65,7 +65,8 @@ def _check(choice: Choice, view: FleetView) -> None:
     prefill = {None, *[worker.worker for worker in view.prefill]}
     decode = {worker.worker for worker in view.decode}
     for option in (choice.chosen, *choice.candidates):  # hundreds in a large fleet
-        _expect("a candidate", option, Candidate)
+        if type(option) is not Candidate:
+            _expect("a candidate", option, Candidate)
         if option.decode not in decode or option.prefill not in prefill:
             raise ValueError(f"prefill on {option.prefill!r} and decode on {option.decode!r} were not offered")
         if not (0.0 <= option.queue_s <= _MOST and 0.0 <= option.prefill_s <= _MOST >= option.total_s >= -_MOST):

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from heapq import nsmallest
+from operator import attrgetter
 
 from planes.wire.messages import RequestId
 from router.request import Candidate, Explanation
@@ -14,7 +15,7 @@ def worth_keeping(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
     """All, or the cheapest ones: with hundreds of workers the others would fill the memory."""
     if len(candidates) <= _MAX_CANDIDATES:
         return candidates
-    return tuple(nsmallest(_MAX_CANDIDATES, candidates, key=lambda candidate: candidate.total_s))
+    return tuple(nsmallest(_MAX_CANDIDATES, candidates, key=attrgetter("total_s")))
 
 
 class History:

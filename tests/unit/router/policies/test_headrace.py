@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from planes.wire.messages import EngineFacts, HandoverMode, LatencyPrior, RequestId, Role, WorkerId
-from router.cost import can_hand_over, congestion, decode_cost, judge, local, pair, prefill_cost
+from router.cost import CostModel, can_hand_over, congestion, decode_cost, judge, local, pair, prefill_cost
 from router.latency import LatencyModel, LinkModel
 from router.policies.headrace import Headrace
 from router.policy import FleetView, WorkerView
@@ -321,3 +321,13 @@ def test_the_parts_of_every_candidate_add_up():
     for way in choice.candidates:
         parts = way.queue_s + way.prefill_s + way.handover_s + way.first_step_s + way.decode_s + way.inflicted_s
         assert parts - way.early_token_discount_s == pytest.approx(way.total_s)
+
+
+def test_the_constants_of_the_price_are_the_policy_s_to_be_given():
+    workers = worker("p", Role.PREFILL, queue_s=0.5), worker("d", Role.DECODE, **BUSY)
+    assert choose(*workers).chosen.prefill == "p"
+    cheap = Headrace(CostModel(stall_decode=0.0)).choose(request(), fleet(*workers)).chosen
+    assert cheap.prefill is None
+    late = worker("b", Role.BOTH, queue_s=5.0)
+    assert choose(late).is_held
+    assert not Headrace(CostModel(round_trip_s=60.0)).choose(request(), fleet(late)).is_held
