@@ -1,0 +1,114 @@
+"""What is published: wheel and sdist, each installed with its dependencies into an environment that has nothing else.
+
+Everything else is tested from the tree, where no file can be missing.
+"""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+
+import httpx
+import pytest
+
+from tests.up import ROOT, free_port
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+
+
+def environment(**added):
+    """Ours, without what would let the tree itself be imported or set Headrace."""
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HEADRACE_", "VIRTUAL"))
+    }
+    return kept | added
+
+
+def call(*argv, cwd):
+    done = subprocess.run(argv, cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{argv}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def install(kind, folder):
+    """The bin folder of a new virtual environment that has what was built, and nothing of the tree.
+
+    The wheel is built from the sdist: built in the tree, it would compile the block table under the other tests' feet.
+    """
+    call(sys.executable, "-m", "build", "--outdir", folder / "dist", ROOT, cwd=folder)
+    (artefact,) = (folder / "dist").glob(f"*.{kind}")
+    call(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
+    call(folder / "venv/bin/pip", "install", "--quiet", f"{artefact}[sim]", cwd=folder)
+    return folder / "venv/bin"
+
+
+def files_of(folder):
+    """What belongs to our packages under a folder, except what Python and the C compiler make."""
+    return {
+        path.relative_to(folder)
+        for package in PACKAGES
+        for path in (folder / package).rglob("*")
+        if path.is_file() and path.suffix not in {".pyc", ".so", ".tmp"}
+    }
+
+
+@pytest.fixture
+def somebody_elses_project(tmp_path):
+    """A folder to work in that has packages with the names of ours; none of them may be touched."""
+    folder = tmp_path / "project"
+    for package in PACKAGES:
+        (folder / package).mkdir(parents=True)
+        for name in ("__init__.py", "__main__.py"):
+            (folder / package / name).write_text(f"raise SystemExit('another project has {package}/{name}')\n")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["whl", "tar.gz"])
+async def test_what_is_published_is_whole_and_serves_beside_packages_of_the_same_names(
+    kind, tmp_path, somebody_elses_project, until
+):
+    commands = install(kind, tmp_path)
+
+    (installed,) = (tmp_path / "venv/lib").glob("python3*/site-packages")
+    assert files_of(installed) == files_of(ROOT)
+    is_compiled = any(map(shutil.which, ("cc", "gcc", "clang")))
+    assert (installed / "router/index/libblock_table.so").exists() == is_compiled
+
+    version = call(commands / "headrace", "--version", cwd=somebody_elses_project)
+    assert version.strip() == PROJECT["project"]["version"]
+
+    port, output = free_port(), tmp_path / "output"
+    flags = ("--engine", "sim", "--port", str(port), "--state-dir", tmp_path / "state")
+    with output.open("wb") as file:
+        running = await asyncio.create_subprocess_exec(
+            *(commands / "headrace", "up", *flags),
+            cwd=somebody_elses_project,
+            env=environment(HEADRACE_SPEEDUP="10", HEADRACE_CACHE=str(tmp_path / "cache")),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+
+        def is_listening():
+            assert running.returncode is None, output.read_text()
+            return "curl -N" in output.read_text()
+
+        await until(is_listening, f"it listens: {output}")
+        body = {"model": "sim", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+            answer = await client.post("/v1/chat/completions", json=body, headers={"x-headrace-handover": "always"})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] == 8
+        running.send_signal(signal.SIGINT)
+        assert await running.wait() == 0, output.read_text()
+    finally:
+        if running.returncode is None:
+            running.terminate()
+            await running.wait()
