@@ -63,6 +63,17 @@ class Row(msgspec.Struct, frozen=True):
     duration_s: float
     ttft_quantiles_s: list[float]
     """Percentiles 0 to 100; empty without a single first token."""
+    calm_fleet: str = ""
+    """The same fleet without faults; empty: this one has none."""
+    num_failed: int = 0
+    num_kills: int = 0
+    num_retries: int = 0
+    """Legs that failed before their client had a token …"""
+    num_migrations: int = 0
+    """… and after."""
+    stall_p50_s: float | None = None
+    """Of the requests that migrated: median of the pause meanwhile."""
+    recomputed_tokens: int = 0
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -74,7 +85,7 @@ class Report(msgspec.Struct, frozen=True):
     rows: list[Row]
 
 
-def summarise(result: Result, *, load: str, fleet: str, policy: str, slo: Slo) -> Row:
+def summarise(result: Result, *, load: str, fleet: str, policy: str, slo: Slo, calm_fleet: str = "") -> Row:
     """The row of one run."""
     records = result.records
     finished = [record for record in records if record.ending is Ending.FINISHED]
@@ -113,6 +124,13 @@ def summarise(result: Result, *, load: str, fleet: str, policy: str, slo: Slo) -
         ttft_error_p50=_prediction_error(finished),
         duration_s=result.duration_s,
         ttft_quantiles_s=[value for q in QUANTILES if (value := quantile(ttfts, q)) is not None],
+        calm_fleet=calm_fleet,
+        num_failed=sum(record.ending is Ending.FAILED for record in records),
+        num_kills=sum(worker.num_kills for worker in result.workers),
+        num_retries=sum(record.num_retries for record in records),
+        num_migrations=sum(record.num_migrations for record in records),
+        stall_p50_s=quantile(sorted(record.stall_s for record in records if record.stall_s), 0.5),
+        recomputed_tokens=sum(record.recomputed_tokens for record in records),
     )
 
 
@@ -171,16 +189,43 @@ COLUMNS: Final[Sequence[Column]] = (
 )
 
 
-def _cells(row: Row) -> list[str]:
-    values = [value(row) for _, value, _, _ in COLUMNS]
-    return [_NONE if cell is None else f"{cell:{column[2]}}" for cell, column in zip(values, COLUMNS, strict=True)]
+def price_columns(rows: Iterable[Row]) -> Sequence[Column]:
+    """What faults came to, and how much worse the same load fared for them than without; `rows` has both."""
+    calm = {(row.load, row.fleet, row.policy): row for row in rows}
+
+    def more(value: Callable[[Row], float | None]) -> Callable[[Row], float | None]:
+        def difference(row: Row) -> float | None:
+            before = calm.get((row.load, row.calm_fleet, row.policy))
+            now, then = value(row), None if before is None else value(before)
+            return None if now is None or then is None else now - then
+
+        return difference
+
+    return (
+        ("kills", lambda row: row.num_kills, ".0f", 0),
+        ("failed", lambda row: row.num_failed, ".0f", -1),
+        ("retries", lambda row: row.num_retries, ".0f", 0),
+        ("migrations", lambda row: row.num_migrations, ".0f", 0),
+        ("stall p50 s", lambda row: row.stall_p50_s, ".2f", -1),
+        ("tokens computed again", lambda row: row.recomputed_tokens, ".0f", -1),
+        ("TTFT mean s", more(lambda row: row.ttft_mean_s), "+.2f", -1),
+        ("TTFT p99 s", more(lambda row: row.ttft_p99_s), "+.2f", -1),
+        ("ITL p99 ms", more(lambda row: None if row.itl_p99_s is None else row.itl_p99_s * 1e3), "+.1f", -1),
+        ("TPOT p99 ms", more(lambda row: None if row.tpot_p99_s is None else row.tpot_p99_s * 1e3), "+.1f", -1),
+        ("goodput points", more(lambda row: row.goodput_share * 100), "+.1f", 1),
+    )
 
 
-def _best(rows: Sequence[Row]) -> list[str | None]:
+def _cells(row: Row, columns: Sequence[Column]) -> list[str]:
+    values = [value(row) for _, value, _, _ in columns]
+    return [_NONE if cell is None else f"{cell:{column[2]}}" for cell, column in zip(values, columns, strict=True)]
+
+
+def _best(rows: Sequence[Row], columns: Sequence[Column]) -> list[str | None]:
     """The best text of each column, None where none is better than another."""
-    texts = [_cells(row) for row in rows]
+    texts = [_cells(row, columns) for row in rows]
     best: list[str | None] = []
-    for index, (_, _, _, sign) in enumerate(COLUMNS):
+    for index, (_, _, _, sign) in enumerate(columns):
         column = [text[index] for text in texts if text[index] != _NONE]
         is_decided = sign != 0 and len(set(column)) > 1
         best.append(max(column, key=lambda text: sign * float(text)) if is_decided else None)
@@ -196,11 +241,20 @@ def by_load(rows: Iterable[Row]) -> Iterable[tuple[str, list[Row]]]:
         yield title, list(group)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """For a terminal: one block per load, aligned."""
-    lines = []
+def tables(rows: Sequence[Row]) -> Iterable[tuple[str, list[Row], Sequence[Column]]]:
+    """Title, rows and columns of each table: one per load, and one more where there were faults."""
     for title, group in by_load(rows):
-        cells = [["policy", *(heading for heading, *_ in COLUMNS)], *([row.policy, *_cells(row)] for row in group)]
+        yield title, group, COLUMNS
+        if group[0].calm_fleet:
+            yield f"{title}: what that costs", group, price_columns(rows)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """For a terminal: one block per table, aligned."""
+    lines = []
+    for title, group, columns in tables(rows):
+        texts = [[row.policy, *_cells(row, columns)] for row in group]
+        cells = [["policy", *(heading for heading, *_ in columns)], *texts]
         widths = [max(len(line[index]) for line in cells) for index in range(len(cells[0]))]
         lines.append(f"\n{title} ({group[0].num_requests} requests)")
         for line in cells:
@@ -210,14 +264,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table per load; the best of each column is bold."""
+    """One table per load and what its faults cost; the best of each column is bold."""
     parts = []
-    for title, group in by_load(rows):
-        best = _best(group)
-        parts += ["", f"### {title}", "", "| policy | " + " | ".join(heading for heading, *_ in COLUMNS) + " |"]
-        parts.append("|---|" + "--:|" * len(COLUMNS))
+    for title, group, columns in tables(rows):
+        best = _best(group, columns)
+        parts += ["", f"### {title}", "", "| policy | " + " | ".join(heading for heading, *_ in columns) + " |"]
+        parts.append("|---|" + "--:|" * len(columns))
         for row in group:
-            texts = [f"**{t}**" if t == b else t for t, b in zip(_cells(row), best, strict=True)]
+            texts = [f"**{t}**" if t == b else t for t, b in zip(_cells(row, columns), best, strict=True)]
             parts.append(f"| {row.policy} | " + " | ".join(texts) + " |")
     return "\n".join(parts) + "\n"
 
@@ -258,8 +312,10 @@ for (const th of document.querySelectorAll("th")) th.onclick = () => {{
 def page(report: Report, images: dict[str, bytes]) -> str:
     """One HTML page with everything in it; `images` from `loadtest.plots`."""
     parts = [_picture("goodput.png", images)]
-    for title, group in by_load(report.rows):
-        parts += [f"<h2>{html.escape(title)}</h2>", _html_table(group), _picture(f"ttft-{slug(title)}.png", images)]
+    for title, group, columns in tables(report.rows):
+        parts += [f"<h2>{html.escape(title)}</h2>", _html_table(group, columns)]
+        if columns is COLUMNS:
+            parts.append(_picture(f"ttft-{slug(title)}.png", images))
     settings = msgspec.json.format(msgspec.json.encode({"settings": report.settings, "versions": report.versions}))
     return _PAGE.format(
         ttft=f"{report.slo.ttft_s:g}",
@@ -269,14 +325,14 @@ def page(report: Report, images: dict[str, bytes]) -> str:
     )
 
 
-def _html_table(rows: Sequence[Row]) -> str:
-    best = _best(rows)
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in ("policy", *(column[0] for column in COLUMNS)))
+def _html_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    best = _best(rows, columns)
+    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in ("policy", *(column[0] for column in columns)))
     lines = []
     for row in rows:
         cells = "".join(
             f'<td class="best">{text}</td>' if text == top else f"<td>{text}</td>"
-            for text, top in zip(_cells(row), best, strict=True)
+            for text, top in zip(_cells(row, columns), best, strict=True)
         )
         mark = ' class="ours"' if row.policy == OURS else ""
         lines.append(f"<tr{mark}><td>{html.escape(row.policy)}</td>{cells}</tr>")

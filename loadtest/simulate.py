@@ -21,7 +21,7 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from loadtest.report import Report, Row, Slo, markdown, summarise, table, write
-from loadtest.simulator.scenario import Scenario, engine_facts
+from loadtest.simulator.scenario import Faults, Scenario, engine_facts
 from loadtest.simulator.simulation import Simulation
 from loadtest.workloads import GENERATORS, TRACE_BLOCK_SIZE, Workload, load
 from planes.wire.errors import UnusableSetting
@@ -45,6 +45,8 @@ class Case:
     num_gateways: int = 1
     limit: int | None = 1500
     label: str = ""
+    kill_every_s: float | None = None
+    restart_s: float = 30.0
 
     @property
     def load(self) -> str:
@@ -57,6 +59,7 @@ class Case:
             f"{self.num_both} both" if self.num_both else "",
             f"one {self.slow_worker:g}x slower" if self.slow_worker != 1 else "",
             f"{self.num_gateways} gateways" if self.num_gateways > 1 else "",
+            f"a worker killed every {self.kill_every_s:g} s" if self.kill_every_s is not None else "",
         ]
         return ", ".join(filter(None, parts))
 
@@ -86,15 +89,19 @@ MATRIX: Final[Sequence[Case]] = (
     Case("documents", 1.0, 0, 0, 12),
     Case("bursts", 1.0, 6, 4),
     Case("bursts", 1.0, 0, 0, 10),
+    Case("conversation", 0.8, 8, 4, label="conversation, light (x0.8)", kill_every_s=60.0),
+    Case("conversation", 0.8, 0, 0, 12, label="conversation, light (x0.8)", kill_every_s=60.0),
 )
 """What `docs/routing.md` compares: four loads of the trace, generated loads, disaggregated and aggregated at equal
-workers, a slow worker, two gateways. The first 1,500 sessions of each: about 25 minutes on two cores.
+workers, a slow worker, two gateways, and workers that are killed. The first 1,500 sessions of each: about 25 minutes on
+two cores.
 """
 
 QUICK: Final[Sequence[Case]] = (
     Case("conversation", 1.25, 8, 4, limit=60),
     Case("conversation", 1.25, 0, 0, 12, limit=60),
     Case("uniform", 1.0, 6, 2, limit=60),
+    Case("uniform", 1.0, 6, 2, limit=60, kill_every_s=5.0, restart_s=5.0),
 )
 """The same in seconds: shows that everything runs, proves nothing."""
 
@@ -193,9 +200,11 @@ class Comparison:
             seed=self.seed,
             num_gateways=case.num_gateways,
             slow_worker=case.slow_worker,
+            faults=Faults(kill_every_s=case.kill_every_s, restart_s=case.restart_s),
         )
         result = Simulation(scenario, workload, on_progress).run()
-        return summarise(result, load=case.load, fleet=case.fleet, policy=policy, slo=self.slo)
+        calm_fleet = "" if case.kill_every_s is None else replace(case, kill_every_s=None).fleet
+        return summarise(result, load=case.load, fleet=case.fleet, policy=policy, slo=self.slo, calm_fleet=calm_fleet)
 
     def report(self, cases: Sequence[Case], rows: list[Row]) -> Report:
         settings: dict[str, Any] = {
@@ -239,6 +248,8 @@ def main(
     seed: int = 0,
     gateways: Annotated[int, _AT_LEAST_1] = 1,
     slow_worker: Annotated[float, _POSITIVE] = 1.0,
+    kill_every: Annotated[float | None, _POSITIVE] = None,
+    restart: Annotated[float, _POSITIVE] = 30.0,
     link_gbps: Annotated[float, _POSITIVE] = 100.0,
     blocks: Annotated[int, _AT_LEAST_1] = 1000,
     block_size: Annotated[int, _AT_LEAST_1] = 512,
@@ -263,6 +274,8 @@ def main(
         seed: of arrivals, lengths and ties
         gateways: how many share the fleet; sessions take turns
         slow_worker: the first worker takes this many times as long, and nobody tells the router
+        kill_every: seconds between two kills of a random worker; beside the same without kills
+        restart: seconds until a killed worker is back, with an empty cache
         link_gbps: each worker's network, Gbit/s
         blocks: KV blocks per worker
         block_size: tokens per block; for a trace it must divide 512
@@ -289,8 +302,21 @@ def main(
         cases: Sequence[Case] = [_limited(case, limit) for case in (QUICK if quick else MATRIX)]
     else:
         cases = [
-            Case(trace, rate, prefill, decode, both, slow_worker, gateways, limit, _label(trace, rate))
+            Case(
+                trace,
+                rate,
+                prefill,
+                decode,
+                both,
+                slow_worker,
+                gateways,
+                limit,
+                _label(trace, rate),
+                kill_every_s,
+                restart,
+            )
             for rate in rate_scale
+            for kill_every_s in ((None,) if kill_every is None else (None, kill_every))
         ]
     if TRACE_BLOCK_SIZE % block_size and any(case.workload not in GENERATORS for case in cases):
         raise UnusableSetting("block_size", block_size, f"for a trace it must divide {TRACE_BLOCK_SIZE}")

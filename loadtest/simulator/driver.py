@@ -61,6 +61,8 @@ class ExchangeDriver:
         self._is_receiving = True  # from `start` on
         self._timer: Timer | None = None
         self._unwatch: Callable[[], None] | None = None
+        self._stalled_since: float | None = None
+        """When the client got its last token, while it migrates."""
 
     def start(self) -> None:
         self.perform(self.exchange.start())
@@ -188,15 +190,21 @@ class ExchangeDriver:
         """Headers are no token: nothing to record."""
 
     def _write(self, _: do.Write) -> None:
-        if self.record.first_at is None:
-            self.record.first_at = self._gateway.clock.now
+        self._token_arrived()
 
     def _finish(self, _: do.Finish | do.Reply) -> None:
-        now = self._gateway.clock.now
-        if self.record.first_at is None:
-            self.record.first_at = now
-        self.record.last_at = now
+        self._token_arrived()
+        self.record.last_at = self._gateway.clock.now
         self._end(Ending.FINISHED)
+
+    def _token_arrived(self) -> None:
+        """The first of an answer, or of a leg, or the last."""
+        record, now = self.record, self._gateway.clock.now
+        if record.first_at is None:
+            record.first_at = now
+        if self._stalled_since is not None:
+            record.stall_s = max(record.stall_s, now - self._stalled_since)
+            self._stalled_since = None
 
     def _fail(self, _: do.Fail) -> None:
         self._end(Ending.FAILED if self.exchange.attempts else Ending.REJECTED)
@@ -222,6 +230,8 @@ class ExchangeDriver:
             return
         if effect.what is Noted.MIGRATED:
             self.record.num_migrations += 1
+            if self._stalled_since is None and self.record.token_at is not None:
+                self._stalled_since = self.record.token_at + self._gateway.scenario.hop_s
         else:
             self.record.num_retries += 1
         if self._unwatch is None:

@@ -49,6 +49,8 @@ class Record:
     """Legs that failed before the client had a token …"""
     num_migrations: int = 0
     """… and after."""
+    stall_s: float = 0.0
+    """Longest pause between two tokens over which it migrated; 0 if it never did."""
     recomputed_tokens: int = 0
     """Input tokens that attempts after the first had to compute."""
     token_at: float | None = None

@@ -121,3 +121,37 @@ def test_names_of_files_are_plain():
 
 def test_a_row_knows_all_its_columns():
     assert len(Row.__struct_fields__) == len(set(Row.__struct_fields__))
+
+
+@pytest.fixture
+def killed(row):
+    changed = {"fleet": "2 prefill + 1 decode, a worker killed every 60 s", "calm_fleet": row.fleet}
+    return msgspec.structs.replace(row, ttft_mean_s=4.0, itl_p99_s=None, num_kills=5, num_migrations=7, **changed)
+
+
+def test_a_row_counts_what_faults_did():
+    workers = [WorkerTotals(WorkerId("p0"), Role.PREFILL, num_kills=2), WorkerTotals(WorkerId("d0"), Role.DECODE)]
+    records = [
+        record(0.0, 1.0, num_migrations=2, stall_s=3.5, recomputed_tokens=100),
+        record(0.0, 1.0, num_retries=1, recomputed_tokens=30),
+        record(0.0, 1.0, num_migrations=1, stall_s=4.5),
+        Record(4.0, 100, 11, ending=Ending.FAILED),
+    ]
+    row = summarise(Result(records, Gaps(), workers, 1.0), load="l", fleet="f", policy="p", slo=Slo())
+    assert (row.num_failed, row.num_kills, row.num_retries, row.num_migrations) == (1, 2, 1, 3)
+    assert (row.stall_p50_s, row.recomputed_tokens) == (3.5, 130)
+
+
+def test_the_price_of_faults_is_told_against_the_same_without(rows, killed):
+    text = markdown([*rows, killed])
+    _, price = text.split("### small x1, 2 prefill + 1 decode, a worker killed every 60 s: what that costs")
+    headings, _, cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in price.strip().splitlines())
+    told = dict(zip(headings, cells, strict=True))
+    assert (told["kills"], told["migrations"], told["TTFT mean s"], told["ITL p99 ms"]) == ("5", "7", "+0.75", "-")
+    assert text.count("what that costs") == 1
+    assert "what that costs" in table([*rows, killed])
+    assert page(Report({}, {}, Slo(), [*rows, killed]), plots([*rows, killed])).count("<table>") == 3
+
+
+def test_faults_without_the_same_in_calm_have_no_price(killed):
+    assert "| -" in markdown([killed]).splitlines()[-1]

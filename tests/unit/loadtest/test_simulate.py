@@ -2,6 +2,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -87,6 +88,8 @@ def test_the_command_writes_json_and_a_page(tmp_path, capsys):
         (["--gateways", "0"], '"0" for "?--gateways"?. Must be >= 1'),
         (["--jobs", "0"], '"0" for "?--jobs"?. Must be >= 1'),
         (["--slow-worker", "0"], '"?--slow-worker"?. Must be > 0'),
+        (["--kill-every", "0"], '"?--kill-every"?. Must be > 0'),
+        (["--restart", "-1"], '"?--restart"?. Must be > 0'),
         (["--slow-worker", "nan"], '"?--slow-worker"?. Must be < inf'),
         (["--link-gbps", "0"], '"?--link-gbps"?. Must be > 0'),
         (["--slo-ttft", "-1"], '"?--slo-ttft"?. Must be > 0'),
@@ -116,6 +119,10 @@ def test_results_replace_what_stands_between_the_marks(tmp_path):
 def test_the_matrix_covers_three_loads_and_both_kinds_of_fleet():
     assert len({case.load for case in MATRIX if case.workload == "conversation" and case.num_prefill}) >= 3
     equal = {(case.load, case.num_prefill + case.num_decode) for case in MATRIX if not case.num_both}
+    calm = {(case.load, case.fleet) for case in MATRIX if case.kill_every_s is None}
+    killed = [case for case in MATRIX if case.kill_every_s is not None]
+    assert killed
+    assert all((case.load, replace(case, kill_every_s=None).fleet) in calm for case in killed)
     assert {(case.load, case.num_both) for case in MATRIX if case.num_both} <= equal
     assert all(case.limit for case in QUICK)
 
