@@ -30,7 +30,7 @@ class Unauthenticated(InvalidRequest):
 class TooManyConcurrent(Rejected):
     """The tenant has so many sequences under way that its key does not allow this request's too."""
 
-    status, code = 429, "concurrency_limit"
+    code = "concurrency_limit"
 
     def __init__(self, tenant: str, running: int, n: int, limit: int) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""Why a request was turned away before any worker saw it. `status` and `code`: hints for the HTTP edge and metrics."""
+"""Why a request was turned away before any worker saw it. `code` is the label of metrics and the edge's key."""
 
 from planes.wire.errors import Rejected
 
@@ -6,7 +6,7 @@ from planes.wire.errors import Rejected
 class QueueFull(Rejected):
     """The gateway's queue is at its limit."""
 
-    status, code = 429, "queue_full"
+    code = "queue_full"
 
     def __init__(self, waiting: int, limit: int, *, retry_after_s: float) -> None:
         super().__init__(
@@ -18,7 +18,7 @@ class QueueFull(Rejected):
 class SloMissed(Rejected):
     """No worker is predicted to give the first token in time."""
 
-    status, code = 429, "slo_missed"
+    code = "slo_missed"
 
     def __init__(self, predicted_ttft_s: float, slo_ttft_s: float, *, retry_after_s: float | None) -> None:
         """`retry_after_s`: None if waiting would not help, because the prompt alone takes longer."""
@@ -34,7 +34,7 @@ class SloMissed(Rejected):
 class NoWorker(Rejected):
     """No healthy worker can serve the model."""
 
-    status, code = 503, "no_worker"
+    code = "no_worker"
 
     def __init__(self, model: str, *, num_workers: int, card_digest: str = "") -> None:
         super().__init__(
@@ -61,7 +61,7 @@ class ContextTooLong(NoWorker):
 class NoPair(Rejected):
     """The client wants a handover and the fleet has no two workers for it."""
 
-    status, code = 503, "no_pair"
+    code = "no_pair"
 
     def __init__(self, model: str, *, num_workers: int, card_digest: str = "") -> None:
         super().__init__(
@@ -75,7 +75,7 @@ class NoPair(Rejected):
 class DeadlineExceeded(Rejected):
     """The request's deadline passed while it waited in the gateway's queue."""
 
-    status, code = 504, "deadline"
+    code = "deadline"
 
     def __init__(self, waited_s: float) -> None:
         super().__init__(f"the request's deadline passed after {waited_s:.2f} s in the queue; allow it more time")
@@ -84,7 +84,7 @@ class DeadlineExceeded(Rejected):
 class DuplicateRequest(Rejected):
     """Two live requests must not share one id: a release would free the other's reservation."""
 
-    status, code = 409, "duplicate_request"
+    code = "duplicate_request"
 
     def __init__(self, request: str) -> None:
         super().__init__(f"request id {request!r} is already queued or running; send a new id")
@@ -93,7 +93,7 @@ class DuplicateRequest(Rejected):
 class PolicyFailed(Rejected):
     """The policy raised, or its answer cannot be used. What it raised is the cause: for the log, not for clients."""
 
-    status, code = 500, "policy_failed"
+    code = "policy_failed"
 
     def __init__(self, policy: str, cause: BaseException) -> None:
         super().__init__(f"the routing policy {policy!r} raised {type(cause).__name__}; the gateway's log tells more")

@@ -48,7 +48,7 @@ _CONTEXT_TOKENS = 8
 class WorkerBusy(Rejected):
     """The worker has as many requests as it takes."""
 
-    code, status = "worker_busy", 429
+    code = "worker_busy"
 
     def __init__(self, requests: int, limit: int) -> None:
         super().__init__(f"{requests} requests run or wait here and the limit is {limit}")

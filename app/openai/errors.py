@@ -11,7 +11,11 @@
 | … code unsupported_encoding             | 415                 | invalid_request_error                     |
 | … code too_many_pipelined               | 429                 | invalid_request_error                     |
 | … code head_too_large                   | 431                 | invalid_request_error                     |
-| Rejected                                | its `status`        | rate_limit_error (429), server_overloaded |
+| Rejected                                | 503, or by its code | server_overloaded                         |
+| … code queue_full, slo_missed, concurrency_limit, worker_busy | 429 | rate_limit_error                    |
+| … code deadline                         | 504                 | server_overloaded                         |
+| … code duplicate_request                | 409                 | server_overloaded                         |
+| … code policy_failed, internal_error    | 500                 | server_overloaded                         |
 | Interrupted                             | 502                 | server_error                              |
 | any other HeadraceError                 | 500                 | server_error                              |
 | any other exception                     | 500                 | server_error, without its message         |
@@ -25,7 +29,7 @@ import msgspec
 
 from planes.wire.errors import HeadraceError, Interrupted, InvalidRequest, Rejected
 
-_STATUS_OF_CODE: Final = {
+_STATUS_OF_INVALID: Final = {
     "invalid_api_key": 401,
     "model_not_found": 404,
     "not_found": 404,
@@ -35,6 +39,16 @@ _STATUS_OF_CODE: Final = {
     "unsupported_encoding": 415,
     "too_many_pipelined": 429,
     "head_too_large": 431,
+}
+_STATUS_OF_REJECTED: Final = {
+    "queue_full": 429,
+    "slo_missed": 429,
+    "concurrency_limit": 429,
+    "worker_busy": 429,
+    "deadline": 504,
+    "duplicate_request": 409,
+    "policy_failed": 500,
+    "internal_error": 500,
 }
 
 
@@ -122,9 +136,9 @@ def code_of(exc: BaseException) -> str:
 def _status(exc: BaseException) -> int:
     match exc:
         case InvalidRequest():
-            return _STATUS_OF_CODE.get(exc.code, 400)
+            return _STATUS_OF_INVALID.get(exc.code, 400)
         case Rejected():
-            return exc.status
+            return _STATUS_OF_REJECTED.get(exc.code, 503)
         case Interrupted():
             return 502
         case _:
@@ -136,7 +150,7 @@ def _type(exc: BaseException) -> str:
         case InvalidRequest():
             return "authentication_error" if exc.code == "invalid_api_key" else "invalid_request_error"
         case Rejected():
-            return "rate_limit_error" if exc.status == 429 else "server_overloaded"
+            return "rate_limit_error" if _status(exc) == 429 else "server_overloaded"
         case _:
             return "server_error"
 

@@ -35,7 +35,7 @@ class ContextExceeded(InvalidRequest):
 class PreparationTimeout(Rejected):
     """The request's time was over before its prompt was tokens."""
 
-    status, code = 504, "deadline"
+    code = "deadline"
 
     def __init__(self) -> None:
         super().__init__("the request's time was over while its prompt waited to be tokenized")

@@ -43,7 +43,7 @@ class Timers(Protocol):
 class RouterBroken(Rejected):
     """The router itself raised: our own bug, which is logged."""
 
-    status, code = 500, "internal_error"
+    code = "internal_error"
 
     def __init__(self) -> None:
         super().__init__("The server had an internal error; it has been logged.")

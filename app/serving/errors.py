@@ -24,7 +24,7 @@ class WorkerRefused(Rejected):
 class WorkerBusy(Rejected):
     """The worker has as many requests as it takes. It is well, and will have room again."""
 
-    status, code = 429, _BUSY_CODE
+    code = _BUSY_CODE
 
     def __init__(self, worker: WorkerId, reason: str) -> None:
         super().__init__(f"worker {worker} has no room: {reason}; try again in a second", retry_after_s=1.0)
@@ -80,7 +80,7 @@ LegError = WorkerUnreachable | WorkerLost | WorkerRefused | WorkerBusy | WorkerF
 class DeadlinePassed(Rejected):
     """Time is up. Not `Interrupted`: continuing elsewhere would not give more of it."""
 
-    status, code = 504, "deadline"
+    code = "deadline"
 
     def __init__(self, timeout_s: float, num_tokens: int) -> None:
         super().__init__(f"the request's limit of {timeout_s:g} s passed after {num_tokens} tokens; allow it more time")

@@ -27,13 +27,9 @@ class InvalidRequest(HeadraceError):  # noqa: N818 - names the outcome, as the s
 
 
 class Rejected(HeadraceError):  # noqa: N818
-    """No worker has begun; the request may be sent again, here or elsewhere.
-
-    `status` is a hint for the HTTP edge (429 or 503), `retry_after_s` an honest guess or None.
-    """
+    """No worker has begun; the request may be sent again, here or elsewhere. `retry_after_s`: a guess, or None."""
 
     code = "rejected"
-    status = 503
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)

@@ -17,7 +17,6 @@ class EngineQueueFull(Rejected):
     """The engine's waiting queue has reached its limit."""
 
     code = "queue_full"
-    status = 429
 
     def __init__(self, waiting: int, limit: int) -> None:
         super().__init__(f"{waiting} requests are waiting at this worker and the limit is {limit}; send it elsewhere")

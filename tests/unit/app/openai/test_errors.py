@@ -6,11 +6,17 @@ from app.auth import TooManyConcurrent, Unauthenticated
 from app.openai.errors import BodyTooLarge, ModelNotFound, code_of, response, sse_event
 from app.serving.errors import NotResumable, TicketExpired, WorkerBusy, WorkerDisagrees, WorkerFailed, WorkerRefused
 from planes.wire.errors import HeadraceError, Interrupted, InvalidRequest, Rejected
-from router.errors import PolicyFailed
-
-
-class QueueFull(Rejected):
-    status, code = 429, "queue_full"
+from planes.wire.messages import WorkerId
+from router.errors import (
+    ContextTooLong,
+    DeadlineExceeded,
+    DuplicateRequest,
+    NoPair,
+    NoWorker,
+    PolicyFailed,
+    QueueFull,
+    SloMissed,
+)
 
 
 @pytest.mark.parametrize(
@@ -21,7 +27,15 @@ class QueueFull(Rejected):
         (Unauthenticated("x"), 401, "authentication_error", "invalid_api_key"),
         (ModelNotFound("gpt"), 404, "invalid_request_error", "model_not_found"),
         (BodyTooLarge(5, 4), 413, "invalid_request_error", "body_too_large"),
-        (QueueFull("x"), 429, "rate_limit_error", "queue_full"),
+        (QueueFull(9, 9, retry_after_s=1.0), 429, "rate_limit_error", "queue_full"),
+        (SloMissed(2.0, 1.0, retry_after_s=1.0), 429, "rate_limit_error", "slo_missed"),
+        (WorkerBusy(WorkerId("w"), "full"), 429, "rate_limit_error", "worker_busy"),
+        (NoWorker("m", num_workers=0), 503, "server_overloaded", "no_worker"),
+        (NoPair("m", num_workers=1), 503, "server_overloaded", "no_pair"),
+        (ContextTooLong("m", 9, longest=8, num_workers=1), 503, "server_overloaded", "context_too_long"),
+        (DeadlineExceeded(1.0), 504, "server_overloaded", "deadline"),
+        (DuplicateRequest("r"), 409, "server_overloaded", "duplicate_request"),
+        (PolicyFailed("mine", KeyError("x")), 500, "server_overloaded", "policy_failed"),
         (TooManyConcurrent("t", 3, 1, 3), 429, "rate_limit_error", "concurrency_limit"),
         (Rejected("x"), 503, "server_overloaded", "rejected"),
         (Interrupted("x"), 502, "server_error", "interrupted"),
