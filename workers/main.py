@@ -33,7 +33,7 @@ from planes.wire.errors import UnusableSetting
 from planes.wire.messages import Registration, WorkerId, WorkerState
 from planes.work_queue import PrefillQueue
 from workers.answer.detokenizer import Vocabulary, load_vocabulary
-from workers.engine.base import Engine
+from workers.engine.base import Engine, EngineStartError
 from workers.engine.make import make_engine
 from workers.kv_events import Publisher
 from workers.model_card import CardPublisher, read_card
@@ -161,7 +161,7 @@ class _Worker:
         async with asyncio.TaskGroup() as group:
             # The publisher first: it subscribes before there is a connection that could fail it.
             tasks = [group.create_task(work) for work in (self.publisher.run(), cards.run(), self.plane.run())]
-            await self.ending.run_until_ending(_at_most(_CARD_PATIENCE_S, cards.published))
+            await self.ending.run_until_ending(self._card_stored(cards))
             tasks.append(group.create_task(self._register(registrar)))
             if await self.ending.run_until_ending(registrar.registered.wait()):
                 seconds = round(time.monotonic() - started_at, 1)
@@ -211,7 +211,7 @@ class _Worker:
         )
 
     def _registration(self, address: str, card_digest: str) -> Registration:
-        return Registration(
+        registration = Registration(
             worker=self.worker,
             epoch=self.epoch,
             role=self.settings.worker_role,
@@ -222,7 +222,16 @@ class _Worker:
             card_digest=card_digest,
             handover=self.engine.endpoint,
             is_pulling=self.settings.is_pulling,
+            layout=self.engine.layout,
         )
+        return _checked(registration)
+
+    async def _card_stored(self, cards: CardPublisher) -> None:
+        """No gateway can use a worker whose card is nowhere; while NATS is away, some may have it from another one."""
+        while not cards.published.is_set():
+            await _at_most(_CARD_PATIENCE_S, cards.published)
+            if not self.plane.is_connected:
+                return
 
     async def _drain(self, server: WorkerServer, registrar: Registrar, registration: Registration) -> None:
         """Let running requests end, unless the engine is dead, or dies now."""
@@ -243,6 +252,14 @@ class _Worker:
 def progressed(step: str) -> None:
     """One line about a start that takes long; `headrace up` shows it."""
     _log.info("worker.progress", step=step)
+
+
+def _checked(registration: Registration) -> Registration:
+    """Raises:  EngineStartError for one that every gateway would pass over."""
+    try:
+        return msgspec.json.decode(msgspec.json.encode(registration), type=Registration)
+    except msgspec.ValidationError as exc:
+        raise EngineStartError(f"no gateway would take this worker, registered as {registration}: {exc}") from exc
 
 
 async def _at_most(seconds: float, event: asyncio.Event) -> None:

@@ -13,16 +13,24 @@ from planes.wire.errors import HeadraceError
 
 _log = structlog.get_logger()
 
-_RETRY_S = 1.0
+_LEAST_PAUSE_S, _MOST_PAUSE_S = 0.5, 10.0
+"""Between two attempts to store it."""
+_LOOK_S = 10.0
+"""How often a stored card is looked for: the store may have been emptied while everybody stayed connected."""
 
 
 class CardPublisher:
     """Stores the card whenever there is a connection: the store may be new, or have lost everything."""
 
-    def __init__(self, directory: Path, card: ModelCard, store: Store, plane: Connects) -> None:
+    def __init__(
+        self, directory: Path, card: ModelCard, store: Store, plane: Connects, *, look_s: float = _LOOK_S
+    ) -> None:
         self._directory = directory
         self._card = card
         self._store = store
+        self._look_s = look_s
+        self._failing_because = ""
+        """Why it could not be stored last time; said once."""
         self._connected = asyncio.Event()
         plane.on_connect(self._connected.set)
         self.digest = sha256(msgspec.json.encode(card))
@@ -30,24 +38,44 @@ class CardPublisher:
         self.published = asyncio.Event()
 
     async def run(self) -> None:
-        """Store, and store again after each reconnect, until cancelled."""
+        """Store, and look again after each reconnect and from time to time, until cancelled."""
+        pause_s = _LEAST_PAUSE_S
         while True:
             await self._connected.wait()
             self._connected.clear()
-            while not await self._publish():
+            while True:
+                is_stored = await self._is_stored() or await self._publish()
+                pause_s = _LEAST_PAUSE_S if is_stored else min(_MOST_PAUSE_S, 2 * pause_s)
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_RETRY_S):
+                    async with asyncio.timeout(self._look_s if is_stored else pause_s):
                         await self._connected.wait()
+                        self._connected.clear()
+
+    async def _is_stored(self) -> bool:
+        """Whether all of it was there, and still is."""
+        if not self.published.is_set():
+            return False
+        try:
+            for name in (*self._card.files.values(), self.digest):
+                if not await self._store.has(name):
+                    _log.warning("card.lost", model=self._card.model, digest=self.digest, missing=name)
+                    return False
+        except HeadraceError:
+            return False  # storing it tells what is wrong
+        return True
 
     async def _publish(self) -> bool:
         try:
             files = await asyncio.to_thread(read_model_files, self._directory)
             await publish_card(self._store, self._card, files)
         except (HeadraceError, OSError) as exc:
-            _log.warning("card.not_published", model=self._card.model, reason=str(exc))
+            if (reason := str(exc)) != self._failing_because:
+                _log.warning("card.not_published", model=self._card.model, reason=reason)
+            self._failing_because = reason
             return False
-        if not self.published.is_set():
+        if not self.published.is_set() or self._failing_because:
             _log.info("card.published", model=self._card.model, digest=self.digest)
+        self._failing_because = ""
         self.published.set()
         return True
 

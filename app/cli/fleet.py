@@ -11,10 +11,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
+from app.fleet.split import splits_of
 from planes.control import Etcd, WorkerDirectory
 from planes.events import EventPlane
 from planes.wire.errors import HeadraceError, UnusableSetting
@@ -50,7 +52,7 @@ class FleetTableSettings(PlaneSettings):
             raise UnusableSetting("timeout_s", self.timeout_s, "it must be more than 0 seconds")
 
 
-class _Fleet:
+class FleetTable:
     """The rows, kept current by etcd's watch and by load reports."""
 
     def __init__(self) -> None:
@@ -71,7 +73,7 @@ class _Fleet:
     def table(self, namespace: str) -> Table:
         title = f"fleet {namespace!r}: {len(self.registrations)} workers"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("worker", "role", "model", "engine", "state", "address"):
+        for column in ("worker", "role", "model", "card", "engine", "layout", "state", "address"):
             table.add_column(column, overflow="fold", no_wrap=column in ("worker", "role", "state"))
         for column in ("run", "wait", "free blocks", "held"):
             table.add_column(column, justify="right", no_wrap=True)
@@ -81,14 +83,20 @@ class _Fleet:
             if report is not None:
                 free = f"{report.free_blocks}/{entry.facts.num_blocks}"
                 load = [str(report.num_running), str(report.num_waiting), free, str(report.num_cached)]
-            table.add_row(worker, entry.role, entry.model, entry.engine, entry.state, entry.address, *load)
+            told = (entry.model, entry.card_digest[:8], entry.engine, entry.layout[:8])
+            table.add_row(worker, entry.role, *told, entry.state, entry.address, *load)
         return table
+
+    def shown(self, namespace: str) -> Group:
+        """The table, and below it where its workers disagree."""
+        warnings = [Text(f"warning: {reason}") for reason in splits_of(self.registrations.values()).values()]
+        return Group(self.table(namespace), *warnings)
 
 
 async def show(settings: FleetTableSettings) -> int:
     """Returns the exit status.  Raises:  NoAnswer if etcd does not answer in time."""
     configure("error")
-    fleet = _Fleet()
+    fleet = FleetTable()
     directory = WorkerDirectory(Etcd(settings.etcd), settings.namespace, on_up=fleet.up, on_down=fleet.down)
     events = EventPlane(settings.nats, settings.namespace)
     await events.subscribe_load(fleet.reported)
@@ -105,17 +113,17 @@ async def show(settings: FleetTableSettings) -> int:
     return 0
 
 
-async def _print(fleet: _Fleet, settings: FleetTableSettings) -> None:
+async def _print(fleet: FleetTable, settings: FleetTableSettings) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_FILE_WIDTH)
     if settings.once or not console.is_terminal:
-        console.print(fleet.table(settings.namespace))
+        console.print(fleet.shown(settings.namespace))
         return
-    with Live(fleet.table(settings.namespace), console=console, auto_refresh=False) as live:
+    with Live(fleet.shown(settings.namespace), console=console, auto_refresh=False) as live:
         while True:
             await asyncio.sleep(_REFRESH_S)
-            live.update(fleet.table(settings.namespace), refresh=True)
+            live.update(fleet.shown(settings.namespace), refresh=True)
 
 
 async def _within(seconds: float, is_so: Callable[[], bool]) -> bool:

@@ -115,6 +115,10 @@ class Engine(Protocol):
     def endpoint(self) -> HandoverEndpoint | None:
         """Where KV caches are handed over; None if this engine cannot. Valid after `start`."""
 
+    @property
+    def layout(self) -> str:
+        """Compatibility hash of its KV cache (`workers/engine/layout.py`). Valid after `start`."""
+
     async def start(self, observer: EngineObserver, *, progress: Callable[[str], None]) -> None:
         """Load everything; `progress` gets a short line for each step that takes long."""
 

@@ -31,6 +31,7 @@ from workers.engine.base import (
     EngineStartError,
     is_drawn_again,
 )
+from workers.engine.layout import layout_hash
 from workers.sim.core import EngineQueueFull, SimCore, SimOutput, SimRequest
 from workers.sim.handover import KvTransfer, Offer
 from workers.sim.kv_pool import KvPool
@@ -43,6 +44,9 @@ from workers.sim.transfer import open_transfer
 __all__ = ["SimEngine", "SimOptions"]
 
 _log = structlog.get_logger()
+
+_HANDOVER_VERSION = 1
+"""Of what engines tell each other about a handover; another one cannot be read."""
 
 OnOutput = Callable[[EngineOutput], None]
 
@@ -112,6 +116,18 @@ class SimEngine:
     @property
     def endpoint(self) -> HandoverEndpoint | None:
         return None if self._transfer is None else self._transfer.endpoint
+
+    @property
+    def layout(self) -> str:
+        facts = self._facts
+        return layout_hash(
+            {
+                "engine": "sim",
+                "handover_version": _HANDOVER_VERSION,
+                "block_size": facts.block_size,
+                "bytes_per_block": facts.bytes_per_block,
+            }
+        )
 
     async def start(self, observer: EngineObserver, *, progress: Callable[[str], None]) -> None:
         """Raises:  EngineStartError."""

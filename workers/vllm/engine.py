@@ -31,6 +31,7 @@ from workers.vllm.config import CPU_PRIOR, VllmOptions, check_model_dir, engine_
 from workers.vllm.cores import pin_threads
 from workers.vllm.events import EventReader, EventTranslator
 from workers.vllm.failure import cause_of, expect_failure
+from workers.vllm.layout import vllm_layout
 from workers.vllm.output import NO_ARRIVAL, Arrival, translate
 from workers.vllm.request import (
     KvGroup,
@@ -94,6 +95,7 @@ class VllmEngine:
         self._observer: EngineObserver
         self._facts: EngineFacts
         self._endpoint: HandoverEndpoint | None = None
+        self._layout = ""
         self._eos: list[int] = []
         self._reader: EventReader | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -105,6 +107,10 @@ class VllmEngine:
     @property
     def endpoint(self) -> HandoverEndpoint | None:
         return self._endpoint
+
+    @property
+    def layout(self) -> str:
+        return self._layout
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -187,6 +193,7 @@ class VllmEngine:
                 port=int(os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"]),
                 tp_size=options.tensor_parallel,
             )
+            self._layout = self._read_layout(options.handover)
         return EngineFacts(
             block_size=cache.block_size,
             num_blocks=(cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size) // cache.block_size,
@@ -198,6 +205,18 @@ class VllmEngine:
             vocab_size=self._llm.model_config.get_vocab_size(),
             latency=CPU_PRIOR if current_platform.is_cpu() else LatencyPrior(),
             is_shortest_first=True,
+        )
+
+    def _read_layout(self, mode: HandoverMode) -> str:
+        import vllm  # noqa: PLC0415
+        from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NIXL_CONNECTOR_VERSION  # noqa: PLC0415
+
+        return vllm_layout(
+            self._llm.vllm_config,
+            self._latest.groups,
+            version=vllm.__version__,
+            connector_version=NIXL_CONNECTOR_VERSION,
+            mode=mode,
         )
 
     @property

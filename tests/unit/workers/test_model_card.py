@@ -90,3 +90,15 @@ async def test_a_store_that_lost_everything_is_filled_again():
 async def test_a_directory_without_a_tokenizer_makes_no_card(tmp_path: Path):
     with pytest.raises(AssetsUnavailable, match=r"tokenizer\.json"):
         await read_card(tmp_path, model="m", block_size=16)
+
+
+async def test_a_store_that_is_emptied_while_everybody_stays_connected_is_filled_again():
+    store, plane = FakeStore(), FakePlane()
+    publisher = CardPublisher(SIM_MODEL, await sim_card(), store, plane, look_s=0.001)
+    plane.connect()
+    async with running(publisher):
+        await store.was_filled.wait()
+        store.was_filled.clear()
+        store.objects.clear()
+        await store.was_filled.wait()
+    assert publisher.digest in store.objects

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -534,3 +535,12 @@ def test_a_faster_clock_divides_seconds_and_multiplies_bytes_per_second():
         assert getattr(double, name) == getattr(speed, name) * factor
     with pytest.raises(EngineStartError, match="speedup is 0"):
         faster(speed, 0)
+
+
+def test_the_layout_is_that_of_the_blocks():
+    def layout(**changes):
+        facts = msgspec.structs.replace(FACTS, **changes)
+        return SimEngine(SimOptions(worker=WorkerId("w"), model="m", facts=facts)).layout
+
+    assert layout() == layout(num_blocks=9, context_length=9)
+    assert len({layout(), layout(bytes_per_block=128), layout(block_size=8)}) == 3

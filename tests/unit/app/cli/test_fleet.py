@@ -1,0 +1,36 @@
+import io
+
+import msgspec
+from rich.console import Console
+
+from app.cli.fleet import FleetTable
+from planes.wire.messages import LoadReport, WorkerId, WorkerState
+from tests.fakes import registration
+
+
+def printed(fleet):
+    console = Console(width=250, record=True, file=io.StringIO())
+    console.print(fleet.shown("ns"))
+    return console.export_text()
+
+
+def test_workers_are_listed_with_card_and_layout_and_what_they_last_said():
+    fleet = FleetTable()
+    fleet.up(msgspec.structs.replace(registration("d0", card_digest="ab" * 32), layout="0123456789abcdef"))
+    fleet.reported(LoadReport(WorkerId("d0"), 1, WorkerState.READY, 2, 1, 100, 50, 70, 3, 4, 0))
+    fleet.reported(LoadReport(WorkerId("stranger"), 1, WorkerState.READY, 2, 1, 100, 50, 70, 3, 4, 0))
+    text = printed(fleet)
+    assert "abababab" in text
+    assert "01234567" in text
+    assert "50/1000" in text
+    assert "warning" not in text
+    assert set(fleet.reports) == {"d0"}
+
+
+def test_a_fleet_that_disagrees_is_warned_of():
+    fleet = FleetTable()
+    fleet.up(registration("d0"))
+    fleet.up(registration("d1", card_digest="1" * 64))
+    assert "warning: model 'sim' has 2 different cards" in printed(fleet)
+    fleet.down(WorkerId("d1"))
+    assert "warning" not in printed(fleet)
