@@ -46,16 +46,20 @@ class HandedOver:
         self._give_up = give_up
         self._call_later = call_later
         self._kept: dict[RequestId, _Kept] = {}
+        self._requests: dict[tuple[object, StreamId], RequestId] = {}
+        """The same by connection and stream."""
 
     def keep(self, request: RequestId, connection: object, stream: StreamId, lease_s: float) -> None:
         timer = self._call_later(lease_s, partial(self.forget, request))
         self._kept[request] = _Kept(connection, stream, lease_s, timer)
+        self._requests[connection, stream] = request
 
     def forget(self, request: RequestId) -> None:
         """It is the engine's again: its lease is over, or another request has its name."""
         kept = self._kept.pop(request, None)
         if kept is not None:
             kept.timer.cancel()
+            self._requests.pop((kept.connection, kept.stream), None)
 
     def release(self, request: RequestId) -> None:
         """Nobody will fetch it, whether it is kept by what we know or not."""
@@ -64,9 +68,9 @@ class HandedOver:
 
     def cancelled(self, connection: object, stream: StreamId) -> None:
         """A stream was cancelled after it had ended: its ticket has not been heard of."""
-        for request, kept in list(self._kept.items()):
-            if kept.connection is connection and kept.stream == stream:
-                self.release(request)
+        request = self._requests.get((connection, stream))
+        if request is not None:
+            self.release(request)
 
     def gone(self, connection: object) -> None:
         for request, kept in self._kept.items():
