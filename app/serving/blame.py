@@ -24,7 +24,7 @@ Pair = tuple[WorkerId, WorkerId]
 """A prefill and a decode worker."""
 
 
-class FailureKind(StrEnum):
+class Cause(StrEnum):
     """What a failed leg says about workers."""
 
     WORKER = "worker"
@@ -41,7 +41,7 @@ class FailureKind(StrEnum):
 class LegFailure:
     """One leg that failed. worker: whose it was.  pair: prefill and decode worker of the handover that failed."""
 
-    kind: FailureKind
+    kind: Cause
     worker: WorkerId
     pair: Pair | None = None
 
@@ -66,19 +66,19 @@ def failure_of(error: LegError, *, pair: Pair | None = None) -> LegFailure:
     """pair: where the leg was part of a handover that had not been completed."""
     match error:
         case WorkerBusy():
-            return LegFailure(FailureKind.BUSY, error.worker)
+            return LegFailure(Cause.BUSY, error.worker)
         case TicketExpired():
-            return LegFailure(FailureKind.EXPIRED, error.worker)
+            return LegFailure(Cause.EXPIRED, error.worker)
         case WorkerFailed() | WorkerDisagrees() if pair is not None:
-            return LegFailure(FailureKind.HANDOVER, error.worker, pair)
+            return LegFailure(Cause.HANDOVER, error.worker, pair)
         case _:
-            return LegFailure(FailureKind.WORKER, error.worker)
+            return LegFailure(Cause.WORKER, error.worker)
 
 
 def suspects(failures: Sequence[LegFailure]) -> Suspects:
     """The table above."""
-    blamed = {each.worker for each in failures if each.kind is FailureKind.WORKER}
-    busy = {each.worker for each in failures if each.kind is FailureKind.BUSY}
+    blamed = {each.worker for each in failures if each.kind is Cause.WORKER}
+    busy = {each.worker for each in failures if each.kind is Cause.BUSY}
     pairs = {each.pair for each in failures if each.pair is not None}
     partners: dict[WorkerId, set[WorkerId]] = {}
     for prefill, decode in pairs:

@@ -18,7 +18,7 @@ Headers = Sequence[tuple[str, str]]
 
 
 class Submit(Struct, frozen=True):
-    """Ask for a route: `Bound` or `Refused` follows."""
+    """Ask for a route: `Bound` or `RouteRefused` follows."""
 
     request: RoutableRequest
 
@@ -31,7 +31,7 @@ class MarkPrefilled(Struct, frozen=True):
     """The prompt of the bound request has been computed."""
 
 
-class Release(Struct, frozen=True):
+class ReleaseReservation(Struct, frozen=True):
     """Give the route's reservation back, and teach the router."""
 
     observed: Observed
@@ -41,7 +41,10 @@ class Release(Struct, frozen=True):
 
 
 class StartLeg(Struct, frozen=True):
-    """Send a leg to a worker, with the tokens that the client has: `Delta`s, then `LegDone` or `LegFailed` follow."""
+    """Send a leg to a worker, with the tokens that the client has.
+
+    `LegOutput`s follow, then `LegDone` or `LegFailed`.
+    """
 
     leg: LegId
     worker: WorkerId
@@ -50,7 +53,7 @@ class StartLeg(Struct, frozen=True):
 
 
 class EnqueuePrefill(Struct, frozen=True):
-    """Put a prefill leg into the queue: `LegDone`, `LegFailed` or `NotQueued` follows."""
+    """Put a prefill leg into the queue: `LegDone`, `LegFailed` or `QueueRefused` follows."""
 
     leg: LegId
     name: RequestId
@@ -146,7 +149,7 @@ Effect = (
     Submit
     | Withdraw
     | MarkPrefilled
-    | Release
+    | ReleaseReservation
     | StartLeg
     | EnqueuePrefill
     | CancelLeg

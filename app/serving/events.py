@@ -21,13 +21,13 @@ class Bound(Struct, frozen=True):
     endpoint: HandoverEndpoint | None = None
 
 
-class Refused(Struct, frozen=True):
+class RouteRefused(Struct, frozen=True):
     """The router has not."""
 
     error: Rejected
 
 
-class Delta(Struct, frozen=True):
+class LegOutput(Struct, frozen=True):
     """A leg has tokens. Told until its first payload; after that the stream writes by itself (`Exchange.tokens`)."""
 
     leg: LegId
@@ -51,7 +51,7 @@ class LegFailed(Struct, frozen=True):
     error: LegError
 
 
-class NotQueued(Struct, frozen=True):
+class QueueRefused(Struct, frozen=True):
     """The prefill queue cannot have this leg computed; the worker that the route names can be asked directly."""
 
     leg: LegId
@@ -88,5 +88,16 @@ class Bug(Struct, frozen=True):
 
 
 Event = (
-    Bound | Refused | Delta | LegDone | LegFailed | NotQueued | Joined | TimeUp | Deadline | ClientGone | Stopping | Bug
+    Bound
+    | RouteRefused
+    | LegOutput
+    | LegDone
+    | LegFailed
+    | QueueRefused
+    | Joined
+    | TimeUp
+    | Deadline
+    | ClientGone
+    | Stopping
+    | Bug
 )

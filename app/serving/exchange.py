@@ -2,30 +2,25 @@
 
 The driver (`relay.py`; the simulator has one on virtual time) tells it what happens and does what it asks for.
 
-| state              | event                   | → state      | effects                                               |
-|--------------------|-------------------------|--------------|-------------------------------------------------------|
-| (new)              | start                   | ROUTING      | Submit                                                |
-| ROUTING            | Bound, one worker       | DECODING     | StartLeg(local)                                       |
-| ROUTING            | Bound, pull             | PREFILLING   | StartLeg(prefill)                                     |
-| ROUTING            | Bound, pull, with queue | QUEUED       | EnqueuePrefill                                        |
-| ROUTING            | Bound, push             | PUSHING      | StartLeg(decode), StartLeg(prefill)                   |
-| ROUTING            | Refused: nobody left    | ROUTING      | Submit, with fewer workers left out                   |
-|                    | … and some were busy    | WAITING      | WaitUntil                                             |
-|                    | … and there are tokens  | WAITING      | WaitUntil                                             |
-|                    | … and nothing to save   | ENDED        | Fail                                                  |
-| QUEUED             | NotQueued               | PREFILLING   | StartLeg(prefill)                                     |
-| QUEUED, PREFILLING | LegDone with a ticket   | DECODING     | MarkPrefilled, [Head, Write], StartLeg(decode, local) |
-| QUEUED, PREFILLING | LegDone without         | ENDED        | MarkPrefilled, Finish or Reply, Release               |
-| PUSHING            | LegDone(prefill)        | DECODING     | MarkPrefilled                                         |
-| PUSHING, DECODING  | Delta                   | (same)       | [MarkPrefilled], [Head], [Write]                      |
-| PUSHING, DECODING  | LegDone(decode, local)  | ENDED        | Finish or Reply, Release                              |
-| (a leg runs)       | LegFailed               | ROUTING      | CancelLeg, ReleaseTicket, Release, Submit             |
-|                    | … too often in a row    | ENDED        | … Release, Fail                                       |
-| WAITING            | Joined, TimeUp          | ROUTING      | Submit                                                |
-|                    | TimeUp, the last        | ENDED        | Fail                                                  |
-| (any other)        | TimeUp                  | (same)       | (none): somebody had joined before                    |
-| (any)              | ClientGone              | ENDED        | Withdraw, or CancelLeg, ReleaseTicket, Release        |
-| (any)              | Deadline, Stopping, Bug | ENDED        | the same, then Fail                                   |
+| state              | event                   | → state    | effects                                                  |
+|--------------------|-------------------------|------------|----------------------------------------------------------|
+| (new)              | start                   | ROUTING    | Submit                                                   |
+| ROUTING            | Bound, one worker       | DECODING   | StartLeg(local)                                          |
+| ROUTING            | Bound, pull             | PREFILLING | StartLeg(prefill)                                        |
+| ROUTING            | Bound, pull, with queue | QUEUED     | EnqueuePrefill                                           |
+| ROUTING            | Bound, push             | PUSHING    | StartLeg(decode), StartLeg(prefill)                      |
+| ROUTING            | RouteRefused: none left | ROUTING    | Submit, with fewer workers left out                      |
+| QUEUED             | QueueRefused            | PREFILLING | StartLeg(prefill)                                        |
+| QUEUED, PREFILLING | LegDone with a ticket   | DECODING   | MarkPrefilled, [Head, Write], StartLeg(decode, local)    |
+| QUEUED, PREFILLING | LegDone without         | ENDED      | MarkPrefilled, Finish or Reply, ReleaseReservation       |
+| PUSHING            | LegDone(prefill)        | DECODING   | MarkPrefilled                                            |
+| PUSHING, DECODING  | LegOutput               | (same)     | [MarkPrefilled], [Head], [Write]                         |
+| PUSHING, DECODING  | LegDone(decode, local)  | ENDED      | Finish or Reply, ReleaseReservation                      |
+| (a leg runs)       | LegFailed               | ROUTING    | CancelLeg, ReleaseTicket, ReleaseReservation, Submit     |
+| WAITING            | Joined, TimeUp          | ROUTING    | Submit                                                   |
+| (any other)        | TimeUp                  | (same)     | (none): somebody had joined before                       |
+| (any)              | ClientGone              | ENDED      | Withdraw or CancelLeg, ReleaseTicket, ReleaseReservation |
+| (any)              | Deadline, Stopping, Bug | ENDED      | the same, then Fail                                      |
 
 What has been kept for somebody is part of the state: from the start of a prefill leg until the decode leg's first
 token, whoever leaves says ReleaseTicket. But never while the decode worker may be READing: it says so itself when its
@@ -175,7 +170,7 @@ class Exchange:
         self.state = State.PREFILLING
         return [*told, self._start(route.prefill, kind)]
 
-    def _refused(self, event: on.Refused, now: float) -> list[Effect]:
+    def _refused(self, event: on.RouteRefused, now: float) -> list[Effect]:
         error = event.error
         if isinstance(error, NoWorker | NoPair) and self._retries.relax():
             return [self._submit()]
@@ -231,12 +226,12 @@ class Exchange:
             self._kept = do.ReleaseTicket(worker, name)
         return do.StartLeg(self._new_leg(worker, kind), worker, name, kind)
 
-    def _not_queued(self, event: on.NotQueued, _: float) -> list[Effect]:
+    def _not_queued(self, event: on.QueueRefused, _: float) -> list[Effect]:
         worker, kind = self._legs.pop(event.leg)
         self.state = State.PREFILLING
         return [self._bypass(event.code, event.reason), self._start(worker, kind)]
 
-    def _delta(self, event: on.Delta, now: float) -> list[Effect]:
+    def _delta(self, event: on.LegOutput, now: float) -> list[Effect]:
         _, kind = self._legs[event.leg]
         if isinstance(kind, PrefillLeg):
             return []  # whatever it has to say comes with its end
@@ -368,7 +363,7 @@ class Exchange:
         cancelled: list[Effect] = [do.CancelLeg(leg) for leg in self._legs]
         self._legs.clear()
         attempt = self.attempts[-1]
-        return [*cancelled, *self._release_ticket(), do.Release(attempt.observed(len(self.tokens)))]
+        return [*cancelled, *self._release_ticket(), do.ReleaseReservation(attempt.observed(len(self.tokens)))]
 
     # --- ends ----------------------------------------------------------------------------------------------------
 
@@ -409,17 +404,17 @@ class Exchange:
 
     _TRANSITIONS: ClassVar[dict[tuple[State, type], Handler]] = {
         (State.ROUTING, on.Bound): _bound,
-        (State.ROUTING, on.Refused): _refused,
-        (State.QUEUED, on.NotQueued): _not_queued,
+        (State.ROUTING, on.RouteRefused): _refused,
+        (State.QUEUED, on.QueueRefused): _not_queued,
         (State.QUEUED, on.LegDone): _prefill_done,
         (State.QUEUED, on.LegFailed): _leg_failed,
-        (State.PREFILLING, on.Delta): _delta,
+        (State.PREFILLING, on.LegOutput): _delta,
         (State.PREFILLING, on.LegDone): _prefill_done,
         (State.PREFILLING, on.LegFailed): _leg_failed,
-        (State.PUSHING, on.Delta): _delta,
+        (State.PUSHING, on.LegOutput): _delta,
         (State.PUSHING, on.LegDone): _leg_done,
         (State.PUSHING, on.LegFailed): _leg_failed,
-        (State.DECODING, on.Delta): _delta,
+        (State.DECODING, on.LegOutput): _delta,
         (State.DECODING, on.LegDone): _leg_done,
         (State.DECODING, on.LegFailed): _leg_failed,
         (State.WAITING, on.TimeUp): _look_again,

@@ -196,11 +196,11 @@ class _Serving:
         try:
             self._relay.dispatcher.submit(effect.request, self._routed)
         except Rejected as exc:
-            self.receive(on.Refused(exc))
+            self.receive(on.RouteRefused(exc))
 
     def _routed(self, answer: Route | Rejected) -> None:
         if isinstance(answer, Rejected):
-            self.receive(on.Refused(answer))
+            self.receive(on.RouteRefused(answer))
             return
         endpoint = None
         if answer.prefill is not None:
@@ -216,7 +216,7 @@ class _Serving:
     def _mark_prefilled(self, _: do.MarkPrefilled) -> None:
         self._relay.dispatcher.prefilled(self._request.request)
 
-    def _release(self, effect: do.Release) -> None:
+    def _release(self, effect: do.ReleaseReservation) -> None:
         self._relay.dispatcher.release(self._request.request, effect.observed)
 
     # --- to workers ----------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ class _Serving:
         try:
             given = await prefills.prefill(self._request.model, self._generate(effect))
         except NotQueued as exc:
-            self.receive(on.NotQueued(effect.leg, exc.code, str(exc)))
+            self.receive(on.QueueRefused(effect.leg, exc.code, str(exc)))
         except HeadraceError as exc:
             self._leg_failed(effect.leg, exc)
         except Exception as exc:  # noqa: BLE001 - as in `receive`: ours, and this request's alone
@@ -316,7 +316,7 @@ class _Serving:
         do.Submit: _submit,
         do.Withdraw: _withdraw,
         do.MarkPrefilled: _mark_prefilled,
-        do.Release: _release,
+        do.ReleaseReservation: _release,
         do.StartLeg: _start_leg,
         do.EnqueuePrefill: _enqueue,
         do.CancelLeg: _cancel_leg,

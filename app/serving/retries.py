@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from app.serving.blame import FailureKind, LegFailure, suspects
+from app.serving.blame import Cause, LegFailure, suspects
 from planes.wire.messages import WorkerId
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.0
@@ -52,7 +52,7 @@ class Retries:
     @property
     def has_busy(self) -> bool:
         """Some worker is left out only because it had no room."""
-        return any(each.kind is FailureKind.BUSY for each in self._failures)
+        return any(each.kind is Cause.BUSY for each in self._failures)
 
     def failed(self, failure: LegFailure, *, num_tokens: int, now: float) -> bool:
         """Count a failure. Returns whether it was the last.
@@ -64,7 +64,7 @@ class Retries:
         if num_tokens > self._num_tokens:
             self._num_in_row, self._busy_until, self._pause_s = 0, None, _FIRST_PAUSE_S
         self._num_tokens = num_tokens
-        if failure.kind is FailureKind.BUSY and num_tokens:
+        if failure.kind is Cause.BUSY and num_tokens:
             if self._busy_until is None:
                 self._busy_until = now + self._limits.replacement_s
             return now >= self._busy_until
@@ -87,7 +87,7 @@ class Retries:
 
     def back_off(self, now: float) -> float:
         """When to look again. Whoever was busy may have room by then."""
-        self._failures = [each for each in self._failures if each.kind is not FailureKind.BUSY]
+        self._failures = [each for each in self._failures if each.kind is not Cause.BUSY]
         self._judge()
         pause_s, self._pause_s = self._pause_s, min(_LONGEST_PAUSE_S, 2 * self._pause_s)
         instant = now + pause_s

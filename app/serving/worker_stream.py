@@ -60,7 +60,7 @@ class WorkerStream:
         if self._is_opening:
             # Until the first payload: a formatter may hold text back.
             self._is_opening = self._is_silent or (self._is_streaming and not payload)
-            self._receive(on.Delta(self._leg, payload, tokens))
+            self._receive(on.LegOutput(self._leg, payload, tokens))
             return
         self._note(tokens)
         if payload:

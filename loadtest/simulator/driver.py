@@ -120,11 +120,11 @@ class ExchangeDriver:
         try:
             self._gateway.dispatcher.submit(effect.request, self._routed)
         except Rejected as exc:
-            self.receive(on.Refused(exc))
+            self.receive(on.RouteRefused(exc))
 
     def _routed(self, answer: Route | Rejected) -> None:
         if isinstance(answer, Rejected):
-            self.receive(on.Refused(answer))
+            self.receive(on.RouteRefused(answer))
             return
         if self.record.predicted_ttft_s is None:
             self.record.held_s = answer.held_s
@@ -143,7 +143,7 @@ class ExchangeDriver:
     def _mark_prefilled(self, _: do.MarkPrefilled) -> None:
         self._gateway.dispatcher.prefilled(self._request.request)
 
-    def _release(self, effect: do.Release) -> None:
+    def _release(self, effect: do.ReleaseReservation) -> None:
         self._gateway.dispatcher.release(self._request.request, effect.observed)
 
     # --- to workers ----------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class ExchangeDriver:
         connection.start(leg)
 
     def _enqueue(self, effect: do.EnqueuePrefill) -> None:
-        self.receive(on.NotQueued(effect.leg, "no_queue", "simulated fleets have no prefill queue"))
+        self.receive(on.QueueRefused(effect.leg, "no_queue", "simulated fleets have no prefill queue"))
 
     def _cancel_leg(self, effect: do.CancelLeg) -> None:
         if effect.leg in self._legs:
@@ -241,7 +241,7 @@ class ExchangeDriver:
         do.Submit: _submit,
         do.Withdraw: _withdraw,
         do.MarkPrefilled: _mark_prefilled,
-        do.Release: _release,
+        do.ReleaseReservation: _release,
         do.StartLeg: _start_leg,
         do.EnqueuePrefill: _enqueue,
         do.CancelLeg: _cancel_leg,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from app.serving.binding import Dispatcher
 from app.serving.effects import Noted
-from app.serving.events import Delta, Event, LegFailed
+from app.serving.events import Event, LegFailed, LegOutput
 from loadtest.simulator.clock import Clock
 from loadtest.simulator.leg import SimulatedLeg
 from loadtest.simulator.scenario import Scenario
@@ -49,7 +49,7 @@ class SimulatedConnection:
 
     def receive(self, leg: SimulatedLeg, event: Event) -> None:
         if leg in self._legs:
-            if not isinstance(event, Delta):
+            if not isinstance(event, LegOutput):
                 del self._legs[leg]
             leg.receive(event)
 

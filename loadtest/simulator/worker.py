@@ -9,7 +9,7 @@ from collections.abc import MutableMapping, Sequence
 from typing import Final
 
 from app.serving.errors import leg_error
-from app.serving.events import Delta, Event, LegDone, LegFailed
+from app.serving.events import Event, LegDone, LegFailed, LegOutput
 from loadtest.simulator.clock import Clock
 from loadtest.simulator.leases import Leases
 from loadtest.simulator.leg import SimulatedLeg
@@ -190,7 +190,7 @@ class SimulatedWorker:
             del self._legs[leg.name]
             self._done(leg, report, finish)
         elif not leg.num_told:
-            self._say(leg, Delta(leg.id, _PAYLOAD, leg.untold()))
+            self._say(leg, LegOutput(leg.id, _PAYLOAD, leg.untold()))
 
     def _prefilled(self, leg: SimulatedLeg, kind: PrefillLeg, output: SimOutput, instant: float) -> None:
         del self._legs[leg.name]

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.serving.blame import FailureKind, LegFailure, Suspects, failure_of, suspects
+from app.serving.blame import Cause, LegFailure, Suspects, failure_of, suspects
 from app.serving.errors import TicketExpired, WorkerBusy, WorkerDisagrees, WorkerFailed, WorkerRefused
 from planes.streams.client import WorkerLost, WorkerUnreachable
 from planes.wire.messages import WorkerId
@@ -11,15 +11,15 @@ PAIR = (WorkerId("p0"), WorkerId("d0"))
 
 
 def handover(prefill, decode):
-    return LegFailure(FailureKind.HANDOVER, WorkerId(decode), (WorkerId(prefill), WorkerId(decode)))
+    return LegFailure(Cause.HANDOVER, WorkerId(decode), (WorkerId(prefill), WorkerId(decode)))
 
 
 def worker(name):
-    return LegFailure(FailureKind.WORKER, WorkerId(name))
+    return LegFailure(Cause.WORKER, WorkerId(name))
 
 
 def busy(name):
-    return LegFailure(FailureKind.BUSY, WorkerId(name))
+    return LegFailure(Cause.BUSY, WorkerId(name))
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def busy(name):
         ([handover("p0", "d0"), handover("p1", "d1")], set(), {"p0", "d0", "p1", "d1"}),
         ([handover("p0", "d0"), worker("d0")], {"d0"}, set()),
         ([handover("p0", "d0"), handover("p1", "d0"), handover("p2", "d1")], {"d0"}, {"p2", "d1"}),
-        ([LegFailure(FailureKind.EXPIRED, WorkerId("p0"))], set(), set()),
+        ([LegFailure(Cause.EXPIRED, WorkerId("p0"))], set(), set()),
     ],
 )
 def test_who_explains_most_is_blamed_and_clears_the_others(failures, blamed, suspected):
@@ -58,18 +58,18 @@ def test_suspects_are_left_out_while_anybody_else_is_there_the_prefill_worker_la
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (WorkerLost(PAIR[1], "killed"), FailureKind.WORKER),
-        (WorkerUnreachable(PAIR[1], "gone"), FailureKind.WORKER),
-        (WorkerRefused(PAIR[1], "worker_draining", "it leaves"), FailureKind.WORKER),
-        (WorkerBusy(PAIR[1], "1056 requests"), FailureKind.BUSY),
-        (TicketExpired(PAIR[1], "30 s"), FailureKind.EXPIRED),
-        (WorkerFailed(PAIR[1], "engine_error", "no KV cache"), FailureKind.HANDOVER),
-        (WorkerDisagrees(PAIR[1], "invalid_request", "the ticket's blocks have 16384 bytes"), FailureKind.HANDOVER),
+        (WorkerLost(PAIR[1], "killed"), Cause.WORKER),
+        (WorkerUnreachable(PAIR[1], "gone"), Cause.WORKER),
+        (WorkerRefused(PAIR[1], "worker_draining", "it leaves"), Cause.WORKER),
+        (WorkerBusy(PAIR[1], "1056 requests"), Cause.BUSY),
+        (TicketExpired(PAIR[1], "30 s"), Cause.EXPIRED),
+        (WorkerFailed(PAIR[1], "engine_error", "no KV cache"), Cause.HANDOVER),
+        (WorkerDisagrees(PAIR[1], "invalid_request", "the ticket's blocks have 16384 bytes"), Cause.HANDOVER),
     ],
 )
 def test_only_what_may_be_the_other_one_s_fault_is_about_the_handover(error, kind):
     assert failure_of(error, pair=PAIR).kind is kind
-    assert failure_of(error).kind is (FailureKind.WORKER if kind is FailureKind.HANDOVER else kind)
+    assert failure_of(error).kind is (Cause.WORKER if kind is Cause.HANDOVER else kind)
 
 
 WORKERS = [WorkerId(f"{role}{number}") for role in "pd" for number in range(4)]

@@ -132,7 +132,7 @@ class EveryOrder(RuleBasedStateMachine):
                     owed.is_submitted = False
                 case do.MarkPrefilled():
                     assert owed.is_bound
-                case do.Release():
+                case do.ReleaseReservation():
                     assert owed.is_bound
                     owed.is_bound = False
                     owed.num_released += 1
@@ -222,7 +222,7 @@ class EveryOrder(RuleBasedStateMachine):
     )
     def refused(self, error):
         self.owed.is_submitted = False
-        self.tell(on.Refused(error))
+        self.tell(on.RouteRefused(error))
 
     # --- workers -------------------------------------------------------------------------------------------------
 
@@ -235,7 +235,7 @@ class EveryOrder(RuleBasedStateMachine):
         if after == before:
             return
         payload = answer_bytes(after)[len(answer_bytes(before)) :] if self.request.format.is_streaming else b""
-        self.tell(on.Delta(leg.leg, payload, list(range(before, after))))
+        self.tell(on.LegOutput(leg.leg, payload, list(range(before, after))))
         if isinstance(leg.kind, DecodeLeg):
             self.taken()
 
@@ -303,14 +303,14 @@ class EveryOrder(RuleBasedStateMachine):
     def the_queue_cannot_take_it(self):
         leg = next(leg for leg in self.owed.legs.values() if isinstance(leg, do.EnqueuePrefill))
         del self.owed.legs[leg.leg]
-        self.tell(on.NotQueued(leg.leg, "prefill_queue_full", "full"))
+        self.tell(on.QueueRefused(leg.leg, "prefill_queue_full", "full"))
 
     @precondition(lambda self: self.legs(PrefillLeg))
     @rule()
     def a_prefill_leg_speaks_out_of_turn(self):
         leg = self.legs(PrefillLeg)[0]
         if isinstance(leg, do.StartLeg):
-            self.tell(on.Delta(leg.leg, b"out of turn", [666]))
+            self.tell(on.LegOutput(leg.leg, b"out of turn", [666]))
 
     # --- everything else -----------------------------------------------------------------------------------------
 
@@ -318,7 +318,7 @@ class EveryOrder(RuleBasedStateMachine):
     def news_of_a_leg_that_is_over_changes_nothing(self, data):
         leg = data.draw(st.sampled_from(self.old_legs))
         for event in (
-            on.Delta(leg, b"late", [1]),
+            on.LegOutput(leg, b"late", [1]),
             on.LegDone(leg, done(b"late", [1])),
             on.LegFailed(leg, failure("lost", DECODE[0])),
         ):

@@ -85,7 +85,7 @@ PERFORMED = {
     do.Submit: (do.Submit(ROUTABLE), 0.1, num_waiting, 0, 1),
     do.Withdraw: (do.Withdraw(), 0.0, num_waiting, 1, 0),
     do.MarkPrefilled: (do.MarkPrefilled(), 0.05, prompt_tokens_ahead, True, False),
-    do.Release: (do.Release(OBSERVED), 0.1, num_bound, 1, 0),
+    do.ReleaseReservation: (do.ReleaseReservation(OBSERVED), 0.1, num_bound, 1, 0),
     do.StartLeg: (do.StartLeg(LegId(9), WORKER, RequestId("r.2"), LocalLeg()), 0.05, num_at_worker, 1, 2),
     do.CancelLeg: (do.CancelLeg(LegId(1)), 0.05, num_at_worker, 1, 0),
     do.ReleaseTicket: (do.ReleaseTicket(WORKER, KEPT), 0.1, is_kept, True, False),
@@ -122,7 +122,7 @@ def test_headers_are_no_token():
 
 def test_a_fleet_without_a_queue_says_so_of_every_queued_prompt():
     _, driver = make_driver(0.1)
-    with pytest.raises(TypeError, match="NotQueued in state DECODING"):  # it asks for the queue nowhere else
+    with pytest.raises(TypeError, match="QueueRefused in state DECODING"):  # it asks for the queue nowhere else
         driver.perform([do.EnqueuePrefill(LegId(1), NAME, PrefillLeg(HandoverMode.PULL))])
 
 
