@@ -10,6 +10,7 @@ waits: no task wakes per token, and what a slow client leaves unread is bounded.
 
 import asyncio
 import functools
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum, auto
 from http import HTTPStatus
@@ -25,6 +26,7 @@ _log = structlog.get_logger()
 Headers = Sequence[tuple[str, str]]
 """Lower-case names; values without line breaks, in latin-1."""
 
+_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 _STREAM = ((b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"))
 
 
@@ -177,7 +179,7 @@ def _encoded(headers: Headers) -> list[tuple[bytes, bytes]]:
     """Raises:  ValueError for a header that would be several, or is not latin-1."""
     encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
     for name, value in encoded:
-        if any(byte < 32 or byte == 127 for byte in name + value):
+        if _CONTROL.search(name) or _CONTROL.search(value):
             raise ValueError(f"the header {name!r} has a control character in it: {value!r}")
     return encoded
 
