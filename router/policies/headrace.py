@@ -4,8 +4,9 @@
 or cached prompt costs less where it decodes than a handover would, unless many sequences would have to stand still.
 
 The cheapest of P x D pairs is found in O(P + D): for the cheapest prefill worker take the best decode worker, for that
-one the best prefill worker, and so on until nothing changes. Where links are equally fast, and decode workers have no
-prompts to compute, that is exact; otherwise the pair found is one that no exchange of a single worker improves.
+one the best prefill worker, and so on until nothing changes; then the same from the best single worker on. Where links
+are equally fast, and decode workers have no prompts to compute, that is exact; otherwise what is found is a way that no
+exchange of a single worker improves.
 
 A request whose cheapest worker has more to do than the next round trip and step need is held in the gateway: binding
 it now could not start it sooner, and by the time it can start another worker may be cheaper. Prompts that are computed
@@ -44,7 +45,8 @@ class Headrace:
                 if group is not None:
                     senders = [leg for leg in prefills if leg.worker.handover == group]
                     receivers = [leg for leg in decodes if leg.worker.handover == group]
-                    options += _Pairs(request, senders, receivers, view.links, model).weighed()
+                    nearest = min(options[: len(decodes)], key=_total).decode
+                    options += _Pairs(request, senders, receivers, view.links, model).weighed(nearest)
         least = min([option.total_s for option in options])
         near = [option for option in options if option.total_s <= least * model.near]
         chosen = near[0] if len(near) == 1 else view.rng.choice(near)
@@ -67,16 +69,20 @@ class _Pairs:
         self._decodes = {leg.worker.worker: leg for leg in decodes}
         self._found: dict[tuple[WorkerId, WorkerId], Candidate] = {}
 
-    def weighed(self) -> list[Candidate]:
+    def weighed(self, nearest: WorkerId) -> list[Candidate]:
         """The cheapest prefill worker with its best decode worker, that one with its best prefill worker, and so on
-        until that is no cheaper.
+        until that is no cheaper; and the same from the worker that serves alone for least, `nearest`, on.
         """
-        prefill = self._cheapest()
+        self._improve(self._cheapest())
+        if self._found and nearest in self._decodes and len(self._prefills) > (nearest in self._prefills):
+            self._improve(self._prefills[self._best_prefill(self._decodes[nearest]).prefill])
+        return list(self._found.values())
+
+    def _improve(self, prefill: PrefillCost | None) -> None:
         while prefill is not None:
             best = self._best_decode(prefill)
             better = self._best_prefill(self._decodes[best.decode])
             prefill = self._prefills.get(better.prefill) if better.total_s < best.total_s else None
-        return list(self._found.values())
 
     def _cheapest(self) -> PrefillCost | None:
         """The prefill worker that costs least of those with another worker to hand over to."""

@@ -646,6 +646,7 @@ class Story(RuleBasedStateMachine):
             load = self.h.core.load()
             if not load.num_running + load.num_waiting + self.h.core.num_leases:
                 break
+            self.remote.update(self.h.core.take_admitted())  # by the step that found nothing else to do
             assert is_stepping or self.remote or self.h.core.num_leases
         assert set(self.h.finish) | self.aborted == set(self.prompts)
         assert not set(self.h.finish) & self.aborted
