@@ -16,6 +16,7 @@ from typing import Protocol
 import msgspec
 import structlog
 
+from app.fleet.joins import JoinWatchers
 from app.fleet.snapshots import Snapshots, SnapshotSource
 from app.fleet.split import split_gauges, splits_of
 from app.fleet.status import RegisteredWorker, registered_worker, worker_gauges
@@ -95,7 +96,7 @@ class WorkerConnections:
         self._members: dict[WorkerId, _Member] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._snapshots = Snapshots(router, snapshots, is_current=self._is_current, on_applied=dispatcher.changed)
-        self._join_watchers: dict[object, Callable[[WorkerId], None]] = {}
+        self._joins = JoinWatchers()
         self.splits: Mapping[str, str] = {}
         """Where the registered workers disagree on what a model is, in a sentence each."""
         self._bytes_of_closed = [0, 0]
@@ -183,13 +184,7 @@ class WorkerConnections:
 
     def watch_joins(self, on_joined: Callable[[WorkerId], None]) -> Callable[[], None]:
         """Call `on_joined` with each worker that comes up for routing.  Returns: what ends that."""
-        key = object()
-        self._join_watchers[key] = on_joined
-
-        def unwatch() -> None:
-            del self._join_watchers[key]
-
-        return unwatch
+        return self._joins.watch(on_joined)
 
     def is_connected(self, worker: WorkerId) -> bool:
         member = self._members.get(worker)
@@ -328,8 +323,7 @@ class WorkerConnections:
         member.is_up = True
         self._snapshots.check()
         self._dispatcher.changed()
-        for on_joined in list(self._join_watchers.values()):
-            on_joined(worker)
+        self._joins.tell(worker)
 
     def _down(self, member: _Member) -> None:
         if member.is_up:

@@ -1,4 +1,4 @@
-"""From an HTTP request to a job: its body read, parsed and turned into tokens."""
+"""From an HTTP request to a `GatewayRequest`: its body read, parsed and turned into tokens."""
 
 from collections.abc import Callable, Mapping
 from typing import Final

@@ -1,6 +1,6 @@
 """One request and its answer, from arrival to the last byte: a state machine without clock, loop or socket.
 
-The driver (`relay.py`; the simulator has one on virtual time) tells it what happens and does what it asks for.
+A driver (`driver.py`; the simulator's is on virtual time) tells it what happens, and does what it asks for.
 
 | state              | event                   | → state    | effects                                                  |
 |--------------------|-------------------------|------------|----------------------------------------------------------|
@@ -170,7 +170,7 @@ class Exchange:
         self.state = State.PREFILLING
         return [*told, self._start(route.prefill, kind)]
 
-    def _refused(self, event: on.RouteRefused, now: float) -> list[Effect]:
+    def _route_refused(self, event: on.RouteRefused, now: float) -> list[Effect]:
         error = event.error
         if isinstance(error, NoWorker | NoPair) and self._retries.relax():
             return [self._submit()]
@@ -226,12 +226,12 @@ class Exchange:
             self._kept = do.ReleaseTicket(worker, name)
         return do.StartLeg(self._new_leg(worker, kind), worker, name, kind)
 
-    def _not_queued(self, event: on.QueueRefused, _: float) -> list[Effect]:
+    def _queue_refused(self, event: on.QueueRefused, _: float) -> list[Effect]:
         worker, kind = self._legs.pop(event.leg)
         self.state = State.PREFILLING
         return [self._bypass(event.code, event.reason), self._start(worker, kind)]
 
-    def _delta(self, event: on.LegOutput, now: float) -> list[Effect]:
+    def _leg_output(self, event: on.LegOutput, now: float) -> list[Effect]:
         _, kind = self._legs[event.leg]
         if isinstance(kind, PrefillLeg):
             return []  # whatever it has to say comes with its end
@@ -404,17 +404,17 @@ class Exchange:
 
     _TRANSITIONS: ClassVar[dict[tuple[State, type], Handler]] = {
         (State.ROUTING, on.Bound): _bound,
-        (State.ROUTING, on.RouteRefused): _refused,
-        (State.QUEUED, on.QueueRefused): _not_queued,
+        (State.ROUTING, on.RouteRefused): _route_refused,
+        (State.QUEUED, on.QueueRefused): _queue_refused,
         (State.QUEUED, on.LegDone): _prefill_done,
         (State.QUEUED, on.LegFailed): _leg_failed,
-        (State.PREFILLING, on.LegOutput): _delta,
+        (State.PREFILLING, on.LegOutput): _leg_output,
         (State.PREFILLING, on.LegDone): _prefill_done,
         (State.PREFILLING, on.LegFailed): _leg_failed,
-        (State.PUSHING, on.LegOutput): _delta,
+        (State.PUSHING, on.LegOutput): _leg_output,
         (State.PUSHING, on.LegDone): _leg_done,
         (State.PUSHING, on.LegFailed): _leg_failed,
-        (State.DECODING, on.LegOutput): _delta,
+        (State.DECODING, on.LegOutput): _leg_output,
         (State.DECODING, on.LegDone): _leg_done,
         (State.DECODING, on.LegFailed): _leg_failed,
         (State.WAITING, on.TimeUp): _look_again,

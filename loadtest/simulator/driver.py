@@ -1,6 +1,5 @@
 """Drives one exchange on virtual time: what `app/serving/relay.py` is to a real client, without its bytes."""
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -9,11 +8,11 @@ import numpy as np
 from app.serving import effects as do
 from app.serving import events as on
 from app.serving.attempt import Attempt
-from app.serving.effects import Effect, Noted
-from app.serving.events import Event, LegId
-from app.serving.exchange import Exchange, State
+from app.serving.driver import ExchangeDriver
+from app.serving.effects import Noted
+from app.serving.events import LegId
+from app.serving.exchange import Exchange
 from app.serving.request import GatewayRequest
-from loadtest.simulator.clock import Timer
 from loadtest.simulator.gateway import SimulatedConnection, SimulatedGateway
 from loadtest.simulator.leg import SimulatedLeg
 from loadtest.simulator.records import Ending, Record
@@ -22,7 +21,7 @@ from loadtest.workloads import Turn
 from planes.streams.client import WorkerUnreachable
 from planes.wire.errors import Rejected
 from planes.wire.frames import Format, Sampling
-from planes.wire.messages import RequestId, WorkerId
+from planes.wire.messages import RequestId
 from router.request import Route
 
 _PATIENCE_S = 86_400.0
@@ -44,53 +43,33 @@ def gateway_request(request: RequestId, turn: Turn, *, block_size: int, now: flo
     )
 
 
-class ExchangeDriver:
+class SimulatedDriver(ExchangeDriver):
     """One exchange under way. on_end: called once, when `record` is complete."""
 
     def __init__(
         self, gateway: SimulatedGateway, request: GatewayRequest, turn: Turn, record: Record, on_end: Callable[[], None]
     ) -> None:
-        self.exchange = Exchange(request, gateway.scenario.limits)
+        clock, exchange = gateway.clock, Exchange(request, gateway.scenario.limits)
+        super().__init__(exchange, gateway.dispatcher, gateway, clock=clock.time, call_at=clock.call_at)
         self.record = record
         self._gateway = gateway
         self._request = request
         self._turn = turn
         self._on_end = on_end
         self._legs: dict[LegId, tuple[SimulatedConnection, SimulatedLeg]] = {}
-        self._events: deque[Event] = deque()
-        self._is_receiving = True  # from `start` on
-        self._timer: Timer | None = None
-        self._unwatch: Callable[[], None] | None = None
         self._stalled_since: float | None = None
         """When the client got its last token, while it migrates."""
 
-    def start(self) -> None:
-        self.perform(self.exchange.start())
-        self._work_off()
+    def _ended(self) -> None:
+        if not self.record.code:
+            self.close()
 
-    def receive(self, event: Event) -> None:
-        """Let the exchange decide, and do what it says. What happens meanwhile waits for its turn."""
-        self._events.append(event)
-        if not self._is_receiving:
-            self._work_off()
+    def _bug(self, exc: Exception) -> None:
+        raise exc
 
-    def perform(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            self.PERFORM[type(effect)](self, effect)
-
-    def _work_off(self) -> None:
-        self._is_receiving = True
-        while self._events:
-            self.perform(self.exchange.receive(self._events.popleft(), now=self._gateway.clock.now))
-        self._is_receiving = False
-        if self.exchange.state is State.ENDED and not self.record.code:
-            self._close()
-
-    def _close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._unwatch is not None:
-            self._unwatch()
+    def close(self) -> None:
+        """Complete the record."""
+        super().close()
         record, exchange = self.record, self.exchange
         record.code = exchange.code
         record.num_received = len(exchange.tokens)
@@ -116,35 +95,11 @@ class ExchangeDriver:
 
     # --- to the router -------------------------------------------------------------------------------------------
 
-    def _submit(self, effect: do.Submit) -> None:
-        try:
-            self._gateway.dispatcher.submit(effect.request, self._routed)
-        except Rejected as exc:
-            self.receive(on.RouteRefused(exc))
-
     def _routed(self, answer: Route | Rejected) -> None:
-        if isinstance(answer, Rejected):
-            self.receive(on.RouteRefused(answer))
-            return
-        if self.record.predicted_ttft_s is None:
+        if isinstance(answer, Route) and self.record.predicted_ttft_s is None:
             self.record.held_s = answer.held_s
             self.record.predicted_ttft_s = answer.held_s + answer.predicted.ttft_s
-        endpoint = None
-        if answer.prefill is not None:
-            try:
-                endpoint = self._gateway.registration(answer.prefill).handover
-            except WorkerUnreachable:
-                endpoint = None
-        self.receive(on.Bound(answer, endpoint))
-
-    def _withdraw(self, _: do.Withdraw) -> None:
-        self._gateway.dispatcher.withdraw(self._request.request)
-
-    def _mark_prefilled(self, _: do.MarkPrefilled) -> None:
-        self._gateway.dispatcher.prefilled(self._request.request)
-
-    def _release(self, effect: do.ReleaseReservation) -> None:
-        self._gateway.dispatcher.release(self._request.request, effect.observed)
+        super()._routed(answer)
 
     # --- to workers ----------------------------------------------------------------------------------------------
 
@@ -178,12 +133,6 @@ class ExchangeDriver:
             connection, leg = self._legs.pop(effect.leg)
             connection.cancel(leg)
 
-    def _release_ticket(self, effect: do.ReleaseTicket) -> None:
-        try:
-            self._gateway.connection(effect.worker).release(effect.name)
-        except WorkerUnreachable:
-            return  # what it kept is gone with it
-
     # --- to the client -------------------------------------------------------------------------------------------
 
     def _head(self, _: do.Head) -> None:
@@ -214,15 +163,7 @@ class ExchangeDriver:
             raise RuntimeError(f"request {self._request.request} ended twice: {self.record.ending}, then {ending}")
         self.record.ending = ending
 
-    # --- to the clock and the counters -----------------------------------------------------------------------------
-
-    def _wait_until(self, effect: do.WaitUntil) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._gateway.clock.call_at(effect.instant, self.receive, on.TimeUp())
-
-    def _joined(self, worker: WorkerId) -> None:
-        self.receive(on.Joined(worker))
+    # --- to the counters -------------------------------------------------------------------------------------------
 
     def _note(self, effect: do.Note) -> None:
         self._gateway.noted[effect.what] += 1
@@ -234,23 +175,17 @@ class ExchangeDriver:
                 self._stalled_since = self.record.token_at + self._gateway.scenario.hop_s
         else:
             self.record.num_retries += 1
-        if self._unwatch is None:
-            self._unwatch = self._gateway.watch_joins(self._joined)
+        self._watch_joins()
 
     PERFORM: ClassVar[dict[type, Callable[[Any, Any], None]]] = {
-        do.Submit: _submit,
-        do.Withdraw: _withdraw,
-        do.MarkPrefilled: _mark_prefilled,
-        do.ReleaseReservation: _release,
+        **ExchangeDriver.PERFORM,
         do.StartLeg: _start_leg,
         do.EnqueuePrefill: _enqueue,
         do.CancelLeg: _cancel_leg,
-        do.ReleaseTicket: _release_ticket,
         do.Head: _head,
         do.Write: _write,
         do.Finish: _finish,
         do.Reply: _finish,
         do.Fail: _fail,
-        do.WaitUntil: _wait_until,
         do.Note: _note,
     }

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
+from app.fleet.joins import JoinWatchers
 from app.serving.binding import Dispatcher
 from app.serving.effects import Noted
 from app.serving.events import Event, LegFailed, LegOutput
@@ -74,7 +75,7 @@ class SimulatedGateway:
         self.dispatcher = Dispatcher(router, clock=clock.time, timers=clock)
         self.noted: Counter[Noted] = Counter()
         self._connections: dict[WorkerId, SimulatedConnection] = {}
-        self._join_watchers: dict[object, Callable[[WorkerId], None]] = {}
+        self._joins = JoinWatchers()
         self._snapshots: set[WorkerId] = set()
 
     # --- workers -------------------------------------------------------------------------------------------------
@@ -91,14 +92,8 @@ class SimulatedGateway:
         return self.connection(worker).worker.registration
 
     def watch_joins(self, on_joined: Callable[[WorkerId], None]) -> Callable[[], None]:
-        """As `app.fleet.connections.Connections.watch_joins`."""
-        key = object()
-        self._join_watchers[key] = on_joined
-
-        def unwatch() -> None:
-            del self._join_watchers[key]
-
-        return unwatch
+        """As `app.fleet.connections.WorkerConnections.watch_joins`."""
+        return self._joins.watch(on_joined)
 
     def worker_up(self, worker: SimulatedWorker) -> None:
         """A worker has registered."""
@@ -108,8 +103,7 @@ class SimulatedGateway:
         self._connections[worker.id] = SimulatedConnection(worker, self.clock, self.scenario.hop_s)
         self.router.worker_up(worker.registration)
         self.dispatcher.changed()
-        for on_joined in list(self._join_watchers.values()):
-            on_joined(worker.id)
+        self._joins.tell(worker.id)
 
     def worker_lost(self, worker: SimulatedWorker, reason: str) -> None:
         """A worker was silent for too long, or has been replaced. Nothing happens if that is known already."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Final
 
 from loadtest.simulator.clock import Clock
-from loadtest.simulator.driver import ExchangeDriver, gateway_request
+from loadtest.simulator.driver import SimulatedDriver, gateway_request
 from loadtest.simulator.gateway import SimulatedGateway, default_router
 from loadtest.simulator.records import Ending, Gaps, Record, Result, WorkerTotals
 from loadtest.simulator.scenario import Kill, Scenario
@@ -139,4 +139,4 @@ class Simulation:
             else:
                 self._num_ended += num_left  # nobody asks on without an answer
 
-        ExchangeDriver(gateway, request, turn, record, ended).start()
+        SimulatedDriver(gateway, request, turn, record, ended).start()

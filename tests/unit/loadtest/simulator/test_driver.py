@@ -6,7 +6,7 @@ import pytest
 from app.serving import effects as do
 from app.serving.effects import Effect, Noted
 from app.serving.events import LegId, TimeUp
-from loadtest.simulator.driver import ExchangeDriver, gateway_request
+from loadtest.simulator.driver import SimulatedDriver, gateway_request
 from loadtest.simulator.records import Ending, Record
 from loadtest.simulator.scenario import Scenario, engine_facts
 from loadtest.simulator.simulation import Simulation
@@ -26,7 +26,7 @@ def make_driver(until):
     simulation = Simulation(Scenario("round_robin", 0, 0, 1, FACTS), Workload("none", 512, ()))
     simulation.start_workers()
     request = gateway_request(NAME, TURN, block_size=512, now=0.0)
-    driver = ExchangeDriver(simulation.gateways[0], request, TURN, Record(0.0, 1000, 5), lambda: None)
+    driver = SimulatedDriver(simulation.gateways[0], request, TURN, Record(0.0, 1000, 5), lambda: None)
     driver.start()
     if until:
         simulation.clock.run(until=until)
@@ -101,7 +101,7 @@ UNSEEN = {do.Head, do.EnqueuePrefill, do.WaitUntil}
 
 
 def test_every_effect_is_performed():
-    assert set(ExchangeDriver.PERFORM) == set(PERFORMED) | UNSEEN == set(get_args(Effect))
+    assert set(SimulatedDriver.PERFORM) == set(PERFORMED) | UNSEEN == set(get_args(Effect))
 
 
 @pytest.mark.parametrize("effect", PERFORMED)
@@ -129,7 +129,7 @@ def test_a_fleet_without_a_queue_says_so_of_every_queued_prompt():
 def test_the_last_instant_asked_for_is_told():
     told = []
 
-    class Listening(ExchangeDriver):
+    class Listening(SimulatedDriver):
         def receive(self, event):
             told.append((simulation.clock.now, event))
 
