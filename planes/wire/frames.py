@@ -35,6 +35,19 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class StructuredOutput(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the answer must match; exactly one field is set. The engine masks the tokens that would break it."""
+
+    json_schema: str = ""
+    """JSON text of a schema; `{"type": "object"}` for any object."""
+    regex: str = ""
+    choice: list[str] = []
+    grammar: str = ""
+    """EBNF or Lark, as the engine's library reads it."""
+    structural_tag: str = ""
+    """JSON text: free text in which certain tags begin a constrained part, such as a tool call's arguments."""
+
+
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How to choose tokens. Ranges are checked by the gateway; the worker trusts them."""
 
@@ -56,13 +69,41 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How many alternatives to report per token (0: only the token's own); None: no logprobs."""
     n: int = 1
     logit_bias: dict[int, float] = {}
+    bad_words: list[list[int]] = []
+    """Token sequences of which none may be completed."""
+    structured: StructuredOutput | None = None
+    prompt_logprobs: int | None = None
+    """How many alternatives to report per prompt token, as `logprobs`; such a request is served by one worker."""
+    thinking_tokens: int | None = None
+    """Most tokens of reasoning; the engine ends it then."""
+    is_stop_included: bool = False
+    """Whether the answer ends with the stop string that ended it."""
+    is_special_skipped: bool = True
+    """Whether special tokens are no part of the answer's text."""
+    script: bytes = b""
+    """Packed tokens that the simulated engine says; no other engine takes any."""
+
+
+class Parsing(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the worker looks for in the generated text, beside the answer's own."""
+
+    tools: bytes = b""
+    """JSON list of function tools as in chat completions; b"": no tool call is looked for."""
+    tool_choice: str = "auto"
+    """auto, none, required, or `function:NAME`."""
+    is_parallel: bool = True
+    """Whether more than one call may be reported."""
+    has_reasoning: bool = False
+    """Whether reasoning is told apart from the answer."""
+    template_kwargs: bytes = b""
+    """JSON object: what the chat template was given, which tells some parsers whether the model thinks."""
 
 
 class Format(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the worker's formatter writes the answer; the gateway passes its bytes on verbatim."""
 
     kind: str
-    """`chat` or `completion`."""
+    """`chat`, `completion`, `response` or `message`: the dialect."""
     response_id: str
     model: str
     created: int
@@ -70,6 +111,14 @@ class Format(msgspec.Struct, frozen=True, omit_defaults=True):
     include_usage: bool = False
     echo: str = ""
     """Completions only: the prompt's text, when the client wants it in front of the answer."""
+    parsing: Parsing | None = None
+    """None: all text is the answer's."""
+    has_continuous_usage: bool = False
+    """Whether every event tells the usage so far."""
+    has_token_ids: bool = False
+    """Whether the answer lists token ids, the prompt's too."""
+    repeated: bytes = b""
+    """JSON object of fields that the answer repeats from the request (`response`, `message`)."""
 
 
 class Ticket(msgspec.Struct, frozen=True):
@@ -177,6 +226,8 @@ class Usage(msgspec.Struct, frozen=True):
     handover_bytes: int = 0
     decode_s: float = 0.0
     """First until last token."""
+    reasoning_tokens: int = 0
+    """Completion tokens that were reasoning."""
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):
