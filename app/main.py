@@ -83,9 +83,9 @@ def create_app(gateway: Gateway) -> FastAPI:
 
 
 def streams_first(app: FastAPI) -> ASGIApp:
-    """`app` with its two generating routes in front: FastAPI's layers would cost as much as routing and relaying.
+    """`app` with its generating routes in front: FastAPI's layers would cost as much as routing and relaying.
 
-    Both stay among its routes, for other methods and for the schema.
+    All stay among its routes, for other methods and for the schema.
     """
     endpoints = {route.path: route.endpoint for route in app.routes if isinstance(route, Route)}
     streamed = {path: endpoint for path, endpoint in endpoints.items() if isinstance(endpoint, Streamed)}

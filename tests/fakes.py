@@ -1,5 +1,6 @@
 """Fakes that several tests share."""
 
+from app.openai import errors
 from planes.streams.client import WorkerUnreachable
 from planes.wire.frames import Generate
 from planes.wire.messages import (
@@ -229,3 +230,10 @@ class FakeResponse:
         assert not self.is_begun
         self.is_begun = self.is_ended = True
         self.status, self.headers, self.body = status, dict(headers), body
+
+    def fail(self, exc, headers):
+        if self.is_begun:
+            self.end(errors.sse_event(exc))
+        else:
+            refusal = errors.response(exc)
+            self.whole(refusal.status, [*refusal.headers.items(), *headers], refusal.body)

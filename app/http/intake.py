@@ -14,7 +14,7 @@ from app.serving.request import GatewayRequest
 from planes.wire.frames import Format
 from planes.wire.messages import RequestId
 
-_ID_PREFIX: Final = {Kind.CHAT: "chatcmpl", Kind.COMPLETION: "cmpl"}
+_ID_PREFIX: Final = {Kind.CHAT: "chatcmpl-", Kind.COMPLETION: "cmpl-", Kind.RESPONSE: "resp_", Kind.MESSAGE: "msg_"}
 
 Parse = Callable[[bytes], ParsedRequest]
 
@@ -53,7 +53,7 @@ async def read_request(
         sampling=prepared.sampling,
         format=Format(
             kind=parsed.kind.value,
-            response_id=f"{_ID_PREFIX[parsed.kind]}-{request_id}",
+            response_id=f"{_ID_PREFIX[parsed.kind]}{request_id}",
             model=parsed.model,
             created=int(gateway.wall_clock()),
             is_streaming=parsed.is_streaming,

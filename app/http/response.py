@@ -14,12 +14,15 @@ import re
 from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum, auto
 from http import HTTPStatus
+from typing import Protocol
 
 import structlog
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from app.http.connection import EXTENSION, Client
+from app.openai import errors as openai_errors
+from app.openai.errors import ErrorResponse
 
 _log = structlog.get_logger()
 
@@ -36,14 +39,33 @@ class _State(Enum):
     ENDED = auto()
 
 
+class ErrorDialect(Protocol):
+    """How clients of one API are told errors; `app/openai/errors.py` is one."""
+
+    def response(self, exc: BaseException) -> ErrorResponse:
+        """A whole answer."""
+
+    def sse_event(self, exc: BaseException) -> bytes:
+        """The last event of a stream."""
+
+
 class StreamedResponse:
     """The answer to one request.
 
     max_unsent_bytes: most bytes that may wait for a client before it is cut off; `on_cut_off` is called then.
     """
 
-    def __init__(self, client: Client, scope: Scope, *, max_unsent_bytes: int, on_cut_off: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        client: Client,
+        scope: Scope,
+        *,
+        max_unsent_bytes: int,
+        on_cut_off: Callable[[], None],
+        errors: ErrorDialect = openai_errors,
+    ) -> None:
         self._client = client
+        self._errors = errors
         self._transport, self._flow, self._cycle = client.transport, client.flow, client.cycle
         self._max_unsent_bytes = max_unsent_bytes
         self._on_cut_off = on_cut_off
@@ -102,6 +124,14 @@ class StreamedResponse:
         self._check_unsent()  # of answers before, on the same connection
         self._complete(head + body)
 
+    def fail(self, exc: Exception, headers: Headers) -> None:
+        """Tell the client of an error, in whatever shape there is still room for."""
+        if self.is_begun:
+            self.end(self._errors.sse_event(exc))
+        else:
+            refusal = self._errors.response(exc)
+            self.whole(refusal.status, [*refusal.headers.items(), *headers], refusal.body)
+
     def _require(self, state: _State) -> None:
         if self._state is not state:
             raise RuntimeError(f"the answer is {self._state.name}, not {state.name}")
@@ -149,8 +179,10 @@ class Streamed:
         *,
         max_unsent_bytes: int,
         on_cut_off: Callable[[], None],
+        errors: ErrorDialect = openai_errors,
     ) -> None:
         functools.update_wrapper(self, produce)
+        self._errors = errors
         self._produce = produce
         self._max_unsent_bytes = max_unsent_bytes
         self._on_cut_off = on_cut_off
@@ -164,7 +196,13 @@ class Streamed:
         if client.is_gone:
             return
         client.watch(task.cancel)
-        response = StreamedResponse(client, scope, max_unsent_bytes=self._max_unsent_bytes, on_cut_off=self._on_cut_off)
+        response = StreamedResponse(
+            client,
+            scope,
+            max_unsent_bytes=self._max_unsent_bytes,
+            on_cut_off=self._on_cut_off,
+            errors=self._errors,
+        )
         try:
             await self._produce(Request(scope, receive), response)
         except asyncio.CancelledError:

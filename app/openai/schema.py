@@ -24,10 +24,17 @@ NULL: Final = msgspec.Raw(b"null")
 
 
 class Kind(StrEnum):
-    """Which of the two endpoints; the values are those of `planes.wire.frames.Format.kind`."""
+    """Which dialect; the values are those of `planes.wire.frames.Format.kind`."""
 
     CHAT = "chat"
     COMPLETION = "completion"
+    RESPONSE = "response"
+    MESSAGE = "message"
+
+    @property
+    def is_conversation(self) -> bool:
+        """Whether its prompt is made of messages, by the model's chat template."""
+        return self is not Kind.COMPLETION
 
 
 @dataclass(frozen=True, slots=True)

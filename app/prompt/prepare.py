@@ -22,6 +22,14 @@ from planes.wire.frames import Sampling
 
 Result = TypeVar("Result")
 
+_FIELD: Final = {
+    Kind.CHAT: "messages",
+    Kind.COMPLETION: "prompt",
+    Kind.RESPONSE: "input",
+    Kind.MESSAGE: "messages",
+}
+"""The field that a client wrote the prompt in."""
+
 DEFAULT_INLINE_BYTES: Final = 16_384
 """Tokenizing this much takes about half a millisecond; a thread costs a tenth of one and leaves the loop free."""
 
@@ -144,7 +152,7 @@ def chat_template_of(config: Mapping[str, Any]) -> str | None:
 def _prepared(parsed: ParsedRequest, model: ModelEntry, salt: str) -> Prepared:
     """May run on a thread."""
     _check_ids(parsed.sampling, model)
-    if parsed.kind is Kind.CHAT:
+    if parsed.kind.is_conversation:
         tokens = _chat_tokens(parsed, model)
     elif isinstance(parsed.prompt, str):
         _check_provable(len(parsed.prompt), parsed, model)
@@ -232,4 +240,4 @@ def _echo(parsed: ParsedRequest, model: ModelEntry) -> str:
 
 
 def _field(parsed: ParsedRequest) -> str:
-    return "messages" if parsed.kind is Kind.CHAT else "prompt"
+    return _FIELD[parsed.kind]

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Protocol
 import structlog
 
 from app.metrics import Metrics
-from app.openai import errors
 from app.serving import driver, summary
 from app.serving import effects as do
 from app.serving import events as on
@@ -47,6 +46,7 @@ class Response(Protocol):
     def write(self, payload: bytes) -> None: ...
     def end(self, last: bytes = b"") -> None: ...
     def whole(self, status: int, headers: do.Headers, body: bytes) -> None: ...
+    def fail(self, exc: Exception, headers: do.Headers) -> None: ...
 
 
 class Workers(driver.Workers, Protocol):
@@ -217,7 +217,7 @@ class _Serving(ExchangeDriver):
         self.response.whole(200, [_JSON, *effect.headers], effect.payload)
 
     def _fail(self, effect: do.Fail) -> None:
-        fail(self.response, effect.error, effect.headers)
+        self.response.fail(effect.error, effect.headers)
 
     # --- to the log and the metrics --------------------------------------------------------------------------------
 
@@ -248,12 +248,3 @@ class _Serving(ExchangeDriver):
         do.Fail: _fail,
         do.Note: _note,
     }
-
-
-def fail(response: Response, exc: Exception, headers: do.Headers) -> None:
-    """Tell the client, in whatever shape there is still room for."""
-    if response.is_begun:
-        response.end(errors.sse_event(exc))
-    else:
-        refusal = errors.response(exc)
-        response.whole(refusal.status, [*refusal.headers.items(), *headers], refusal.body)
