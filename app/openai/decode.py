@@ -10,6 +10,7 @@ import msgspec
 from planes.wire.errors import InvalidRequest
 
 Body = TypeVar("Body", bound=msgspec.Struct)
+Value = TypeVar("Value")
 
 _PATH = re.compile(r"(?P<problem>.*?) - at (?:`key` in )?`\$\.?(?P<path>.*)`$", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`$", re.DOTALL)
@@ -28,6 +29,18 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
         raise _explained(str(exc), body, decoder.type) from exc
     except RecursionError as exc:
         raise InvalidRequest("The request body is nested too deeply.", code="invalid_json") from exc
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise InvalidRequest(f"The request body is not valid JSON: {exc}.", code="invalid_json") from exc
+
+
+def decode_field(name: str, raw: msgspec.Raw, decoder: msgspec.json.Decoder[Value]) -> Value:
+    """One field of a body that has been decoded.  Raises:  InvalidRequest naming it."""
+    try:
+        return decoder.decode(raw)
+    except msgspec.ValidationError as exc:
+        raise _explained(str(exc), bytes(raw), decoder.type, within=name) from exc
+    except RecursionError as exc:
+        raise InvalidRequest(f"'{name}' is nested too deeply.", param=name, code="invalid_json") from exc
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise InvalidRequest(f"The request body is not valid JSON: {exc}.", code="invalid_json") from exc
 
@@ -58,10 +71,14 @@ def check_count(name: str, count: int, limit: int, what: str) -> None:
         raise InvalidRequest(f"Invalid '{name}': {count} {what} were given and the limit is {limit}.", param=name)
 
 
-def _explained(problem: str, body: bytes, expected: type[msgspec.Struct]) -> InvalidRequest:
-    """Put msgspec's message, such as "Expected `int`, got `str` - at `$.n`", into OpenAI's words."""
+def _explained(problem: str, body: bytes, expected: Any, *, within: str = "") -> InvalidRequest:
+    """Put msgspec's message, such as "Expected `int`, got `str` - at `$.n`", into OpenAI's words.
+
+    Args:  within: the field whose value `body` is; "": it is the whole.
+    """
     located = _PATH.match(problem)
-    path = located["path"].removesuffix("[...]") if located else ""
+    inner = located["path"].removesuffix("[...]") if located else ""
+    path = f"{within}{'.' if within and inner and not inner.startswith('[') else ''}{inner}"
     problem = located["problem"] if located else problem
     prefix = f"{path}." if path else ""
     if unknown := _UNKNOWN.match(problem):
@@ -78,7 +95,7 @@ def _explained(problem: str, body: bytes, expected: type[msgspec.Struct]) -> Inv
     problem = problem[:1].lower() + problem[1:].replace("`", "")
     if not path:
         return InvalidRequest(f"The request body must be a JSON object: {problem}.", code="invalid_type")
-    value = _at(body, path)
+    value = _at(body, inner)
     found = "" if value is msgspec.UNSET else f"; the value is {shown(value)}"
     return InvalidRequest(f"Invalid type for '{path}': {problem}{found}.", param=path, code="invalid_type")
 

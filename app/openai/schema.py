@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from planes.wire.frames import Sampling
+from planes.wire.frames import Parsing, Sampling
 
 Json = Any
 """Any JSON value, decoded."""
@@ -49,13 +49,17 @@ class Limits:
     num_logit_bias: int = 1024
     num_messages: int = 16_384
     template_kwargs_bytes: int = 65_536
+    num_tools: int = 1024
+    num_documents: int = 1024
+    num_bad_words: int = 128
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ParsedRequest:
     """A request whose every field is valid by itself; what depends on the model is checked by `app/prompt/prepare.py`.
 
-    messages: chat only, as the template gets them.  prompt: completions only, text or token ids (shape (n,), uint32).
+    messages, tools, documents: chat only, as the template gets them.  prompt: completions only, text or token ids
+    (shape (n,), uint32).
     sampling: ranges checked; its `max_tokens` is 0 until `Preprocessor.prepare` has resolved the `max_tokens` here,
     where None means: as many as the context has room for.
     """
@@ -78,6 +82,26 @@ class ParsedRequest:
     """Of the body: a bound on the text in it, for whoever must decide how dear it is."""
     slo_ttft_s: float | None = None
     timeout_s: float | None = None
+    tools: tuple[dict[str, Json], ...] = ()
+    documents: tuple[dict[str, Json], ...] = ()
+    parsing: Parsing | None = None
+    """What the worker looks for in the text; None: nothing."""
+    is_reply: bool = True
+    """Whether the prompt ends where an assistant's turn begins; the template's `add_generation_prompt`."""
+    is_continued: bool = False
+    """Whether the last message is left open, for the answer to go on with it."""
+    truncate_prompt_tokens: int | None = None
+    """Keep this many of the prompt's last tokens; -1: as many as leave room for an answer.  None: all or none."""
+    bad_words: tuple[str, ...] = ()
+    """They become `Sampling.bad_words` where the tokenizer is known."""
+    is_local_only: bool = False
+    """Whether one worker must compute all of it."""
+    is_prewarm: bool = False
+    """Whether only the prompt is to be computed, for a later request to find cached."""
+    has_continuous_usage: bool = False
+    has_token_ids: bool = False
+    ignored: tuple[str, ...] = ()
+    """Names of fields that nobody here knows."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -93,6 +93,8 @@ class Parsing(msgspec.Struct, frozen=True, omit_defaults=True):
     """auto, none, required, or `function:NAME`."""
     is_parallel: bool = True
     """Whether more than one call may be reported."""
+    custom: list[str] = []
+    """Names of those tools that take free text: a call's one argument, `input`, is what the client gets."""
     has_reasoning: bool = False
     """Whether reasoning is told apart from the answer."""
     template_kwargs: bytes = b""
