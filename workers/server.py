@@ -129,6 +129,7 @@ class _RunningRequest:
             handover_s=output.handover_s,
             handover_bytes=output.handover_bytes,
             decode_s=output.decode_s,
+            reasoning_tokens=self.formatter.reasoning_tokens,
         )
 
 
@@ -233,6 +234,7 @@ class WorkerServer:
             self._vocabulary,
             end_tokens=self._end_tokens,
             context=admitted.prompt[-_CONTEXT_TOKENS:].tolist(),
+            prompt_tokens=len(admitted.prompt),
         )
         self._handed_over.forget(request.request)  # the engine does so, too, when it gets a request of that name
         running = _RunningRequest(connection, request, len(admitted.prompt), formatter)

@@ -11,9 +11,8 @@ import numpy.typing as npt
 from planes.wire.errors import InvalidRequest, Rejected
 from planes.wire.frames import DecodeLeg, Generate, LocalLeg, PrefillLeg, Sampling
 from planes.wire.messages import EngineFacts, HandoverEndpoint, HandoverMode, Role
+from workers.answer.dialects import KINDS
 from workers.engine.base import EngineRequest
-
-KINDS = ("chat", "completion")
 
 
 class HandoverRefused(Rejected):

@@ -8,11 +8,13 @@ probability of a token leaves with the token, though its text may still be held 
 A choice writes: opening event → one event per token that has news → held text → closing event.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from planes.wire.frames import FinishReason, Format, Sampling, Usage
-from workers.answer.detokenizer import Vocabulary
-from workers.answer.sse import EventWriter, FinishedChoice, TokenNote
+from workers.answer.detokenizer import Detokenizer, Vocabulary
+from workers.answer.dialects import dialect
+from workers.answer.dialects.base import Dialect, Ending, FinishedChoice, TokenNote
+from workers.answer.parts import AnswerParser, CallStart, Content, Part, merged
 from workers.answer.stop_strings import StopFinder
 from workers.engine.base import EngineOutput, TokenLogprob
 
@@ -32,20 +34,37 @@ class Formatter:
         *,
         end_tokens: frozenset[int] = frozenset(),
         context: Sequence[int] = (),
+        prompt_tokens: int = 0,
+        parser: Callable[[], AnswerParser] | None = None,
     ) -> None:
         """
         Args:  end_tokens: the model's end-of-sequence ids.  context: the prompt's last tokens, for tokenizers whose
-        text depends on what stands before.
+        text depends on what stands before.  parser: makes one for each choice; None: all text is the answer's.
         """
-        self._writer = EventWriter(layout, sampling.n, vocabulary)
+        self._is_streaming = layout.is_streaming
+        self._dialect = dialect(layout, sampling.n, vocabulary, prompt_tokens=prompt_tokens)
         self._has_logprobs = sampling.logprobs is not None
         self._end_tokens = end_tokens | frozenset(sampling.stop_token_ids)
-        self._choices = [_Choice(index, self._writer, vocabulary, sampling, context) for index in range(sampling.n)]
+        self._choices = [
+            _Choice(
+                index,
+                self._dialect,
+                vocabulary.detokenizer(context),
+                sampling,
+                parser=None if parser is None else parser(),
+                is_streaming=layout.is_streaming,
+            )
+            for index in range(sampling.n)
+        ]
         self._num_open = sampling.n
 
     @property
     def completion_tokens(self) -> int:
         return sum(choice.num_tokens for choice in self._choices)
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return sum(choice.reasoning_tokens for choice in self._choices)
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -90,9 +109,9 @@ class Formatter:
 
     def finish(self, usage: Usage) -> bytes:
         """The last bytes of the answer, after every choice has ended."""
-        if self._writer.is_streaming:
-            return self._writer.last(usage)
-        return self._writer.body([choice.finished(has_logprobs=self._has_logprobs) for choice in self._choices], usage)
+        if self._is_streaming:
+            return self._dialect.last(usage)
+        return self._dialect.body([choice.finished(has_logprobs=self._has_logprobs) for choice in self._choices], usage)
 
 
 class _Choice:
@@ -100,37 +119,52 @@ class _Choice:
 
     __slots__ = (
         "_detokenizer",
+        "_dialect",
+        "_has_calls",
         "_index",
         "_is_open",
         "_is_streaming",
         "_min_tokens",
         "_notes",
+        "_parser",
         "_parts",
         "_stops",
         "_text_length",
-        "_writer",
         "_written",
         "finish",
         "num_tokens",
     )
 
     def __init__(
-        self, index: int, writer: EventWriter, vocabulary: Vocabulary, sampling: Sampling, context: Sequence[int]
+        self,
+        index: int,
+        dialect: Dialect,
+        detokenizer: Detokenizer,
+        sampling: Sampling,
+        *,
+        parser: AnswerParser | None,
+        is_streaming: bool,
     ) -> None:
         self.finish: FinishReason | None = None
         self.num_tokens = 0
         self._index = index
-        self._writer = writer
-        self._is_streaming = writer.is_streaming
-        self._detokenizer = vocabulary.detokenizer(context)
+        self._dialect = dialect
+        self._is_streaming = is_streaming
+        self._detokenizer = detokenizer
+        self._parser = parser
         self._stops = StopFinder(sampling.stop) if sampling.stop else None
         self._min_tokens = sampling.min_tokens
         self._is_open = False
+        self._has_calls = False
         self._text_length = 0
         """Characters decoded, held ones included: where the next token's text begins."""
         self._written: list[bytes] = []
-        self._parts: list[str] = []
+        self._parts: list[Part] = []
         self._notes: list[TokenNote] = []
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return 0 if self._parser is None else self._parser.reasoning_tokens
 
     def advance(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]) -> bool:
         """Take tokens in order, up to the one that completes a stop string; tells whether one did.
@@ -146,9 +180,12 @@ class _Choice:
             self._text_length += len(text)
             if text and self._stops is not None and self.num_tokens > self._min_tokens:
                 text = self._stops.advance(text)
-                if self._stops.has_found:
+                if self._stops.found:
                     self.finish = FinishReason.STOP
-            self._write(text, note)
+            if self._parser is None:
+                self._write(text, note)
+            else:
+                self._write_parts(self._parser.advance(text, token), note)
             if self.finish is not None:
                 return True
         return False
@@ -158,12 +195,16 @@ class _Choice:
         self._open()
         self.finish = finish
         held = self._stops.flush() if self._stops is not None else ""
-        self._write(held + self._detokenizer.flush(), None)
+        text = held + self._detokenizer.flush()
+        if self._parser is None:
+            self._write(text, None)
+        else:
+            self._write_parts(self._parser.finish(text), None)
         self.close()
 
     def close(self) -> None:
         if self._is_streaming and self.finish is not None:
-            self._written.append(self._writer.closing(self._index, self.finish))
+            self._written.append(self._dialect.closing(self._index, self._ending(self.finish)))
 
     def take(self) -> bytes:
         """Events written since the last call."""
@@ -174,20 +215,35 @@ class _Choice:
     def finished(self, *, has_logprobs: bool) -> FinishedChoice:
         """The finished choice."""
         notes = self._notes if has_logprobs else None
-        return FinishedChoice(self._index, "".join(self._parts), notes, self.finish or FinishReason.LENGTH)
+        return FinishedChoice(self._index, merged(self._parts), notes, self._ending(self.finish or FinishReason.LENGTH))
+
+    def _ending(self, finish: FinishReason) -> Ending:
+        return Ending(finish, self._stops.found if self._stops is not None else "", self._has_calls)
 
     def _open(self) -> None:
         if not self._is_open:
             self._is_open = True
             if self._is_streaming:
-                self._written.append(self._writer.opening(self._index))
+                self._written.append(self._dialect.opening(self._index))
 
     def _write(self, text: str, note: TokenNote | None) -> None:
         if not self._is_streaming:
-            self._parts.append(text)
+            if text:
+                self._parts.append(Content(text))
             if note is not None:
                 self._notes.append(note)
         elif note is not None:
-            self._written.append(self._writer.token(self._index, text, note))
+            self._written.append(self._dialect.token(self._index, text, note))
         elif text:
-            self._written.append(self._writer.text(self._index, text))
+            self._written.append(self._dialect.text(self._index, text))
+
+    def _write_parts(self, parts: Sequence[Part], note: TokenNote | None) -> None:
+        """The log probability leaves with its token, whatever part the token belongs to."""
+        if note is not None:
+            self._write("", note)
+        for part in parts:
+            self._has_calls = self._has_calls or isinstance(part, CallStart)
+            if self._is_streaming:
+                self._written.append(self._dialect.part(self._index, part))
+            else:
+                self._parts.append(part)

@@ -9,24 +9,25 @@ class StopFinder:
     Everything let go can no longer be part of a stop string, so what is held is shorter than the longest of them.
     """
 
-    __slots__ = ("_held", "_starts", "_stops", "has_found")
+    __slots__ = ("_held", "_starts", "_stops", "found")
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._starts = frozenset(stop[0] for stop in stops)
         self._held = ""
-        self.has_found = False
+        self.found = ""
+        """The stop string that cut the text."""
 
     def advance(self, text: str) -> str:
-        """Add `text`. Returns what may leave now; with `has_found`, that is all up to the stop string."""
+        """Add `text`. Returns what may leave now; with `found`, that is all up to the stop string."""
         if not self._held and self._starts.isdisjoint(text):
             return text  # the common case
         held = self._held + text
-        ends = [start for stop in self._stops if (start := held.find(stop)) >= 0]
+        ends = [(start, stop) for stop in self._stops if (start := held.find(stop)) >= 0]
         if ends:
-            self.has_found = True
+            start, self.found = min(ends)
             self._held = ""
-            return held[: min(ends)]
+            return held[:start]
         keep = max(_overlap(held, stop) for stop in self._stops)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

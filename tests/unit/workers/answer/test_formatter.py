@@ -305,5 +305,5 @@ def test_resumed_at_any_token_the_bytes_go_on_as_if_uninterrupted(story, data):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="no dialect"):
         formatter("image")

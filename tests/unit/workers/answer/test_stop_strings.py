@@ -11,13 +11,13 @@ def test_text_that_could_begin_a_stop_string_is_held_back():
     assert finder.advance("the E") == "the "
     assert finder.advance("N") == ""
     assert finder.advance("T") == "ENT"
-    assert not finder.has_found
+    assert not finder.found
 
 
 def test_text_after_the_first_stop_string_is_cut():
     finder = StopFinder(["late", "stop"])
     assert finder.advance("go stop late") == "go "
-    assert finder.has_found
+    assert finder.found
 
 
 def test_held_text_leaves_at_the_end():
@@ -32,15 +32,15 @@ def test_any_split_of_a_text_is_cut_where_its_first_complete_stop_string_begins(
     finder, left = StopFinder(stops), ""
     for piece in pieces:
         left += finder.advance(piece)
-        if finder.has_found:
+        if finder.found:
             break
     else:
         left += finder.flush()
     text = "".join(pieces)
     assert text.startswith(left)
-    assert finder.has_found == any(stop in text for stop in stops)
+    assert bool(finder.found) == any(stop in text for stop in stops)
     assert not any(stop in left for stop in stops)
-    if finder.has_found:
+    if finder.found:
         assert any(text.startswith(stop, len(left)) for stop in stops)
     else:
         assert left == text
@@ -50,5 +50,5 @@ def test_any_split_of_a_text_is_cut_where_its_first_complete_stop_string_begins(
 def test_less_than_the_longest_stop_string_is_held(text, stops):
     finder = StopFinder(stops)
     left = finder.advance(text)
-    if not finder.has_found:
+    if not finder.found:
         assert len(text) - len(left) < max(map(len, stops))
