@@ -36,8 +36,12 @@ class GatewayRequest:
 
     @property
     def is_resumable(self) -> bool:
-        """Whether another worker can go on from the tokens; else it starts over, if the client has got nothing."""
-        return self.sampling.n == 1 and (self.format.is_streaming or self.sampling.logprobs is None)
+        """Whether another worker can go on from the tokens; else it starts over, if the client has got nothing.
+
+        What earlier tokens were worth is known to nobody else, and a response says it again in the end.
+        """
+        is_told_once = self.format.is_streaming and self.format.kind != "response"
+        return self.sampling.n == 1 and (is_told_once or self.sampling.logprobs is None)
 
     @property
     def is_first_token_early(self) -> bool:

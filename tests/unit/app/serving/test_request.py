@@ -1,19 +1,20 @@
 import numpy as np
+import pytest
 
 from app.serving.request import GatewayRequest
 from planes.wire.frames import Format, Sampling
 from planes.wire.messages import RequestId
 
 
-def request(max_tokens=50):
+def request(max_tokens=50, kind="chat", *, is_streaming=False, logprobs=None):
     return GatewayRequest(
         request=RequestId("r"),
         model="m",
         prompt=np.arange(100, dtype=np.uint32),
         blocks=np.arange(6, dtype=np.uint64),
         block_size=16,
-        sampling=Sampling(max_tokens),
-        format=Format("chat", "", "m", 0),
+        sampling=Sampling(max_tokens, logprobs=logprobs),
+        format=Format(kind, "", "m", 0, is_streaming=is_streaming),
         arrived_at=0.0,
         deadline=60.0,
         card_digest="c" * 64,
@@ -28,3 +29,18 @@ def test_the_router_is_told_what_a_worker_must_have():
 def test_a_request_that_goes_on_elsewhere_grows_no_further_than_it_would_have():
     routable = request().routable(num_tokens=20, excluded=frozenset(), is_retry=True)
     assert (routable.max_context, routable.expected_tokens, routable.is_local_only) == (150, 30, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_streaming", "logprobs", "is_resumable"),
+    [
+        ("chat", False, None, True),
+        ("chat", False, 2, False),
+        ("chat", True, 2, True),
+        ("response", True, None, True),
+        ("response", True, 2, False),  # its end says all of them again
+    ],
+)
+def test_what_another_worker_can_go_on_with(kind, is_streaming, logprobs, is_resumable):
+    found = request(kind=kind, is_streaming=is_streaming, logprobs=logprobs)
+    assert found.is_resumable is is_resumable
