@@ -92,6 +92,11 @@ class Metrics:
             ("code",),
             registry=self._registry,
         )
+        self._ignored = Counter(
+            "headrace_ignored_fields",
+            "Body fields that nobody here knows, of requests served.",
+            registry=self._registry,
+        )
         self._cut_off = Counter(
             "headrace_clients_cut_off", "Clients that read too slowly to be waited for.", registry=self._registry
         )
@@ -128,6 +133,9 @@ class Metrics:
             child = self._counters[counter, model] = counter.labels(model)
         if count:
             child.inc(count)
+
+    def fields_ignored(self, count: int) -> None:
+        self._ignored.inc(count)
 
     def retried(self, code: str, *, is_migration: bool) -> None:
         (self._migrations if is_migration else self._retries).labels(code).inc()

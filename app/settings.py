@@ -50,6 +50,9 @@ class GatewaySettings(ProcessSettings):
     body_memory_bytes: Annotated[
         int, Parameter(help="Most memory for all bodies that are being read, beyond the first 64 KiB of each.")
     ] = 256 << 20
+    strict_fields: Annotated[
+        bool, Parameter(help="Refuse body fields that nobody here knows, in place of naming them in the answer's head.")
+    ] = False
     slow_client_bytes: Annotated[
         int, Parameter(help="Most unsent bytes of one answer; a client that reads more slowly is cut off.")
     ] = 1 << 20

@@ -39,15 +39,33 @@ FIELDS = {
     "ignore_eos": "Go on to `max_tokens`, for load tests.",
     "min_tokens": "Tokens before an answer may end by itself.",
     "stop_token_ids": "Tokens that end an answer.",
+    "bad_words": "Texts that an answer must not contain; up to 128.",
+    "include_stop_str_in_output": "End the answer with the stop string that ended it.",
+    "skip_special_tokens": "Leave special tokens out of the answer's text; true without it.",
+    "structured_outputs": "What the answer must match: json, regex, choice, grammar, json_object or structural_tag.",
+    "guided_json": "The older name of `structured_outputs.json`.",
+    "guided_regex": "The older name of `structured_outputs.regex`.",
+    "guided_choice": "The older name of `structured_outputs.choice`.",
+    "guided_grammar": "The older name of `structured_outputs.grammar`.",
+    "thinking_token_budget": "Most tokens of reasoning; -1: no limit.",
+    "prompt_logprobs": "Report the prompt's log probabilities with so many alternatives; not streamed, one worker.",
+    "return_token_ids": "List token ids in the answer, the prompt's too.",
+    "truncate_prompt_tokens": "Keep the prompt's last tokens only; -1: as many as leave room for the answer.",
     "cache_salt": "Only requests with the same salt share cached prompts; up to 256 characters.",
     "priority": "Class from -1000 to 1000; lower is sooner, but never sooner than the API key's own.",
     "slo_ttft_ms": "Refuse (429) if the first token is predicted to take longer, in milliseconds.",
     "timeout_ms": "Give up after so long, in milliseconds; `--request-timeout-s` at most.",
+    "chat_template_kwargs": "Chat only: what the chat template sees besides the messages.",
+    "add_generation_prompt": "Chat only: whether the prompt ends where the assistant's turn begins; true without it.",
+    "continue_final_message": "Chat only: go on with the last message in place of a new one.",
+    "documents": "Chat only: objects for templates that know them.",
 }
-"""What a body may have beside OpenAI's fields: `app/openai/schema.py`, a test compares."""
+"""What a body may have beside OpenAI's fields: `app/openai/bodies.py`, a test compares."""
 HEADERS = (
     ("x-headrace-handover", "request", "`always` (two workers, or 503), `never`, or `auto`: as the router decides."),
     ("x-headrace-explain", "request", "`1` is answered by `x-headrace-route`."),
+    ("x-headrace-script", "request", "What the simulated engine says: a JSON list of texts, one for each turn."),
+    ("x-headrace-ignored", "response", "Body fields that nobody here knows; they changed nothing."),
     ("x-request-id", "response", "For `GET /v1/routes/{request_id}` and the logs."),
     ("x-headrace-prefill", "response", "The worker that computed the prompt; the decode worker without a handover."),
     ("x-headrace-decode", "response", "The worker that generates."),
@@ -71,7 +89,15 @@ def reference() -> str:
     parts += [f"| `{method} {path}` | {summary} |" for method, path, summary in _routes()]
     parts += ["", "### Headers", "", "| header | of the | meaning |", "|---|---|---|"]
     parts += [f"| `{name}` | {side} | {text} |" for name, side, text in HEADERS]
-    parts += ["", "### Beyond OpenAI's body", "", "Unknown fields are refused.", "", "| field | meaning |", "|---|---|"]
+    parts += [
+        "",
+        "### Beyond OpenAI's body",
+        "",
+        "Fields that nobody knows are left out and named in `x-headrace-ignored`; `--strict-fields` refuses them.",
+        "",
+        "| field | meaning |",
+        "|---|---|",
+    ]
     parts += [f"| `{name}` | {text} |" for name, text in FIELDS.items()]
     parts += ["", "## Metrics", "", "| metric | type | meaning |", "|---|---|---|"]
     parts += [f"| `{name}` | {kind} | {text} |" for name, kind, text in _metrics()]

@@ -3,15 +3,18 @@
 from collections.abc import Callable, Mapping
 from typing import Final
 
+import msgspec
 from starlette.requests import Request
 
 from app.auth import Tenant
 from app.gateway import Gateway
 from app.http.body import read_body, useful_bytes
-from app.openai.request_headers import parse_header_options
+from app.openai.request_headers import SCRIPT, parse_header_options
 from app.openai.schema import Kind, ParsedRequest
+from app.openai.unserved import refuse_unserved
+from app.prompt.script import scripted
 from app.serving.request import GatewayRequest
-from planes.wire.frames import Format
+from planes.wire.frames import Format, Parsing
 from planes.wire.messages import RequestId
 
 _ID_PREFIX: Final = {Kind.CHAT: "chatcmpl-", Kind.COMPLETION: "cmpl-", Kind.RESPONSE: "resp_", Kind.MESSAGE: "msg_"}
@@ -38,19 +41,23 @@ async def read_request(
     with gateway.bodies.lease() as lease:
         body = await read_body(request, _max_body_bytes(gateway), lease)
         parsed = await gateway.preprocessor.parse(parse, body, deadline=arrived_at + limit_s)
+        refuse_unserved(parsed)
         deadline = arrived_at + min(limit_s, parsed.timeout_s or limit_s)
         model = gateway.models.entry(parsed.model)
         prepared = await gateway.preprocessor.prepare(
             parsed, model, cache_salt=tenant.salted(parsed.cache_salt), deadline=deadline
         )
-    options = parse_header_options(headers, n=prepared.sampling.n)
+    sampling = prepared.sampling
+    if SCRIPT in headers:
+        sampling = msgspec.structs.replace(sampling, script=scripted(headers[SCRIPT], parsed.messages, model.tokenizer))
+    options = parse_header_options(headers, n=sampling.n, has_prompt_logprobs=sampling.prompt_logprobs is not None)
     return GatewayRequest(
         request=request_id,
         model=parsed.model,
         prompt=prepared.tokens,
         blocks=prepared.blocks,
         block_size=model.block_size,
-        sampling=prepared.sampling,
+        sampling=sampling,
         format=Format(
             kind=parsed.kind.value,
             response_id=f"{_ID_PREFIX[parsed.kind]}{request_id}",
@@ -59,6 +66,9 @@ async def read_request(
             is_streaming=parsed.is_streaming,
             include_usage=parsed.include_usage,
             echo=prepared.echo,
+            parsing=_parsing(parsed),
+            has_continuous_usage=parsed.has_continuous_usage,
+            has_token_ids=parsed.has_token_ids,
         ),
         arrived_at=arrived_at,
         deadline=deadline,
@@ -68,7 +78,16 @@ async def read_request(
         slo_ttft_s=parsed.slo_ttft_s,
         options=options,
         card_digest=model.digest,
+        ignored=parsed.ignored,
     )
+
+
+def _parsing(parsed: ParsedRequest) -> Parsing | None:
+    """With what the template was given, which tells some parsers whether the model thinks."""
+    parsing = parsed.parsing
+    if parsing is None or not parsed.template_kwargs:
+        return parsing
+    return msgspec.structs.replace(parsing, template_kwargs=msgspec.json.encode(parsed.template_kwargs))
 
 
 def _max_body_bytes(gateway: Gateway) -> int:

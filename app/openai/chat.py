@@ -1,34 +1,29 @@
 """Bodies of POST /v1/chat/completions."""
 
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
-from app.openai.decode import check_count, check_range, decode, shown
+from app.openai.bodies import NESTED, UNSUPPORTED_CHAT, ChatBody
+from app.openai.chat_tools import parse_chat_tools
+from app.openai.decode import check_count, check_range, decode_known, shown
+from app.openai.messages import template_messages
 from app.openai.sampling import (
     Unsupported,
+    parse_bad_words,
     parse_cache_salt,
     parse_max_tokens,
     parse_priority,
     parse_sampling,
     parse_seconds,
+    parse_stream_options,
+    parse_truncation,
 )
-from app.openai.schema import (
-    NULL,
-    UNSUPPORTED_CHAT,
-    ChatBody,
-    Json,
-    Kind,
-    Limits,
-    Message,
-    ParsedRequest,
-    Part,
-    StreamOptions,
-    ToolCall,
-)
+from app.openai.schema import NULL, Json, Kind, Limits, ParsedRequest
+from app.openai.structured import parse_structured
 from planes.wire.errors import InvalidRequest
 
-ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 _DECODER: Final = msgspec.json.Decoder(ChatBody)
 _UNSUPPORTED: Final = Unsupported(UNSUPPORTED_CHAT)
@@ -38,42 +33,44 @@ _RESERVED: Final = frozenset({"messages", "tools", "documents", "add_generation_
 
 def parse_chat(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedRequest:
     """Raises:  InvalidRequest."""
-    chat = decode(body, _DECODER)
+    chat, ignored = decode_known(body, _DECODER, NESTED, is_strict=limits.has_strict_fields)
     _UNSUPPORTED.check(chat)
     max_tokens = _max_tokens(chat)
+    is_prewarm = chat.prompt_cache_options is not None and bool(chat.prompt_cache_options.prewarm)
+    is_streaming = bool(chat.stream)
+    include_usage, has_continuous_usage = parse_stream_options(chat.stream_options, is_streaming=is_streaming)
+    use = parse_chat_tools(chat.tools, chat.tool_choice, chat.parallel_tool_calls, limits)
+    structured = use.structured or parse_structured(chat, limits)  # a call that is forced leaves nothing else to bind
+    is_continued = bool(chat.continue_final_message)
     return ParsedRequest(
         kind=Kind.CHAT,
         model=chat.model,
-        sampling=parse_sampling(chat, limits, max_tokens=max_tokens, logprobs=_logprobs(chat, limits)),
+        sampling=parse_sampling(
+            chat, limits, max_tokens=max_tokens, logprobs=_logprobs(chat, limits), structured=structured
+        ),
         max_tokens=max_tokens,
-        messages=_messages(chat.messages, limits),
+        messages=_messages(chat, limits),
         template_kwargs=_template_kwargs(chat, limits),
-        is_streaming=bool(chat.stream),
-        include_usage=parse_stream_options(chat.stream_options, is_streaming=bool(chat.stream)),
-        priority=parse_priority(chat.priority),
+        tools=use.shown,
+        documents=_documents(chat, limits),
+        parsing=use.parsing,
+        is_reply=_is_reply(chat, is_continued=is_continued),
+        is_continued=is_continued,
+        is_streaming=is_streaming,
+        include_usage=include_usage,
+        has_continuous_usage=has_continuous_usage,
+        has_token_ids=bool(chat.return_token_ids),
+        bad_words=parse_bad_words(chat.bad_words, limits),
+        truncate_prompt_tokens=parse_truncation(chat.truncate_prompt_tokens),
+        is_prewarm=is_prewarm,
+        priority=parse_priority(chat.priority, chat.service_tier),
         cache_salt=parse_cache_salt(chat.cache_salt),
         user=chat.user or "",
         num_bytes=len(body),
         slo_ttft_s=parse_seconds("slo_ttft_ms", chat.slo_ttft_ms),
         timeout_s=parse_seconds("timeout_ms", chat.timeout_ms),
+        ignored=ignored,
     )
-
-
-def parse_stream_options(options: StreamOptions | None, *, is_streaming: bool) -> bool:
-    """Whether the stream shall end with the usage.  Raises:  InvalidRequest."""
-    if options is None:
-        return False
-    if not is_streaming:
-        raise InvalidRequest(
-            "Invalid 'stream_options': it is allowed only together with 'stream': true.", param="stream_options"
-        )
-    if options.continuous_usage_stats:
-        raise InvalidRequest(
-            "'stream_options.continuous_usage_stats' is not supported here; leave it out.",
-            param="stream_options.continuous_usage_stats",
-            code="unsupported_parameter",
-        )
-    return bool(options.include_usage)
 
 
 def _max_tokens(chat: ChatBody) -> int | None:
@@ -98,7 +95,24 @@ def _logprobs(chat: ChatBody, limits: Limits) -> int | None:
     return (chat.top_logprobs or 0) if chat.logprobs else None
 
 
+def _is_reply(chat: ChatBody, *, is_continued: bool) -> bool:
+    if is_continued and chat.add_generation_prompt:
+        raise InvalidRequest(
+            "'continue_final_message' and 'add_generation_prompt' exclude each other; send one of them.",
+            param="continue_final_message",
+        )
+    return not is_continued if chat.add_generation_prompt is None else chat.add_generation_prompt
+
+
+def _documents(chat: ChatBody, limits: Limits) -> tuple[dict[str, Json], ...]:
+    if not chat.documents:
+        return ()
+    check_count("documents", len(chat.documents), limits.num_documents, "documents")
+    return tuple(chat.documents)
+
+
 def _template_kwargs(chat: ChatBody, limits: Limits) -> dict[str, Json] | None:
+    """Also what OpenAI's `reasoning_effort` means to templates; what is given by name wins."""
     kwargs: dict[str, Json] | None = None
     if chat.chat_template_kwargs != NULL:
         check_count("chat_template_kwargs", len(chat.chat_template_kwargs), limits.template_kwargs_bytes, "bytes")
@@ -110,8 +124,15 @@ def _template_kwargs(chat: ChatBody, limits: Limits) -> dict[str, Json] | None:
                     param="chat_template_kwargs",
                 )
     if chat.reasoning_effort is not None:
-        return {**(kwargs or {}), "reasoning_effort": chat.reasoning_effort}
+        return {**effort_kwargs(chat.reasoning_effort), **(kwargs or {})}
     return kwargs
+
+
+def effort_kwargs(effort: str, *, param: str = "reasoning_effort") -> dict[str, Json]:
+    """What a chat template is told of how much to think.  Raises:  InvalidRequest for an unknown word."""
+    if effort not in EFFORTS:
+        raise InvalidRequest(f"Invalid '{param}': {shown(effort)} is not one of {', '.join(EFFORTS)}.", param=param)
+    return {"reasoning_effort": effort, "enable_thinking": effort != "none"}
 
 
 def _decoded_kwargs(raw: msgspec.Raw) -> dict[str, Json]:
@@ -125,72 +146,8 @@ def _decoded_kwargs(raw: msgspec.Raw) -> dict[str, Json]:
         ) from exc
 
 
-def _messages(messages: list[Message], limits: Limits) -> tuple[dict[str, Json], ...]:
-    if not messages:
+def _messages(chat: ChatBody, limits: Limits) -> tuple[dict[str, Json], ...]:
+    if not chat.messages:
         raise InvalidRequest("Invalid 'messages': it must hold at least one message.", param="messages")
-    check_count("messages", len(messages), limits.num_messages, "messages")
-    return tuple([_message(message, index) for index, message in enumerate(messages)])
-
-
-def _message(message: Message, index: int) -> dict[str, Json]:
-    role, content = message.role, message.content
-    if role not in ROLES:
-        raise InvalidRequest(
-            f"Invalid 'messages[{index}].role': {shown(role)} is not one of {', '.join(ROLES)}.",
-            param=f"messages[{index}].role",
-        )
-    for field in ("audio", "function_call"):
-        if getattr(message, field) != NULL:
-            raise InvalidRequest(
-                f"'messages[{index}].{field}' is not supported here; leave it out.",
-                param=f"messages[{index}].{field}",
-                code="unsupported_parameter",
-            )
-    if content is None and not (role == "assistant" and (message.tool_calls or message.refusal)):
-        raise InvalidRequest(
-            f"Invalid 'messages[{index}].content': it must be a string or a list of text parts.",
-            param=f"messages[{index}].content",
-        )
-    text = _text(content, f"messages[{index}].content") if isinstance(content, list) else content
-    rendered: dict[str, Json] = {"role": role, "content": text or message.refusal or ""}
-    for field in ("name", "tool_call_id", "reasoning_content"):
-        if (value := getattr(message, field)) is not None:
-            rendered[field] = value
-    if message.reasoning is not None and message.reasoning_content is None:
-        rendered["reasoning_content"] = message.reasoning
-    if message.tool_calls:
-        rendered["tool_calls"] = [_tool_call(call, index) for call in message.tool_calls]
-    return rendered
-
-
-def _text(parts: list[Part], name: str) -> str:
-    """Parts are joined by newlines, as vLLM joins them for templates that expect a string."""
-    texts: list[str] = []
-    for index, part in enumerate(parts):
-        text = part.refusal if part.type == "refusal" else part.text
-        if part.type not in ("text", "refusal"):
-            raise InvalidRequest(
-                f"Invalid '{name}[{index}].type': {shown(part.type)} content is not supported; only text is.",
-                param=f"{name}[{index}].type",
-                code="unsupported_parameter",
-            )
-        if text is None:
-            raise InvalidRequest(
-                f"Missing required parameter: '{name}[{index}].{part.type}'.",
-                param=f"{name}[{index}].{part.type}",
-                code="missing_required_parameter",
-            )
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def _tool_call(call: ToolCall, index: int) -> dict[str, Json]:
-    """Templates expect `arguments` as an object, the API sends it as text."""
-    try:
-        arguments: Any = msgspec.json.decode(call.function.arguments or "{}")
-    except (msgspec.DecodeError, RecursionError) as exc:
-        name = f"messages[{index}].tool_calls.function.arguments"
-        raise InvalidRequest(
-            f"Invalid '{name}': {shown(call.function.arguments)} is not valid JSON.", param=name
-        ) from exc
-    return {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
+    check_count("messages", len(chat.messages), limits.num_messages, "messages")
+    return template_messages(chat.messages)

@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,6 +16,7 @@ Value = TypeVar("Value")
 _PATH = re.compile(r"(?P<problem>.*?) - at (?:`key` in )?`\$\.?(?P<path>.*)`$", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`$", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`$", re.DOTALL)
+_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _STEP = re.compile(r"\[(\d+)\]|([^.\[]+)")
 _SHOWN_CHARS = 60
 _QUOTED_BYTES = 16_384
@@ -31,6 +33,44 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
         raise InvalidRequest("The request body is nested too deeply.", code="invalid_json") from exc
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise InvalidRequest(f"The request body is not valid JSON: {exc}.", code="invalid_json") from exc
+
+
+def decode_known(
+    body: bytes, decoder: msgspec.json.Decoder[Body], nested: Mapping[str, type[msgspec.Struct]], *, is_strict: bool
+) -> tuple[Body, tuple[str, ...]]:
+    """Also the names of the fields that nobody knows, which are left out; with `is_strict` they are refused.
+
+    A body without such fields costs nothing more; one with them is decoded twice.
+    Args:  decoder: of a type that forbids unknown fields.  nested: fields that are objects of such types.
+    Raises:  InvalidRequest.
+    """
+    try:
+        return decoder.decode(body), ()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        if is_strict or not _UNKNOWN.match(str(exc).rpartition(" - at ")[0] or str(exc)):
+            return decode(body, decoder), ()
+    ignored: list[str] = []
+    known = _known(body, decoder.type, nested, "", ignored)
+    return decode(known, decoder), tuple(ignored)
+
+
+def _known(
+    body: bytes, kind: type[msgspec.Struct], nested: Mapping[str, type[msgspec.Struct]], prefix: str, ignored: list[str]
+) -> bytes:
+    """The same JSON object without the fields that `kind` does not have, whose names are added to `ignored`."""
+    try:
+        given = _OBJECT.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return body  # what is wrong with it is told when it is decoded
+    kept: dict[str, msgspec.Raw] = {}
+    for name, raw in given.items():
+        if name not in kind.__struct_fields__:
+            ignored.append(prefix + name)
+        elif name in nested and (text := bytes(raw)).startswith(b"{"):
+            kept[name] = msgspec.Raw(_known(text, nested[name], {}, f"{name}.", ignored))
+        else:
+            kept[name] = raw
+    return msgspec.json.encode(kept)
 
 
 def decode_field(name: str, raw: msgspec.Raw, decoder: msgspec.json.Decoder[Value]) -> Value:

@@ -1,4 +1,4 @@
-"""The `prompt` of POST /v1/completions: a text or token ids, from its JSON.
+"""The `prompt` of POST /v1/completions: a text or token ids, or a list of such, from its JSON.
 
 A list of ids may have millions, and one call into the decoder holds the interpreter's lock until it returns: so a list
 is decoded in pieces, between which the event loop gets its turn (`app/prompt/prepare.py` does this on a thread).
@@ -11,7 +11,8 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from app.openai.decode import check_range, shown
+from app.openai.decode import check_count, check_range, shown
+from app.openai.schema import Limits
 from planes.wire.blocks import Tokens
 from planes.wire.errors import InvalidRequest
 
@@ -30,15 +31,15 @@ _KINDS: Final = {
 _SHOWN_BYTES: Final = 200
 
 
-def parse_prompt(raw: msgspec.Raw) -> str | Tokens:
-    """A text, or token ids (shape (n,), uint32, n >= 1). A list of one prompt is that prompt.
+def parse_prompts(raw: msgspec.Raw, limits: Limits) -> list[str | Tokens]:
+    """Texts, or token ids (shape (n,), uint32, n >= 1): one at least. A list of one prompt is that prompt.
 
     Args:  raw: a JSON value whose syntax has been checked.
-    Raises:  InvalidRequest; several prompts in one request are refused.
+    Raises:  InvalidRequest.
     """
     text = bytes(raw)
     if text.startswith(b'"'):
-        return _text(text)
+        return [_text(text)]
     if not text.startswith(b"["):
         raise InvalidRequest(
             f"Invalid type for 'prompt': expected str or array, got {_kind(text)}; the value is {_value(text)}.",
@@ -49,15 +50,23 @@ def parse_prompt(raw: msgspec.Raw) -> str | Tokens:
     if inner.startswith(b"]"):
         raise InvalidRequest("Invalid 'prompt': it must not be an empty list.", param="prompt")
     if not inner.startswith((b'"', b"[")):
-        return _token_ids(text)
+        return [_token_ids(text)]
     prompts = msgspec.json.decode(text, type=list[msgspec.Raw])
-    if len(prompts) > 1:
-        raise InvalidRequest(
-            f"Invalid 'prompt': {len(prompts)} prompts were given and the limit is 1; send a request for each.",
-            param="prompt",
-        )
-    only = bytes(prompts[0])
-    return _text(only) if only.startswith(b'"') else _token_ids(only)
+    check_count("prompt", len(prompts), limits.num_prompts, "prompts")
+    return [_one(bytes(prompt), index) for index, prompt in enumerate(prompts)]
+
+
+def _one(text: bytes, index: int) -> str | Tokens:
+    """Of a list of prompts, which may mix texts and token ids."""
+    if text.startswith(b'"'):
+        return _text(text)
+    if text.startswith(b"["):
+        return _token_ids(text)
+    raise InvalidRequest(
+        f"Invalid type for 'prompt[{index}]': expected str or array, got {_kind(text)}; the value is {_value(text)}.",
+        param=f"prompt[{index}]",
+        code="invalid_type",
+    )
 
 
 def _text(text: bytes) -> str:

@@ -4,16 +4,33 @@
 |------------------------|-----------------------|----------------------------------------------------------------|
 | `x-headrace-handover`  | auto, always, never   | prefill and decode on different workers: as is best, or not    |
 | `x-headrace-explain`   | 0, 1                  | send the chosen route and its predicted seconds as a header    |
+| `x-headrace-script`    | JSON list of texts    | what the simulated engine says (`app/prompt/script.py`)        |
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from planes.wire.errors import InvalidRequest
 from router.request import HandoverPreference, Route
 
 HANDOVER, EXPLAIN, ROUTE = "x-headrace-handover", "x-headrace-explain", "x-headrace-route"
+SCRIPT, IGNORED = "x-headrace-script", "x-headrace-ignored"
+_MOST_IGNORED_CHARS = 512
+
+
+def ignored_header(names: Sequence[str]) -> str:
+    """The names of fields that nobody knows, and how many more there are."""
+    told: list[str] = []
+    length = 0
+    for name in names:
+        shown = name[:64].encode("unicode_escape").decode("ascii")
+        length += len(shown) + 2
+        if length > _MOST_IGNORED_CHARS:
+            told.append(f"and {len(names) - len(told)} more")
+            break
+        told.append(shown)
+    return ", ".join(told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +44,15 @@ class HeaderOptions:
 NONE = HeaderOptions()
 
 
-def parse_header_options(headers: Mapping[str, str], *, n: int) -> HeaderOptions:
+def parse_header_options(headers: Mapping[str, str], *, n: int, has_prompt_logprobs: bool = False) -> HeaderOptions:
     """The options in these headers (lower-case names), for an answer of `n` choices.  Raises:  InvalidRequest."""
     if HANDOVER not in headers and EXPLAIN not in headers:
         return NONE
     handover = HandoverPreference(_one_of(headers, HANDOVER, tuple(HandoverPreference), HandoverPreference.AUTO))
     if handover is HandoverPreference.ALWAYS and n > 1:
         raise InvalidRequest(f"{HANDOVER} is 'always' and n is {n}: a handover serves one choice", param=HANDOVER)
+    if handover is HandoverPreference.ALWAYS and has_prompt_logprobs:
+        raise InvalidRequest(f"{HANDOVER} is 'always': log probabilities of a prompt take one worker", param=HANDOVER)
     return HeaderOptions(handover, _one_of(headers, EXPLAIN, ("0", "1"), "0") == "1")
 
 

@@ -6,31 +6,43 @@ from typing import Any, Final
 
 import msgspec
 
+from app.openai.bodies import CommonBody, StreamOptions
 from app.openai.decode import check_count, check_range, shown
-from app.openai.schema import NULL, CommonBody, Limits
+from app.openai.schema import NULL, Limits
 from planes.wire.errors import InvalidRequest
-from planes.wire.frames import Sampling
+from planes.wire.frames import Sampling, StructuredOutput
 
 _INT32: Final = 2**31 - 1
 _UINT32: Final = 2**32 - 1
+_PRIORITIES: Final = {
+    "auto": None,
+    "default": None,
+    "scale": None,
+    "flex": 10,
+    "priority": -10,
+    "fast": -10,
+}
+"""OpenAI's service tiers as classes; nobody gets ahead of their key (`app/auth.py`)."""
 _GREEDY_BELOW: Final = 1e-5
 """vLLM's threshold."""
 
 
-def parse_sampling(body: CommonBody, limits: Limits, *, max_tokens: int | None, logprobs: int | None) -> Sampling:
+def parse_sampling(
+    body: CommonBody,
+    limits: Limits,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    structured: StructuredOutput | None = None,
+) -> Sampling:
     """`max_tokens` stays 0 in the result (see `ParsedRequest`); it is given to check `min_tokens` against.
 
+    Args:  structured: what the body's fields about that come to, or its tools.
     Raises:  InvalidRequest for a value out of range.
     """
     temperature = _within("temperature", body.temperature, 1.0, 0.0, 2.0)
     n = 1 if body.n is None else body.n
     check_range("n", n, 1, limits.num_choices)
-    if n > 1 and temperature < _GREEDY_BELOW:
-        raise InvalidRequest(
-            f"Invalid 'n': {n} choices at temperature {temperature:g} would all be the same; "
-            "ask for 1 choice or for a higher temperature.",
-            param="n",
-        )
     top_p = 1.0 if body.top_p is None else body.top_p
     check_range("top_p", top_p, 0.0, 1.0)
     repetition_penalty = 1.0 if body.repetition_penalty is None else body.repetition_penalty
@@ -39,10 +51,21 @@ def parse_sampling(body: CommonBody, limits: Limits, *, max_tokens: int | None, 
     check_range("top_k", top_k, -1, _INT32)
     if top_p == 0:
         top_p, top_k = 1.0, 1  # no probability mass is the likeliest token alone; engines want more than 0
+    if n > 1 and temperature < _GREEDY_BELOW:
+        temperature, top_p, top_k = 1.0, 1.0, 1  # engines take several choices only of what is drawn
     if body.seed is not None:
         check_range("seed", body.seed, -(2**63), 2**63 - 1)
     if logprobs is not None:
         check_range("logprobs", logprobs, 0, limits.num_logprobs)
+    prompt_logprobs = body.prompt_logprobs
+    if prompt_logprobs is not None:
+        check_range("prompt_logprobs", prompt_logprobs, 0, limits.num_logprobs)
+        if body.stream:
+            raise InvalidRequest(
+                "'prompt_logprobs' is not supported here together with 'stream': true; leave one out.",
+                param="prompt_logprobs",
+                code="unsupported_parameter",
+            )
     return Sampling(
         max_tokens=0,
         min_tokens=_min_tokens(body.min_tokens, max_tokens),
@@ -60,6 +83,11 @@ def parse_sampling(body: CommonBody, limits: Limits, *, max_tokens: int | None, 
         logprobs=logprobs,
         n=n,
         logit_bias=_logit_bias(body.logit_bias, limits) if body.logit_bias else {},
+        structured=structured,
+        prompt_logprobs=prompt_logprobs,
+        thinking_tokens=_thinking_tokens(body.thinking_token_budget),
+        is_stop_included=bool(body.include_stop_str_in_output),
+        is_special_skipped=body.skip_special_tokens is not False,
     )
 
 
@@ -70,6 +98,18 @@ def parse_max_tokens(name: str, value: int | None) -> int | None:
     return value
 
 
+def parse_stream_options(options: StreamOptions | None, *, is_streaming: bool) -> tuple[bool, bool]:
+    """Whether the stream ends with the usage, and whether every event tells it so far.  Raises:  InvalidRequest."""
+    if options is None:
+        return False, False
+    if not is_streaming:
+        raise InvalidRequest(
+            "Invalid 'stream_options': it is allowed only together with 'stream': true.", param="stream_options"
+        )
+    # As in vLLM, who wants it all along wants it at the end too.
+    return bool(options.include_usage), bool(options.include_usage and options.continuous_usage_stats)
+
+
 def parse_seconds(name: str, value_ms: float | None) -> float | None:
     """Milliseconds on the wire, seconds inside; up to a day."""
     if value_ms is None:
@@ -78,11 +118,38 @@ def parse_seconds(name: str, value_ms: float | None) -> float | None:
     return value_ms / 1000
 
 
-def parse_priority(value: int | None) -> int | None:
-    """Raises:  InvalidRequest outside -1000..1000."""
-    if value is not None:
-        check_range("priority", value, -1000, 1000)
+def parse_priority(value: int | None, tier: str | None = None) -> int | None:
+    """A class; `tier`, OpenAI's word, stands for one where none is given.
+
+    Raises:  InvalidRequest outside -1000..1000, and for an unknown tier.
+    """
+    if tier is not None and tier not in _PRIORITIES:
+        raise InvalidRequest(
+            f"Invalid 'service_tier': {shown(tier)} is not one of {', '.join(_PRIORITIES)}.", param="service_tier"
+        )
+    if value is None:
+        return None if tier is None else _PRIORITIES[tier]
+    check_range("priority", value, -1000, 1000)
     return value
+
+
+def parse_truncation(value: int | None) -> int | None:
+    """Raises:  InvalidRequest for what is neither -1 nor a number of tokens."""
+    if value is not None and value != -1:
+        check_range("truncate_prompt_tokens", value, 1, inf)
+    return value
+
+
+def parse_bad_words(words: list[str] | None, limits: Limits) -> tuple[str, ...]:
+    """Raises:  InvalidRequest for one that is empty or long, or too many."""
+    if not words:
+        return ()
+    check_count("bad_words", len(words), limits.num_bad_words, "bad words")
+    for word in words:
+        if not word.strip():
+            raise InvalidRequest("Invalid 'bad_words': a bad word must not be empty.", param="bad_words")
+        check_count("bad_words", len(word), limits.stop_chars, "characters of one bad word")
+    return tuple(words)
 
 
 def parse_cache_salt(value: str | None) -> str:
@@ -131,6 +198,14 @@ def _within(name: str, value: float | None, default: float, low: float, high: fl
         return default
     check_range(name, value, low, high)
     return value
+
+
+def _thinking_tokens(budget: int | None) -> int | None:
+    """-1 is vLLM's word for no limit."""
+    if budget is None or budget == -1:
+        return None
+    check_range("thinking_token_budget", budget, 0, _INT32)
+    return budget
 
 
 def _min_tokens(min_tokens: int | None, max_tokens: int | None) -> int:

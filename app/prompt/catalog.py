@@ -258,6 +258,7 @@ def _with_facts(entry: ModelEntry, group: list[_Served]) -> ModelEntry:
         context_length=_context_length(group),
         block_size=next(_block_sizes(group)),
         vocab_size=min(served.registration.facts.vocab_size for served in group),
+        max_batch=max(served.registration.facts.max_batch for served in group),
     )
 
 

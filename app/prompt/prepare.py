@@ -5,15 +5,15 @@ thread pool, whose size bounds how many run at once. A prompt that provably cann
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import msgspec
 
-from app.openai.schema import Kind, ParsedRequest
-from app.prompt.template import ChatTemplate
+from app.openai.schema import Json, Kind, ParsedRequest
+from app.prompt.template import ChatTemplate, TemplateError
 from app.prompt.tokenizer import Tokenizer
 from planes.wire import blocks
 from planes.wire.blocks import Hashes, Tokens
@@ -69,6 +69,8 @@ class ModelEntry:
     block_size: int
     vocab_size: int
     """Of the engine, which may pad beyond the tokenizer's."""
+    max_batch: int = 1 << 30
+    """Most choices of one request."""
     digest: str = ""
     """Of the card that tokenizer and template come from: only workers of that card understand the tokens."""
 
@@ -151,6 +153,12 @@ def chat_template_of(config: Mapping[str, Any]) -> str | None:
 
 def _prepared(parsed: ParsedRequest, model: ModelEntry, salt: str) -> Prepared:
     """May run on a thread."""
+    if parsed.sampling.n > model.max_batch:
+        raise InvalidRequest(
+            f"Invalid 'n': {parsed.sampling.n} choices were asked for and the workers of '{model.model}' run "
+            f"{model.max_batch} sequences at once.",
+            param="n",
+        )
     _check_ids(parsed.sampling, model)
     if parsed.kind.is_conversation:
         tokens = _chat_tokens(parsed, model)
@@ -160,11 +168,15 @@ def _prepared(parsed: ParsedRequest, model: ModelEntry, salt: str) -> Prepared:
     else:
         tokens = parsed.prompt
         _check_vocabulary("prompt", int(tokens.max()), model)
-    max_tokens = _max_tokens(len(tokens), parsed, model)
+    if parsed.truncate_prompt_tokens is not None:
+        tokens = _truncated(tokens, parsed, model)
+    sampling = msgspec.structs.replace(parsed.sampling, max_tokens=_max_tokens(len(tokens), parsed, model))
+    if parsed.bad_words:
+        sampling = msgspec.structs.replace(sampling, bad_words=_bad_words(parsed.bad_words, model.tokenizer))
     return Prepared(
         tokens=tokens,
         blocks=blocks.name_blocks(tokens, model.block_size, blocks.root(model.model, salt)),
-        sampling=msgspec.structs.replace(parsed.sampling, max_tokens=max_tokens),
+        sampling=sampling,
         cache_salt=salt,
         echo=_echo(parsed, model) if parsed.echo else "",
     )
@@ -177,13 +189,69 @@ def _chat_tokens(parsed: ParsedRequest, model: ModelEntry) -> Tokens:
             param="messages",
             code="no_chat_template",
         )
-    segments = model.template.render(parsed.messages, parsed.template_kwargs)
+    kwargs = parsed.template_kwargs
+    if parsed.tools or parsed.documents:
+        kwargs = {**(kwargs or {}), "tools": list(parsed.tools) or None, "documents": list(parsed.documents) or None}
+    is_reply, is_continued = parsed.is_reply, parsed.is_continued
+    try:
+        segments = model.template.render(parsed.messages, kwargs, is_reply=is_reply, is_continued=is_continued)
+    except TemplateError:
+        messages = with_object_arguments(parsed.messages)
+        if messages is None:
+            raise
+        segments = model.template.render(messages, kwargs, is_reply=is_reply, is_continued=is_continued)
     _check_provable(sum(len(segment.text) for segment in segments), parsed, model)
     return model.tokenizer.encode_segments(segments)
 
 
+def with_object_arguments(messages: Sequence[dict[str, Json]]) -> list[dict[str, Json]] | None:
+    """The messages for a template that fails on a call whose arguments are no object, which a model may have written.
+
+    None: there is no such call.
+    """
+    found = False
+    changed: list[dict[str, Json]] = []
+    for message in messages:
+        calls = message.get("tool_calls") or ()
+        if any(isinstance(call["function"]["arguments"], str) for call in calls):
+            found = True
+            message = message | {"tool_calls": [_with_object(call) for call in calls]}  # noqa: PLW2901 - the changed one
+        changed.append(message)
+    return changed if found else None
+
+
+def _with_object(call: dict[str, Json]) -> dict[str, Json]:
+    arguments = call["function"]["arguments"]
+    if not isinstance(arguments, str):
+        return call
+    return call | {"function": call["function"] | {"arguments": {"arguments": arguments}}}
+
+
+def _truncated(tokens: Tokens, parsed: ParsedRequest, model: ModelEntry) -> Tokens:
+    """The prompt's last tokens."""
+    keep = parsed.truncate_prompt_tokens or 0
+    if keep == -1:
+        keep = max(1, model.context_length - (parsed.max_tokens or 1))
+    return tokens[-keep:]
+
+
+def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """As vLLM reads them: also with a space in front, where that makes as many tokens that begin otherwise."""
+    found: list[list[int]] = []
+    for word in words:
+        plain, spaced = ([*map(int, tokenizer.encode_text(start + word.lstrip()))] for start in ("", " "))
+        if not plain:
+            raise InvalidRequest(f"Invalid 'bad_words': {word!r} has no tokens.", param="bad_words")
+        found.append(plain)
+        if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
+            found.append(spaced)
+    return found
+
+
 def _check_provable(num_chars: int, parsed: ParsedRequest, model: ModelEntry) -> None:
     """Refuse a text that has too many tokens however it is cut."""
+    if parsed.truncate_prompt_tokens is not None:
+        return
     per_token = model.tokenizer.max_chars_per_token
     if per_token is not None and (at_least := -(-num_chars // per_token)) >= model.context_length:
         raise ContextExceeded(

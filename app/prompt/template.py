@@ -106,12 +106,25 @@ class ChatTemplate:
         # Most templates know only system, user and assistant; developer is OpenAI's newer word for system.
         self._knows_developer = "developer" in source
 
-    def render(self, messages: Sequence[dict[str, Json]], kwargs: Mapping[str, Json] | None = None) -> list[Segment]:
-        """The prompt, ready for the assistant's turn, as one or more segments.
+    def render(
+        self,
+        messages: Sequence[dict[str, Json]],
+        kwargs: Mapping[str, Json] | None = None,
+        *,
+        is_reply: bool = True,
+        is_continued: bool = False,
+    ) -> list[Segment]:
+        """The prompt as one or more segments.
 
-        Args:  kwargs: the request's `chat_template_kwargs`.
+        Args:  kwargs: what the template sees besides: the request's `chat_template_kwargs`, `tools`, `documents`.
+        is_reply: whether the prompt ends where the assistant's turn begins (`add_generation_prompt`).
+        is_continued: whether it ends with the last message's content, for the answer to go on with it.
         Raises:  TemplateError.
         """
+        if not is_reply:
+            kwargs = {**(kwargs or {}), _IS_REPLY: False}
+        if is_continued:
+            kwargs = {**(kwargs or {}), _IS_CONTINUED: True}
         if not self._knows_developer:
             messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
         try:
@@ -147,16 +160,18 @@ class ChatTemplate:
 
     def _rendered(self, messages: Sequence[dict[str, Json]], kwargs: Mapping[str, Json] | None) -> str:
         budget = _Budget(self._limits)
+        end = _End(messages) if kwargs and _IS_CONTINUED in kwargs else None
         variables = {
             **self._variables,
+            _IS_REPLY: True,
             **(kwargs or {}),
-            "messages": messages,
-            "add_generation_prompt": True,
+            "messages": messages if end is None else end.messages,
             _BUDGET: budget,
         }
         try:
             context = self._template.new_context(variables, shared=True)
-            return "".join(budget.output(self._template.root_render_func(context)))
+            text = "".join(budget.output(self._template.root_render_func(context)))
+            return text if end is None else end.cut(text)
         except InvalidRequest:
             raise
         except jinja2.TemplateError as exc:
@@ -202,6 +217,8 @@ class ChatTemplate:
 
 _NOWHERE: Final = (sys.maxsize, sys.maxsize)
 _BUDGET: Final = "_headrace_budget"
+_IS_REPLY: Final = "add_generation_prompt"
+_IS_CONTINUED: Final = "continue_final_message"
 _PRIVATE_USE: Final = 0xF0000
 _DEFUSED: Final = "\U0010fffd"
 """No control token has it: the last private-use character."""
@@ -240,6 +257,23 @@ class _Sentinels:
             pieces.append(text)
             length += len(text)
         return "".join(pieces), ranges
+
+
+class _End:
+    """Finds where the last message's content ends in the prompt, as transformers does: by a mark that follows it."""
+
+    __slots__ = ("_mark", "messages")
+
+    def __init__(self, messages: Sequence[dict[str, Json]]) -> None:
+        self._mark = "".join([chr(_PRIVATE_USE + int.from_bytes(secrets.token_bytes(2))) for _ in range(4)])
+        last = messages[-1]
+        self.messages = [*messages[:-1], last | {"content": f"{last['content']}{self._mark} "}]
+
+    def cut(self, text: str) -> str:
+        before, mark, after = text.rpartition(self._mark)
+        if not mark:
+            raise TemplateError("The chat template does not show the last message's content.", param="messages")
+        return before if after.startswith(" ") else before.rstrip()  # it trims, so it would have trimmed that end too
 
 
 class _Budget:

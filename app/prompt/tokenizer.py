@@ -133,6 +133,13 @@ class Tokenizer:
             return np.empty(0, dtype=np.uint32)
         return np.concatenate([self._encode(segment.text, is_trusted=segment.is_trusted) for segment in segments])
 
+    def encode_text(self, text: str) -> Tokens:
+        """Token ids of a piece of text, control tokens spelt out in it included; nothing is added.
+
+        Raises:  Untokenizable.
+        """
+        return self._encode(text, is_trusted=True)
+
     def decode(self, tokens: Tokens) -> str:
         """Text of valid token ids, control tokens included."""
         return self._backend.decode(tokens.tolist())

@@ -33,15 +33,14 @@ class GatewayRequest:
     options: HeaderOptions = field(default_factory=HeaderOptions)
     card_digest: str = ""
     """Of the model card that made the tokens."""
+    ignored: tuple[str, ...] = ()
+    """Names of fields that nobody knows."""
 
     @property
     def is_resumable(self) -> bool:
-        """Whether another worker can go on from the tokens; else it starts over, if the client has got nothing.
-
-        What earlier tokens were worth is known to nobody else, and a response says it again in the end.
-        """
-        is_told_once = self.format.is_streaming and self.format.kind != "response"
-        return self.sampling.n == 1 and (is_told_once or self.sampling.logprobs is None)
+        """Whether another worker can go on from the tokens; else it starts over, if the client has got nothing."""
+        s = self.sampling
+        return s.n == 1 and (self.format.is_streaming or s.logprobs is None) and s.prompt_logprobs is None
 
     @property
     def is_first_token_early(self) -> bool:
@@ -55,6 +54,7 @@ class GatewayRequest:
         if s.max_tokens == 1 or not self.format.is_streaming:
             return s.max_tokens == 1
         is_plain = (s.presence_penalty, s.frequency_penalty, s.repetition_penalty, s.min_tokens) == (0, 0, 1, 0)
+        is_plain = is_plain and not s.bad_words and s.thinking_tokens is None
         has_no_seed = s.seed is None or s.temperature == 0
         return s.n == 1 and is_plain and has_no_seed and len(self.prompt) % self.block_size != 0
 
@@ -77,7 +77,7 @@ class GatewayRequest:
             tenant=self.tenant,
             slo_ttft_s=None if is_retry else self.slo_ttft_s,
             excluded=excluded,
-            is_local_only=self.sampling.n > 1 or num_tokens > 0,
+            is_local_only=self.sampling.n > 1 or num_tokens > 0 or self.sampling.prompt_logprobs is not None,
             is_first_token_exact=self.is_first_token_early,
             handover=handover,
             card_digest=self.card_digest,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from app.metrics import RequestSummary
-from app.openai.request_headers import ROUTE, route_header
+from app.openai.request_headers import IGNORED, ROUTE, ignored_header, route_header
 from app.serving.attempt import Attempt
 from app.serving.effects import Headers
 from app.serving.request import GatewayRequest
@@ -20,6 +20,8 @@ def headers(request: GatewayRequest, attempt: Attempt | None, fallback: str) -> 
         ]
         if request.options.is_explained:
             told.append((ROUTE, route_header(attempt.route)))
+    if request.ignored:
+        told.append((IGNORED, ignored_header(request.ignored)))
     if fallback:
         told.append(("x-headrace-fallback", fallback))
     return [(name, _printable(value)) for name, value in told]

@@ -50,6 +50,8 @@ async def _serve(gateway: Gateway, request: Request, parse: Parse, response: Str
                 gateway, request, headers=headers, tenant=tenant, request_id=request_id, parse=parse
             )
             slots.widen(job.sampling.n)
+            if job.ignored:
+                gateway.metrics.fields_ignored(len(job.ignored))
             await gateway.relay.run(job, response)
     except HeadraceError as exc:
         code = code_of(exc)

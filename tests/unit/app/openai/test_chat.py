@@ -5,10 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.openai.bodies import ChatBody
 from app.openai.chat import parse_chat
-from app.openai.schema import ChatBody, Kind, Limits, ParsedRequest
+from app.openai.schema import Kind, Limits, ParsedRequest
 from planes.wire.errors import InvalidRequest
+from planes.wire.frames import Sampling
 
+JSON_OBJECT = {"type": "json_object"}
 USER = {"role": "user", "content": "hi"}
 
 
@@ -86,6 +89,94 @@ def test_streaming_options_and_extensions_arrive():
     assert parsed.template_kwargs == {"enable_thinking": False, "reasoning_effort": "low"}
 
 
+def test_every_extension_arrives():
+    parsed = parse(
+        bad_words=["no"],
+        include_stop_str_in_output=True,
+        skip_special_tokens=False,
+        thinking_token_budget=9,
+        prompt_logprobs=2,
+        return_token_ids=True,
+        truncate_prompt_tokens=-1,
+        documents=[{"title": "t", "text": "x"}],
+        add_generation_prompt=False,
+        prompt_cache_options={"mode": "explicit", "ttl": "30m", "prewarm": True},
+    )
+    sampling = parsed.sampling
+    assert (sampling.is_stop_included, sampling.is_special_skipped) == (True, False)
+    assert (sampling.thinking_tokens, sampling.prompt_logprobs) == (9, 2)
+    assert (parsed.bad_words, parsed.has_token_ids, parsed.truncate_prompt_tokens) == (("no",), True, -1)
+    assert parsed.documents == ({"title": "t", "text": "x"},)
+    assert (parsed.is_reply, parsed.is_continued, parsed.is_prewarm) == (False, False, True)
+
+
+def test_a_plain_chat_asks_for_none_of_them():
+    parsed = parse()
+    assert parsed.sampling == Sampling(max_tokens=0)
+    assert (parsed.tools, parsed.parsing, parsed.documents, parsed.bad_words) == ((), None, (), ())
+    assert (parsed.is_reply, parsed.is_continued, parsed.is_prewarm, parsed.truncate_prompt_tokens) == (
+        True,
+        False,
+        False,
+        None,
+    )
+
+
+def test_a_thinking_budget_of_minus_one_is_none():
+    assert parse(thinking_token_budget=-1).sampling.thinking_tokens is None
+
+
+@pytest.mark.parametrize(("effort", "is_thinking"), [("none", False), ("minimal", True), ("max", True)])
+def test_an_effort_of_none_switches_thinking_off(effort, is_thinking):
+    assert parse(reasoning_effort=effort).template_kwargs == {
+        "reasoning_effort": effort,
+        "enable_thinking": is_thinking,
+    }
+
+
+def test_usage_all_along_needs_usage_at_the_end():
+    def told(**options):
+        parsed = parse(stream=True, stream_options=options)
+        return parsed.include_usage, parsed.has_continuous_usage
+
+    assert told(include_usage=True, continuous_usage_stats=True) == (True, True)
+    assert told(continuous_usage_stats=True) == (False, False)
+
+
+def test_an_answer_goes_on_with_the_last_message_in_place_of_a_new_turn():
+    parsed = parse(continue_final_message=True)
+    assert (parsed.is_continued, parsed.is_reply) == (True, False)
+    assert refusal(continue_final_message=True, add_generation_prompt=True).param == "continue_final_message"
+
+
+@pytest.mark.parametrize(
+    ("tier", "priority", "told"),
+    [
+        ("auto", None, None),
+        ("default", None, None),
+        ("scale", None, None),
+        ("flex", None, 10),
+        ("fast", None, -10),
+        ("flex", 3, 3),
+    ],
+)
+def test_a_service_tier_is_a_class_unless_one_is_given(tier, priority, told):
+    assert parse(service_tier=tier, priority=priority).priority == told
+
+
+def test_tools_bind_the_answer_before_a_response_format_does():
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "required": ["x"]}}}
+    parsed = parse(
+        tools=[tool], tool_choice={"type": "function", "function": {"name": "f"}}, response_format=JSON_OBJECT
+    )
+    assert json.loads(parsed.sampling.structured.json_schema) == {"type": "object", "required": ["x"]}
+    assert (parsed.tools, parsed.parsing.tool_choice) == ((tool,), "function:f")
+
+
+def test_the_log_probabilities_of_a_prompt_are_not_streamed():
+    assert refusal(prompt_logprobs=1, stream=True).param == "prompt_logprobs"
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -95,6 +186,10 @@ def test_streaming_options_and_extensions_arrive():
         {"parallel_tool_calls": True},
         {"safety_identifier": "x"},
         {"prompt_cache_key": "x"},
+        {"prediction": {"type": "content", "content": "x"}},
+        {"verbosity": "low"},
+        {"allowed_token_ids": []},
+        {"guided_json": None},
         {"tools": []},
         {"tool_choice": "auto"},
         {"tool_choice": "none"},
@@ -113,20 +208,18 @@ def test_fields_without_an_effect_are_accepted(fields):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
         ("function_call", {"name": "f"}),
-        ("response_format", {"type": "json_object"}),
         ("audio", {"voice": "alloy"}),
         ("modalities", ["text", "audio"]),
-        ("prediction", {"type": "content", "content": "x"}),
+        ("moderation", {"model": "m"}),
         ("web_search_options", {}),
         ("kv_transfer_params", {"do_remote_prefill": True}),
-        ("guided_json", {}),
+        ("allowed_token_ids", [1]),
         ("chat_template", "{{ 1 }}"),
         ("use_beam_search", True),
-        ("continue_final_message", True),
+        ("truncation_side", "right"),
+        ("include_reasoning", False),
     ],
 )
 def test_an_unsupported_field_with_an_effect_is_refused_by_name(name, value):
@@ -136,8 +229,24 @@ def test_an_unsupported_field_with_an_effect_is_refused_by_name(name, value):
     assert f"'{name}' is not supported" in str(error)
 
 
-def test_a_misspelt_field_is_refused_with_the_nearest_name():
-    error = refusal(temprature=1)
+def test_a_field_that_nobody_knows_is_left_out_and_named():
+    options = {"include_usage": True, "include_mood": True}
+    parsed = parse(temprature=1, temperature=0.5, stream=True, stream_options=options)
+    assert parsed.ignored == ("temprature", "stream_options.include_mood")
+    assert (parsed.sampling.temperature, parsed.include_usage) == (0.5, True)
+    assert parse(temperature=0.5).ignored == ()
+
+
+def test_what_is_wrong_beside_a_field_that_nobody_knows_is_refused():
+    assert refusal(temprature=1, n="x").param == "n"
+    assert refusal(temprature=1, n=0).param == "n"
+
+
+def test_a_misspelt_field_is_refused_with_the_nearest_name_where_fields_are_strict():
+    body = json.dumps({"model": "m", "messages": [USER], "temprature": 1}).encode()
+    with pytest.raises(InvalidRequest) as caught:
+        parse_chat(body, Limits(has_strict_fields=True))
+    error = caught.value
     assert str(error) == "Unrecognized request argument supplied: temprature. Did you mean 'temperature'?"
     assert (error.param, error.code) == ("temprature", "unknown_parameter")
 
@@ -154,8 +263,16 @@ def test_a_misspelt_field_is_refused_with_the_nearest_name():
         ("repetition_penalty", 0, "it must be more than 0"),
         ("min_p", 1.5, "from 0 to 1"),
         ("top_k", -2, "-2 is out of range"),
-        ("n", 0, "from 1 to 16"),
-        ("n", 17, "17 is out of range"),
+        ("n", 0, "from 1 to 128"),
+        ("n", 129, "129 is out of range"),
+        ("service_tier", "best", '"best" is not one of auto, default'),
+        ("reasoning_effort", "much", '"much" is not one of none, minimal'),
+        ("thinking_token_budget", -2, "-2 is out of range"),
+        ("prompt_logprobs", 21, "from 0 to 20"),
+        ("truncate_prompt_tokens", 0, "at least 1"),
+        ("bad_words", [" "], "must not be empty"),
+        ("bad_words", ["x"] * 129, "129 bad words were given and the limit is 128"),
+        ("documents", [{}] * 1025, "the limit is 1024"),
         ("max_tokens", 0, "0 is out of range; it must be at least 1"),
         ("max_completion_tokens", -1, "at least 1"),
         ("min_tokens", -1, "-1 is out of range"),
@@ -186,8 +303,11 @@ def test_a_value_out_of_range_is_refused_with_value_and_limit(name, value, said)
     assert said in str(error)
 
 
-def test_several_greedy_choices_are_refused_because_they_would_be_the_same():
-    assert refusal(n=2, temperature=0).param == "n"
+def test_several_greedy_choices_are_drawn_from_the_likeliest_token_alone():
+    sampling = parse(n=2, temperature=0, top_p=0.3, top_k=7).sampling
+    assert (sampling.n, sampling.temperature, sampling.top_p, sampling.top_k) == (2, 1.0, 1.0, 1)
+    alone = parse(n=1, temperature=0, top_k=7).sampling
+    assert (alone.temperature, alone.top_k) == (0.0, 7)
 
 
 def test_two_different_max_tokens_are_refused():
@@ -216,31 +336,6 @@ def test_a_wrong_type_is_refused_with_field_type_and_value(name, value, said):
     assert said in str(error)
 
 
-def test_text_parts_are_joined_by_newlines():
-    content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert parse(messages=[{"role": "user", "content": content}]).messages[0]["content"] == "a\nb"
-
-
-@pytest.mark.parametrize(
-    ("message", "param"),
-    [
-        ({"role": "alien", "content": "x"}, "messages[0].role"),
-        ({"role": "user"}, "messages[0].content"),
-        ({"role": "user", "content": None}, "messages[0].content"),
-        (
-            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
-            "messages[0].content[0].type",
-        ),
-        ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text"),
-        ({"role": "user", "content": "x", "audio": {"id": "1"}}, "messages[0].audio"),
-        ({"role": "user", "content": "x", "nme": "y"}, "messages[0].nme"),
-        ({"content": "x"}, "messages[0].role"),
-    ],
-)
-def test_a_bad_message_is_refused_with_its_place(message, param):
-    assert refusal(messages=[message]).param == param
-
-
 def test_no_messages_are_refused():
     assert "at least one" in str(refusal(messages=[]))
 
@@ -248,28 +343,6 @@ def test_no_messages_are_refused():
 def test_too_many_messages_are_refused_with_the_limit():
     with pytest.raises(InvalidRequest, match="3 messages were given and the limit is 2"):
         parse_chat(json.dumps({"model": "m", "messages": [USER] * 3}).encode(), Limits(num_messages=2))
-
-
-def test_an_answer_sent_back_as_history_is_accepted():
-    answer = {
-        "role": "assistant",
-        "content": None,
-        "refusal": None,
-        "annotations": [],
-        "audio": None,
-        "function_call": None,
-        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
-    }
-    tool = {"role": "tool", "tool_call_id": "1", "content": "42"}
-    parsed = parse(messages=[USER, answer, tool])
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-    assert parsed.messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
-    assert parsed.messages[2] == {"role": "tool", "content": "42", "tool_call_id": "1"}
-
-
-def test_tool_arguments_that_are_no_json_are_refused():
-    call = {"id": "1", "function": {"name": "f", "arguments": "{"}}
-    assert "not valid JSON" in str(refusal(messages=[{"role": "assistant", "tool_calls": [call]}]))
 
 
 json_values = st.recursive(

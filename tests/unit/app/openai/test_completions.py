@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.openai.bodies import CompletionBody
 from app.openai.completions import parse_completion
-from app.openai.schema import CompletionBody, Kind, ParsedRequest
+from app.openai.schema import Kind, ParsedRequest
 from planes.wire.errors import InvalidRequest
 
 
@@ -40,11 +41,24 @@ def test_a_list_of_one_prompt_is_that_prompt(prompt, meant):
     assert (parsed if isinstance(parsed, str) else parsed.tolist()) == meant
 
 
+def test_several_prompts_are_each_one():
+    parsed = parse(prompt=["a", [5, 6], "b"])
+    assert parsed.prompt == "a"
+    assert parsed.more_prompts[0].tolist() == [5, 6]
+    assert parsed.more_prompts[1] == "b"
+
+
+def test_an_echo_with_log_probabilities_asks_for_those_of_the_prompt():
+    assert parse(echo=True, logprobs=3).sampling.prompt_logprobs == 3
+    assert parse(echo=True, logprobs=1, prompt_logprobs=2).sampling.prompt_logprobs == 2
+    assert parse(logprobs=3).sampling.prompt_logprobs is None
+
+
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        (["a", "b"], "2 prompts were given and the limit is 1"),
-        ([[1], [2]], "2 prompts were given and the limit is 1"),
+        (["a"] * 129, "129 prompts were given and the limit is 128"),
+        (["a", 7], "'prompt[1]': expected str or array, got int; the value is 7"),
         ([], "must not be an empty list"),
         ([[]], "at least one token id"),
         ([1, "a"], "mixes token ids with"),
@@ -61,7 +75,7 @@ def test_a_list_of_one_prompt_is_that_prompt(prompt, meant):
 def test_a_prompt_that_cannot_be_run_is_refused(prompt, said):
     error = refusal(prompt=prompt)
     assert said in str(error)
-    assert error.param in {"prompt", "prompt[0]"}
+    assert error.param in {"prompt", "prompt[0]", "prompt[1]"}
 
 
 @pytest.mark.parametrize("num", [1, 9_999, 10_000, 50_000])
@@ -118,7 +132,7 @@ def test_logprobs_are_a_number_here():
 
 @pytest.mark.parametrize(
     ("fields", "param"),
-    [({"best_of": 2}, "best_of"), ({"suffix": "x"}, "suffix"), ({"echo": True, "logprobs": 1}, "echo")],
+    [({"best_of": 2}, "best_of"), ({"suffix": "x"}, "suffix"), ({"echo": True, "logprobs": 1, "stream": True}, "echo")],
 )
 def test_what_cannot_be_done_is_refused_by_name(fields, param):
     error = refusal(**fields)

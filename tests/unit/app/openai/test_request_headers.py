@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from app.openai.request_headers import HeaderOptions, parse_header_options, route_header
+from app.openai.request_headers import HeaderOptions, ignored_header, parse_header_options, route_header
 from planes.wire.errors import InvalidRequest
 from planes.wire.messages import WorkerId
 from router.request import HandoverPreference
@@ -62,3 +62,17 @@ def test_the_route_s_header_is_short_ascii_json():
         "held_s": 0.25,
         "candidates": 12,
     }
+
+
+def test_log_probabilities_of_a_prompt_cannot_be_handed_over():
+    with pytest.raises(InvalidRequest, match="take one worker"):
+        parse_header_options({"x-headrace-handover": "always"}, n=1, has_prompt_logprobs=True)
+
+
+def test_ignored_fields_are_named_in_a_header_of_bounded_length():
+    assert ignored_header(["a", "b.c"]) == "a, b.c"
+    assert ignored_header(["a\r\nx: y", "ü"]) == "a\\r\\nx: y, \\xfc"
+    long = ignored_header([f"field{i}" * 20 for i in range(1000)])
+    assert len(long) < 600
+    told, more = long.rsplit(", and ", 1)
+    assert more == f"{1000 - len(told.split(', '))} more"

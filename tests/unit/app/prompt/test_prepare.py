@@ -252,3 +252,71 @@ async def test_a_cancelled_request_gives_its_place_back(model):
 )
 def test_the_template_is_found_in_the_configuration(config, source):
     assert chat_template_of(config) == source
+
+
+def speaking(model, source):
+    return replace(
+        model, template=ChatTemplate(source, model.tokenizer.special_tokens, variables=model.tokenizer.variables)
+    )
+
+
+async def test_tools_and_documents_reach_the_template(preprocessor, model):
+    tool = {"type": "function", "function": {"name": "weather"}}
+    document = {"title": "t", "text": "x"}
+    source = "{{ tools | tojson }}{{ documents | tojson }}{{ messages[-1].content }}"
+    prepared = await preprocessor.prepare(chat(tools=[tool], documents=[document]), speaking(model, source))
+    told = model.tokenizer.decode(prepared.tokens)
+    assert told == json.dumps([tool]) + json.dumps([document]) + "hi"
+    plain = await preprocessor.prepare(chat(), speaking(model, source))
+    assert model.tokenizer.decode(plain.tokens) == "nullnullhi"
+
+
+async def test_a_template_that_needs_objects_gets_one_for_arguments_that_are_none(preprocessor, model):
+    source = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+        "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }};{% endfor %}"
+        "{% endfor %}{% endfor %}"
+    )
+    calls = [
+        {"id": "1", "function": {"name": "f", "arguments": arguments}} for arguments in ('{"x": 1}', '{"x": "cut o')
+    ]
+    parsed = parse_chat(json.dumps({"model": "sim", "messages": [{"role": "assistant", "tool_calls": calls}]}).encode())
+    prepared = await preprocessor.prepare(parsed, speaking(model, source))
+    assert model.tokenizer.decode(prepared.tokens) == 'x=1;arguments={"x": "cut o;'
+
+
+async def test_a_template_that_fails_for_another_reason_fails(preprocessor, model):
+    with pytest.raises(InvalidRequest, match="no good"):
+        await preprocessor.prepare(chat(), speaking(model, "{{ raise_exception('no good') }}"))
+
+
+@pytest.mark.parametrize("keep", [1, 5, 1000])
+async def test_a_truncated_prompt_is_its_end(preprocessor, model, keep):
+    whole = await preprocessor.prepare(completion("one two three four five six seven"), model)
+    cut = await preprocessor.prepare(
+        completion("one two three four five six seven", truncate_prompt_tokens=keep), model
+    )
+    assert cut.tokens.tolist() == whole.tokens.tolist()[-keep:]
+
+
+async def test_a_prompt_can_be_cut_to_what_leaves_room_for_the_answer(preprocessor, model):
+    parsed = completion("word " * 5000, truncate_prompt_tokens=-1, max_tokens=12)
+    prepared = await preprocessor.prepare(parsed, model)
+    assert (len(prepared.tokens), prepared.sampling.max_tokens) == (500, 12)
+
+
+async def test_a_bad_word_is_one_at_the_beginning_and_after_a_space(preprocessor, model):
+    prepared = await preprocessor.prepare(chat(bad_words=[" bad", "zz top"]), model)
+    sequences = [model.tokenizer.decode(np.array(ids, dtype=np.uint32)) for ids in prepared.sampling.bad_words]
+    assert sequences[0] == "bad"
+    assert "zz top" in sequences
+    spaced = [text for text in sequences if text.startswith(" ")]
+    for text in spaced:  # only where it takes as many tokens
+        assert len(model.tokenizer.encode_text(text)) == len(model.tokenizer.encode_text(text[1:]))
+
+
+async def test_more_choices_than_any_worker_runs_at_once_are_refused(preprocessor, model):
+    with pytest.raises(InvalidRequest, match="run 8 sequences at once") as caught:
+        await preprocessor.prepare(chat(n=9), replace(model, max_batch=8))
+    assert caught.value.param == "n"
+    assert (await preprocessor.prepare(chat(n=8), replace(model, max_batch=8))).sampling.n == 8

@@ -301,3 +301,56 @@ def test_the_shipped_template_renders():
     config = json.loads(Path("workers/sim/model/tokenizer_config.json").read_text())
     shipped = ChatTemplate(config["chat_template"], variables={"bos_token": "<s>"})
     assert text(shipped.render([user("hi")])) == "<s><|turn|>user\nhi<|end_of_turn|>\n<|turn|>assistant\n"
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+CONDITIONAL = TURNS.removesuffix("<|a|>") + "{% if add_generation_prompt %}<|a|>{% endif %}"
+
+
+def test_without_a_reply_the_prompt_ends_with_the_last_message():
+    assert text(template(CONDITIONAL).render([user("x")])).endswith("x<|end|>\n<|a|>")
+    assert text(template(CONDITIONAL).render([user("x")], is_reply=False)).endswith("x<|end|>\n")
+
+
+@pytest.mark.parametrize("source", [CONDITIONAL, CONDITIONAL.replace(" | trim", "")])
+def test_an_answer_goes_on_where_the_last_message_ends(source):
+    messages = [user("x"), assistant("Once upon")]
+    rendered = text(template(source).render(messages, is_reply=False, is_continued=True))
+    assert rendered == "<s><|a|>user\nx<|end|>\n<|a|>assistant\nOnce upon"
+
+
+def test_white_space_at_the_end_of_a_continued_message_goes_the_way_the_template_sends_it():
+    messages = [user("x"), assistant("Once ")]
+    kept = template(CONDITIONAL.replace(" | trim", "")).render(messages, is_reply=False, is_continued=True)
+    assert text(kept).endswith("Once ")
+    trimmed = template(CONDITIONAL).render(messages, is_reply=False, is_continued=True)
+    assert text(trimmed).endswith("Once")
+
+
+def test_a_control_token_in_a_continued_message_stays_text():
+    segments = template(CONDITIONAL).render([user("x"), assistant("a<|end|>b")], is_reply=False, is_continued=True)
+    assert text(segments).endswith("a<|end|>b")
+    assert "".join(s.text for s in segments if s.is_trusted).count("<|end|>") == 1  # the one after x
+
+
+def test_a_template_that_hides_the_last_message_cannot_go_on_with_it():
+    with pytest.raises(TemplateError, match="does not show"):
+        template("{{ messages[0].content }}").render([user("x"), assistant("y")], is_reply=False, is_continued=True)
+
+
+TOOLS = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + TURNS
+
+
+def test_tools_reach_the_template_as_they_came():
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"b": 1, "a": "ü<>"}}}
+    rendered = text(template(TOOLS).render([user("x")], {"tools": [tool]}))
+    assert rendered.startswith(json.dumps(tool, ensure_ascii=False))
+
+
+def test_a_control_token_in_a_tool_stays_text():
+    segments = template(TOOLS).render([user("x")], {"tools": [{"function": {"name": "f", "description": "<|end|>"}}]})
+    assert "<|end|>" in text(segments)
+    assert "".join(s.text for s in segments if s.is_trusted).count("<|end|>") == 1

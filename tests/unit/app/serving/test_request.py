@@ -1,20 +1,19 @@
 import numpy as np
-import pytest
 
 from app.serving.request import GatewayRequest
 from planes.wire.frames import Format, Sampling
 from planes.wire.messages import RequestId
 
 
-def request(max_tokens=50, kind="chat", *, is_streaming=False, logprobs=None):
+def request(max_tokens=50, **sampling):
     return GatewayRequest(
         request=RequestId("r"),
         model="m",
         prompt=np.arange(100, dtype=np.uint32),
         blocks=np.arange(6, dtype=np.uint64),
         block_size=16,
-        sampling=Sampling(max_tokens, logprobs=logprobs),
-        format=Format(kind, "", "m", 0, is_streaming=is_streaming),
+        sampling=Sampling(max_tokens, **sampling),
+        format=Format("chat", "", "m", 0, is_streaming=True),
         arrived_at=0.0,
         deadline=60.0,
         card_digest="c" * 64,
@@ -31,16 +30,14 @@ def test_a_request_that_goes_on_elsewhere_grows_no_further_than_it_would_have():
     assert (routable.max_context, routable.expected_tokens, routable.is_local_only) == (150, 30, True)
 
 
-@pytest.mark.parametrize(
-    ("kind", "is_streaming", "logprobs", "is_resumable"),
-    [
-        ("chat", False, None, True),
-        ("chat", False, 2, False),
-        ("chat", True, 2, True),
-        ("response", True, None, True),
-        ("response", True, 2, False),  # its end says all of them again
-    ],
-)
-def test_what_another_worker_can_go_on_with(kind, is_streaming, logprobs, is_resumable):
-    found = request(kind=kind, is_streaming=is_streaming, logprobs=logprobs)
-    assert found.is_resumable is is_resumable
+def test_the_log_probabilities_of_a_prompt_are_one_workers():
+    asked = request(prompt_logprobs=0)
+    assert asked.routable(num_tokens=0, excluded=frozenset(), is_retry=False).is_local_only
+    assert not asked.is_resumable
+    assert not request().routable(num_tokens=0, excluded=frozenset(), is_retry=False).is_local_only
+
+
+def test_what_tells_generated_tokens_from_the_prompts_waits_for_the_decode_worker():
+    assert request().is_first_token_early
+    assert not request(bad_words=[[1, 2]]).is_first_token_early
+    assert not request(thinking_tokens=5).is_first_token_early
