@@ -8,6 +8,7 @@ import random
 import secrets
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 
@@ -44,7 +45,7 @@ from planes.streams.client import WorkerConnection
 from planes.wire.errors import HeadraceError, InvalidRequest, UnusableSetting
 from planes.wire.messages import Registration, RequestId
 from planes.work_queue import PrefillQueue
-from process.logging import configure
+from process.logging import LineWriter, configure
 from router.router import Router
 
 _log = structlog.get_logger()
@@ -56,9 +57,10 @@ _CONNECT_TIMEOUT_S = 3.0
 
 def serve(settings: GatewaySettings) -> None:
     """Run a gateway until SIGINT or SIGTERM.  Raises:  UnusableSetting if it cannot start."""
-    configure(settings.log_level, as_json=settings.log_json)
-    with _listening(settings) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_run(settings, listener))
+    with LineWriter(sys.stderr) as lines:
+        configure(settings.log_level, as_json=settings.log_json, lines=lines)
+        with _listening(settings) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_run(settings, listener))
 
 
 def create_app(gateway: Gateway) -> FastAPI:

@@ -1,10 +1,13 @@
 """Logging of every process of ours: event names with key=value fields, one line an event, on standard error."""
 
+import asyncio
 import logging
 import re
 import sys
 import time
 from collections.abc import Callable
+from threading import Lock
+from typing import Self, TextIO
 
 import structlog
 
@@ -14,8 +17,11 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _QUOTED = re.compile(rf'[\s="\\]|{_UNPRINTABLE.pattern}')
 
 
-def configure(level: str = "info", *, as_json: bool = False) -> None:
-    """Set up structlog for this process. Prompts, answers and token ids are never logged, only their lengths."""
+def configure(level: str = "info", *, as_json: bool = False, lines: "LineWriter | None" = None) -> None:
+    """Set up structlog for this process. Prompts, answers and token ids are never logged, only their lengths.
+
+    lines: where lines go; None: each by itself to standard error.
+    """
     renderers: list[structlog.typing.Processor] = [Logfmt()]
     if as_json:
         renderers = [
@@ -26,9 +32,71 @@ def configure(level: str = "info", *, as_json: bool = False) -> None:
     structlog.configure(
         processors=[structlog.processors.format_exc_info, *renderers],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),  # prints a line and its end in one write
+        # Prints a line and its end in one write.
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr) if lines is None else lambda *_: lines,
         cache_logger_on_first_use=True,
     )
+
+
+class LineWriter:
+    """Writes lines that only inform together: waking up whoever reads a log costs more than the line.
+
+    On an event loop they wait for others, at most `patience_s`; a warning takes them along at once, and so does the end
+    of a `with` block. What waits is lost if the process is killed.
+    """
+
+    def __init__(self, file: TextIO, *, patience_s: float = 0.05, max_lines: int = 256) -> None:
+        self._file = file
+        self._patience_s = patience_s
+        self._max_lines = max_lines
+        self._lines: list[str] = []
+        self._is_due = False
+        """A timer will write what waits."""
+        self._lock = Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+
+    def info(self, line: str) -> None:
+        with self._lock:
+            self._lines.append(line)
+        if not self._is_due or len(self._lines) >= self._max_lines:
+            self._write_later()
+
+    def error(self, line: str) -> None:
+        with self._lock:
+            self._lines.append(line)
+        self.flush()
+
+    debug = info
+    warning = critical = exception = error
+
+    def flush(self) -> None:
+        """Write what waits."""
+        with self._lock:
+            lines, self._lines = self._lines, []
+            if lines:
+                self._file.write("\n".join([*lines, ""]))
+                self._file.flush()
+
+    def _write_later(self) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # of a thread, or before the loop
+            self.flush()
+            return
+        if self._is_due:
+            self.flush()
+        else:
+            self._is_due = True
+            loop.call_later(self._patience_s, self._on_time)
+
+    def _on_time(self) -> None:
+        self._is_due = False
+        self.flush()
 
 
 class Logfmt:

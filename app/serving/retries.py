@@ -26,7 +26,7 @@ class Retries:
     def __init__(self, limits: ExchangeLimits) -> None:
         self._limits = limits
         self._failures: list[LegFailure] = []
-        self._exclusions = suspects(()).exclusions()
+        self._exclusions: list[frozenset[WorkerId]] = [frozenset()]
         self._num_in_row = 0
         self._num_tokens = 0
         """What the client had at the last failure."""

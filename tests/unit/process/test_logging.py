@@ -1,5 +1,22 @@
+import asyncio
+
 from planes.wire.messages import Role
-from process.logging import Logfmt
+from process.logging import LineWriter, Logfmt
+
+
+class File:
+    """Keeps what each write wrote."""
+
+    def __init__(self):
+        self.writes = []
+        self.written = asyncio.Event()
+
+    def write(self, text):
+        self.writes.append(text)
+        self.written.set()
+
+    def flush(self):
+        pass
 
 
 def line(level="info", **event):
@@ -39,3 +56,43 @@ def test_no_value_gives_orders_to_a_terminal():
         'model="\\x1b[2Jx\\x07" c1="a\\x9b1m" bell="\\x7f" bidi="\\u202eabc" fine="naïve 流"'
     )
     assert written.isprintable()
+
+
+def test_without_an_event_loop_every_line_is_written_at_once():
+    lines = LineWriter(file := File())
+    lines.info("a")
+    lines.info("b")
+    assert file.writes == ["a\n", "b\n"]
+
+
+async def test_lines_that_only_inform_share_a_write():
+    lines = LineWriter(file := File(), patience_s=0.0)
+    for line in ("a", "b", "c"):
+        lines.info(line)
+    assert file.writes == []
+    await file.written.wait()
+    lines.info("d")
+    assert file.writes == ["a\nb\nc\n"]
+    lines.flush()
+    assert file.writes[1:] == ["d\n"]
+
+
+async def test_a_warning_takes_what_waits_along():
+    lines = LineWriter(file := File(), patience_s=60)
+    lines.info("a")
+    lines.warning("b")
+    lines.info("c")
+    assert file.writes == ["a\nb\n"]
+
+
+async def test_no_more_lines_wait_than_may():
+    lines = LineWriter(file := File(), patience_s=60, max_lines=3)
+    for line in "abcd":
+        lines.info(line)
+    assert file.writes == ["a\nb\nc\n"]
+
+
+async def test_no_line_is_left_at_the_end():
+    with LineWriter(file := File(), patience_s=60) as lines:
+        lines.info("a")
+    assert file.writes == ["a\n"]
