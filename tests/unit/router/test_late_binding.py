@@ -1,0 +1,88 @@
+"""A walk decides the same with its loop over few workers and with its arrays over many."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from planes.wire.messages import RequestId, Role, WorkerId
+from router.decision import Decision
+from router.fleet import Fleet
+from router.late_binding import LateBinding
+from router.queue import Queue
+from router.request import Explanation, RoutableRequest
+from router.settings import RouterSettings
+from tests.fakes import FACTS, candidate, registration
+
+LIMIT_S = 0.5
+NAMES = ("a", "b", "c")
+seconds = st.sampled_from((0.0, 0.1, 0.3, 0.6, 1.0))
+
+bids = st.dictionaries(st.sampled_from(NAMES), st.tuples(seconds, seconds), min_size=2)
+"""Per worker: cost without its queue, and seconds of prompt work."""
+requests = st.tuples(st.sampled_from((10, 50, 300, 400)), bids)
+backlogs = st.fixed_dictionaries({name: st.tuples(seconds, st.sampled_from((0, 50, 300))) for name in NAMES})
+"""Per worker: seconds of work, and tokens of a prompt that shorter ones pass."""
+
+
+def walked(backlog, waiting, *, num_others):
+    """Who is asked for, in order, and the work that lies before those that follow; `num_others` serve another model."""
+    fleet = Fleet()
+    facts = replace(FACTS, is_shortest_first=True, max_step_tokens=16)
+    for name in NAMES:
+        fleet.up(replace(registration(name, Role.BOTH), facts=facts))
+    for number in range(num_others):
+        fleet.up(registration(f"other{number}", model="other"))
+        fleet.workers[WorkerId(f"other{number}")].busy_until = 1e9
+    for name, (busy_s, tokens) in backlog.items():
+        if tokens:
+            fleet.reserve(routable(f"bound to {name}", tokens), candidate(name, prefill_s=busy_s), 0.0)
+        fleet.workers[WorkerId(name)].busy_until = busy_s
+    queue = Queue(RouterSettings())
+    binding = LateBinding(fleet, queue)
+    options_of = {}
+    for number, (tokens, costs) in enumerate(waiting):
+        request = routable(f"r{number}", tokens)
+        queue.add(request, tokens, 0.1, Explanation(request.request, "p", tokens, 0.0), now=0.0)
+        options = tuple(candidate(name, prefill_s=work_s, total_s=cost_s) for name, (cost_s, work_s) in costs.items())
+        options_of[request.request] = options
+        walk = binding.walk(0.0)
+        held = next(each for each in queue.walk() if each.request is request)
+        walk.held(
+            held,
+            Decision(
+                chosen=options[0],
+                candidates=options,
+                kept=options,
+                is_held=True,
+                held_because="busy",
+                max_backlog_s=LIMIT_S,
+            ),
+        )
+        held.blocked = -1
+    walk, asked = binding.walk(0.0), []
+    for each in walk:
+        asked.append(each.request.request)
+        option = min(options_of[each.request.request], key=lambda option: option.total_s)
+        fleet.reserve(each.request, option, 0.0)
+        walk.bound(option)
+    return asked, walk.ahead, binding.wakeup
+
+
+def routable(name, tokens):
+    return RoutableRequest(RequestId(name), "sim", np.empty(0, np.uint64), tokens, 20, 1e9)
+
+
+@given(backlogs, st.lists(requests, min_size=2, max_size=7))
+def test_few_and_many_workers_are_walked_alike(backlog, waiting):
+    assert walked(backlog, waiting, num_others=0) == walked(backlog, waiting, num_others=30)
+
+
+def test_a_request_whose_cheapest_worker_is_busy_is_passed_over_and_lies_before_the_next():
+    busy = {"a": (1.0, 0), "b": (0.0, 0), "c": (0.0, 0)}
+    waits_for_a = (100, {"a": (0.1, 0.3), "b": (5.0, 0.3)})
+    takes_b = (100, {"b": (0.1, 0.3)})
+    for num_others in (0, 30):
+        asked, ahead, _ = walked(busy, [waits_for_a, takes_b], num_others=num_others)
+        assert asked == ["r1"]
+        assert ahead == {"a": 0.3}
