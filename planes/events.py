@@ -49,6 +49,10 @@ class EventPlaneUnavailable(HeadraceError):  # noqa: N818 - names the outcome, a
     code = "event_plane_unavailable"
 
 
+class NobodyListens(EventPlaneUnavailable):
+    """NATS is there, and says at once that nobody answers on this subject."""
+
+
 class JetStreamRefused(EventPlaneUnavailable):
     """JetStream answered with an error; `err_code` is its number for it."""
 
@@ -295,10 +299,13 @@ class EventPlane:
             await self.jetstream(f"STREAM.UPDATE.{config['name']}", config)
 
     @asynccontextmanager
-    async def inbox(self) -> AsyncIterator[Inbox]:
-        """A new inbox; what is sent to it after the block reaches nobody.  Raises:  EventPlaneUnavailable."""
+    async def inbox(self, subject: str = "") -> AsyncIterator[Inbox]:
+        """What is sent to this subject from now on; by default to a new one of our own, which nobody gets after that.
+
+        Raises:  EventPlaneUnavailable.
+        """
         client = self._require_client()
-        subject = client.new_inbox()
+        subject = subject or client.new_inbox()
         with _translated("no inbox"):
             subscription = await client.subscribe(subject)
         try:
@@ -403,6 +410,8 @@ def _translated(what: str) -> Iterator[None]:
         yield
     except TimeoutError as exc:
         raise EventPlaneUnavailable(what) from exc
+    except nats.errors.NoRespondersError as exc:
+        raise NobodyListens(f"{what}: {exc}") from exc
     except (nats.errors.Error, OSError) as exc:
         raise EventPlaneUnavailable(f"{what}: {str(exc) or type(exc).__name__}") from exc
 

@@ -38,9 +38,13 @@ class GatewayRequest:
 
     @property
     def is_resumable(self) -> bool:
-        """Whether another worker can go on from the tokens; else it starts over, if the client has got nothing."""
+        """Whether another worker can go on from the tokens; else it starts over, if the client has got nothing.
+
+        What earlier tokens were worth is known to nobody else, and a response says it again in the end.
+        """
         s = self.sampling
-        return s.n == 1 and (self.format.is_streaming or s.logprobs is None) and s.prompt_logprobs is None
+        is_told_once = self.format.is_streaming and self.format.kind != "response"
+        return s.n == 1 and (is_told_once or s.logprobs is None) and s.prompt_logprobs is None
 
     @property
     def is_first_token_early(self) -> bool:

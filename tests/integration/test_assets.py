@@ -11,8 +11,9 @@ import pytest
 from nats.aio.client import Client
 
 from planes.assets import fetch_card, make_card, publish_card
+from planes.bucket import ObjectMissing
 from planes.events import EventPlane
-from planes.objects import ObjectMissing, ObjectStore, StoreFull
+from planes.objects import ObjectStore, StoreFull
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
 
@@ -48,7 +49,7 @@ async def test_many_workers_may_publish_at_once(nats_url: str, namespace: str, t
         digests = await asyncio.gather(*(publish_card(worker, card, files) for worker in workers))
         assert len(set(digests)) == 1
         assert (await fetch_card(workers[0], digests[0], tmp_path)).files == files
-        state = (await workers[0]._plane.jetstream(f"STREAM.INFO.{workers[0]._stream}"))["state"]
+        state = (await workers[0]._bucket.plane.jetstream(f"STREAM.INFO.{workers[0]._bucket.stream}"))["state"]
     assert state["messages"] == 8 + 1 + 1 + 1  # chunks of the file, of the card, and their two records
 
 
@@ -67,12 +68,12 @@ async def test_an_empty_object_is_an_object(nats_url: str, namespace: str) -> No
 
 async def test_a_store_has_a_limit_and_takes_no_more_of_the_disk_than_it_holds(nats_url: str, namespace: str) -> None:
     async with store(nats_url, namespace) as worker:
-        small = ObjectStore(worker._plane, max_bytes=10_000)
+        small = ObjectStore(worker._bucket.plane, max_bytes=10_000)
         await small.put("x", bytes(6_000))
         with pytest.raises(StoreFull, match="10000"):
             await small.put("y", bytes(6_000))
         await small.put("x", bytes(6_000))
-        assert (await worker._plane.jetstream("INFO"))["reserved_storage"] == 0
+        assert (await worker._bucket.plane.jetstream("INFO"))["reserved_storage"] == 0
 
 
 async def test_other_clients_of_the_object_store_can_read_ours(nats_url: str, namespace: str) -> None:

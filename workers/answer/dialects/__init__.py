@@ -5,8 +5,9 @@ from workers.answer.detokenizer import Vocabulary
 from workers.answer.dialects.base import Dialect
 from workers.answer.dialects.chat import ChatDialect
 from workers.answer.dialects.completion import CompletionDialect
+from workers.answer.dialects.response import ResponseDialect
 
-KINDS = ("chat", "completion")
+KINDS = ("chat", "completion", "response")
 
 
 def dialect(layout: Format, num_choices: int, vocabulary: Vocabulary, *, prompt_tokens: int) -> Dialect:
@@ -17,5 +18,7 @@ def dialect(layout: Format, num_choices: int, vocabulary: Vocabulary, *, prompt_
             return ChatDialect(layout, num_choices, vocabulary)
         case "completion":
             return CompletionDialect(layout, num_choices, vocabulary)
+        case "response":
+            return ResponseDialect(layout, vocabulary)
         case unknown:
             raise ValueError(f"{unknown!r} is no dialect; there are {', '.join(KINDS)}")

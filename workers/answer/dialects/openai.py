@@ -39,12 +39,15 @@ class OpenAiDialect:
         return b"data: " + encode(told) + b"\n\ndata: [DONE]\n\n"
 
     def _name(self, token: int) -> str:
-        """A token as text; OpenAI's spelling where its bytes are no whole characters."""
-        name = self._vocabulary.names[token]
-        try:
-            return name.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in name)
+        return token_name(self._vocabulary.names[token])
+
+
+def token_name(name: bytes) -> str:
+    """A token as text; OpenAI's spelling where its bytes are no whole characters."""
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in name)
 
 
 def finite(logprob: float) -> float:

@@ -1,11 +1,12 @@
 import numpy as np
+import pytest
 
 from app.serving.request import GatewayRequest
 from planes.wire.frames import Format, Sampling
 from planes.wire.messages import RequestId
 
 
-def request(max_tokens=50, **sampling):
+def request(max_tokens=50, kind="chat", *, is_streaming=False, **sampling):
     return GatewayRequest(
         request=RequestId("r"),
         model="m",
@@ -13,7 +14,7 @@ def request(max_tokens=50, **sampling):
         blocks=np.arange(6, dtype=np.uint64),
         block_size=16,
         sampling=Sampling(max_tokens, **sampling),
-        format=Format("chat", "", "m", 0, is_streaming=True),
+        format=Format(kind, "", "m", 0, is_streaming=is_streaming),
         arrived_at=0.0,
         deadline=60.0,
         card_digest="c" * 64,
@@ -38,6 +39,21 @@ def test_the_log_probabilities_of_a_prompt_are_one_workers():
 
 
 def test_what_tells_generated_tokens_from_the_prompts_waits_for_the_decode_worker():
-    assert request().is_first_token_early
-    assert not request(bad_words=[[1, 2]]).is_first_token_early
-    assert not request(thinking_tokens=5).is_first_token_early
+    assert request(is_streaming=True).is_first_token_early
+    assert not request(is_streaming=True, bad_words=[[1, 2]]).is_first_token_early
+    assert not request(is_streaming=True, thinking_tokens=5).is_first_token_early
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_streaming", "logprobs", "is_resumable"),
+    [
+        ("chat", False, None, True),
+        ("chat", False, 2, False),
+        ("chat", True, 2, True),
+        ("response", True, None, True),
+        ("response", True, 2, False),  # its end says all of them again
+    ],
+)
+def test_what_another_worker_can_go_on_with(kind, is_streaming, logprobs, is_resumable):
+    found = request(kind=kind, is_streaming=is_streaming, logprobs=logprobs)
+    assert found.is_resumable is is_resumable

@@ -1,6 +1,6 @@
 import pytest
 
-from planes.objects import _covers
+from planes.bucket import covers
 
 
 @pytest.mark.parametrize(
@@ -17,4 +17,4 @@ from planes.objects import _covers
     ],
 )
 def test_a_pattern_covers_what_falls_under_it(pattern, subject, is_covered):
-    assert _covers(pattern, subject) is is_covered
+    assert covers(pattern, subject) is is_covered
