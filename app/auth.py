@@ -119,11 +119,13 @@ class ApiKeys:
         """Who sent these headers (lower-case names).  Raises:  Unauthenticated."""
         if self._path is None:
             return ANYBODY
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            raise Unauthenticated("No API key was given; send it as 'Authorization: Bearer KEY'.")
+        key = _key_in(headers)
+        if not key:
+            raise Unauthenticated(
+                "No API key was given; send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'."
+            )
         # Looked up by digest: how long that takes tells nothing about a key, as its sender cannot choose the digest.
-        tenant = self._tenants.get(_digest(key.strip()))
+        tenant = self._tenants.get(_digest(key))
         if tenant is None:
             raise Unauthenticated("The API key is not one of this server's.")
         return tenant
@@ -168,6 +170,14 @@ class TenantSlots:
             self._running[self._tenant.name] = left
         else:
             del self._running[self._tenant.name]
+
+
+def _key_in(headers: Mapping[str, str]) -> str:
+    """OpenAI's clients send a bearer token, Anthropic's a header of its own; "" where there is neither."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and key.strip():
+        return key.strip()
+    return headers.get("x-api-key", "").strip()
 
 
 def is_open_to_others(host: str, key_file: Path | None) -> bool:

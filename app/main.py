@@ -28,6 +28,7 @@ from app.http.body import BodyMemory
 from app.http.connection import ConnectionLimits, StreamingProtocol
 from app.http.response import Streamed
 from app.http.routes.completions import completion_routes
+from app.http.routes.messages import message_routes
 from app.http.routes.operations import operation_routes
 from app.http.routes.replies import error_reply
 from app.metrics import Metrics, router_gauges
@@ -67,6 +68,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     """The HTTP side of a gateway."""
     app = FastAPI(title="Headrace", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.include_router(completion_routes(gateway))
+    app.include_router(message_routes(gateway))
     app.include_router(operation_routes(gateway))
 
     @app.exception_handler(HeadraceError)
@@ -143,7 +145,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         settings=settings,
         keys=_keys(settings),
         models=models,
-        preprocessor=Preprocessor(),
+        preprocessor=Preprocessor(keeps_nonces=settings.keep_prompt_nonces),
         bodies=BodyMemory(settings.body_memory_bytes),
         router=router,
         routing_config=routing_config,

@@ -56,6 +56,10 @@ class GatewaySettings(ProcessSettings):
     slow_client_bytes: Annotated[
         int, Parameter(help="Most unsent bytes of one answer; a client that reads more slowly is cut off.")
     ] = 1 << 20
+    keep_prompt_nonces: Annotated[
+        bool,
+        Parameter(help="Keep a first line of a system prompt such as x-…-header: ID, which ends all prefix caching."),
+    ] = False
     drain_s: Annotated[float, Parameter(help="Longest wait for running answers at shutdown, in seconds.")] = 30.0
     heartbeat_s: Annotated[float, Parameter(help="Silence on a worker's stream before a ping, in seconds.")] = 1.0
     dead_after_s: Annotated[

@@ -39,7 +39,7 @@ async def read_request(
     arrived_at = gateway.clock()
     limit_s = gateway.settings.request_timeout_s
     with gateway.bodies.lease() as lease:
-        body = await read_body(request, _max_body_bytes(gateway), lease)
+        body = await read_body(request, max_body_bytes(gateway), lease)
         parsed = await gateway.preprocessor.parse(parse, body, deadline=arrived_at + limit_s)
         refuse_unserved(parsed)
         deadline = arrived_at + min(limit_s, parsed.timeout_s or limit_s)
@@ -90,7 +90,7 @@ def _parsing(parsed: ParsedRequest) -> Parsing | None:
     return msgspec.structs.replace(parsing, template_kwargs=msgspec.json.encode(parsed.template_kwargs))
 
 
-def _max_body_bytes(gateway: Gateway) -> int:
+def max_body_bytes(gateway: Gateway) -> int:
     """No longer than is allowed, and than the longest context that anybody serves can need."""
     limit, context_length = gateway.settings.max_body_bytes, gateway.models.longest_context
     return min(limit, useful_bytes(context_length)) if context_length else limit

@@ -113,7 +113,7 @@ class ErrorResponse:
 def response(exc: BaseException) -> ErrorResponse:
     """The answer to a request that ended with `exc` before its first byte was sent."""
     headers = {"content-type": "application/json"}
-    status = _status(exc)
+    status = status_of(exc)
     if isinstance(exc, Rejected) and exc.retry_after_s is not None:
         # Retry-After knows whole seconds only; the openai client prefers the finer header.
         headers["retry-after"] = str(max(1, math.ceil(exc.retry_after_s)))
@@ -133,7 +133,13 @@ def code_of(exc: BaseException) -> str:
     return exc.code if isinstance(exc, HeadraceError) else HeadraceError.code
 
 
-def _status(exc: BaseException) -> int:
+def message_of(exc: BaseException) -> str:
+    """The text of a foreign exception may hold anything, a prompt included: it belongs in our log, not in an answer."""
+    return exc.for_client() if isinstance(exc, HeadraceError) else _INTERNAL
+
+
+def status_of(exc: BaseException) -> int:
+    """The HTTP status, where there is still room for one."""
     match exc:
         case InvalidRequest():
             return _STATUS_OF_INVALID.get(exc.code, 400)
@@ -150,17 +156,15 @@ def _type(exc: BaseException) -> str:
         case InvalidRequest():
             return "authentication_error" if exc.code == "invalid_api_key" else "invalid_request_error"
         case Rejected():
-            return "rate_limit_error" if _status(exc) == 429 else "server_overloaded"
+            return "rate_limit_error" if status_of(exc) == 429 else "server_overloaded"
         case _:
             return "server_error"
 
 
 def _body(exc: BaseException) -> ErrorBody:
-    # The text of a foreign exception may hold anything, a prompt included: it belongs in our log, not in an answer.
-    message = exc.for_client() if isinstance(exc, HeadraceError) else _INTERNAL
     return ErrorBody(
         ErrorDetail(
-            message=message,
+            message=message_of(exc),
             type=_type(exc),
             param=exc.param if isinstance(exc, InvalidRequest) else None,
             code=code_of(exc),

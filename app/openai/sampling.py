@@ -77,7 +77,7 @@ def parse_sampling(
         frequency_penalty=_within("frequency_penalty", body.frequency_penalty, 0.0, -2.0, 2.0),
         repetition_penalty=repetition_penalty,
         seed=body.seed,
-        stop=_stop(body.stop, limits) if body.stop is not None else [],
+        stop=parse_stop("stop", body.stop, limits) if body.stop is not None else [],
         stop_token_ids=_stop_token_ids(body.stop_token_ids, limits) if body.stop_token_ids else [],
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
@@ -215,13 +215,14 @@ def _min_tokens(min_tokens: int | None, max_tokens: int | None) -> int:
     return min_tokens
 
 
-def _stop(stop: str | list[str], limits: Limits) -> list[str]:
+def parse_stop(name: str, stop: str | list[str], limits: Limits) -> list[str]:
+    """Stop strings, in the field of this name.  Raises:  InvalidRequest for an empty one, too many, or too long."""
     strings = [stop] if isinstance(stop, str) else stop
-    check_count("stop", len(strings), limits.num_stop, "stop strings")
+    check_count(name, len(strings), limits.num_stop, "stop strings")
     for string in strings:
         if not string:
-            raise InvalidRequest("Invalid 'stop': a stop string must not be empty.", param="stop")
-        check_count("stop", len(string), limits.stop_chars, "characters of one stop string")
+            raise InvalidRequest(f"Invalid '{name}': a stop string must not be empty.", param=name)
+        check_count(name, len(string), limits.stop_chars, "characters of one stop string")
     return strings
 
 

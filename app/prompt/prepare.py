@@ -7,12 +7,13 @@ thread pool, whose size bounds how many run at once. A prompt that provably cann
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import msgspec
 
 from app.openai.schema import Json, Kind, ParsedRequest
+from app.prompt.nonce import without_nonce
 from app.prompt.template import ChatTemplate, TemplateError
 from app.prompt.tokenizer import Tokenizer
 from planes.wire import blocks
@@ -94,12 +95,19 @@ class Preprocessor:
     """Prepares requests for all models. Close it when the process ends."""
 
     def __init__(
-        self, *, inline_bytes: int = DEFAULT_INLINE_BYTES, num_threads: int = 2, max_waiting: int = 1024
+        self,
+        *,
+        inline_bytes: int = DEFAULT_INLINE_BYTES,
+        num_threads: int = 2,
+        max_waiting: int = 1024,
+        keeps_nonces: bool = False,
     ) -> None:
         """
         Args:  inline_bytes: longest body whose prompt is tokenized on the event loop.  num_threads: long prompts
         tokenized at once.  max_waiting: long prompts under way, those on the threads included.
+        keeps_nonces: render what `app/prompt/nonce.py` would drop.
         """
+        self._keeps_nonces = keeps_nonces
         self._inline_bytes = inline_bytes
         self._max_waiting = max_waiting
         self._num_waiting = 0
@@ -121,13 +129,28 @@ class Preprocessor:
         Raises:  InvalidRequest, ContextExceeded among them; TokenizersBusy, PreparationTimeout.
         """
         salt = parsed.cache_salt if cache_salt is None else cache_salt
+        parsed = self._stable(parsed)
         if parsed.num_bytes <= self._inline_bytes:
             return _prepared(parsed, model, salt)
         return await self._on_thread(deadline, _prepared, parsed, model, salt)
 
+    async def tokenize(self, parsed: ParsedRequest, model: ModelEntry, *, deadline: float | None = None) -> Tokens:
+        """The prompt's tokens, however many.  Raises:  InvalidRequest, TokenizersBusy, PreparationTimeout."""
+        parsed = self._stable(parsed)
+        if parsed.num_bytes <= self._inline_bytes:
+            return _prompt_tokens(parsed, model)
+        return await self._on_thread(deadline, _prompt_tokens, parsed, model)
+
     def close(self) -> None:
         """Waits for prompts that are being tokenized; those that wait for a thread are cancelled."""
         self._threads.shutdown(cancel_futures=True)
+
+    def _stable(self, parsed: ParsedRequest) -> ParsedRequest:
+        """The request without what only keeps its prompt from being found in a cache."""
+        if self._keeps_nonces:
+            return parsed
+        messages = without_nonce(parsed.messages)
+        return parsed if messages is parsed.messages else replace(parsed, messages=messages)
 
     async def _on_thread(self, deadline: float | None, work: Callable[..., Result], *args: Any) -> Result:
         if self._num_waiting >= self._max_waiting:
@@ -160,14 +183,7 @@ def _prepared(parsed: ParsedRequest, model: ModelEntry, salt: str) -> Prepared:
             param="n",
         )
     _check_ids(parsed.sampling, model)
-    if parsed.kind.is_conversation:
-        tokens = _chat_tokens(parsed, model)
-    elif isinstance(parsed.prompt, str):
-        _check_provable(len(parsed.prompt), parsed, model)
-        tokens = model.tokenizer.encode_prompt(parsed.prompt)
-    else:
-        tokens = parsed.prompt
-        _check_vocabulary("prompt", int(tokens.max()), model)
+    tokens = _prompt_tokens(parsed, model)
     if parsed.truncate_prompt_tokens is not None:
         tokens = _truncated(tokens, parsed, model)
     sampling = msgspec.structs.replace(parsed.sampling, max_tokens=_max_tokens(len(tokens), parsed, model))
@@ -180,6 +196,17 @@ def _prepared(parsed: ParsedRequest, model: ModelEntry, salt: str) -> Prepared:
         cache_salt=salt,
         echo=_echo(parsed, model) if parsed.echo else "",
     )
+
+
+def _prompt_tokens(parsed: ParsedRequest, model: ModelEntry) -> Tokens:
+    """May run on a thread."""
+    if parsed.kind.is_conversation:
+        return _chat_tokens(parsed, model)
+    if isinstance(parsed.prompt, str):
+        _check_provable(len(parsed.prompt), parsed, model)
+        return model.tokenizer.encode_prompt(parsed.prompt)
+    _check_vocabulary("prompt", int(parsed.prompt.max()), model)
+    return parsed.prompt
 
 
 def _chat_tokens(parsed: ParsedRequest, model: ModelEntry) -> Tokens:

@@ -1,5 +1,7 @@
 """`POST /v1/chat/completions` and `POST /v1/completions`; `GET /v1/models` and `/v1/models/{model}`."""
 
+from datetime import UTC, datetime
+
 from fastapi import APIRouter, Request, Response
 
 from app.gateway import Gateway
@@ -33,8 +35,12 @@ def completion_routes(gateway: Gateway) -> APIRouter:
     async def models(request: Request) -> Response:
         """The models that registered workers serve."""
         gateway.keys.authenticate(request.headers)
-        listed = [_model(name, created) for name, created in gateway.fleet.models().items()]
-        return json_reply({"object": "list", "data": listed})
+        models = gateway.fleet.models()
+        if _is_anthropic(request):
+            listed = [_anthropic_model(name, created) for name, created in models.items()]
+            ends = {"first_id": listed[0]["id"], "last_id": listed[-1]["id"]} if listed else {}
+            return json_reply({"data": listed, "has_more": False, "first_id": None, "last_id": None, **ends})
+        return json_reply({"object": "list", "data": [_model(name, created) for name, created in models.items()]})
 
     @routes.get("/v1/models/{model:path}", response_model=None)
     async def model(request: Request, model: str) -> Response:
@@ -42,10 +48,20 @@ def completion_routes(gateway: Gateway) -> APIRouter:
         gateway.keys.authenticate(request.headers)
         if (created := gateway.fleet.models().get(model)) is None:
             raise ModelNotFound(model)
-        return json_reply(_model(model, created))
+        return json_reply(_anthropic_model(model, created) if _is_anthropic(request) else _model(model, created))
 
     return routes
 
 
 def _model(name: str, created: int) -> dict[str, object]:
     return {"id": name, "object": "model", "created": created, "owned_by": "headrace"}
+
+
+def _is_anthropic(request: Request) -> bool:
+    """Anthropic's clients say so in every request, and expect another shape of a model."""
+    return "anthropic-version" in request.headers
+
+
+def _anthropic_model(name: str, created: int) -> dict[str, object]:
+    since = datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {"type": "model", "id": name, "display_name": name, "created_at": since}

@@ -5,7 +5,8 @@ from typing import Any
 import msgspec
 from fastapi import Response
 
-from app.openai import errors
+from app.http.response import ErrorDialect
+from app.openai import errors as openai_errors
 
 
 def json_reply(value: Any, status: int = 200) -> Response:
@@ -13,7 +14,7 @@ def json_reply(value: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
-def error_reply(exc: BaseException) -> Response:
-    """An error in OpenAI's shape."""
+def error_reply(exc: BaseException, errors: ErrorDialect = openai_errors) -> Response:
+    """An error in the shape of an API, OpenAI's by default."""
     refusal = errors.response(exc)
     return Response(refusal.body, refusal.status, headers=refusal.headers)

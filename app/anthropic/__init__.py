@@ -1,0 +1,1 @@
+"""Anthropic's API: Messages, as coding agents speak it."""

@@ -1,0 +1,46 @@
+"""`POST /v1/messages` and `/v1/messages/count_tokens`: Anthropic's API."""
+
+from fastapi import APIRouter, Request, Response
+
+from app.anthropic import errors
+from app.anthropic.message import parse_count, parse_message
+from app.gateway import Gateway
+from app.http.body import read_body
+from app.http.intake import max_body_bytes
+from app.http.routes.generate import generating_route
+from app.http.routes.replies import error_reply, json_reply
+from planes.wire.errors import HeadraceError
+
+
+def message_routes(gateway: Gateway) -> APIRouter:
+    """Both routes."""
+    routes = APIRouter()
+    routes.routes.append(
+        generating_route(
+            gateway,
+            "/v1/messages",
+            parse_message,
+            summary="Continue a conversation (Anthropic's messages).",
+            errors=errors,
+        )
+    )
+
+    @routes.post("/v1/messages/count_tokens", response_model=None)
+    async def count_tokens(request: Request) -> Response:
+        """How many tokens a conversation would have as a prompt."""
+        try:
+            return json_reply({"input_tokens": await _num_tokens(gateway, request)})
+        except HeadraceError as exc:
+            return error_reply(exc, errors)
+
+    return routes
+
+
+async def _num_tokens(gateway: Gateway, request: Request) -> int:
+    tenant = gateway.keys.authenticate(request.headers)
+    deadline = gateway.clock() + gateway.settings.request_timeout_s
+    with gateway.keys.admitted(tenant), gateway.bodies.lease() as lease:
+        body = await read_body(request, max_body_bytes(gateway), lease)
+        parsed = await gateway.preprocessor.parse(parse_count, body, deadline=deadline)
+        model = gateway.models.entry(parsed.model)
+        return len(await gateway.preprocessor.tokenize(parsed, model, deadline=deadline))

@@ -1,0 +1,159 @@
+import json
+
+import pytest
+
+from app.anthropic.message import parse_count, parse_message
+from app.openai.schema import Kind
+from planes.wire.errors import InvalidRequest
+
+TOOL = {"name": "weather", "description": "…", "input_schema": {"type": "object", "properties": {"at": {}}}}
+
+
+def parse(**changes):
+    body = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]} | changes
+    return parse_message(json.dumps(body).encode())
+
+
+def refused(**changes):
+    with pytest.raises(InvalidRequest) as caught:
+        parse(**changes)
+    return caught.value
+
+
+def test_a_plain_message_is_a_chat():
+    parsed = parse(system="Be brief.", temperature=0, stop_sequences=["\n\n"], stream=True, metadata={"user_id": "u"})
+    assert parsed.kind is Kind.MESSAGE
+    assert parsed.messages == ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"})
+    assert (parsed.max_tokens, parsed.is_streaming, parsed.user) == (9, True, "u")
+    assert (parsed.sampling.temperature, parsed.sampling.stop) == (0, ["\n\n"])
+
+
+def test_a_turn_with_tools_becomes_the_messages_that_templates_know():
+    parsed = parse(
+        system=[{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "b"}],
+        messages=[
+            {"role": "user", "content": "Is it warm?"},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "hm", "signature": "s"},
+                    {"type": "redacted_thinking", "data": "…"},
+                    {"type": "text", "text": "I look."},
+                    {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"at": "sea"}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "20 °C"}]},
+                    {"type": "tool_result", "tool_use_id": "toolu_2", "content": "no such place", "is_error": True},
+                    {"type": "tool_result", "tool_use_id": "toolu_3"},
+                    {"type": "text", "text": "So?"},
+                ],
+            },
+        ],
+        tools=[TOOL, {"type": "web_search_20260318", "name": "web_search"}],
+    )
+    assert parsed.messages == (
+        {"role": "system", "content": "a\nb"},
+        {"role": "user", "content": "Is it warm?"},
+        {
+            "role": "assistant",
+            "content": "I look.",
+            "reasoning_content": "hm",
+            "tool_calls": [
+                {"id": "toolu_1", "type": "function", "function": {"name": "weather", "arguments": {"at": "sea"}}}
+            ],
+        },
+        {"role": "tool", "tool_call_id": "toolu_1", "content": "20 °C"},
+        {"role": "tool", "tool_call_id": "toolu_2", "content": "Error: no such place"},
+        {"role": "tool", "tool_call_id": "toolu_3", "content": ""},
+        {"role": "user", "content": "So?"},
+    )
+    assert [tool["function"]["name"] for tool in parsed.tools] == ["weather"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected", "is_bound"),
+    [
+        (None, "auto", False),
+        ({"type": "auto"}, "auto", False),
+        ({"type": "any"}, "required", True),
+        ({"type": "tool", "name": "weather"}, "function:weather", True),
+    ],
+)
+def test_a_choice_of_tools_has_its_word(choice, expected, is_bound):
+    parsed = parse(tools=[TOOL], tool_choice=choice)
+    assert parsed.parsing.tool_choice == expected
+    assert (parsed.sampling.structured is not None) == is_bound
+
+
+def test_tools_that_must_not_be_called_are_not_looked_for():
+    parsed = parse(tools=[TOOL], tool_choice={"type": "none"})
+    assert (parsed.tools, parsed.parsing.tools) == ((), b"")
+
+
+def test_one_call_at_a_time_can_be_asked_for():
+    parsed = parse(tools=[TOOL], tool_choice={"type": "auto", "disable_parallel_tool_use": True})
+    assert not parsed.parsing.is_parallel
+
+
+def test_thinking_reaches_template_engine_and_parser():
+    parsed = parse(thinking={"type": "enabled", "budget_tokens": 1024}, output_config={"effort": "high"})
+    assert parsed.template_kwargs == {"enable_thinking": True, "reasoning_effort": "high"}
+    assert parsed.sampling.thinking_tokens == 1024
+    assert parsed.parsing.has_reasoning
+    assert parse(thinking={"type": "disabled"}).template_kwargs == {"enable_thinking": False}
+
+
+def test_a_format_binds_the_answer():
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    parsed = parse(output_config={"format": {"type": "json_schema", "schema": schema}})
+    assert json.loads(parsed.sampling.structured.json_schema) == schema
+
+
+def test_an_answer_that_the_client_has_begun_is_continued():
+    parsed = parse(messages=[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "The answer is ("}])
+    assert (parsed.is_continued, parsed.is_reply) == (True, False)
+    assert parse().is_reply
+
+
+def test_a_document_that_brings_its_text_is_text():
+    source = {"type": "text", "media_type": "text/plain", "data": "Once"}
+    parsed = parse(messages=[{"role": "user", "content": [{"type": "document", "source": source, "title": "Tale"}]}])
+    assert parsed.messages[0]["content"] == "Tale\nOnce"
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "tool_use"}]}]}, "messages[0].content[0].name"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]},
+            "messages[0].content[0].tool_use_id",
+        ),
+        ({"temperature": 1.1}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"stop_sequences": [""]}, "stop_sequences"),
+        ({"thinking": {"type": "hard"}}, "thinking.type"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "thinking.budget_tokens"),
+        ({"tools": [{"name": "a"}]}, "tools[0].input_schema"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "b"}}, "tool_choice"),
+        ({"tool_choice": {"type": "most"}}, "tool_choice.type"),
+        ({"output_config": {"format": {"type": "xml"}}}, "output_config.format"),
+        ({"model": 7}, "model"),
+    ],
+)
+def test_what_is_wrong_is_named(changes, param):
+    assert refused(**changes).param == param
+
+
+def test_a_count_needs_no_length():
+    parsed = parse_count(json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}]}).encode())
+    assert parsed.messages == ({"role": "user", "content": "hi"},)
