@@ -64,6 +64,16 @@ class Observer:
         say("died", reason=reason)
 
 
+class TellingEngine(VllmEngine):
+    """Tells with which of the engine's reports a KV cache came: with that of a step, or of none."""
+
+    def _recorded(self, stats):
+        super()._recorded(stats)
+        report = (stats.kv_connector_stats or {}).get("headrace", {}) if stats is not None else {}
+        for engine_request, *_ in report.get("handovers", ()):
+            say("arrived", id=engine_request[:-9], is_between_steps="step" not in report)
+
+
 def run(engine, command):
     def emit(output):
         plain = msgspec.to_builtins(output)
@@ -87,7 +97,7 @@ def run(engine, command):
 
 
 async def main(options):
-    engine = VllmEngine(options)
+    engine = TellingEngine(options)
     try:
         await engine.start(Observer(), progress=lambda line: say("progress", line=line))
     except EngineStartError as exc:

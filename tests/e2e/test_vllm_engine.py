@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import statistics
 from pathlib import Path
 
 import msgspec
@@ -118,38 +117,51 @@ async def test_a_repeated_prompt_is_cached_and_its_blocks_have_the_gateway_s_nam
     await prefill.until(lambda: blocks_of(tokens, "tenant") <= prefill.held)
 
 
-async def test_a_handed_over_request_waits_for_no_step_that_could_have_computed_it(pair):
+async def begin_decoding(pair, tokens, sampling, name):
+    """Start the decode leg of a request whose prefill leg has ended."""
     mode, prefill, decode = pair
+    first = await prefill.run(tokens, sampling, tagged(PrefillLeg(mode)), name=name)
+    leg = DecodeLeg(ticket=first.ticket) if mode is HandoverMode.PULL else DecodeLeg(source=prefill.endpoint)
+    return decode.begin(tokens, sampling, tagged(leg), name=name)[1]
+
+
+def arrival(said, name):
+    """What the engine reported with the KV cache of `name`, and the decoding sequences of the next step."""
+    reports = iter([news for news in said if news["kind"] in ("arrived", "step")])
+    arrived = next(news for news in reports if news["kind"] == "arrived" and news["id"] == name)
+    return arrived["is_between_steps"], next(news["sample"][2] for news in reports if news["kind"] == "step")
+
+
+async def test_a_handed_over_request_waits_for_no_step_that_could_have_computed_it(pair):
+    mode, _, decode = pair
     await hand_over(pair, prompt(60, 40), name="handshake")
     alone = await decode.run(prompt(61, 40), {"max_tokens": 40, "ignore_eos": True}, salt=ELSEWHERE)
     running, beside = decode.begin(prompt(61, 40), {"max_tokens": 900, "ignore_eos": True})
     await decode.until(lambda: beside.outputs)
-    tokens_beside = []
-    for number in range(5):
-        tokens = prompt(62 + number, 70)
-        if mode is HandoverMode.PULL:
-            leg = DecodeLeg(ticket=(await prefill.run(tokens, None, tagged(PrefillLeg(mode)))).ticket)
-        else:
-            prefill.begin(tokens, {"max_tokens": 2}, tagged(PrefillLeg(mode)), name=f"step-{number}")
-            leg = DecodeLeg(source=prefill.endpoint)
-        before = len(beside.tokens)
-        _, answer = decode.begin(tokens, {"max_tokens": 2}, tagged(leg), name=f"step-{number}")
-        await decode.until(lambda answer=answer: answer.outputs)
-        tokens_beside.append(len(beside.tokens) - before)
+    came_between_steps = []
+    # A step waits only so long: where the machine has other things to do, some KV caches come during the next.
+    while len(came_between_steps) < 3 or (mode is HandoverMode.PULL and not any(came_between_steps)):
+        name, num_said = f"step-{len(came_between_steps)}", len(decode.said)
+        answer = await begin_decoding(pair, prompt(62 + len(came_between_steps), 70), {"max_tokens": 2}, name)
         await decode.until(lambda answer=answer: answer.last)
+        is_between_steps, num_decoding = arrival(decode.said[num_said:], name)
+        came_between_steps.append(is_between_steps)
+        assert not beside.last, came_between_steps
+        assert num_decoding == 2, "the next step computes it"
     await decode.until(lambda: len(beside.tokens) >= len(alone.tokens))
     decode.send("abort", id=running)
     assert beside.tokens[: len(alone.tokens)] == alone.tokens
-    if mode is HandoverMode.PULL:
-        # Of the step in which it came, and of its own; in some tries a step ends while the command is on its way.
-        assert statistics.median(tokens_beside) <= 2, tokens_beside
 
 
 async def test_a_long_prompt_leaves_room_for_the_tokens_of_handed_over_requests(pair):
-    _, _, decode = pair
+    mode, prefill, decode = pair
+    tokens, sampling = prompt(71, 70), {"max_tokens": 3}
+    first = await prefill.run(tokens, sampling, tagged(PrefillLeg(mode)), name="beside a prompt")
+    leg = DecodeLeg(ticket=first.ticket) if mode is HandoverMode.PULL else DecodeLeg(source=prefill.endpoint)
+    num_said = len(decode.said)
     long, computing = decode.begin(prompt(70, 1000), {"max_tokens": 8})
-    await decode.until(lambda: [news for news in decode.said if news["kind"] == "step"])
-    _, answer = await hand_over(pair, prompt(71, 70), {"max_tokens": 3}, name="beside a prompt")
+    await decode.until(lambda: [news for news in decode.said[num_said:] if news["kind"] == "step"])
+    answer = await decode.run(tokens, sampling, tagged(leg), name="beside a prompt")
     assert answer.last["finish"] == "length"
     assert not computing.outputs
     decode.send("abort", id=long)

@@ -267,11 +267,12 @@ async def test_a_serving_worker_whose_entry_is_anothers_waits_until_that_is_gone
     other = registration("a", epoch=2)
     async with registered(etcd_url, namespace, "a", ttl_s=1) as registrar, Etcd(etcd_url).session() as client:
         await registrar.registered.wait()
-        lease = await client.lease(2)
+        lease = await client.lease(60)
         await client.put(workers_prefix(namespace) + b"a", msgspec.json.encode(other), lease=lease)
         registrar.update(registration("a", WorkerState.DRAINING))
         await asyncio.sleep(1)
         assert await held(etcd_url, namespace, "a") == other
+        await client.revoke_lease(lease.id)
         async with asyncio.timeout(10):
             while await held(etcd_url, namespace, "a") != registration("a", WorkerState.DRAINING):  # noqa: ASYNC110 - etcd
                 await asyncio.sleep(0.05)

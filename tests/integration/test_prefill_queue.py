@@ -51,7 +51,6 @@ async def test_a_burst_is_served_by_all_who_pull(site, reach, alone, unique, unt
         )
         served = [response.headers["x-headrace-prefill"] for response in responses]
         assert {"prefill-1", "prefill-2"} == set(served)
-        assert min(served.count(name) for name in set(served)) >= 4
         assert all("x-headrace-fallback" not in response.headers for response in responses)
         assert await api.metric("headrace_handover_bytes_total") > 0
         assert await api.metric("headrace_prefill_queue_bypasses_total") == 0

@@ -124,10 +124,10 @@ async def test_a_foreign_epoch_at_the_address_is_refused(served):
 
 async def test_heartbeats_keep_a_quiet_connection_alive(served):
     handler, _, address = served
-    limits = StreamLimits(ping_s=0.05, dead_s=0.2)
+    limits = StreamLimits(ping_s=0.05, dead_s=2.0)
     connection = await WorkerConnection.open(WORKER, 7, address, deadline=soon(), limits=limits)
     heard = connection.num_bytes_received
-    await asyncio.sleep(0.6)  # three times as long as silence may last
+    await asyncio.sleep(2 * limits.dead_s)
     assert connection.num_bytes_received > heard
     assert not connection.closed.done()
     assert not handler.is_gone.is_set()
