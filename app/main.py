@@ -137,6 +137,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         clock=clock,
         limits=ExchangeLimits(settings.max_attempts, settings.replacement_s),
         prefills=prefills,
+        keepalive_s=settings.sse_keepalive_s,
     )
     metrics.watch(fleet.gauges)
     metrics.watch(routing_config.gauges)

@@ -60,6 +60,10 @@ class GatewaySettings(ProcessSettings):
         bool,
         Parameter(help="Keep a first line of a system prompt such as x-…-header: ID, which ends all prefix caching."),
     ] = False
+    sse_keepalive_s: Annotated[
+        float,
+        Parameter(help="Longest silence of a streamed answer, also before its first token, in seconds; 0: no limit."),
+    ] = 15.0
     drain_s: Annotated[float, Parameter(help="Longest wait for running answers at shutdown, in seconds.")] = 30.0
     heartbeat_s: Annotated[float, Parameter(help="Silence on a worker's stream before a ping, in seconds.")] = 1.0
     dead_after_s: Annotated[
@@ -87,7 +91,7 @@ class GatewaySettings(ProcessSettings):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UnusableSetting(name, value, "it must be more than 0 seconds")
-        for name in ("drain_s", "replacement_s"):
+        for name in ("drain_s", "replacement_s", "sse_keepalive_s"):
             if not getattr(self, name) >= 0:
                 raise UnusableSetting(name, getattr(self, name), "it must be 0 seconds or more")
         if self.dead_after_s <= self.heartbeat_s:

@@ -226,6 +226,11 @@ class FakeResponse:
         assert not self.is_ended
         self.is_ended = True
 
+    def keep_alive(self):
+        assert self.is_begun
+        assert not self.is_ended
+        self.payloads.append(b": keep-alive\n\n")
+
     def whole(self, status, headers, body):
         assert not self.is_begun
         self.is_begun = self.is_ended = True

@@ -29,6 +29,10 @@ _log = structlog.get_logger()
 Headers = Sequence[tuple[str, str]]
 """Lower-case names; values without line breaks, in latin-1."""
 
+_COMMENT = b": keep-alive\n\n"
+"""What readers of server-sent events pass over."""
+_SILENT = b"\0"
+"""In place of a head that waits: nothing has been written since `keep_alive`. Never sent."""
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 _STREAM = ((b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"))
 
@@ -102,8 +106,8 @@ class StreamedResponse:
     def write(self, payload: bytes) -> None:
         """Send one chunk, verbatim. `payload` must not be empty: an empty chunk would end the answer."""
         data = b"%x\r\n%b\r\n" % (len(payload), payload) if self._is_chunked else payload
-        if self._head:
-            data, self._head = self._head + data, b""
+        if self._head:  # also where silence ends, so that keeping alive costs a token nothing
+            data = self._taken_head() + data
         self._transport.write(data)
         if self._flow.write_paused:
             self._check_unsent()
@@ -114,7 +118,14 @@ class StreamedResponse:
         if self._is_chunked:
             chunk = b"%x\r\n%b\r\n" % (len(last), last) if last else b""
             last = chunk + b"0\r\n\r\n"
-        self._complete(self._head + last)
+        self._complete(self._taken_head() + last)
+
+    def keep_alive(self) -> None:
+        """Send a comment on a streamed answer, unless anything has been written since the last call."""
+        self._require(_State.BEGUN)
+        if self._head:
+            self.write(_COMMENT)
+        self._head = _SILENT
 
     def whole(self, status: int, headers: Headers, body: bytes) -> None:
         """Answer in one piece.  Raises:  ValueError, as `_encoded`; nothing has changed then."""
@@ -131,6 +142,10 @@ class StreamedResponse:
         else:
             refusal = self._errors.response(exc)
             self.whole(refusal.status, [*refusal.headers.items(), *headers], refusal.body)
+
+    def _taken_head(self) -> bytes:
+        head, self._head = self._head, b""
+        return b"" if head is _SILENT else head
 
     def _require(self, state: _State) -> None:
         if self._state is not state:

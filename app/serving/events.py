@@ -73,6 +73,10 @@ class Deadline(Struct, frozen=True):
     """The request's deadline is there."""
 
 
+class Silence(Struct, frozen=True):
+    """The client of a streamed answer has heard nothing for a while, and shall hear that the stream lives."""
+
+
 class ClientGone(Struct, frozen=True):
     """Nobody reads the answer any more."""
 
@@ -97,6 +101,7 @@ Event = (
     | Joined
     | TimeUp
     | Deadline
+    | Silence
     | ClientGone
     | Stopping
     | Bug

@@ -19,6 +19,7 @@ A driver (`driver.py`; the simulator's is on virtual time) tells it what happens
 | (a leg runs)       | LegFailed               | ROUTING    | CancelLeg, ReleaseTicket, ReleaseReservation, Submit     |
 | WAITING            | Joined, TimeUp          | ROUTING    | Submit                                                   |
 | (any other)        | TimeUp                  | (same)     | (none): somebody had joined before                       |
+| (any)              | Silence                 | (same)     | [Head]: from here on an error has no status any more     |
 | (any)              | ClientGone              | ENDED      | Withdraw or CancelLeg, ReleaseTicket, ReleaseReservation |
 | (any)              | Deadline, Stopping, Bug | ENDED      | the same, then Fail                                      |
 
@@ -96,6 +97,8 @@ class Exchange:
         """Instant of the client's first token."""
         self.is_begun = False
         """A streamed answer's head has been sent."""
+        self._has_said = False
+        """So has a part of the answer itself."""
         self._retries = Retries(limits)
         self._has_prefill_queue = has_prefill_queue
         self._legs: dict[LegId, tuple[WorkerId, Leg]] = {}
@@ -200,6 +203,9 @@ class Exchange:
         self._retries.forgive(event.worker)
         return [self._submit()] if self.state is State.WAITING else []
 
+    def _silence(self, _: on.Silence, __: float) -> list[Effect]:
+        return self._head()
+
     def _too_late(self, _: on.TimeUp, __: float) -> list[Effect]:
         return []
 
@@ -260,6 +266,7 @@ class Exchange:
         return [do.MarkPrefilled()]
 
     def _say(self, payload: bytes) -> list[Effect]:
+        self._has_said = True
         return [*self._head(), do.Write(payload)]
 
     def _head(self) -> list[Effect]:
@@ -337,7 +344,7 @@ class Exchange:
         told = self._leave()
         self._lost = error
         if not self.request.is_resumable:
-            if self.is_begun:
+            if self._has_said:
                 return [*told, *self._give_up(NotResumable(self.request.sampling.n, str(error)))]
             self.tokens.clear()  # it starts over
         if self._retries.failed(failure_of(error, pair=pair), num_tokens=len(self.tokens), now=now):
@@ -423,6 +430,7 @@ class Exchange:
         on.Joined: _joined,
         on.TimeUp: _too_late,
         on.Deadline: _deadline,
+        on.Silence: _silence,
         on.Stopping: _stopping,
         on.Bug: _bug,
         on.ClientGone: _client_gone,

@@ -47,6 +47,7 @@ class Response(Protocol):
     def end(self, last: bytes = b"") -> None: ...
     def whole(self, status: int, headers: do.Headers, body: bytes) -> None: ...
     def fail(self, exc: Exception, headers: do.Headers) -> None: ...
+    def keep_alive(self) -> None: ...
 
 
 class Workers(driver.Workers, Protocol):
@@ -66,6 +67,7 @@ class Relay:
     """Serves requests. One for each gateway process.
 
     clock: the event loop's.  prefills: the queue for prompts; None: they are sent to the worker chosen.
+    keepalive_s: longest silence of a stream; 0: it may be silent.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Relay:
         clock: Clock,
         limits: ExchangeLimits,
         prefills: Prefills | None = None,
+        keepalive_s: float = 0.0,
     ) -> None:
         self.dispatcher = dispatcher
         self.workers = workers
@@ -84,6 +87,7 @@ class Relay:
         self.clock = clock
         self.limits = limits
         self.prefills = prefills
+        self.keepalive_s = keepalive_s
 
     async def run(self, request: GatewayRequest, response: Response) -> None:
         """Answer `request`, whatever happens. Raises nothing but CancelledError."""
@@ -121,6 +125,10 @@ class _Serving(ExchangeDriver):
         self._tasks = tasks
         self._legs: dict[LegId, WorkerStream | asyncio.Task[None]] = {}
         self._deadline = loop.call_at(request.deadline, self.receive, on.Deadline())
+        self._call_later = loop.call_later
+        self._keepalive: asyncio.TimerHandle | None = None
+        if relay.keepalive_s and request.format.is_streaming:
+            self._keepalive = loop.call_later(relay.keepalive_s, self._keep_alive)
 
     def _ended(self) -> None:
         if not self.ended.done():
@@ -134,10 +142,19 @@ class _Serving(ExchangeDriver):
         elif not self.response.is_ended:
             self._fail(do.Fail(exc, ()))
 
+    def _keep_alive(self) -> None:
+        """Once the whole interval has passed, then twice in each: so no silence is longer than one."""
+        self.receive(on.Silence())
+        if not self.response.is_ended:
+            self.response.keep_alive()
+            self._keepalive = self._call_later(self._relay.keepalive_s / 2, self._keep_alive)
+
     def close(self) -> None:
         """Count and log. Everything else has been given back by the exchange's last effects."""
         super().close()
         self._deadline.cancel()
+        if self._keepalive is not None:
+            self._keepalive.cancel()
         exchange, ended_at = self.exchange, self._relay.clock()
         attempt = exchange.attempt
         told = summary.summary(

@@ -56,7 +56,9 @@ def test_an_unusable_setting_is_named_with_its_value_and_what_is_allowed(changes
     assert message in str(refused.value)
 
 
-@pytest.mark.parametrize("changes", [{"port": 0}, {"drain_s": 0.0, "replacement_s": 0.0}, {"slo_ttft_s": None}])
+@pytest.mark.parametrize(
+    "changes", [{"port": 0}, {"drain_s": 0.0, "replacement_s": 0.0, "sse_keepalive_s": 0.0}, {"slo_ttft_s": None}]
+)
 def test_what_is_at_a_limit_is_taken(changes):
     settings = GatewaySettings(**changes)
     assert {name: getattr(settings, name) for name in changes} == changes

@@ -243,3 +243,42 @@ async def test_a_slow_client_below_the_limit_gets_everything(recorder, connect):
         writer.write(post())
         await read_head(reader)
         assert [len(chunk) for chunk in await read_chunks(reader)] == [10_000] * 9
+
+
+COMMENT = b": keep-alive\n\n"
+
+
+async def test_a_silent_stream_gets_its_head_and_a_comment_and_one_that_speaks_gets_none(recorder, connect):
+    async def slow(request, response):
+        response.begin([])
+        response.keep_alive()  # nothing has been said yet
+        response.write(b"one")
+        response.keep_alive()
+        response.write(b"two")
+        response.keep_alive()
+        response.keep_alive()  # nothing since
+        response.keep_alive()
+        response.end(b"three")
+
+    transports = counted(recorder, slow)
+    async with connect() as (reader, writer):
+        for _ in range(2):
+            writer.write(post())
+            status, _ = await read_head(reader)
+            assert status == "200"
+            assert await read_chunks(reader) == [COMMENT, b"one", b"two", COMMENT, COMMENT, b"three"]
+    assert [len(transport.writes) for transport in transports] == [6, 6]
+
+
+async def test_silence_at_the_end_leaves_no_trace(recorder, connect):
+    async def quiet(request, response):
+        response.begin([])
+        response.write(b"one")
+        response.keep_alive()
+        response.end()
+
+    recorder.produce = quiet
+    async with connect() as (reader, writer):
+        writer.write(post())
+        await read_head(reader)
+        assert await read_chunks(reader) == [b"one"]

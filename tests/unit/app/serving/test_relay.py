@@ -45,7 +45,7 @@ def done(payload=b"", tokens=(), ticket=None, usage=USAGE):
 class Scene:
     """A relay among fakes, and the job under way."""
 
-    def __init__(self, mode=HandoverMode.PULL, max_attempts=3, replacement_s=60.0, prefills=None):
+    def __init__(self, mode=HandoverMode.PULL, max_attempts=3, replacement_s=60.0, prefills=None, keepalive_s=0.0):
         self.router = FakeRouter()
         self.workers = FakeWorkers(
             registration("p0", Role.PREFILL, mode=mode),
@@ -63,6 +63,7 @@ class Scene:
             clock=self.loop.time,
             limits=ExchangeLimits(max_attempts, replacement_s),
             prefills=prefills,
+            keepalive_s=keepalive_s,
         )
         self.prefills = prefills
         self.response = FakeResponse()
@@ -688,3 +689,63 @@ async def test_a_handed_over_request_asks_the_router_three_times_at_most(scene):
     await scene.finished()
     await settle()
     assert scene.router.log.count("dispatch") <= 3  # bound, prefilled, released
+
+
+@pytest.fixture
+async def impatient():
+    scene = Scene(keepalive_s=1e-4)
+    yield scene
+    scene.dispatcher.stop()
+
+
+async def heard(scene, times=1):
+    """Wait until the client has heard so many comments."""
+    for _ in range(100_000):
+        if scene.response.payloads.count(COMMENT) >= times:
+            return
+        await asyncio.sleep(0)
+    raise AssertionError(scene.response.payloads)
+
+
+COMMENT = b": keep-alive\n\n"
+
+
+async def test_a_stream_whose_prompt_is_still_computed_is_kept_alive(impatient):
+    await impatient.start((None, "d0"))
+    await heard(impatient, 3)
+    assert impatient.response.headers["x-headrace-decode"] == "d0"
+    _, sink = impatient.leg("d0")
+    sink.on_delta(b"one", [1])
+    sink.on_done(done(b"end", [2]))
+    response = await impatient.finished()
+    assert [payload for payload in response.payloads if payload != COMMENT] == [b"one", b"end"]
+
+
+async def test_an_answer_in_one_piece_is_not_kept_alive(impatient):
+    await impatient.start((None, "d0"), is_streaming=False)
+    for _ in range(50):
+        await asyncio.sleep(0.0002)
+    assert not impatient.response.is_begun
+    impatient.leg("d0")[1].on_done(done(b"{}", [1]))
+    await impatient.finished()
+
+
+async def test_after_a_comment_an_error_is_an_event(impatient):
+    await impatient.start()
+    await heard(impatient)
+    impatient.task.cancel()
+    await asyncio.gather(impatient.task, return_exceptions=True)
+    response = impatient.response
+    assert (response.status, response.is_ended) == (200, True)
+    assert b'"code":"gateway_stopping"' in response.payloads[-1]
+
+
+async def test_several_choices_that_were_only_kept_alive_start_over(impatient):
+    await impatient.start((None, "d0"), n=2)
+    await heard(impatient)
+    impatient.router.answers = [route("r", "d1")]
+    impatient.leg("d0")[1].on_lost(WorkerLost(WorkerId("d0"), "gone"))
+    await settle()
+    _, sink = impatient.leg("d1")
+    sink.on_done(done(b"all", [1, 2]))
+    assert (await impatient.finished()).payloads[-1] == b"all"
