@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from msgspec import Struct
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
@@ -13,8 +14,7 @@ _ITL_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.
 _SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
-@dataclass(frozen=True, slots=True)
-class RequestSummary:
+class RequestSummary(Struct, frozen=True):
     """One ended request. `code`: `ok`, `cancelled`, or the code of its error. Seconds: None if never reached."""
 
     model: str
@@ -50,7 +50,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._counters: dict[tuple[Counter, str], Counter] = {}
+        self._counters: dict[tuple[Counter, tuple[str, ...]], Counter] = {}
         self._observers: dict[tuple[Histogram, str], Histogram] = {}
         self._requests = Counter(
             "headrace_requests", "Ended requests, by how they ended.", ("model", "code"), registry=self._registry
@@ -109,11 +109,11 @@ class Metrics:
 
     def ended(self, request: RequestSummary) -> None:
         model = request.model
-        self._requests.labels(model, request.code).inc()
-        self._count(self._prompt_tokens, model, request.prompt_tokens)
-        self._count(self._completion_tokens, model, request.completion_tokens)
-        self._count(self._cached_tokens, model, request.cached_tokens)
-        self._count(self._handover_bytes, model, request.handover_bytes)
+        self._count(self._requests, 1, model, request.code)
+        self._count(self._prompt_tokens, request.prompt_tokens, model)
+        self._count(self._completion_tokens, request.completion_tokens, model)
+        self._count(self._cached_tokens, request.cached_tokens, model)
+        self._count(self._handover_bytes, request.handover_bytes, model)
         for histogram, seconds in (
             (self._ttft, request.ttft_s),
             (self._itl, request.itl_s),
@@ -127,10 +127,10 @@ class Metrics:
                     child = self._observers[histogram, model] = histogram.labels(model)
                 child.observe(seconds)
 
-    def _count(self, counter: Counter, model: str, count: int) -> None:
-        child = self._counters.get((counter, model))
+    def _count(self, counter: Counter, count: int, *labels: str) -> None:
+        child = self._counters.get((counter, labels))
         if child is None:
-            child = self._counters[counter, model] = counter.labels(model)
+            child = self._counters[counter, labels] = counter.labels(*labels)
         if count:
             child.inc(count)
 

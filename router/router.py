@@ -14,7 +14,9 @@ import copy
 import math
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import msgspec
 
 from planes.wire.errors import Rejected
 from planes.wire.messages import KvEvents, LoadReport, Registration, RequestId, Snapshot, WorkerId
@@ -123,7 +125,7 @@ class Router:
             raise DuplicateRequest(request.request)
         share = self._length_shares.get(request.model, 1.0)
         if share < 1.0:
-            request = replace(request, expected_tokens=max(1, round(request.expected_tokens * share)))
+            request = msgspec.structs.replace(request, expected_tokens=max(1, round(request.expected_tokens * share)))
         explanation = self._explanation(request, now)
         try:
             self._check(request, now)

@@ -1,7 +1,8 @@
 """A request as the gateway serves it: parsed, checked and tokenized."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from app.openai.request_headers import HeaderOptions
 from planes.wire.blocks import Hashes, Tokens
@@ -10,8 +11,7 @@ from planes.wire.messages import RequestId, WorkerId
 from router.request import HandoverPreference, RoutableRequest
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class GatewayRequest:
+class GatewayRequest(Struct, frozen=True, eq=False):
     """arrived_at, deadline: instants of the event loop's clock.  prompt: shape (n,), uint32, n >= 1.
 
     sampling: `max_tokens` is resolved.
@@ -30,7 +30,7 @@ class GatewayRequest:
     priority: int = 0
     tenant: str = ""
     slo_ttft_s: float | None = None
-    options: HeaderOptions = field(default_factory=HeaderOptions)
+    options: HeaderOptions = HeaderOptions()
     card_digest: str = ""
     """Of the model card that made the tokens."""
     ignored: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 import json
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from app.openai.request_headers import HeaderOptions, ignored_header, parse_header_options, route_header
 from planes.wire.errors import InvalidRequest
