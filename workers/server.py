@@ -268,7 +268,9 @@ class WorkerServer:
             return  # it ended while this was under way
         running.state = _State.RUNNING
         running.measure(output)
-        if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
+        if output.refusal is not None:
+            self._refuse(running, output.refusal)
+        elif output.finish in (FinishReason.ERROR, FinishReason.ABORT):
             self._engine_failed(running, output)
         elif isinstance(running.request.leg, PrefillLeg):
             self._prefilled(running, running.request.leg, output)
@@ -346,6 +348,10 @@ class WorkerServer:
         running.connection.post(Failed(running.request.stream, kind, code, message))
         reason = message if reason is None else reason
         _log.warning("request.failed", request_id=running.request.request, kind=kind, code=code, reason=reason)
+
+    def _refuse(self, running: _RunningRequest, error: InvalidRequest) -> None:
+        self._end(running)
+        running.connection.post(_failed(running.request.stream, error))
 
     def _engine_failed(self, running: _RunningRequest, output: EngineOutput) -> None:
         """Clients hear what it is called; the engine's words, and its libraries', are for the log."""

@@ -4,6 +4,8 @@ The only place where a worker checks lengths and tokens. What is in a ticket onl
 """
 
 import math
+from collections.abc import Iterable
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,10 @@ from planes.wire.frames import DecodeLeg, Generate, LocalLeg, PrefillLeg, Sampli
 from planes.wire.messages import EngineFacts, HandoverEndpoint, HandoverMode, Role
 from workers.answer.dialects import KINDS
 from workers.engine.base import EngineRequest
+from workers.structured import check_structured
+
+MAX_BAD_WORDS = 1000
+"""vLLM looks at each of them for each token."""
 
 
 class HandoverRefused(Rejected):
@@ -35,6 +41,8 @@ def admit(request: Generate, *, role: Role, facts: EngineFacts, endpoint: Handov
         _check_leg(request.leg, role, endpoint, num_tokens=len(prompt) + len(resume))
         if request.sampling.n > 1:
             raise InvalidRequest(f"n is {request.sampling.n}: a handover serves one choice", param="n")
+        if request.sampling.prompt_logprobs is not None:
+            raise InvalidRequest("prompt_logprobs are computed where the answer is", param="prompt_logprobs")
     return EngineRequest(
         request=request.request,
         prompt=prompt,
@@ -43,6 +51,7 @@ def admit(request: Generate, *, role: Role, facts: EngineFacts, endpoint: Handov
         resume=resume,
         cache_salt=request.cache_salt,
         priority=request.priority,
+        parsing=request.format.parsing,
     )
 
 
@@ -77,14 +86,39 @@ def _check_sampling(sampling: Sampling, facts: EngineFacts) -> None:
             f"min_tokens is {sampling.min_tokens}; 0 to max_tokens, {sampling.max_tokens}, are possible",
             param="min_tokens",
         )
-    for param, tokens in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias)):
+    _check_token_ids(sampling, facts)
+    if "" in sampling.stop:
+        raise InvalidRequest("stop has an empty string; a stop string has at least 1 character", param="stop")
+    _check_bad_words(sampling.bad_words)
+    if sampling.thinking_tokens is not None and sampling.thinking_tokens < 0:
+        raise InvalidRequest(
+            f"thinking_tokens is {sampling.thinking_tokens}; at least 0 is needed", param="thinking_token_budget"
+        )
+    if sampling.structured is not None:
+        check_structured(sampling.structured)
+
+
+def _check_token_ids(sampling: Sampling, facts: EngineFacts) -> None:
+    lists: tuple[tuple[str, Iterable[int]], ...] = (
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", sampling.logit_bias),
+        ("bad_words", chain.from_iterable(sampling.bad_words)),
+    )
+    for param, tokens in lists:
         for token in tokens:
             if not 0 <= token < facts.vocab_size:
                 raise InvalidRequest(
                     f"{param} has token {token}; the vocabulary is 0 to {facts.vocab_size - 1}", param=param
                 )
-    if "" in sampling.stop:
-        raise InvalidRequest("stop has an empty string; a stop string has at least 1 character", param="stop")
+
+
+def _check_bad_words(bad_words: list[list[int]]) -> None:
+    if len(bad_words) > MAX_BAD_WORDS:
+        raise InvalidRequest(
+            f"bad_words has {len(bad_words)} token sequences; {MAX_BAD_WORDS} are possible", param="bad_words"
+        )
+    if [] in bad_words:
+        raise InvalidRequest("bad_words has an empty sequence; one has at least 1 token", param="bad_words")
 
 
 def _check_length(prompt_tokens: int, max_tokens: int, facts: EngineFacts) -> None:
@@ -104,7 +138,8 @@ def _check_answer(request: Generate, *, num_resumed: int) -> None:
         raise InvalidRequest(f"timeout_s is {request.timeout_s}; a number of seconds is needed")
     if num_resumed and request.sampling.n > 1:
         raise InvalidRequest(f"n is {request.sampling.n}: only a single choice can be resumed", param="n")
-    if num_resumed and request.sampling.logprobs is not None and not request.format.is_streaming:
+    is_told_late = request.sampling.logprobs is not None or request.sampling.prompt_logprobs is not None
+    if num_resumed and is_told_late and not request.format.is_streaming:
         raise InvalidRequest(
             f"the log probabilities of {num_resumed} resumed tokens are lost; start this answer again instead",
             code="resume_without_logprobs",

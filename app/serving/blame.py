@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from app.serving.errors import LegError, TicketExpired, WorkerBusy, WorkerDisagrees, WorkerFailed
+from app.serving.errors import Retriable, TicketExpired, WorkerBusy, WorkerDisagrees, WorkerFailed
 from planes.wire.messages import WorkerId
 
 Pair = tuple[WorkerId, WorkerId]
@@ -62,7 +62,7 @@ class Suspects:
         return [way for number, way in enumerate(ways) if way not in ways[:number]]
 
 
-def failure_of(error: LegError, *, pair: Pair | None = None) -> LegFailure:
+def failure_of(error: Retriable, *, pair: Pair | None = None) -> LegFailure:
     """pair: where the leg was part of a handover that had not been completed."""
     match error:
         case WorkerBusy():

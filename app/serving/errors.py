@@ -1,7 +1,7 @@
 """How serving a request can fail: what a worker's words stand for, and what only the gateway can tell."""
 
 from planes.streams.client import WorkerLost, WorkerUnreachable
-from planes.wire.errors import HeadraceError, Interrupted, Rejected
+from planes.wire.errors import UNUSABLE_GRAMMAR, HeadraceError, Interrupted, InvalidRequest, Rejected
 from planes.wire.frames import Failed, FailureKind
 from planes.wire.messages import WorkerId
 
@@ -60,6 +60,14 @@ class WorkerDisagrees(Interrupted):
         return f"worker {self.worker} would not compute what this gateway has found valid ({self.refused_with})"
 
 
+class GrammarRefused(InvalidRequest):
+    """What the answer must match cannot be compiled: the client's fault. Only workers can tell, one for all."""
+
+    def __init__(self, worker: WorkerId, message: str, param: str | None) -> None:
+        super().__init__(message, param=param, code=UNUSABLE_GRAMMAR)
+        self.worker = worker
+
+
 class TicketExpired(Interrupted):
     """A prompt's KV cache was not taken within its lease: nobody's fault."""
 
@@ -73,8 +81,11 @@ class TicketExpired(Interrupted):
         return f"the KV cache kept by worker {self.worker} was not taken in time"
 
 
-LegError = WorkerUnreachable | WorkerLost | WorkerRefused | WorkerBusy | WorkerFailed | WorkerDisagrees | TicketExpired
+Retriable = WorkerUnreachable | WorkerLost | WorkerRefused | WorkerBusy | WorkerFailed | WorkerDisagrees | TicketExpired
 """How a leg can end that may be run elsewhere. Each names its `worker`."""
+
+LegError = Retriable | GrammarRefused
+"""How a leg can end, but well."""
 
 
 class DeadlinePassed(Rejected):
@@ -110,9 +121,11 @@ class NotResumable(Interrupted):
 
 def leg_error(
     failed: Failed, worker: WorkerId
-) -> WorkerRefused | WorkerBusy | WorkerFailed | WorkerDisagrees | TicketExpired:
+) -> WorkerRefused | WorkerBusy | WorkerFailed | WorkerDisagrees | TicketExpired | GrammarRefused:
     """What a worker says went wrong, as one of our errors."""
     match failed.kind:
+        case FailureKind.INVALID if failed.code == UNUSABLE_GRAMMAR:
+            return GrammarRefused(worker, failed.message, failed.param)
         case FailureKind.INVALID:
             return WorkerDisagrees(worker, failed.code, failed.message)
         case FailureKind.REJECTED if failed.code == _BUSY_CODE:

@@ -16,7 +16,8 @@ A driver (`driver.py`; the simulator's is on virtual time) tells it what happens
 | PUSHING            | LegDone(prefill)        | DECODING   | MarkPrefilled                                            |
 | PUSHING, DECODING  | LegOutput               | (same)     | [MarkPrefilled], [Head], [Write]                         |
 | PUSHING, DECODING  | LegDone(decode, local)  | ENDED      | Finish or Reply, ReleaseReservation                      |
-| (a leg runs)       | LegFailed               | ROUTING    | CancelLeg, ReleaseTicket, ReleaseReservation, Submit     |
+| (a leg runs)       | LegFailed: grammar      | ENDED      | CancelLeg, ReleaseTicket, ReleaseReservation, Fail       |
+| (a leg runs)       | LegFailed: any other    | ROUTING    | CancelLeg, ReleaseTicket, ReleaseReservation, Submit     |
 | WAITING            | Joined, TimeUp          | ROUTING    | Submit                                                   |
 | (any other)        | TimeUp                  | (same)     | (none): somebody had joined before                       |
 | (any)              | Silence                 | (same)     | [Head]: from here on an error has no status any more     |
@@ -44,8 +45,9 @@ from app.serving.effects import Effect, Noted
 from app.serving.errors import (
     DeadlinePassed,
     GatewayStopping,
-    LegError,
+    GrammarRefused,
     NotResumable,
+    Retriable,
     TicketExpired,
     WorkerDisagrees,
     WorkerFailed,
@@ -105,7 +107,7 @@ class Exchange:
         self._num_legs = 0
         self._kept: do.ReleaseTicket | None = None
         """What must be said if the KV cache kept for this attempt will not be taken."""
-        self._lost: LegError | None = None
+        self._lost: Retriable | None = None
         """How the last leg failed."""
         self._fallback = ""
         self._waits_for: HeadraceError | None = None
@@ -330,13 +332,17 @@ class Exchange:
 
     def _leg_failed(self, event: on.LegFailed, now: float) -> list[Effect]:
         _, kind = self._legs.pop(event.leg)
+        if isinstance(event.error, GrammarRefused):
+            if isinstance(kind, PrefillLeg):
+                self._kept = None
+            return self._abandon(event.error, Outcome.FAILED)
         pair = self._pair(kind)
         is_lost = isinstance(event.error, WorkerLost)
         if isinstance(kind, PrefillLeg) or (is_lost and _may_be_reading(kind)):
             self._kept = None  # its worker says so, or is gone
         return self._failed(event.error, pair, now)
 
-    def _failed(self, error: LegError, pair: Pair | None, now: float) -> list[Effect]:
+    def _failed(self, error: Retriable, pair: Pair | None, now: float) -> list[Effect]:
         """The attempt has failed. pair: prefill and decode worker, if their handover is what failed."""
         attempt = self.attempts[-1]
         attempt.outcome = Outcome.INTERRUPTED

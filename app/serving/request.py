@@ -44,23 +44,17 @@ class GatewayRequest(Struct, frozen=True, eq=False):
         """
         s = self.sampling
         is_told_once = self.format.is_streaming and self.format.kind != "response"
-        return s.n == 1 and (is_told_once or s.logprobs is None) and s.prompt_logprobs is None
+        return s.n == 1 and (is_told_once or (s.logprobs is None and s.prompt_logprobs is None))
 
     @property
     def is_first_token_early(self) -> bool:
         """Whether the prefill worker's token may go to the client before the handover.
 
-        It must be the token that the decode worker would go on from. Seeds and penalties tell generated tokens from
-        the prompt's, and a resumed leg counts it among the latter. After a prompt of whole blocks the decode engine
-        would need a block that the prefill engine does not have. With one token in all there is nothing to hand over.
+        The decode worker's engine goes on from it as from a token of its own: seeds, penalties, `min_tokens`,
+        `bad_words` and grammars count it. With one token in all there is nothing to hand over.
         """
         s = self.sampling
-        if s.max_tokens == 1 or not self.format.is_streaming:
-            return s.max_tokens == 1
-        is_plain = (s.presence_penalty, s.frequency_penalty, s.repetition_penalty, s.min_tokens) == (0, 0, 1, 0)
-        is_plain = is_plain and not s.bad_words and s.thinking_tokens is None
-        has_no_seed = s.seed is None or s.temperature == 0
-        return s.n == 1 and is_plain and has_no_seed and len(self.prompt) % self.block_size != 0
+        return s.max_tokens == 1 or (self.format.is_streaming and self.is_resumable)
 
     def routable(self, *, num_tokens: int, excluded: frozenset[WorkerId], is_retry: bool) -> RoutableRequest:
         """What the router may know, after `num_tokens` have been generated.
@@ -81,7 +75,7 @@ class GatewayRequest(Struct, frozen=True, eq=False):
             tenant=self.tenant,
             slo_ttft_s=None if is_retry else self.slo_ttft_s,
             excluded=excluded,
-            is_local_only=self.sampling.n > 1 or num_tokens > 0 or self.sampling.prompt_logprobs is not None,
+            is_local_only=self.sampling.n > 1 or self.sampling.prompt_logprobs is not None or num_tokens > 0,
             is_first_token_exact=self.is_first_token_early,
             handover=handover,
             card_digest=self.card_digest,

@@ -2,6 +2,9 @@
 
 from planes.wire.urls import redacted
 
+UNUSABLE_GRAMMAR = "unusable_grammar"
+"""Code of an InvalidRequest that only a worker can tell: what the answer must match cannot be compiled."""
+
 
 class HeadraceError(Exception):
     """Base of all errors that a request or a process can end with."""

@@ -76,7 +76,7 @@ class TellingEngine(VllmEngine):
 
 def run(engine, command):
     def emit(output):
-        plain = msgspec.to_builtins(output)
+        plain = msgspec.to_builtins(output, enc_hook=str)
         plain["ticket"] = (
             None if output.ticket is None else base64.b64encode(msgspec.msgpack.encode(output.ticket)).decode()
         )

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
-COMES_WITH = {"torch": "vllm", "pyzmq": "vllm"}
+COMES_WITH = dict.fromkeys(("torch", "pyzmq", "transformers", "xgrammar", "llguidance"), "vllm")
 """Distributions that no extra names, because another one that it does name brings the fitting build."""
 
 

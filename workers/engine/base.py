@@ -7,8 +7,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from planes.wire.errors import HeadraceError
-from planes.wire.frames import FinishReason, Leg, LocalLeg, PrefillLeg, Sampling, Ticket
+from planes.wire.errors import HeadraceError, InvalidRequest
+from planes.wire.frames import FinishReason, Leg, LocalLeg, Parsing, PrefillLeg, Sampling, Ticket
 from planes.wire.messages import EngineFacts, HandoverEndpoint, KvEvent, RequestId, StepSample
 
 
@@ -34,6 +34,8 @@ class EngineRequest:
     resume: tuple[int, ...] = ()
     cache_salt: str = ""
     priority: int = 0
+    parsing: Parsing | None = None
+    """Whether the answer has reasoning, which a grammar and `thinking_tokens` mind; None: it has not."""
 
 
 def is_drawn_again(leg: Leg, sampling: Sampling, *, num_resumed: int) -> bool:
@@ -78,6 +80,10 @@ class EngineOutput:
     decode_s: float = 0.0
     error: str = ""
     """With `finish=ERROR`: what went wrong, for the log and the gateway."""
+    refusal: InvalidRequest | None = None
+    """With `finish=ERROR`: nothing went wrong, the client's request is at fault; only the engine could tell."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    """On the first output of choice 0, where they were asked for: one for each prompt token, the first of them None."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,8 @@ class VllmOptions:
     """An engine with work that says nothing for so long is given up."""
     load_format: str = "auto"
     """`dummy` for random weights."""
+    reasoning_parser: str = ""
+    """vLLM's name of the one that tells where reasoning ends, which grammars and budgets depend on; empty: none."""
 
 
 def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
@@ -134,7 +136,8 @@ def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
         tensor_parallel_size=options.tensor_parallel,
         enforce_eager=is_cpu,
         worker_extension_cls=f"{PLUGIN}.BeforeLoading",
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=not options.reasoning_parser,  # grammars have their own (`grammar_process.py`)
+        reasoning_parser=options.reasoning_parser,
         scheduling_policy="priority",
         enable_prefix_caching=True,
         prefix_caching_hash_algo="sha256_cbor",

@@ -31,6 +31,7 @@ from workers.vllm.config import CPU_PRIOR, VllmOptions, check_model_dir, engine_
 from workers.vllm.cores import pin_threads
 from workers.vllm.events import EventReader, EventTranslator
 from workers.vllm.failure import cause_of, expect_failure
+from workers.vllm.grammars import GrammarTrials, expect_tokenizer, grammar_of, libraries_for
 from workers.vllm.layout import vllm_layout
 from workers.vllm.output import NO_ARRIVAL, Arrival, translate
 from workers.vllm.request import (
@@ -38,6 +39,7 @@ from workers.vllm.request import (
     TicketTooOld,
     handover_params,
     is_greedy,
+    reasoning_arguments,
     sampling_arguments,
     write_ticket,
 )
@@ -91,6 +93,7 @@ class VllmEngine:
         # One thread that lives as long as the engine process: the kernel ties the process to the thread that made it.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vllm")
         self._scratch = Scratch()
+        self._grammars = GrammarTrials(libraries_for=libraries_for)
         self._llm: Any = None
         self._observer: EngineObserver
         self._facts: EngineFacts
@@ -124,6 +127,7 @@ class VllmEngine:
         self._reader = EventReader(EventTranslator(options.model), replay_endpoint)
         events = {"endpoint": self._reader.endpoint, "replay_endpoint": replay_endpoint}
         expect_failure(self._scratch.path)
+        description = expect_tokenizer(self._scratch.path)
         in_thread = asyncio.get_running_loop().run_in_executor
         try:
             progress("importing vLLM")
@@ -139,6 +143,7 @@ class VllmEngine:
                 for pid in self.process_ids:
                     pin_threads(pid, options.cores)
             self._facts = self._read_facts(config)
+            self._grammars.start(options.model_path, self._facts.vocab_size, description)
         except EngineStartError:
             raise
         except Exception as exc:  # vLLM raises whatever its parts raise
@@ -162,9 +167,9 @@ class VllmEngine:
             raise EngineStartError("stopped while starting")
         preloaded = os.environ.get("LD_PRELOAD")
         try:
-            return AsyncLLM.from_vllm_config(
-                config, stat_loggers=[_stat_logger(self._recorded)], disable_log_stats=True
-            )
+            llm = AsyncLLM.from_vllm_config(config, stat_loggers=[_stat_logger(self._recorded)], disable_log_stats=True)
+            llm.input_processor.structured_outputs_config = None  # it would check grammars here, with a tokenizer
+            return llm
         finally:
             # vLLM preloads libraries into its engine process through our environment; others are not meant.
             os.environ.pop("LD_PRELOAD", None)
@@ -251,6 +256,7 @@ class VllmEngine:
 
     async def stop(self) -> None:
         self._is_stopping = True
+        await self._grammars.stop()
         tasks = [run.task for run in self._runs.values() if run.task] + [*self._ending] + self._tasks
         for task in tasks:
             task.cancel()
@@ -283,9 +289,7 @@ class VllmEngine:
         self._release(request.request)  # what an earlier attempt left
         options = self._options
         try:
-            handover = handover_params(
-                request, options.handover, self._latest.groups, self._facts.block_size, now=time.time()
-            )
+            handover = handover_params(request, options.handover, self._latest.groups, now=time.time())
             error = ""
         except TicketTooOld as exc:
             handover, error = None, str(exc)
@@ -308,23 +312,25 @@ class VllmEngine:
             self._fail(run, f"no KV cache was written within {self._options.push_timeout_s} s")
 
     async def _generate(self, run: _ActiveRequest, handover: dict[str, Any] | None) -> None:
-        from vllm import SamplingParams  # noqa: PLC0415
+        from vllm.exceptions import VLLMValidationError  # noqa: PLC0415
         from vllm.inputs import tokens_input  # noqa: PLC0415
-        from vllm.sampling_params import RequestOutputKind  # noqa: PLC0415
         from vllm.v1.engine.exceptions import EngineDeadError  # noqa: PLC0415
 
         request = run.request
         try:
-            params = SamplingParams(
-                **sampling_arguments(request, self._eos),
-                output_kind=RequestOutputKind.DELTA,
-                extra_args=None if handover is None else {"kv_transfer_params": handover},
+            params = await self._sampling_params(request, handover)
+            prompt = tokens_input(request.prompt.tolist(), cache_salt=request.cache_salt or None)
+            outputs = self._llm.generate(
+                prompt, params, request.request, priority=request.priority, **reasoning_arguments(request)
             )
-            prompt = tokens_input([*request.prompt.tolist(), *request.resume], cache_salt=request.cache_salt or None)
-            async for output in self._llm.generate(prompt, params, request.request, priority=request.priority):
+            async for output in outputs:
                 self._relay(run, output)
             if run.unfinished:
                 self._fail(run, "vLLM ended the request without a reason")
+        except InvalidRequest as exc:
+            self._fail(run, str(exc), refusal=exc)
+        except VLLMValidationError as exc:
+            self._fail(run, str(exc), refusal=InvalidRequest(str(exc), param=exc.parameter))
         except EngineDeadError:
             self._fail(run, "the engine process died")
             self._died("the engine process died")
@@ -333,6 +339,22 @@ class VllmEngine:
         finally:
             if self._runs.get(request.request) is run:
                 del self._runs[request.request]
+
+    async def _sampling_params(self, request: EngineRequest, handover: dict[str, Any] | None) -> Any:
+        """vLLM's SamplingParams.  Raises:  InvalidRequest; what vLLM raises for values that it does not take."""
+        from vllm import SamplingParams  # noqa: PLC0415
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams  # noqa: PLC0415
+
+        params = SamplingParams(
+            **sampling_arguments(request, self._eos, handover=handover), output_kind=RequestOutputKind.DELTA
+        )
+        params._bad_words_token_ids = request.sampling.bad_words or None  # noqa: SLF001 - vLLM's front end takes texts
+        if request.sampling.structured is not None:
+            kind, spec = grammar_of(request.sampling.structured)
+            library = await self._grammars.library(kind, spec)
+            params.structured_outputs = StructuredOutputsParams(**{kind: spec})
+            params.structured_outputs._backend = library  # noqa: SLF001 - vLLM's front end would choose it
+        return params
 
     def _relay(self, run: _ActiveRequest, output: Any) -> None:
         run.waiting_tokens = 0
@@ -382,10 +404,10 @@ class VllmEngine:
             self._ending.add(task)
             task.add_done_callback(self._ending.discard)
 
-    def _fail(self, run: _ActiveRequest, error: str) -> None:
+    def _fail(self, run: _ActiveRequest, error: str, *, refusal: InvalidRequest | None = None) -> None:
         self._runs.pop(run.request.request, None)
         for index in sorted(run.unfinished):
-            run.on_output(EngineOutput(index, (), finish=FinishReason.ERROR, error=error))
+            run.on_output(EngineOutput(index, (), finish=FinishReason.ERROR, error=error, refusal=refusal))
         run.unfinished.clear()
 
     def abort(self, request: RequestId) -> None:

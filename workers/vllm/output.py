@@ -52,7 +52,19 @@ def translate(
         handover_s=arrival.seconds,
         handover_bytes=arrival.num_bytes,
         decode_s=max(stats.last_token_ts - stats.first_token_ts, 0.0),
+        prompt_logprobs=_prompt_logprobs(request, output) if is_first else (),
         error=f"vLLM ended the request with {ending!r}" if finish is FinishReason.ERROR else "",
+    )
+
+
+def _prompt_logprobs(request: EngineRequest, output: Any) -> tuple[TokenLogprob | None, ...]:
+    """vLLM gives a dictionary a token, and None for the first one."""
+    if not output.prompt_logprobs:
+        return ()
+    num_top = request.sampling.prompt_logprobs or 0
+    return tuple(
+        None if ranked is None else _token_logprob(token, ranked, num_top)
+        for token, ranked in zip(request.prompt.tolist(), output.prompt_logprobs, strict=True)
     )
 
 

@@ -17,6 +17,9 @@ from workers.engine.base import EngineRequest, is_drawn_again
 _GREEDY_BELOW = 1e-5
 """vLLM samples greedily below this temperature."""
 
+RESUME = "headrace_resume"
+"""The entry of `SamplingParams.extra_args` that holds the resumed tokens: `plugin/resume.py` takes them out."""
+
 _Natural = Annotated[int, msgspec.Meta(ge=0)]
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 _Word = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
@@ -135,7 +138,7 @@ def _malformed(message: str) -> InvalidRequest:
 
 
 def handover_params(
-    request: EngineRequest, mode: HandoverMode | None, groups: list[KvGroup], block_size: int, *, now: float
+    request: EngineRequest, mode: HandoverMode | None, groups: list[KvGroup], *, now: float
 ) -> dict[str, Any] | None:
     """`kv_transfer_params` of any leg; None where no KV cache changes hands.
 
@@ -152,7 +155,8 @@ def handover_params(
             raise _malformed(f"a prefill leg resumes nothing, not {len(request.resume)} tokens")
         # An answer of one token ends here: nothing to hand over.
         return {"do_remote_decode": True, "do_remote_prefill": False} if request.sampling.max_tokens > 1 else None
-    _check_resume(request, block_size)
+    if len(request.resume) > 1:
+        raise _malformed(f"a decode leg resumes at most 1 token, not {len(request.resume)}")
     if leg.ticket is not None:
         _check_mode(leg.ticket.mode, mode)
         return pull_params(leg.ticket, request, groups, now=now)
@@ -167,34 +171,33 @@ def _check_mode(asked: HandoverMode, mode: HandoverMode | None) -> None:
         raise _malformed(f"the handover mode is {asked}, this engine's is {mode or 'none'}")
 
 
-def _check_resume(request: EngineRequest, block_size: int) -> None:
-    """The blocks on offer end with the prompt: one more token fits, unless it begins a block of its own."""
-    if len(request.resume) > 1:
-        raise _malformed(f"a decode leg resumes at most 1 token, not {len(request.resume)}")
-    if request.resume and len(request.prompt) % block_size == 0:
-        raise _malformed(f"a prompt of {len(request.prompt)} tokens fills its blocks of {block_size}: resume nothing")
-
-
 def is_greedy(sampling: Sampling) -> bool:
     return sampling.temperature < _GREEDY_BELOW
 
 
-def sampling_arguments(request: EngineRequest, eos: list[int]) -> dict[str, Any]:
-    """Keyword arguments of vLLM's `SamplingParams`. eos: token ids that end an answer.
+def sampling_arguments(request: EngineRequest, eos: list[int], *, handover: dict[str, Any] | None) -> dict[str, Any]:
+    """Keyword arguments of vLLM's `SamplingParams`, less what must be an object of its own (`grammars.py`).
+
+    Args:  eos: token ids that end an answer.  handover: what `handover_params` gave.
 
     Stop strings are the formatter's: this engine knows no text. vLLM refuses `n > 1` with greedy sampling; all choices
-    are equal then, so it is asked for one. A token that is drawn again ends by length, and so with a ticket.
+    are equal then, so it is asked for one. A token that is drawn again ends by length, and so with a ticket. Resumed
+    tokens count: they travel in `extra_args`.
     """
     sampling = request.sampling
-    num_done = len(request.resume)
-    max_tokens = 1 if isinstance(request.leg, PrefillLeg) else sampling.max_tokens - num_done
-    is_ending = not is_drawn_again(request.leg, sampling, num_resumed=num_done)
+    max_tokens = 1 if isinstance(request.leg, PrefillLeg) else sampling.max_tokens
+    is_ending = not is_drawn_again(request.leg, sampling, num_resumed=len(request.resume))
     ignore_eos = sampling.ignore_eos or not is_ending
     stops = [*(sampling.stop_token_ids if is_ending else ()), *(() if ignore_eos else eos)]
+    extra: dict[str, Any] = {}
+    if handover is not None:
+        extra["kv_transfer_params"] = handover
+    if request.resume:
+        extra[RESUME] = list(request.resume)
     return {
         "n": 1 if is_greedy(sampling) else sampling.n,
         "max_tokens": max_tokens,
-        "min_tokens": min(max(sampling.min_tokens - num_done, 0), max_tokens),
+        "min_tokens": min(sampling.min_tokens, max_tokens),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
@@ -206,6 +209,18 @@ def sampling_arguments(request: EngineRequest, eos: list[int]) -> dict[str, Any]
         "stop_token_ids": sorted(set(stops)),
         "ignore_eos": ignore_eos,
         "logprobs": sampling.logprobs,
+        "prompt_logprobs": None if request.resume else sampling.prompt_logprobs,
         "logit_bias": sampling.logit_bias or None,
+        "thinking_token_budget": sampling.thinking_tokens,
+        "extra_args": extra or None,
         "detokenize": False,
     }
+
+
+def reasoning_arguments(request: EngineRequest) -> dict[str, Any]:
+    """Keyword arguments of vLLM's `generate`: where a grammar begins, if the engine has a reasoning parser."""
+    parsing = request.parsing
+    if parsing is None or not parsing.has_reasoning:
+        return {"reasoning_ended": True}
+    template: Any = msgspec.json.decode(parsing.template_kwargs) if parsing.template_kwargs else {}
+    return {"reasoning_parser_kwargs": {"chat_template_kwargs": template}}

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from planes.wire.errors import InvalidRequest
+from planes.wire.errors import UNUSABLE_GRAMMAR, InvalidRequest
 from planes.wire.frames import (
     DecodeLeg,
     Delta,
@@ -243,6 +243,17 @@ def test_a_deadline_ends_the_request(has_begun, kind):
     assert isinstance(failed, Failed)
     assert (failed.kind, failed.code) == (kind, "deadline_exceeded")
     assert world.engine.aborted == ["r1"]
+
+
+def test_what_only_the_engine_can_find_invalid_is_the_client_s_fault_and_keeps_its_words():
+    world = World()
+    world.ask()
+    refusal = InvalidRequest("the regex has no end", param="response_format", code=UNUSABLE_GRAMMAR)
+    world.step(1, (), FinishReason.ERROR, refusal=refusal)
+    (failed,) = world.posted
+    expected = (FailureKind.INVALID, UNUSABLE_GRAMMAR, "the regex has no end", "response_format")
+    assert (failed.kind, failed.code, failed.message, failed.param) == expected
+    assert world.server.num_requests == 0
 
 
 def test_an_engine_error_interrupts_the_request_and_its_words_are_for_the_log_alone():

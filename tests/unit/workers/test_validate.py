@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planes.wire.errors import InvalidRequest
-from planes.wire.frames import DecodeLeg, Format, Generate, PrefillLeg, Sampling, Ticket, pack_tokens
+from planes.wire.frames import DecodeLeg, Format, Generate, PrefillLeg, Sampling, StructuredOutput, Ticket, pack_tokens
 from planes.wire.messages import EngineFacts, HandoverEndpoint, HandoverMode, RequestId, Role, WorkerId
 from workers.validate import HandoverRefused, admit
 
@@ -52,6 +52,13 @@ def test_a_good_request_reaches_the_engine_as_it_is():
         (generate(sampling=Sampling(max_tokens=4, stop_token_ids=[-1])), "stop_token_ids has token -1"),
         (generate(sampling=Sampling(max_tokens=4, logit_bias={260: 1.0})), "logit_bias has token 260"),
         (generate(sampling=Sampling(max_tokens=4, stop=[""])), "empty string"),
+        (generate(sampling=Sampling(max_tokens=4, bad_words=[[1, 260]])), "bad_words has token 260"),
+        (generate(sampling=Sampling(max_tokens=4, bad_words=[[1], []])), "empty sequence"),
+        (generate(sampling=Sampling(max_tokens=4, bad_words=[[1]] * 1001)), "1001 token sequences; 1000 are possible"),
+        (generate(sampling=Sampling(max_tokens=4, thinking_tokens=-1)), "thinking_tokens is -1"),
+        (generate(sampling=Sampling(max_tokens=4, structured=StructuredOutput())), "said 0 times"),
+        (generate(sampling=Sampling(max_tokens=4, prompt_logprobs=1), leg=PrefillLeg(HandoverMode.PULL)), "where the"),
+        (generate(sampling=Sampling(max_tokens=4, prompt_logprobs=1), resume=pack_tokens([1])), "probabilities of 1"),
         (generate(form=Format("image", "id", "m", 1)), "'image'; chat or completion"),
         (generate(timeout_s=-1.0), "timeout_s is -1.0"),
         (generate(timeout_s=float("nan")), "timeout_s is nan"),

@@ -30,10 +30,12 @@ def install() -> None:
     process.install()
     nixl.install()
     # These import vLLM's connectors and layers, which look for NIXL while they are imported.
-    from workers.vllm.plugin import connectors, embeddings  # noqa: PLC0415
+    from workers.vllm.plugin import connectors, embeddings, grammars, resume  # noqa: PLC0415
 
     connectors.install()
     embeddings.install()
+    resume.install()
+    grammars.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,11 @@ def _is_new(request: Request) -> bool:
     return bool(is_there) and request.status == RequestStatus.WAITING
 
 
+def _is_ready(request: Request) -> bool:
+    """Whether it waits for nothing but its turn: not for a grammar, nor for a KV cache."""
+    return request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
 class _Scheduling:
     """Sends `{"headrace": …}` in the place of the connector's statistics, which nobody reads here.
 
@@ -75,7 +80,7 @@ class _Scheduling:
             self.running.sort(key=_left)
         first = self.waiting.peek_request() if self.waiting else None
         is_arriving = bool(self.finished_recving_kv_req_ids) or (first is not None and _is_new(first))  # type: ignore[attr-defined]
-        is_shorter = bool(prompts) and first is not None and first.num_tokens < min(prompts)
+        is_shorter = bool(prompts) and first is not None and _is_ready(first) and first.num_tokens < min(prompts)
         num_decoding = len(self.running) - len(prompts)
         aside: list[Request] = []
         threshold = 0  # tokens of each prompt; 0: as many as there are
@@ -106,6 +111,20 @@ class _Scheduling:
                 prefill_tokens += count
                 pairs += count * (2 * end - count + 1) // 2
         return prefill_tokens, pairs, batch, kv_tokens
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+        """vLLM notes how much of the prompt was cached, and asserts that it was not more than the prompt. Of a resumed
+        request the tokens after it may be cached, too.
+        """
+        hit = super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
+        if request.prefill_stats is not None and hit[1] > request.num_prompt_tokens:
+            request.prefill_stats.set(
+                num_prompt_tokens=request.num_prompt_tokens,
+                num_local_cached_tokens=request.num_prompt_tokens,
+                num_external_cached_tokens=0,
+            )
+            request.num_preemptions = max(request.num_preemptions, 1)  # so that vLLM notes nothing more
+        return hit
 
     def finish_requests(self, request_ids: Any, finished_status: Any) -> Any:
         """vLLM passes over requests that have finished. Those whose KV cache still waits to be fetched give it up."""
@@ -162,7 +181,7 @@ class _Scheduling:
         for request in self.running:
             computed = request.num_computed_tokens
             kv_tokens += computed
-            if computed < request.num_prompt_tokens:
+            if request.is_prefill_chunk:
                 prefilled += computed
         return {"kv_tokens": kv_tokens, "prefilled": prefilled}
 

@@ -12,7 +12,7 @@ from app.serving.relay import Relay
 from app.serving.request import GatewayRequest
 from app.serving.retries import ExchangeLimits
 from planes.streams.client import WorkerLost
-from planes.wire.errors import Rejected
+from planes.wire.errors import UNUSABLE_GRAMMAR, Rejected
 from planes.wire.frames import (
     DecodeLeg,
     Done,
@@ -24,6 +24,7 @@ from planes.wire.frames import (
     PrefillLeg,
     Sampling,
     StreamId,
+    StructuredOutput,
     Ticket,
     Usage,
     unpack_tokens,
@@ -177,20 +178,8 @@ async def test_pull_streams_the_first_token_before_the_handover(scene):
     assert metric(scene, "headrace_handover_bytes_total") == ['headrace_handover_bytes_total{model="sim"} 1000.0']
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        {"temperature": 1.0, "seed": 1},
-        {"presence_penalty": 0.5},
-        {"frequency_penalty": 0.5},
-        {"repetition_penalty": 1.1},
-        {"min_tokens": 2},
-        {"is_streaming": False},
-        {"prompt": PROMPT[:16]},
-    ],
-)
-async def test_a_first_token_that_might_differ_comes_from_the_decode_worker(scene, sampling):
-    await scene.start(("p0", "d0"), **sampling)
+async def test_an_answer_in_one_piece_gets_its_first_token_from_the_decode_worker(scene):
+    await scene.start(("p0", "d0"), is_streaming=False)
     request, sink = scene.leg("p0")
     assert request.leg == PrefillLeg(HandoverMode.PULL)
     sink.on_done(done(ticket=TICKET))
@@ -202,13 +191,40 @@ async def test_a_first_token_that_might_differ_comes_from_the_decode_worker(scen
     await scene.finished()
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 0.0, "seed": 3}, {"min_p": 0.1}])
-async def test_a_first_token_that_cannot_differ_is_asked_of_the_prefill_worker(scene, sampling):
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "seed": 1},
+        {"min_p": 0.1},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": 0.5},
+        {"repetition_penalty": 1.1},
+        {"min_tokens": 2},
+        {"bad_words": [[1, 2]]},
+        {"structured": StructuredOutput(json_schema="{}")},
+        {"prompt": PROMPT[:16]},
+    ],
+)
+async def test_a_streamed_answer_s_first_token_is_asked_of_the_prefill_worker(scene, sampling):
     await scene.start(("p0", "d0"), **sampling)
     request, sink = scene.leg("p0")
     assert request.leg.emit_first
     sink.on_done(done(b"x", [7]))
     await scene.finished()
+
+
+async def test_a_grammar_that_a_worker_cannot_compile_is_the_client_s_fault_and_no_other_is_asked(scene):
+    await scene.start(("p0", "d0"), structured=StructuredOutput(regex="("))
+    _, sink = scene.leg("p0")
+    sink.on_failed(Failed(1, FailureKind.INVALID, UNUSABLE_GRAMMAR, "the regex has no end", "response_format"))
+    response = await scene.finished()
+    assert response.status == 400
+    assert b"the regex has no end" in response.body
+    assert b"response_format" in response.body
+    ((_, observed),) = scene.router.released
+    assert observed.failure.code == UNUSABLE_GRAMMAR
 
 
 @pytest.mark.parametrize("seed", [None, 5])

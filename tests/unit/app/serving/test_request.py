@@ -38,10 +38,13 @@ def test_the_log_probabilities_of_a_prompt_are_one_workers():
     assert not request().routable(num_tokens=0, excluded=frozenset(), is_retry=False).is_local_only
 
 
-def test_what_tells_generated_tokens_from_the_prompts_waits_for_the_decode_worker():
-    assert request(is_streaming=True).is_first_token_early
-    assert not request(is_streaming=True, bad_words=[[1, 2]]).is_first_token_early
-    assert not request(is_streaming=True, thinking_tokens=5).is_first_token_early
+def test_whatever_goes_on_elsewhere_without_a_loss_may_have_its_first_token_early():
+    for sampling in ({}, {"bad_words": [[1, 2]]}, {"thinking_tokens": 5}, {"seed": 1}, {"presence_penalty": 1.0}):
+        assert request(is_streaming=True, **sampling).is_first_token_early
+    assert not request(is_streaming=True, n=2).is_first_token_early
+    assert not request(is_streaming=True, kind="response", logprobs=2).is_first_token_early
+    assert not request().is_first_token_early
+    assert request(max_tokens=1).is_first_token_early
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,13 @@ def request(leg=None, **sampling):
     )
 
 
-def from_vllm(*tokens, finish=None, logprobs=None):
+def from_vllm(*tokens, finish=None, logprobs=None, prompt_logprobs=None):
     """An output of one choice, queued at 10 s, scheduled at 12, with tokens from 15 to 19 s."""
     stats = SimpleNamespace(queued_ts=10.0, scheduled_ts=12.0, first_token_ts=15.0, last_token_ts=19.0)
     choice = SimpleNamespace(index=0, token_ids=list(tokens), logprobs=logprobs, finish_reason=finish)
-    return SimpleNamespace(outputs=[choice], metrics=stats, num_cached_tokens=4), choice
+    return SimpleNamespace(
+        outputs=[choice], metrics=stats, num_cached_tokens=4, prompt_logprobs=prompt_logprobs
+    ), choice
 
 
 def translated(output, leg=None, *, index=0, is_first=False, arrival=NO_ARRIVAL, **sampling):
@@ -63,3 +65,14 @@ def test_logprobs_name_the_token_and_the_best_alternatives():
     ranked = {5: SimpleNamespace(logprob=-2.0), 7: SimpleNamespace(logprob=-0.5), 8: SimpleNamespace(logprob=-1.0)}
     (logprob,) = translated(from_vllm(5, logprobs=[ranked]), logprobs=2).logprobs
     assert (logprob.token, logprob.logprob, logprob.top) == (5, -2.0, ((7, -0.5), (8, -1.0)))
+
+
+def test_prompt_logprobs_come_with_the_first_output_alone_one_for_each_token():
+    ranked = [{token: SimpleNamespace(logprob=-1.0), 99: SimpleNamespace(logprob=-0.5)} for token in range(1, 9)]
+    whole = from_vllm(5, prompt_logprobs=[None, *ranked])
+    told = translated(whole, is_first=True, prompt_logprobs=1).prompt_logprobs
+    assert told[0] is None
+    assert [(each.token, each.logprob, each.top) for each in told[1:]] == [
+        (token, -1.0, ((99, -0.5),)) for token in range(1, 9)
+    ]
+    assert translated(whole, prompt_logprobs=1).prompt_logprobs == ()

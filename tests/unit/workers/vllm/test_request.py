@@ -1,18 +1,22 @@
 """What vLLM gets to see of a request, and what it never may."""
 
+import dataclasses
+
 import msgspec
 import numpy as np
 import pytest
 
 from planes.wire.errors import InvalidRequest
-from planes.wire.frames import DecodeLeg, LocalLeg, PrefillLeg, Sampling, Ticket
+from planes.wire.frames import DecodeLeg, LocalLeg, Parsing, PrefillLeg, Sampling, Ticket
 from planes.wire.messages import HandoverEndpoint, HandoverMode, RequestId, WorkerId
 from workers.engine.base import EngineRequest
 from workers.vllm.request import (
+    RESUME,
     KvGroup,
     PullParams,
     TicketTooOld,
     handover_params,
+    reasoning_arguments,
     sampling_arguments,
     usable_lease_s,
     write_ticket,
@@ -57,7 +61,11 @@ def ticket(**changes):
 
 
 def decode(the_ticket, *, now=WRITTEN_AT + 1, mode=HandoverMode.PULL, **more):
-    return handover_params(request(DecodeLeg(ticket=the_ticket), **more), mode, GROUPS, BLOCK, now=now)
+    return handover_params(request(DecodeLeg(ticket=the_ticket), **more), mode, GROUPS, now=now)
+
+
+def arguments_of(the_request, eos):
+    return sampling_arguments(the_request, eos, handover=None)
 
 
 def test_a_ticket_gives_the_decode_engine_what_the_prefill_engine_said():
@@ -113,46 +121,40 @@ def test_a_ticket_is_good_for_its_lease_and_no_longer():
         decode(ticket(), now=WRITTEN_AT + lease_s + 0.1)
 
 
-def test_the_first_token_may_be_resumed_unless_it_begins_a_block():
-    assert decode(ticket(), resume=[7])
-    whole = write_ticket(
-        WorkerId("p"),
-        FROM_VLLM | {"remote_num_tokens": 20},
-        lease_s=30,
-        cached_tokens=0,
-        now=WRITTEN_AT,
-    )
-    assert decode(whole, num_tokens=20)
-    with pytest.raises(InvalidRequest, match="fills its blocks"):
-        decode(whole, num_tokens=20, resume=[7])
+@pytest.mark.parametrize("num_tokens", [18, 20])
+def test_the_first_token_may_be_resumed_where_a_block_ends_too(num_tokens):
+    said = FROM_VLLM | {"remote_num_tokens": num_tokens}
+    whole = write_ticket(WorkerId("p"), said, lease_s=30, cached_tokens=0, now=WRITTEN_AT)
+    assert decode(whole, num_tokens=num_tokens)
+    assert decode(whole, num_tokens=num_tokens, resume=[7])
     with pytest.raises(InvalidRequest, match="at most 1 token"):
-        decode(ticket(), resume=[7, 8])
+        decode(whole, num_tokens=num_tokens, resume=[7, 8])
 
 
 def test_a_leg_of_the_other_mode_and_several_choices_are_refused():
     with pytest.raises(InvalidRequest, match="this engine's is push"):
         decode(ticket(), mode=HandoverMode.PUSH)
     with pytest.raises(InvalidRequest, match="this engine's is none"):
-        handover_params(request(PrefillLeg(HandoverMode.PULL)), None, GROUPS, BLOCK, now=0.0)
+        handover_params(request(PrefillLeg(HandoverMode.PULL)), None, GROUPS, now=0.0)
     with pytest.raises(InvalidRequest, match="only n = 1"):
         decode(ticket(), n=2)
     with pytest.raises(InvalidRequest, match="a ticket or a source"):
-        handover_params(request(DecodeLeg()), HandoverMode.PULL, GROUPS, BLOCK, now=0.0)
+        handover_params(request(DecodeLeg()), HandoverMode.PULL, GROUPS, now=0.0)
 
 
 def test_a_prefill_leg_asks_for_a_handover_unless_its_one_token_is_all():
     leg = PrefillLeg(HandoverMode.PULL)
-    params = handover_params(request(leg), HandoverMode.PULL, GROUPS, BLOCK, now=0.0)
+    params = handover_params(request(leg), HandoverMode.PULL, GROUPS, now=0.0)
     assert params == {"do_remote_decode": True, "do_remote_prefill": False}
-    assert handover_params(request(leg, max_tokens=1), HandoverMode.PULL, GROUPS, BLOCK, now=0.0) is None
-    assert handover_params(request(), HandoverMode.PULL, GROUPS, BLOCK, now=0.0) is None
-    assert sampling_arguments(request(leg, min_tokens=5), [1])["max_tokens"] == 1
-    assert sampling_arguments(request(leg, min_tokens=5), [1])["min_tokens"] == 1
+    assert handover_params(request(leg, max_tokens=1), HandoverMode.PULL, GROUPS, now=0.0) is None
+    assert handover_params(request(), HandoverMode.PULL, GROUPS, now=0.0) is None
+    assert arguments_of(request(leg, min_tokens=5), [1])["max_tokens"] == 1
+    assert arguments_of(request(leg, min_tokens=5), [1])["min_tokens"] == 1
 
 
 def test_a_push_source_becomes_the_parameters_that_vllm_reads():
     source = HandoverEndpoint(HandoverMode.PUSH, "p-1", "10.0.0.1", 5600, tp_size=2)
-    params = handover_params(request(DecodeLeg(source=source)), HandoverMode.PUSH, GROUPS, BLOCK, now=0.0)
+    params = handover_params(request(DecodeLeg(source=source)), HandoverMode.PUSH, GROUPS, now=0.0)
     assert params == {
         "do_remote_prefill": True,
         "do_remote_decode": False,
@@ -165,20 +167,43 @@ def test_a_push_source_becomes_the_parameters_that_vllm_reads():
     }
     nowhere = msgspec.structs.replace(source, port=0)
     with pytest.raises(InvalidRequest, match="no endpoint"):
-        handover_params(request(DecodeLeg(source=nowhere)), HandoverMode.PUSH, GROUPS, BLOCK, now=0.0)
+        handover_params(request(DecodeLeg(source=nowhere)), HandoverMode.PUSH, GROUPS, now=0.0)
 
 
-def test_resumed_tokens_count_towards_the_limits_and_eos_is_a_stop_token():
-    arguments = sampling_arguments(request(resume=[5, 6], min_tokens=3, stop_token_ids=[9], stop=["x"]), [1, 2])
-    assert (arguments["max_tokens"], arguments["min_tokens"]) == (6, 1)
+def test_resumed_tokens_travel_beside_the_prompt_and_limits_count_them():
+    arguments = arguments_of(request(resume=[5, 6], min_tokens=3), [])
+    assert (arguments["max_tokens"], arguments["min_tokens"]) == (8, 3)
+    assert arguments["extra_args"] == {RESUME: [5, 6]}
+    with_ticket = sampling_arguments(request(resume=[5]), [], handover={"do_remote_prefill": True})
+    assert with_ticket["extra_args"] == {RESUME: [5], "kv_transfer_params": {"do_remote_prefill": True}}
+    assert arguments_of(request(), [])["extra_args"] is None
+
+
+def test_eos_is_a_stop_token_and_stop_strings_are_not_the_engine_s():
+    arguments = arguments_of(request(stop_token_ids=[9], stop=["x"]), [1, 2])
     assert arguments["stop_token_ids"] == [1, 2, 9]
     assert "stop" not in arguments
-    assert sampling_arguments(request(ignore_eos=True), [1, 2])["stop_token_ids"] == []
+    assert arguments_of(request(ignore_eos=True), [1, 2])["stop_token_ids"] == []
+
+
+def test_prompt_logprobs_are_not_computed_again_for_a_resumed_answer():
+    assert arguments_of(request(prompt_logprobs=2), [])["prompt_logprobs"] == 2
+    assert arguments_of(request(prompt_logprobs=2, resume=[5]), [])["prompt_logprobs"] is None
+
+
+def test_a_grammar_waits_for_the_end_of_reasoning_if_the_answer_has_any():
+    assert reasoning_arguments(request()) == {"reasoning_ended": True}
+    no_reasoning = dataclasses.replace(request(), parsing=Parsing())
+    assert reasoning_arguments(no_reasoning) == {"reasoning_ended": True}
+    thinking = Parsing(has_reasoning=True, template_kwargs=b'{"enable_thinking": true}')
+    assert reasoning_arguments(dataclasses.replace(request(), parsing=thinking)) == {
+        "reasoning_parser_kwargs": {"chat_template_kwargs": {"enable_thinking": True}}
+    }
 
 
 def test_a_prefill_leg_whose_token_is_drawn_again_ends_by_length_whatever_it_draws():
     leg = PrefillLeg(HandoverMode.PULL)
-    arguments = sampling_arguments(request(leg, temperature=1.0, stop_token_ids=[9]), [1, 2])
+    arguments = arguments_of(request(leg, temperature=1.0, stop_token_ids=[9]), [1, 2])
     assert (arguments["stop_token_ids"], arguments["ignore_eos"], arguments["max_tokens"]) == ([], True, 1)
 
 
@@ -193,13 +218,13 @@ def test_a_prefill_leg_whose_token_is_drawn_again_ends_by_length_whatever_it_dra
     ],
 )
 def test_a_token_that_is_not_drawn_again_may_end_the_answer(first_draw_counts):
-    arguments = sampling_arguments(request(**first_draw_counts, stop_token_ids=[9]), [1, 2])
+    arguments = arguments_of(request(**first_draw_counts, stop_token_ids=[9]), [1, 2])
     assert (arguments["stop_token_ids"], arguments["ignore_eos"]) == ([1, 2, 9], False)
 
 
 def test_greedy_choices_are_computed_once():
-    assert sampling_arguments(request(n=3), [])["n"] == 1
-    assert sampling_arguments(request(n=3, temperature=0.7), [])["n"] == 3
+    assert arguments_of(request(n=3), [])["n"] == 1
+    assert arguments_of(request(n=3, temperature=0.7), [])["n"] == 3
 
 
 def test_what_vllm_newly_leaves_out_is_noticed_when_the_ticket_is_written():
