@@ -34,6 +34,7 @@ def admit(request: Generate, *, role: Role, facts: EngineFacts, endpoint: Handov
     """
     prompt = _prompt(request.prompt, facts)
     resume = tuple(_tokens(request.resume, "resume", facts).tolist())
+    _tokens(request.sampling.script, "script", facts)
     _check_sampling(request.sampling, facts)
     _check_length(len(prompt), request.sampling.max_tokens, facts)
     _check_answer(request, num_resumed=len(resume))

@@ -4,6 +4,7 @@ It computes nothing, but everything around it is real: steps take the time that 
 go with events, prompts are handed over by NIXL, and every token is a function of the whole context (`tokens.py`),
 on the decode side of the bytes that arrived. Tokens are letters and spaces. Temperature, top_p and the penalties have
 no effect; `seed` and the choice's index pick the stream, `stop_token_ids`, `min_tokens` and `ignore_eos` are obeyed.
+A scripted answer, or one that must match a JSON Schema or one of some texts, is said as it was told (`script.py`).
 
 One timer runs the steps. An idle engine has none.
 """
@@ -37,6 +38,7 @@ from workers.sim.handover import KvTransfer, Offer
 from workers.sim.kv_pool import KvPool
 from workers.sim.options import SimOptions, faster
 from workers.sim.request import leg_of
+from workers.sim.script import script_of
 from workers.sim.side_channel import HandoverFailed
 from workers.sim.tokens import key_of, logprob_of
 from workers.sim.transfer import open_transfer
@@ -226,6 +228,7 @@ class SimEngine:
         root_name = root(options.model, request.cache_salt)
         names = name_blocks(tokens, self._facts.block_size, root_name)
         leg, remote_tokens = leg_of(request.leg, len(tokens))
+        script = script_of(sampling, vocab_size=self._facts.vocab_size)
         is_ending = not is_drawn_again(request.leg, sampling, num_resumed=len(request.resume))
         sequences = []
         for index in range(sampling.n):
@@ -248,6 +251,7 @@ class SimEngine:
                     key=key_of(sampling.seed, index),
                     stop_tokens=frozenset(sampling.stop_token_ids if is_ending else ()),
                     min_tokens=sampling.min_tokens,
+                    script=script,
                     natural_tokens=options.answer_tokens if is_ending and not sampling.ignore_eos else 0,
                 )
             )

@@ -59,6 +59,8 @@ class SimRequest:
     """Picks the token stream (`tokens.key_of`); 0 is as good as any."""
     stop_tokens: frozenset[int] = frozenset()
     min_tokens: int = 0
+    script: tuple[int, ...] | None = None
+    """Completion tokens, after which it ends; None: those of the token stream."""
     natural_tokens: int = 0
     """Mean completion tokens until the model ends by itself with `tokens.EOS`; 0: never."""
 

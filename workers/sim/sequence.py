@@ -47,6 +47,7 @@ class Sequence:
         "has_ended_early",
         "has_stops",
         "has_tokens",
+        "is_scripted",
         "key",
         "left",
         "length",
@@ -76,7 +77,8 @@ class Sequence:
         self.has_arrived = False
         self.has_ended_early = False
         self.has_tokens = request.tokens is not None
-        self.has_stops = bool(request.stop_tokens or request.natural_tokens)
+        self.is_scripted = request.script is not None
+        self.has_stops = bool(request.stop_tokens or request.natural_tokens or self.is_scripted)
         self.tail: list[int] = []
         self.chain: int | None = None
         self.corruption = 0
@@ -106,15 +108,22 @@ class Sequence:
         """Draw the next token and go on behind it."""
         chain = self.chain or 0
         self.entropy, tokens = draw(chain, self.key)
-        if self.has_stops and self._ends_naturally(self.entropy):
-            tokens = (EOS,)
+        if self.has_stops:
+            tokens = self._scripted() if self.is_scripted else tokens
+            if self._ends_naturally(self.entropy):
+                tokens = (EOS,)
         self.chain = advance(chain, tokens[0])
         self.tail.append(tokens[0])
         return tokens
 
+    def _scripted(self) -> tuple[int]:
+        """The token being drawn, which is counted already."""
+        script, place = self.request.script or (), self.length - self.request.prompt_tokens - 1
+        return (script[place] if place < len(script) else EOS,)
+
     def _ends_naturally(self, bits: int) -> bool:
         mean = self.request.natural_tokens
-        return bool(mean) and not self._is_too_short(1) and is_end(bits, mean)
+        return bool(mean) and not self.is_scripted and not self._is_too_short(1) and is_end(bits, mean)
 
     def _is_too_short(self, more: int) -> bool:
         return self.length + more - self.request.prompt_tokens < self.request.min_tokens
@@ -122,7 +131,7 @@ class Sequence:
     def finish_after(self, token: int) -> FinishReason | None:
         """Why the sequence ends with this token, just drawn and counted; None if it goes on."""
         if self.has_stops and not self._is_too_short(0):
-            is_eos = token == EOS and self.request.natural_tokens
+            is_eos = token == EOS and (self.request.natural_tokens or self.is_scripted)
             if is_eos or token in self.request.stop_tokens:
                 return FinishReason.STOP
         return None if self.left else FinishReason.LENGTH

@@ -17,6 +17,8 @@ LETTERS = (32, *range(97, 123))
 """Token ids of the space and of a to z in the byte-level tokenizer (`workers/sim/model`)."""
 EOS = 256
 """`<|end_of_text|>` there."""
+VOCAB_SIZE = 260
+"""The bytes, this one and three more."""
 CHOICES = (*((letter,) for letter in LETTERS), *((LETTERS[0],) for _ in range(32 - len(LETTERS))))
 """Six spaces in 32 draws make words of four letters or so."""
 

@@ -286,6 +286,8 @@ class VllmEngine:
     def submit(self, request: EngineRequest, on_output: Callable[[EngineOutput], None]) -> None:
         if request.request in self._runs:
             raise InvalidRequest(f"the request {request.request} runs here already", param="request")
+        if request.sampling.script:
+            raise InvalidRequest("only the simulated engine says what it is told", param="x-headrace-script")
         self._release(request.request)  # what an earlier attempt left
         options = self._options
         try:

@@ -18,6 +18,7 @@ from planes.wire.frames import (
     PrefillLeg,
     Sampling,
     StreamId,
+    StructuredOutput,
     Ticket,
     pack_tokens,
 )
@@ -39,6 +40,7 @@ from workers.sim.engine import SimEngine, SimOptions
 from workers.sim.handover import Offer
 from workers.sim.options import faster
 from workers.sim.side_channel import HandoverFailed
+from workers.sim.tokens import EOS, VOCAB_SIZE
 
 FACTS = EngineFacts(
     block_size=4,
@@ -305,6 +307,30 @@ async def test_a_failing_listener_does_not_stop_the_engine(make_engine):
     engine.submit(EngineRequest(RequestId("bad"), PROMPT, Sampling(max_tokens=2, ignore_eos=True)), fail)
     await Client(engine, "good", max_tokens=20).done()
     assert {type(error) for error in errors} == {KeyError}
+
+
+async def test_a_script_is_said_and_then_the_answer_ends_resumed_and_handed_over_too(make_engine):
+    told = {"script": pack_tokens([7, 8, 9, 10, 11]), "max_tokens": 12}
+    whole = await Client(await make_engine(), "r", **told).done()
+    assert (whole.tokens(), whole.last.finish) == ([7, 8, 9, 10, 11, EOS], FinishReason.STOP)
+    rest = await Client(await make_engine(), "r", resume=[7, 8, 9], **told).done()
+    assert rest.tokens() == [10, 11, EOS]
+    prefill, decode = await make_engine(), await make_engine()
+    first = await Client(prefill, "h", leg=PrefillLeg(HandoverMode.PULL), **told).done()
+    leg = DecodeLeg(ticket=first.last.ticket)
+    assert first.tokens() == [7]
+    assert (await Client(decode, "h", leg=leg, **told).done()).tokens() == whole.tokens()
+    cut = await Client(await make_engine(), "r", **(told | {"max_tokens": 3})).done()
+    assert (cut.tokens(), cut.last.finish) == ([7, 8, 9], FinishReason.LENGTH)
+
+
+async def test_an_answer_that_must_match_a_schema_does_and_a_regex_is_refused(make_engine):
+    engine = await make_engine(facts=msgspec.structs.replace(FACTS, vocab_size=VOCAB_SIZE))
+    schema = StructuredOutput(json_schema='{"type": "array", "items": {"const": 1}, "minItems": 2}')
+    answer = await Client(engine, "r", structured=schema, max_tokens=20).done()
+    assert bytes(answer.tokens()[:-1]) == b"[1,1]"
+    with pytest.raises(InvalidRequest, match="no text for a regex"):
+        Client(engine, "x", structured=StructuredOutput(regex="a"))
 
 
 # --- handover --------------------------------------------------------------------------------------------------
