@@ -16,6 +16,7 @@ monotone in each argument.
 
 import math
 from collections.abc import Sequence
+from operator import mul
 
 from planes.wire.messages import LatencyPrior, StepSample
 
@@ -54,7 +55,8 @@ class Fit:
         self._indices = range(size)
 
     def predict(self, x: Sequence[float]) -> float:
-        return sum(factor * part for factor, part in zip(self.factors, x, strict=True))
+        seconds: float = sum(map(mul, self.factors, x))
+        return seconds
 
     def add(self, x: Sequence[float], seconds: float) -> None:
         """Take in a sample; call `solve` after a batch of them."""
@@ -87,7 +89,7 @@ class Fit:
         for _ in range(_SWEEPS):
             for i in self._indices:
                 row = a[i]
-                rest = sum(row[j] * factors[j] for j in self._indices) - row[i] * factors[i]
+                rest = sum(map(mul, row, factors)) - row[i] * factors[i]
                 factor = (b[i] + anchor * common - rest) / (row[i] + anchor)
                 factors[i] = min(max(factor, 0.0), _MAX_FACTOR)
 
