@@ -153,8 +153,9 @@ def handover_params(
         _check_mode(leg.mode, mode)
         if request.resume:
             raise _malformed(f"a prefill leg resumes nothing, not {len(request.resume)} tokens")
-        # An answer of one token ends here: nothing to hand over.
-        return {"do_remote_decode": True, "do_remote_prefill": False} if request.sampling.max_tokens > 1 else None
+        # An answer of one token ends here: nobody will pull. But whoever is pushed to waits already.
+        is_awaited = request.sampling.max_tokens > 1 or leg.mode is HandoverMode.PUSH
+        return {"do_remote_decode": True, "do_remote_prefill": False} if is_awaited else None
     if len(request.resume) > 1:
         raise _malformed(f"a decode leg resumes at most 1 token, not {len(request.resume)}")
     if leg.ticket is not None:

@@ -147,6 +147,8 @@ def test_a_prefill_leg_asks_for_a_handover_unless_its_one_token_is_all():
     params = handover_params(request(leg), HandoverMode.PULL, GROUPS, now=0.0)
     assert params == {"do_remote_decode": True, "do_remote_prefill": False}
     assert handover_params(request(leg, max_tokens=1), HandoverMode.PULL, GROUPS, now=0.0) is None
+    pushing = request(PrefillLeg(HandoverMode.PUSH), max_tokens=1)
+    assert handover_params(pushing, HandoverMode.PUSH, GROUPS, now=0.0) == params
     assert handover_params(request(), HandoverMode.PULL, GROUPS, now=0.0) is None
     assert arguments_of(request(leg, min_tokens=5), [1])["max_tokens"] == 1
     assert arguments_of(request(leg, min_tokens=5), [1])["min_tokens"] == 1
