@@ -10,6 +10,8 @@ from app.http.body import BodyMemory
 from app.metrics import Metrics
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
+from app.responses.background import Background
+from app.responses.store import ResponseStore
 from app.serving.binding import Clock, Dispatcher
 from app.serving.prefill_queue import QueuedPrefills
 from app.serving.relay import Relay
@@ -32,6 +34,8 @@ class Gateway:
     dispatcher: Dispatcher
     fleet: WorkerConnections
     relay: Relay
+    responses: ResponseStore
+    background: Background
     metrics: Metrics
     clock: Clock
     wall_clock: Clock

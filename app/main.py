@@ -31,9 +31,13 @@ from app.http.routes.completions import completion_routes
 from app.http.routes.messages import message_routes
 from app.http.routes.operations import operation_routes
 from app.http.routes.replies import error_reply
+from app.http.routes.responses import response_routes
+from app.http.routes.stored_responses import stored_response_routes
 from app.metrics import Metrics, router_gauges
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
+from app.responses.background import Background
+from app.responses.store import ResponseStore
 from app.serving.binding import Dispatcher
 from app.serving.prefill_queue import QueuedPrefills
 from app.serving.relay import Relay
@@ -41,6 +45,7 @@ from app.serving.retries import ExchangeLimits
 from app.settings import GatewaySettings
 from planes.control import Etcd, WorkerDirectory, watch_config
 from planes.events import EventPlane
+from planes.keyed import KeyedStore
 from planes.objects import ObjectStore
 from planes.streams.client import WorkerConnection
 from planes.wire.errors import HeadraceError, InvalidRequest, UnusableSetting
@@ -54,6 +59,8 @@ _log = structlog.get_logger()
 _LAG_PERIOD_S = 0.5
 _LAST_WORDS_S = 1.0
 _CONNECT_TIMEOUT_S = 3.0
+_LEAST_RESPONSES = 16
+"""As many responses as have room in the store, however long they are."""
 
 
 def serve(settings: GatewaySettings) -> None:
@@ -69,6 +76,8 @@ def create_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(title="Headrace", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.include_router(completion_routes(gateway))
     app.include_router(message_routes(gateway))
+    app.include_router(response_routes(gateway))
+    app.include_router(stored_response_routes(gateway))
     app.include_router(operation_routes(gateway))
 
     @app.exception_handler(HeadraceError)
@@ -91,7 +100,8 @@ def streams_first(app: FastAPI) -> ASGIApp:
 
     All stay among its routes, for other methods and for the schema.
     """
-    endpoints = {route.path: route.endpoint for route in app.routes if isinstance(route, Route)}
+    posts = [route for route in app.routes if isinstance(route, Route) and "POST" in (route.methods or ())]
+    endpoints = {route.path: route.endpoint for route in posts}
     streamed = {path: endpoint for path, endpoint in endpoints.items() if isinstance(endpoint, Streamed)}
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,6 +149,15 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         prefills=prefills,
         keepalive_s=settings.sse_keepalive_s,
     )
+    values = KeyedStore(
+        events,
+        "responses",
+        ttl_s=settings.response_ttl_s,
+        max_bytes=settings.response_store_bytes,
+        max_value_bytes=max(1, settings.response_store_bytes // _LEAST_RESPONSES),
+    )
+    responses = ResponseStore(values)
+    background = Background(responses, events, relay, gateway=secrets.token_hex(8))
     metrics.watch(fleet.gauges)
     metrics.watch(routing_config.gauges)
     metrics.watch(lambda: router_gauges(router.stats(now=clock())))
@@ -154,6 +173,8 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         fleet=fleet,
         relay=relay,
         prefills=prefills,
+        responses=responses,
+        background=background,
         metrics=metrics,
         clock=clock,
         wall_clock=time.time,
@@ -210,6 +231,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
                 tasks.create_task(fleet.run()),
                 tasks.create_task(_watch_loop(gateway.metrics)),
             ]
+            background = tasks.create_task(gateway.background.run())
             if gateway.prefills is not None:
                 forever.append(tasks.create_task(gateway.prefills.run()))
             host, port = listener.getsockname()[:2]
@@ -221,6 +243,8 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
             _log.info("gateway.listening", host=host, port=port, policy=settings.policy)
             await server.serve(sockets=[listener])
             await server.cut_off()
+            await gateway.background.stop(0.0 if server.force_exit else settings.drain_s)
+            await background
             for task in forever:
                 task.cancel()
     finally:

@@ -53,6 +53,16 @@ class GatewaySettings(ProcessSettings):
     strict_fields: Annotated[
         bool, Parameter(help="Refuse body fields that nobody here knows, in place of naming them in the answer's head.")
     ] = False
+    response_ttl_s: Annotated[
+        float, Parameter(help="How long /v1/responses keeps a response, in seconds; the same for all gateways.")
+    ] = 86_400.0
+    response_store_bytes: Annotated[
+        int,
+        Parameter(
+            help="Most bytes of all kept responses, in NATS; the oldest make room, and one has a 16th at most. The "
+            "same for all gateways."
+        ),
+    ] = 256 << 20
     slow_client_bytes: Annotated[
         int, Parameter(help="Most unsent bytes of one answer; a client that reads more slowly is cut off.")
     ] = 1 << 20
@@ -84,10 +94,24 @@ class GatewaySettings(ProcessSettings):
         ProcessSettings.__post_init__(self)
         if not 0 <= self.port <= 65535:
             raise UnusableSetting("port", self.port, "a port is 0 to 65535")
-        for name in ("queue_limit", "max_attempts", "max_body_bytes", "body_memory_bytes", "slow_client_bytes"):
+        for name in (
+            "queue_limit",
+            "max_attempts",
+            "max_body_bytes",
+            "body_memory_bytes",
+            "slow_client_bytes",
+            "response_store_bytes",
+        ):
             if getattr(self, name) < 1:
                 raise UnusableSetting(name, getattr(self, name), "it must be 1 or more")
-        for name in ("request_timeout_s", "read_timeout_s", "heartbeat_s", "dead_after_s", "slo_ttft_s"):
+        for name in (
+            "request_timeout_s",
+            "read_timeout_s",
+            "heartbeat_s",
+            "dead_after_s",
+            "slo_ttft_s",
+            "response_ttl_s",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UnusableSetting(name, value, "it must be more than 0 seconds")

@@ -320,6 +320,21 @@ class EventPlane:
         """Call back with every message (msgpack) on a subject. Holds across reconnects."""
         await self._subscribe(subject, self._decoded(kind, callback))
 
+    async def serve(self, subject: str, kind: type[_Message], answer: Callable[[_Message], bytes]) -> None:
+        """Answer every request (msgpack) on a subject, at once. Holds across reconnects."""
+        decoder = msgspec.msgpack.Decoder(kind)
+
+        async def handle(message: Msg) -> None:
+            try:
+                asked = decoder.decode(message.data)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                self.counters.malformed += 1
+                return
+            with contextlib.suppress(EventPlaneUnavailable):  # whoever asked finds out
+                await self.send(message.reply, answer(asked))
+
+        await self._subscribe(subject, handle)
+
     async def publish_kv(self, events: KvEvents) -> None:
         """Never raises and hardly ever waits: what cannot be sent is dropped, and the digests tell."""
         await self._publish(self.subject("kv", events.worker), events)

@@ -1,6 +1,11 @@
 """Fakes that several tests share."""
 
+import asyncio
+from contextlib import asynccontextmanager
+
 from app.openai import errors
+from planes.bucket import ObjectMissing
+from planes.keyed import ValueTooLarge
 from planes.streams.client import WorkerUnreachable
 from planes.wire.frames import Generate
 from planes.wire.messages import (
@@ -242,3 +247,71 @@ class FakeResponse:
         else:
             refusal = errors.response(exc)
             self.whole(refusal.status, [*refusal.headers.items(), *headers], refusal.body)
+
+
+class FakeValues:
+    """As `planes.keyed.KeyedStore`, in memory. `fails`: what every call raises."""
+
+    piece_bytes = 100
+
+    def __init__(self, max_value_bytes=1 << 20):
+        self.max_value_bytes = max_value_bytes
+        self.held: dict[str, tuple[int, bytes]] = {}
+        self.fails: Exception | None = None
+        self.listeners: list[tuple[str, asyncio.Queue]] = []
+        self._written = 0
+
+    def _check(self):
+        if self.fails is not None:
+            raise self.fails
+
+    async def check(self):
+        self._check()
+
+    async def get(self, key):
+        self._check()
+        if key not in self.held:
+            raise ObjectMissing(key)
+        return self.held[key][1]
+
+    async def put(self, key, value):
+        self._check()
+        if len(value) > self.max_value_bytes:
+            raise ValueTooLarge(len(value), self.max_value_bytes)
+        self._written += 1
+        self.held[key] = self._written, value
+        for prefix, queue in self.listeners:
+            if key.startswith(f"{prefix}."):
+                queue.put_nowait(value)
+
+    async def delete(self, prefix):
+        self._check()
+        self.held = {key: held for key, held in self.held.items() if not key.startswith(f"{prefix}.")}
+
+    async def next(self, prefix, after=0):
+        self._check()
+        found = sorted(held for key, held in self.held.items() if key.rpartition(".")[0] == prefix and held[0] > after)
+        if not found:
+            raise ObjectMissing(prefix)
+        return found[0][1], found[0][0]
+
+    @asynccontextmanager
+    async def changes(self, prefix):
+        self._check()
+        queue: asyncio.Queue = asyncio.Queue()
+        self.listeners.append((prefix, queue))
+        try:
+            yield FakeChanges(queue)
+        finally:
+            self.listeners.remove((prefix, queue))
+
+
+class FakeChanges:
+    """What is written under a prefix; nobody waits in vain."""
+
+    def __init__(self, queue):
+        self._queue = queue
+
+    async def next(self, timeout_s):
+        del timeout_s
+        return await self._queue.get()

@@ -37,16 +37,32 @@ async def read_request(
     Raises:  HeadraceError.
     """
     arrived_at = gateway.clock()
-    limit_s = gateway.settings.request_timeout_s
     with gateway.bodies.lease() as lease:
         body = await read_body(request, max_body_bytes(gateway), lease)
-        parsed = await gateway.preprocessor.parse(parse, body, deadline=arrived_at + limit_s)
-        refuse_unserved(parsed)
-        deadline = arrived_at + min(limit_s, parsed.timeout_s or limit_s)
-        model = gateway.models.entry(parsed.model)
-        prepared = await gateway.preprocessor.prepare(
-            parsed, model, cache_salt=tenant.salted(parsed.cache_salt), deadline=deadline
+        deadline = arrived_at + gateway.settings.request_timeout_s
+        parsed = await gateway.preprocessor.parse(parse, body, deadline=deadline)
+        return await prepared_request(
+            gateway, parsed, headers=headers, tenant=tenant, request_id=request_id, arrived_at=arrived_at
         )
+
+
+async def prepared_request(
+    gateway: Gateway,
+    parsed: ParsedRequest,
+    *,
+    headers: Mapping[str, str],
+    tenant: Tenant,
+    request_id: RequestId,
+    arrived_at: float,
+) -> GatewayRequest:
+    """What follows the parser.  Raises:  HeadraceError."""
+    refuse_unserved(parsed)
+    limit_s = gateway.settings.request_timeout_s
+    deadline = arrived_at + min(limit_s, parsed.timeout_s or limit_s)
+    model = gateway.models.entry(parsed.model)
+    prepared = await gateway.preprocessor.prepare(
+        parsed, model, cache_salt=tenant.salted(parsed.cache_salt), deadline=deadline
+    )
     sampling = prepared.sampling
     if SCRIPT in headers:
         sampling = msgspec.structs.replace(sampling, script=scripted(headers[SCRIPT], parsed.messages, model.tokenizer))
@@ -69,6 +85,7 @@ async def read_request(
             parsing=_parsing(parsed),
             has_continuous_usage=parsed.has_continuous_usage,
             has_token_ids=parsed.has_token_ids,
+            repeated=parsed.repeated,
         ),
         arrived_at=arrived_at,
         deadline=deadline,

@@ -113,18 +113,24 @@ def _documents(chat: ChatBody, limits: Limits) -> tuple[dict[str, Json], ...]:
 
 def _template_kwargs(chat: ChatBody, limits: Limits) -> dict[str, Json] | None:
     """Also what OpenAI's `reasoning_effort` means to templates; what is given by name wins."""
-    kwargs: dict[str, Json] | None = None
-    if chat.chat_template_kwargs != NULL:
-        check_count("chat_template_kwargs", len(chat.chat_template_kwargs), limits.template_kwargs_bytes, "bytes")
-        kwargs = _decoded_kwargs(chat.chat_template_kwargs)
-        for name in kwargs:
-            if name in _RESERVED or name.endswith("_token") or not name.isidentifier() or name.startswith("_"):
-                raise InvalidRequest(
-                    f"Invalid 'chat_template_kwargs': {shown(name)} is no name that a template may be given.",
-                    param="chat_template_kwargs",
-                )
+    kwargs = parse_template_kwargs(chat.chat_template_kwargs, limits)
     if chat.reasoning_effort is not None:
         return {**effort_kwargs(chat.reasoning_effort), **(kwargs or {})}
+    return kwargs
+
+
+def parse_template_kwargs(raw: msgspec.Raw, limits: Limits) -> dict[str, Json] | None:
+    """Of `chat_template_kwargs`.  Raises:  InvalidRequest."""
+    if raw == NULL:
+        return None
+    check_count("chat_template_kwargs", len(raw), limits.template_kwargs_bytes, "bytes")
+    kwargs = _decoded_kwargs(raw)
+    for name in kwargs:
+        if name in _RESERVED or name.endswith("_token") or not name.isidentifier() or name.startswith("_"):
+            raise InvalidRequest(
+                f"Invalid 'chat_template_kwargs': {shown(name)} is no name that a template may be given.",
+                param="chat_template_kwargs",
+            )
     return kwargs
 
 

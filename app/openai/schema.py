@@ -101,3 +101,5 @@ class ParsedRequest(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     has_token_ids: bool = False
     ignored: tuple[str, ...] = ()
     """Names of fields that nobody here knows."""
+    repeated: bytes = b""
+    """JSON object of what the answer says again of the request."""

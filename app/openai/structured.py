@@ -93,9 +93,9 @@ def response_format(raw: msgspec.Raw) -> StructuredOutput | None:
                 raise InvalidRequest(
                     f"Missing required parameter: '{missing}'.", param=missing, code="missing_required_parameter"
                 )
-            return StructuredOutput(json_schema=_schema(f"{name}.json_schema.schema", wanted.json_schema.schema))
+            return StructuredOutput(json_schema=schema_text(f"{name}.json_schema.schema", wanted.json_schema.schema))
         case "structural_tag":
-            return StructuredOutput(structural_tag=_schema(name, raw))
+            return StructuredOutput(structural_tag=schema_text(name, raw))
     raise InvalidRequest(
         f"Invalid '{name}.type': {shown(wanted.type)} is not one of text, json_object, json_schema, structural_tag.",
         param=f"{name}.type",
@@ -111,12 +111,12 @@ def _structured(name: str, wanted: _Structured) -> StructuredOutput | None:
                 code="unsupported_parameter",
             )
     found = [
-        *([StructuredOutput(json_schema=_schema(name, wanted.json))] if wanted.json != NULL else ()),
+        *([StructuredOutput(json_schema=schema_text(name, wanted.json))] if wanted.json != NULL else ()),
         *([ANY_OBJECT] if wanted.json_object else ()),
         *([StructuredOutput(regex=_some(name, wanted.regex))] if wanted.regex is not None else ()),
         *([StructuredOutput(grammar=_some(name, wanted.grammar))] if wanted.grammar is not None else ()),
         *([StructuredOutput(choice=_choices(name, wanted.choice))] if wanted.choice is not None else ()),
-        *([StructuredOutput(structural_tag=_schema(name, tag))] if (tag := wanted.structural_tag) != NULL else ()),
+        *([StructuredOutput(structural_tag=schema_text(name, tag))] if (tag := wanted.structural_tag) != NULL else ()),
     ]
     if len(found) > 1:
         raise InvalidRequest(f"Invalid '{name}': {len(found)} constraints were given and the limit is 1.", param=name)
@@ -137,8 +137,8 @@ def _choices(name: str, choices: list[str]) -> list[str]:
     return choices
 
 
-def _schema(name: str, raw: msgspec.Raw) -> str:
-    """Of a JSON schema, which may be written as a string with JSON in it; word for word."""
+def schema_text(name: str, raw: msgspec.Raw) -> str:
+    """Of a JSON schema, which may be written as a string with JSON in it; word for word.  Raises:  InvalidRequest."""
     text = bytes(raw)
     if text.startswith(b'"'):
         text = decode_field(name, raw, _STRING).encode(errors="surrogatepass")

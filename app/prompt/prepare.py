@@ -113,13 +113,20 @@ class Preprocessor:
         self._num_waiting = 0
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenize")
 
-    async def parse(
-        self, parse: Callable[[bytes], ParsedRequest], body: bytes, *, deadline: float | None = None
-    ) -> ParsedRequest:
+    async def parse(self, parse: Callable[[bytes], Result], body: bytes, *, deadline: float | None = None) -> Result:
         """What `parse` makes of a body.  Raises:  what `parse` does; TokenizersBusy, PreparationTimeout."""
-        if len(body) <= self._inline_bytes:
-            return parse(body)
-        return await self._on_thread(deadline, parse, body)
+        return await self.run(parse, body, num_bytes=len(body), deadline=deadline)
+
+    async def run(
+        self, work: Callable[..., Result], *args: Any, num_bytes: int, deadline: float | None = None
+    ) -> Result:
+        """`work(*args)`, which looks at so many bytes.
+
+        Raises:  what `work` does; TokenizersBusy, PreparationTimeout.
+        """
+        if num_bytes <= self._inline_bytes:
+            return work(*args)
+        return await self._on_thread(deadline, work, *args)
 
     async def prepare(
         self, parsed: ParsedRequest, model: ModelEntry, *, cache_salt: str | None = None, deadline: float | None = None

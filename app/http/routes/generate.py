@@ -1,9 +1,14 @@
 """One generating route: from an HTTP request to the relay that answers it, whatever the dialect."""
 
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
 import structlog
 from fastapi import Request
 from starlette.routing import Route
 
+from app.auth import Tenant, TenantSlots
 from app.gateway import Gateway
 from app.http.intake import Parse, read_request
 from app.http.response import ErrorDialect, Streamed, StreamedResponse
@@ -11,8 +16,24 @@ from app.metrics import RequestSummary
 from app.openai import errors as openai_errors
 from app.openai.errors import code_of
 from planes.wire.errors import HeadraceError, InvalidRequest
+from planes.wire.messages import RequestId
 
 _log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request whose key has been looked up. headers: by lower-case names.  held: what is given back at its end."""
+
+    request: Request
+    headers: Mapping[str, str]
+    tenant: Tenant
+    request_id: RequestId
+    slots: TenantSlots
+    held: contextlib.ExitStack
+
+
+Serve = Callable[[Admitted, StreamedResponse], Awaitable[None]]
 
 
 def generating_route(
@@ -20,11 +41,35 @@ def generating_route(
 ) -> Route:
     """`POST path`.  parse: makes a request of its body.  summary: for the API's description."""
 
+    async def serve(admitted: Admitted, response: StreamedResponse) -> None:
+        job = await read_request(
+            gateway,
+            admitted.request,
+            headers=admitted.headers,
+            tenant=admitted.tenant,
+            request_id=admitted.request_id,
+            parse=parse,
+        )
+        admitted.slots.widen(job.sampling.n)
+        if job.ignored:
+            gateway.metrics.fields_ignored(len(job.ignored))
+        await gateway.relay.run(job, response)
+
+    return served_route(
+        gateway, path, serve, name=parse.__name__.removeprefix("parse_"), summary=summary, errors=errors
+    )
+
+
+def served_route(
+    gateway: Gateway, path: str, serve: Serve, *, name: str, summary: str, errors: ErrorDialect = openai_errors
+) -> Route:
+    """`POST path` for whoever has a key and is within its limits.  serve: answers, or raises."""
+
     async def generate(request: Request, response: StreamedResponse) -> None:
-        await _serve(gateway, request, parse, response)
+        await _admit(gateway, request, serve, response)
 
     generate.__doc__ = summary
-    generate.__name__ = parse.__name__.removeprefix("parse_")
+    generate.__name__ = name
     streamed = Streamed(
         generate,
         max_unsent_bytes=gateway.settings.slow_client_bytes,
@@ -39,20 +84,15 @@ def _why(exc: HeadraceError) -> dict[str, str | None]:
     return {"param": exc.param} if isinstance(exc, InvalidRequest) else {"reason": str(exc)}
 
 
-async def _serve(gateway: Gateway, request: Request, parse: Parse, response: StreamedResponse) -> None:
+async def _admit(gateway: Gateway, request: Request, serve: Serve, response: StreamedResponse) -> None:
     request_id = gateway.new_request_id()
     # A dictionary, because starlette's own headers are searched one by one for each that is not there.
     headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in request.scope["headers"]}
     try:
         tenant = gateway.keys.authenticate(headers)
-        with gateway.keys.admitted(tenant) as slots:
-            job = await read_request(
-                gateway, request, headers=headers, tenant=tenant, request_id=request_id, parse=parse
-            )
-            slots.widen(job.sampling.n)
-            if job.ignored:
-                gateway.metrics.fields_ignored(len(job.ignored))
-            await gateway.relay.run(job, response)
+        with contextlib.ExitStack() as held:
+            slots = held.enter_context(gateway.keys.admitted(tenant))
+            await serve(Admitted(request, headers, tenant, request_id, slots, held), response)
     except HeadraceError as exc:
         code = code_of(exc)
         gateway.metrics.ended(RequestSummary(model="", code=code))

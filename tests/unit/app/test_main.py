@@ -20,6 +20,8 @@ from app.main import _uvicorn_config, create_app, streams_first
 from app.metrics import Metrics, router_gauges
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
+from app.responses.background import Background
+from app.responses.store import ResponseStore
 from app.serving.binding import Dispatcher
 from app.serving.relay import Relay
 from app.serving.retries import ExchangeLimits
@@ -29,7 +31,7 @@ from planes.wire.messages import RequestId
 from router.errors import NoWorker
 from router.request import RoutableRequest
 from router.router import Router
-from tests.fakes import registration
+from tests.fakes import FakeValues, registration
 from tests.raw_http import read_head, until
 
 
@@ -78,6 +80,7 @@ async def gateway(settings, tmp_path):
     metrics.watch(fleet.gauges)
     metrics.watch(lambda: router_gauges(router.stats(now=clock())))
     preprocessor = Preprocessor()
+    responses = ResponseStore(FakeValues())
     yield Gateway(
         settings=settings,
         keys=ApiKeys(),
@@ -89,6 +92,8 @@ async def gateway(settings, tmp_path):
         dispatcher=dispatcher,
         fleet=fleet,
         relay=relay,
+        responses=responses,
+        background=Background(responses, models, relay, gateway="g"),
         metrics=metrics,
         clock=clock,
         wall_clock=lambda: 1_700_000_000.0,

@@ -1,0 +1,1 @@
+"""OpenAI's responses: bodies into requests, items into the messages that chat templates know."""
