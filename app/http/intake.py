@@ -13,8 +13,8 @@ from app.openai.request_headers import SCRIPT, parse_header_options
 from app.openai.schema import Kind, ParsedRequest
 from app.openai.unserved import refuse_unserved
 from app.prompt.script import scripted
-from app.serving.request import GatewayRequest
-from planes.wire.frames import Format, Parsing
+from app.serving.request import GatewayRequest, Prewarm
+from planes.wire.frames import Format, Parsing, Sampling
 from planes.wire.messages import RequestId
 
 _ID_PREFIX: Final = {Kind.CHAT: "chatcmpl-", Kind.COMPLETION: "cmpl-", Kind.RESPONSE: "resp_", Kind.MESSAGE: "msg_"}
@@ -57,6 +57,9 @@ async def prepared_request(
 ) -> GatewayRequest:
     """What follows the parser.  Raises:  HeadraceError."""
     refuse_unserved(parsed)
+    prewarm = Prewarm(parsed.is_streaming, parsed.include_usage) if parsed.is_prewarm else None
+    if prewarm is not None:
+        parsed = _prompt_alone(parsed)
     limit_s = gateway.settings.request_timeout_s
     deadline = arrived_at + min(limit_s, parsed.timeout_s or limit_s)
     model = gateway.models.entry(parsed.model)
@@ -67,7 +70,7 @@ async def prepared_request(
     if SCRIPT in headers:
         sampling = msgspec.structs.replace(sampling, script=scripted(headers[SCRIPT], parsed.messages, model.tokenizer))
     options = parse_header_options(headers, n=sampling.n, has_prompt_logprobs=sampling.prompt_logprobs is not None)
-    return GatewayRequest(
+    job = GatewayRequest(
         request=request_id,
         model=parsed.model,
         prompt=prepared.tokens,
@@ -96,6 +99,35 @@ async def prepared_request(
         options=options,
         card_digest=model.digest,
         ignored=parsed.ignored,
+        prewarm=prewarm,
+    )
+    if not parsed.more_prompts:
+        return job
+    beside: list[GatewayRequest] = []
+    for number, prompt in enumerate(parsed.more_prompts, start=1):
+        one = await prepared_request(
+            gateway,
+            msgspec.structs.replace(parsed, prompt=prompt, more_prompts=()),
+            headers=headers,
+            tenant=tenant,
+            request_id=RequestId(f"{request_id}-{number}"),
+            arrived_at=arrived_at,
+        )
+        beside.append(msgspec.structs.replace(one, format=msgspec.structs.replace(job.format, echo=one.format.echo)))
+    return msgspec.structs.replace(job, beside=tuple(beside))
+
+
+def _prompt_alone(parsed: ParsedRequest) -> ParsedRequest:
+    """The same request for one token, of which nothing is asked."""
+    return msgspec.structs.replace(
+        parsed,
+        sampling=Sampling(max_tokens=0),
+        max_tokens=1,
+        is_streaming=False,
+        echo=False,
+        parsing=None,
+        bad_words=(),
+        has_token_ids=False,
     )
 
 

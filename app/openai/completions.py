@@ -49,6 +49,8 @@ def parse_completion(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedReq
     if completion.echo and completion.logprobs is not None:
         sampling = _with_prompt_logprobs(sampling, completion.logprobs, is_streaming=is_streaming)
     prompt, *more = parse_prompts(completion.prompt, limits)
+    if more and is_prewarm:
+        raise InvalidRequest("One prompt is prewarmed at a time; send a request for each.", param="prompt")
     return ParsedRequest(
         kind=Kind.COMPLETION,
         model=completion.model,

@@ -47,7 +47,7 @@ class Limits:
     num_documents: int = 1024
     num_bad_words: int = 128
     num_prompts: int = 128
-    schema_bytes: int = 1_048_576
+    schema_bytes: int = 262_144
     """Of a JSON schema, a grammar, a regular expression or a list of choices."""
     has_strict_fields: bool = False
     """Whether fields that nobody knows are refused."""

@@ -8,16 +8,12 @@ from planes.wire.errors import InvalidRequest
 
 _UNSERVED: Final[dict[str, Callable[[ParsedRequest], bool]]] = {
     "tools": lambda parsed: parsed.parsing is not None,
-    "response_format": lambda parsed: parsed.sampling.structured is not None,
-    "bad_words": lambda parsed: bool(parsed.bad_words),
     "prompt_logprobs": lambda parsed: parsed.sampling.prompt_logprobs is not None,
     "thinking_token_budget": lambda parsed: parsed.sampling.thinking_tokens is not None,
     "include_stop_str_in_output": lambda parsed: parsed.sampling.is_stop_included,
     "skip_special_tokens": lambda parsed: not parsed.sampling.is_special_skipped,
     "return_token_ids": lambda parsed: parsed.has_token_ids,
     "stream_options.continuous_usage_stats": lambda parsed: parsed.has_continuous_usage,
-    "prompt": lambda parsed: bool(parsed.more_prompts),
-    "prompt_cache_options.prewarm": lambda parsed: parsed.is_prewarm,
 }
 
 

@@ -11,6 +11,13 @@ from planes.wire.messages import RequestId, WorkerId
 from router.request import HandoverPreference, RoutableRequest
 
 
+class Prewarm(Struct, frozen=True):
+    """Only the prompt is wanted, and how the answer without a token: see `app/http/prewarmed.py`."""
+
+    is_streaming: bool
+    include_usage: bool
+
+
 class GatewayRequest(Struct, frozen=True, eq=False):
     """arrived_at, deadline: instants of the event loop's clock.  prompt: shape (n,), uint32, n >= 1.
 
@@ -35,6 +42,9 @@ class GatewayRequest(Struct, frozen=True, eq=False):
     """Of the model card that made the tokens."""
     ignored: tuple[str, ...] = ()
     """Names of fields that nobody knows."""
+    prewarm: Prewarm | None = None
+    beside: "tuple[GatewayRequest, ...]" = ()
+    """Those that are answered in the same answer, after this one."""
 
     @property
     def is_resumable(self) -> bool:

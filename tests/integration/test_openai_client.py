@@ -1,6 +1,7 @@
 """OpenAI's own Python client, unchanged, against the gateway."""
 
 import hashlib
+import json
 from typing import Any
 
 import openai
@@ -187,3 +188,42 @@ async def test_a_stream_may_be_left_early(client, api, until):
         return all(worker["num_streams"] == 0 for worker in (await api.fleet()).values())
 
     await until(is_idle)
+
+
+async def test_several_prompts_are_answered_in_one_answer(client):
+    asked = {"model": "sim", "max_tokens": 8, "seed": 3, "n": 2, "extra_body": {"ignore_eos": True}}
+    prompts = ["Once upon a time", "In the beginning", [70, 71, 72]]
+    alone = [await client.completions.create(prompt=prompt, **asked) for prompt in prompts]
+    together = await client.completions.create(prompt=prompts, **asked)
+    assert [choice.index for choice in together.choices] == list(range(6))
+    assert [choice.text for choice in together.choices] == [choice.text for each in alone for choice in each.choices]
+    assert together.usage.prompt_tokens == sum(each.usage.prompt_tokens for each in alone)
+    assert together.usage.completion_tokens == 48
+
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    texts = dict.fromkeys(range(6), "")
+    chunks = [chunk async for chunk in await client.completions.create(prompt=prompts, **asked, **options)]
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        texts[choice.index] += choice.text
+    assert list(texts.values()) == [choice.text for choice in together.choices]
+    assert [chunk.usage.completion_tokens for chunk in chunks if chunk.usage] == [48]
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+async def test_a_prompt_that_was_prewarmed_is_cached_and_nothing_was_said(client):
+    long = {"role": "user", "content": "prewarm " * 60}
+    asked = {"model": "sim", "messages": [long], "extra_body": {"prompt_cache_options": {"prewarm": True}}}
+    warmed = await client.chat.completions.create(**asked)
+    assert warmed.choices[0].message.content == ""
+    assert warmed.usage.completion_tokens == 0
+    answer = await client.chat.completions.create(model="sim", messages=[long], max_tokens=3)
+    assert answer.usage.prompt_tokens_details.cached_tokens >= warmed.usage.prompt_tokens - 32
+
+
+async def test_json_that_a_schema_asks_for_validates(client):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    asked = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    answer = await client.chat.completions.create(
+        **{**CHAT, "max_tokens": 200, "extra_body": {}}, response_format=asked
+    )
+    assert isinstance(json.loads(answer.choices[0].message.content)["a"], int)

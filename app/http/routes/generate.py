@@ -11,6 +11,8 @@ from starlette.routing import Route
 from app.auth import Tenant, TenantSlots
 from app.gateway import Gateway
 from app.http.intake import Parse, read_request
+from app.http.merged import run_merged
+from app.http.prewarmed import PrewarmedResponse
 from app.http.response import ErrorDialect, Streamed, StreamedResponse
 from app.metrics import RequestSummary
 from app.openai import errors as openai_errors
@@ -49,10 +51,15 @@ def generating_route(
             request_id=admitted.request_id,
             parse=parse,
         )
-        admitted.slots.widen(job.sampling.n)
+        admitted.slots.widen(job.sampling.n * (1 + len(job.beside)))
         if job.ignored:
             gateway.metrics.fields_ignored(len(job.ignored))
-        await gateway.relay.run(job, response)
+        if job.prewarm is not None:
+            await gateway.relay.run(job, PrewarmedResponse(response, job.prewarm))
+        elif job.beside:
+            await run_merged(gateway.relay, (job, *job.beside), response)
+        else:
+            await gateway.relay.run(job, response)
 
     return served_route(
         gateway, path, serve, name=parse.__name__.removeprefix("parse_"), summary=summary, errors=errors
