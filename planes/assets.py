@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -44,6 +44,10 @@ class ModelCard(msgspec.Struct, frozen=True):
     files: dict[str, str]
     block_size: int = 0
     """Tokens in the blocks by which prompts for its workers are named; 0: a card from before it was told."""
+    tool_parser: str = ""
+    """What reads tool calls in its workers' answers; "": nothing does."""
+    reasoning_parser: str = ""
+    """What tells thoughts from answers there; "": nothing does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +82,30 @@ def read_model_files(directory: Path) -> dict[str, bytes]:
     return files
 
 
-def make_card(files: Mapping[str, bytes], *, model: str, block_size: int) -> ModelCard:
+def make_card(
+    files: Mapping[str, bytes], *, model: str, block_size: int, tool_parser: str = "", reasoning_parser: str = ""
+) -> ModelCard:
     """Describe a model's files; the end-of-sequence tokens are its generation config's, else its config's.
 
     Raises:  AssetsUnavailable if one of these two files is not what it should be.
     """
     digests = {name: sha256(files[name]) for name in sorted(files)}
-    return ModelCard(model, _eos_token_ids(files), digests, block_size)
+    return ModelCard(model, _eos_token_ids(files), digests, block_size, tool_parser, reasoning_parser)
+
+
+def chat_template(files: Mapping[str, bytes]) -> str | None:
+    """The source of a model's chat template; where there are several, of the one named default.
+
+    Raises:  msgspec.DecodeError if tokenizer_config.json is no JSON object.
+    """
+    if (file := files.get("chat_template.jinja")) is not None:
+        return file.decode(errors="replace")
+    config = msgspec.json.decode(files.get("tokenizer_config.json", b"{}"), type=dict[str, Any])
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 async def publish_card(store: Store, card: ModelCard, files: Mapping[str, bytes], *, timeout_s: float = 120.0) -> str:

@@ -36,7 +36,8 @@ from workers.answer.detokenizer import Vocabulary, load_vocabulary
 from workers.engine.base import Engine, EngineStartError
 from workers.engine.make import make_engine
 from workers.kv_events import Publisher
-from workers.model_card import CardPublisher, read_card
+from workers.model_card import CardPublisher, read_card, read_parser_names
+from workers.parsers import ParserNames, engine_reasoning, make_parsers
 from workers.prefill_queue import Puller
 from workers.server import WorkerServer
 from workers.settings import WorkerSettings
@@ -93,7 +94,9 @@ class Ending:
 class EngineFactory(Protocol):
     """What `workers.engine.make.make_engine` is."""
 
-    def __call__(self, settings: WorkerSettings, worker: WorkerId, *, vocab_size: int) -> Engine: ...
+    def __call__(
+        self, settings: WorkerSettings, worker: WorkerId, *, vocab_size: int, reasoning_parser: str = ""
+    ) -> Engine: ...
 
 
 async def serve(settings: WorkerSettings, ending: Ending, *, make_engine: EngineFactory = make_engine) -> int:
@@ -110,14 +113,22 @@ async def serve(settings: WorkerSettings, ending: Ending, *, make_engine: Engine
         await check_id_is_free(Etcd(settings.etcd), settings.namespace, worker, is_running=greets)
     vocabulary = await asyncio.to_thread(load_vocabulary, settings.model_path / "tokenizer.json")
     epoch = time.time_ns()
-    engine = make_engine(settings, worker, vocab_size=len(vocabulary.names))
+    names = await asyncio.to_thread(
+        read_parser_names, settings.model_path, settings.tool_parser, settings.reasoning_parser
+    )
+    engine = make_engine(
+        settings,
+        worker,
+        vocab_size=len(vocabulary.names),
+        reasoning_parser=engine_reasoning(names, vocabulary),
+    )
     plane = EventPlane(settings.nats, settings.namespace, name=worker)
     publisher = Publisher(worker, epoch, plane, load=engine.load, on_death=ending.engine_died)
     try:
         if await ending.run_until_ending(engine.start(publisher, progress=progressed)):
             gc.collect()
             gc.freeze()  # what the start has left stays; collections need not look at it again
-            await _Worker(settings, worker, epoch, engine, plane, publisher, ending).run(vocabulary, started_at)
+            await _Worker(settings, worker, epoch, engine, plane, publisher, ending, names).run(vocabulary, started_at)
     finally:
         await engine.stop()
     if ending.refusal is not None:
@@ -140,10 +151,16 @@ class _Worker:
     plane: EventPlane
     publisher: Publisher
     ending: Ending
+    parsers: ParserNames
 
     async def run(self, vocabulary: Vocabulary, started_at: float) -> None:
         settings, facts = self.settings, self.engine.facts
-        card = await read_card(settings.model_path, model=settings.model_name, block_size=facts.block_size)
+        card = await read_card(
+            settings.model_path,
+            model=settings.model_name,
+            block_size=facts.block_size,
+            parsers=self.parsers,
+        )
         cards = CardPublisher(settings.model_path, card, ObjectStore(self.plane), self.plane)
         server = WorkerServer(
             self.engine,
@@ -152,6 +169,9 @@ class _Worker:
             end_tokens=frozenset(card.eos_token_ids),
             max_queued=settings.max_queued,
             call_later=asyncio.get_running_loop().call_later,
+            parsers=await asyncio.to_thread(
+                make_parsers, self.parsers, vocabulary, settings.model_path, engine=settings.engine
+            ),
         )
         limits = StreamLimits(ping_s=settings.heartbeat_s, dead_s=settings.dead_after_s)
         streams = StreamServer(server, worker=self.worker, epoch=self.epoch, limits=limits)

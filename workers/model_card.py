@@ -7,9 +7,19 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from planes.assets import AssetsUnavailable, ModelCard, Store, make_card, publish_card, read_model_files, sha256
+from planes.assets import (
+    AssetsUnavailable,
+    ModelCard,
+    Store,
+    chat_template,
+    make_card,
+    publish_card,
+    read_model_files,
+    sha256,
+)
 from planes.events import Connects
 from planes.wire.errors import HeadraceError
+from workers.parsers import NO_PARSERS, ParserNames, parser_names
 
 _log = structlog.get_logger()
 
@@ -80,10 +90,25 @@ class CardPublisher:
         return True
 
 
-async def read_card(directory: Path, *, model: str, block_size: int) -> ModelCard:
+async def read_card(directory: Path, *, model: str, block_size: int, parsers: ParserNames = NO_PARSERS) -> ModelCard:
     """Raises:  AssetsUnavailable."""
+    files = await asyncio.to_thread(_files, directory)
+    return make_card(
+        files, model=model, block_size=block_size, tool_parser=parsers.tool, reasoning_parser=parsers.reasoning
+    )
+
+
+def read_parser_names(directory: Path, tool: str, reasoning: str) -> ParserNames:
+    """What a worker's flags come to for the model there. Blocks.  Raises:  AssetsUnavailable."""
     try:
-        files = await asyncio.to_thread(read_model_files, directory)
+        template = chat_template(_files(directory)) or ""
+    except msgspec.DecodeError as exc:
+        raise AssetsUnavailable(f"{directory / 'tokenizer_config.json'} is no JSON object: {exc}") from exc
+    return parser_names(tool, reasoning, template)
+
+
+def _files(directory: Path) -> dict[str, bytes]:
+    try:
+        return read_model_files(directory)
     except OSError as exc:
         raise AssetsUnavailable(f"{exc.filename}: {exc.strerror}") from exc
-    return make_card(files, model=model, block_size=block_size)

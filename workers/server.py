@@ -10,6 +10,7 @@ What becomes of a KV cache that was handed over: `handed_over.py`.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum, auto
 from functools import partial
@@ -27,6 +28,7 @@ from planes.wire.frames import (
     FailureKind,
     FinishReason,
     Generate,
+    Parsing,
     PrefillLeg,
     StreamId,
     Ticket,
@@ -35,8 +37,10 @@ from planes.wire.frames import (
 from planes.wire.messages import HandoverMode, RequestId, Role
 from workers.answer.detokenizer import Vocabulary
 from workers.answer.formatter import Formatter
+from workers.answer.parts import AnswerParser
 from workers.engine.base import Engine, EngineOutput, EngineRequest, is_drawn_again
 from workers.handed_over import CallLater, HandedOver, Timer
+from workers.parsers import Parsers
 from workers.validate import admit
 
 _log = structlog.get_logger()
@@ -145,14 +149,20 @@ class WorkerServer:
         end_tokens: frozenset[int],
         max_queued: int,
         call_later: CallLater,
+        parsers: Parsers | None = None,
     ) -> None:
         """
-        Args:  engine: started.  end_tokens: the model's end-of-sequence ids.  max_queued: requests taken beyond those
+        Args:  engine: started.  parsers: what reads calls and thoughts in answers; None: nothing.
+        end_tokens: the model's end-of-sequence ids.  max_queued: requests taken beyond those
         that the engine runs at once.  call_later: the event loop's.
         """
         self._engine = engine
         self._role = role
         self._vocabulary = vocabulary
+        self._parsers = parsers
+        self._spelt = vocabulary if parsers is None else parsers.spelling(vocabulary)
+        """For answers that are parsed."""
+        self._all_spelt = vocabulary.spelling_all()
         self._end_tokens = end_tokens
         self._limit = engine.facts.max_batch + max_queued
         self._call_later = call_later
@@ -228,13 +238,15 @@ class WorkerServer:
         return admitted
 
     def _begin(self, connection: Connection, admitted: EngineRequest, request: Generate) -> None:
+        parser = self._parser_of(request.format.parsing, admitted)
         formatter = Formatter(
             request.format,
             request.sampling,
-            self._vocabulary,
+            self._vocabulary_of(request, is_parsed=parser is not None),
             end_tokens=self._end_tokens,
             context=admitted.prompt[-_CONTEXT_TOKENS:].tolist(),
             prompt_tokens=len(admitted.prompt),
+            parser=parser,
         )
         self._handed_over.forget(request.request)  # the engine does so, too, when it gets a request of that name
         running = _RunningRequest(connection, request, len(admitted.prompt), formatter)
@@ -251,6 +263,16 @@ class WorkerServer:
         except InvalidRequest:
             self._end(running)
             raise
+
+    def _parser_of(self, parsing: Parsing | None, admitted: EngineRequest) -> Callable[[], AnswerParser] | None:
+        if parsing is None or self._parsers is None:
+            return None
+        return self._parsers.maker(parsing, admitted.prompt)
+
+    def _vocabulary_of(self, request: Generate, *, is_parsed: bool) -> Vocabulary:
+        if not request.sampling.is_special_skipped:
+            return self._all_spelt
+        return self._spelt if is_parsed else self._vocabulary
 
     def _resumed(self, formatter: Formatter, admitted: EngineRequest) -> FinishReason | None:
         """Fold what the client has got. Returns how the answer ended, if those tokens were all of it."""

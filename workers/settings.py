@@ -72,6 +72,19 @@ class WorkerSettings(ProcessSettings):
         Parameter(help="Most tokens that one step computes. Default: 2048; 40 for a decode worker with vLLM on CPU."),
     ] = None
     max_queued: Annotated[int, Parameter(help="Most requests taken beyond --max-batch.")] = 1024
+    tool_parser: Annotated[
+        str,
+        Parameter(
+            help="What reads tool calls in answers: tags (<tool_call>), one of vLLM's by its name (vllm), none; auto: "
+            "as the model's chat template writes them."
+        ),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        str,
+        Parameter(
+            help="What tells thoughts from answers: think (<think>), one of vLLM's (vllm), none; auto: likewise."
+        ),
+    ] = "auto"
     dtype: Annotated[
         str, Parameter(help="Number format of the weights (vllm); auto takes what this machine computes fastest.")
     ] = "auto"

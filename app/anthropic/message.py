@@ -13,7 +13,7 @@ from app.openai.sampling import parse_cache_salt, parse_max_tokens, parse_priori
 from app.openai.schema import Json, Kind, Limits, ParsedRequest
 from app.openai.tools import Mode, Tool, ToolUse
 from planes.wire.errors import InvalidRequest
-from planes.wire.frames import Parsing, Sampling, StructuredOutput
+from planes.wire.frames import Sampling, StructuredOutput
 
 _MESSAGE: Final = msgspec.json.Decoder(MessageBody)
 _COUNT: Final = msgspec.json.Decoder(ConversationBody)
@@ -61,7 +61,6 @@ def _parsed(
     **rest: Json,
 ) -> ParsedRequest:
     messages = chat_messages(conversation.system, conversation.messages, limits)
-    kwargs = _template_kwargs(conversation)
     is_prefilled = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
     return ParsedRequest(
         kind=Kind.MESSAGE,
@@ -69,20 +68,13 @@ def _parsed(
         sampling=sampling,
         max_tokens=max_tokens,
         messages=messages,
-        template_kwargs=kwargs,
+        template_kwargs=_template_kwargs(conversation),
         tools=used.shown,
-        parsing=_parsing(used.parsing, kwargs),
+        parsing=used.parsing,
         is_reply=not is_prefilled,
         is_continued=is_prefilled,
         num_bytes=num_bytes,
         **rest,
-    )
-
-
-def _parsing(looked_for: Parsing | None, kwargs: dict[str, Json] | None) -> Parsing:
-    """Thoughts are always told apart: a client that did not ask for thinking must not read them as the answer."""
-    return msgspec.structs.replace(
-        looked_for or Parsing(), has_reasoning=True, template_kwargs=msgspec.json.encode(kwargs) if kwargs else b""
     )
 
 

@@ -12,8 +12,10 @@ from app.http.body import read_body, useful_bytes
 from app.openai.request_headers import SCRIPT, parse_header_options
 from app.openai.schema import Kind, ParsedRequest
 from app.openai.unserved import refuse_unserved
+from app.prompt.prepare import ModelEntry
 from app.prompt.script import scripted
 from app.serving.request import GatewayRequest, Prewarm
+from planes.wire.errors import InvalidRequest
 from planes.wire.frames import Format, Parsing, Sampling
 from planes.wire.messages import RequestId
 
@@ -69,6 +71,8 @@ async def prepared_request(
     sampling = prepared.sampling
     if SCRIPT in headers:
         sampling = msgspec.structs.replace(sampling, script=scripted(headers[SCRIPT], parsed.messages, model.tokenizer))
+    if sampling.thinking_tokens is not None and not model.reasoning_parser:
+        sampling = msgspec.structs.replace(sampling, thinking_tokens=None)  # a model without thoughts keeps any budget
     options = parse_header_options(headers, n=sampling.n, has_prompt_logprobs=sampling.prompt_logprobs is not None)
     job = GatewayRequest(
         request=request_id,
@@ -85,7 +89,7 @@ async def prepared_request(
             is_streaming=parsed.is_streaming,
             include_usage=parsed.include_usage,
             echo=prepared.echo,
-            parsing=_parsing(parsed),
+            parsing=_parsing(parsed, model),
             has_continuous_usage=parsed.has_continuous_usage,
             has_token_ids=parsed.has_token_ids,
             repeated=parsed.repeated,
@@ -131,9 +135,23 @@ def _prompt_alone(parsed: ParsedRequest) -> ParsedRequest:
     )
 
 
-def _parsing(parsed: ParsedRequest) -> Parsing | None:
-    """With what the template was given, which tells some parsers whether the model thinks."""
+def _parsing(parsed: ParsedRequest, model: ModelEntry) -> Parsing | None:
+    """With what the template was given, which tells some parsers whether the model thinks.
+
+    Raises:  InvalidRequest if calls are to be found where nothing finds them.
+    """
+    if not parsed.kind.is_conversation:
+        return None
     parsing = parsed.parsing
+    if parsing is not None and parsing.tool_choice == "auto" and not model.tool_parser:
+        raise InvalidRequest(
+            f"The workers of '{model.model}' read no tool calls in its answers; leave 'tools' out, require a call with "
+            "'tool_choice', or start them with --tool-parser.",
+            param="tools",
+            code="unsupported_parameter",
+        )
+    if model.reasoning_parser:
+        parsing = msgspec.structs.replace(parsing or Parsing(), has_reasoning=True)
     if parsing is None or not parsed.template_kwargs:
         return parsing
     return msgspec.structs.replace(parsing, template_kwargs=msgspec.json.encode(parsed.template_kwargs))

@@ -7,11 +7,8 @@ from app.openai.schema import ParsedRequest
 from planes.wire.errors import InvalidRequest
 
 _UNSERVED: Final[dict[str, Callable[[ParsedRequest], bool]]] = {
-    "tools": lambda parsed: parsed.parsing is not None,
     "prompt_logprobs": lambda parsed: parsed.sampling.prompt_logprobs is not None,
-    "thinking_token_budget": lambda parsed: parsed.sampling.thinking_tokens is not None,
     "include_stop_str_in_output": lambda parsed: parsed.sampling.is_stop_included,
-    "skip_special_tokens": lambda parsed: not parsed.sampling.is_special_skipped,
     "return_token_ids": lambda parsed: parsed.has_token_ids,
     "stream_options.continuous_usage_stats": lambda parsed: parsed.has_continuous_usage,
 }

@@ -5,10 +5,10 @@ from typing import Any
 import msgspec
 import structlog
 
-from app.prompt.prepare import ModelEntry, chat_template_of
+from app.prompt.prepare import ModelEntry
 from app.prompt.template import ChatTemplate
 from app.prompt.tokenizer import Tokenizer, UnusableTokenizerError
-from planes.assets import LoadedCard
+from planes.assets import LoadedCard, chat_template
 from planes.wire.errors import HeadraceError
 from planes.wire.messages import EngineFacts
 
@@ -45,18 +45,19 @@ def _built(model: str, card: LoadedCard, facts: EngineFacts) -> ModelEntry:
     return ModelEntry(
         model=model,
         tokenizer=tokenizer,
-        template=_template(model, card, config, tokenizer),
+        template=_template(model, card, tokenizer),
         context_length=facts.context_length,
         block_size=facts.block_size,
         vocab_size=facts.vocab_size,
+        tool_parser=card.card.tool_parser,
+        reasoning_parser=card.card.reasoning_parser,
         digest=card.digest,
     )
 
 
-def _template(model: str, card: LoadedCard, config: dict[str, Any], tokenizer: Tokenizer) -> ChatTemplate | None:
+def _template(model: str, card: LoadedCard, tokenizer: Tokenizer) -> ChatTemplate | None:
     """None if there is none that can be compiled: completions need none."""
-    file = card.files.get("chat_template.jinja")
-    source = chat_template_of(config) if file is None else file.decode(errors="replace")
+    source = chat_template(card.files)
     if source is None:
         return None
     try:

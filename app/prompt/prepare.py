@@ -5,9 +5,9 @@ thread pool, whose size bounds how many run at once. A prompt that provably cann
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -72,6 +72,10 @@ class ModelEntry:
     """Of the engine, which may pad beyond the tokenizer's."""
     max_batch: int = 1 << 30
     """Most choices of one request."""
+    tool_parser: str = ""
+    """What its workers read tool calls with; "": they read none."""
+    reasoning_parser: str = ""
+    """What its workers tell thoughts from answers with; "": they do not."""
     digest: str = ""
     """Of the card that tokenizer and template come from: only workers of that card understand the tokens."""
 
@@ -157,7 +161,7 @@ class Preprocessor:
         if self._keeps_nonces:
             return parsed
         messages = without_nonce(parsed.messages)
-        return parsed if messages is parsed.messages else replace(parsed, messages=messages)
+        return parsed if messages is parsed.messages else msgspec.structs.replace(parsed, messages=messages)
 
     async def _on_thread(self, deadline: float | None, work: Callable[..., Result], *args: Any) -> Result:
         if self._num_waiting >= self._max_waiting:
@@ -170,15 +174,6 @@ class Preprocessor:
             raise PreparationTimeout from None
         finally:
             self._num_waiting -= 1
-
-
-def chat_template_of(config: Mapping[str, Any]) -> str | None:
-    """The template in tokenizer_config.json; where there are several, the one named default."""
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
 
 
 def _prepared(parsed: ParsedRequest, model: ModelEntry, salt: str) -> Prepared:

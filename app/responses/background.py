@@ -109,17 +109,13 @@ class Background:
     async def start(
         self, job: GatewayRequest, record: StoredResponse, items: bytes, slots: contextlib.ExitStack
     ) -> None:
-        """Save and run it; on return it goes on without whoever called.
+        """Save and run it; on return it goes on without whoever called.  Args:  slots: closed at its end.
 
-        Args:  slots: closed at its end, also if it does not begin.
         Raises:  NotKept, ValueTooLarge: it does not run.
         """
-        with contextlib.ExitStack() as held:
-            held.push(slots)
-            if self._tasks is None or self._stopping.is_set():
-                raise NotKept("'background'", "the gateway is not running")
-            await self._store.save(job.tenant, job.format.response_id, record, items)
-            held.pop_all()
+        if self._tasks is None or self._stopping.is_set():
+            raise NotKept("'background'", "the gateway is not running")
+        await self._store.save(job.tenant, job.format.response_id, record, items)
         run = _Run(job, record, self._store)
         self._runs[job.tenant, job.format.response_id] = run
         run.task = self._tasks.create_task(self._serve(run, slots))

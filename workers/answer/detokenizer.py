@@ -95,6 +95,15 @@ class Vocabulary:
         padding = (b"",) * max(0, vocab_size - len(self.names))
         return Vocabulary(self.names + padding, self.texts + padding, self.fallback)
 
+    def spelling(self, tokens: frozenset[bytes]) -> "Vocabulary":
+        """The same where these special tokens are text."""
+        texts = tuple([name if name in tokens else text for name, text in zip(self.names, self.texts, strict=True)])
+        return Vocabulary(self.names, texts, self.fallback)
+
+    def spelling_all(self) -> "Vocabulary":
+        """The same where every special token is text."""
+        return Vocabulary(self.names, self.names, self.fallback)
+
     def detokenizer(self, context: Sequence[int]) -> Detokenizer:
         """For one choice; `context` are the prompt's last tokens."""
         if self.fallback is None:

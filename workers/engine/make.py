@@ -10,12 +10,17 @@ from workers.engine.base import Engine
 from workers.settings import WorkerSettings
 
 
-def make_engine(settings: WorkerSettings, worker: WorkerId, *, vocab_size: int) -> Engine:
-    """Not started. The simulated model has `vocab_size` tokens.  Raises:  UnusableSetting, EngineStartError."""
-    return _vllm(settings, worker) if settings.engine == "vllm" else _sim(settings, worker, vocab_size)
+def make_engine(settings: WorkerSettings, worker: WorkerId, *, vocab_size: int, reasoning_parser: str = "") -> Engine:
+    """Not started. The simulated model has `vocab_size` tokens.  Raises:  UnusableSetting, EngineStartError.
+
+    Args:  reasoning_parser: vLLM's name of what tells where thoughts end; "": nothing does.
+    """
+    if settings.engine == "vllm":
+        return _vllm(settings, worker, reasoning_parser)
+    return _sim(settings, worker, vocab_size)
 
 
-def _vllm(settings: WorkerSettings, worker: WorkerId) -> Engine:
+def _vllm(settings: WorkerSettings, worker: WorkerId, reasoning_parser: str) -> Engine:
     try:
         from workers.vllm.engine import VllmEngine, VllmOptions  # noqa: PLC0415
     except ModuleNotFoundError as exc:
@@ -43,6 +48,7 @@ def _vllm(settings: WorkerSettings, worker: WorkerId) -> Engine:
             tensor_parallel=settings.tensor_parallel,
             lease_s=settings.lease_s,
             cores=cores,
+            reasoning_parser=reasoning_parser,
             **{name: value for name, value in given.items() if value is not None},
         )
     )

@@ -2,8 +2,8 @@
 
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 
-import msgspec
 import structlog
 from fastapi import Request
 from starlette.routing import Route
@@ -23,7 +23,8 @@ from planes.wire.messages import RequestId
 _log = structlog.get_logger()
 
 
-class Admitted(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Admitted:
     """A request whose key has been looked up. headers: by lower-case names.  held: what is given back at its end."""
 
     request: Request

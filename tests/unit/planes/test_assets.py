@@ -8,6 +8,7 @@ import pytest
 from planes.assets import (
     AssetsUnavailable,
     ModelCard,
+    chat_template,
     fetch_card,
     make_card,
     publish_card,
@@ -134,3 +135,21 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_cards_of_a_newer_worker_are_understood() -> None:
     newer = b'{"model":"m","context_length":1,"eos_token_ids":[],"files":{},"new":1}'
     assert msgspec.json.decode(newer, type=ModelCard).model == "m"
+
+
+@pytest.mark.parametrize(
+    ("config", "source"),
+    [
+        ({}, None),
+        ({"chat_template": "x"}, "x"),
+        ({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}, "d"),
+        ({"chat_template": [{"name": "tool_use", "template": "t"}]}, None),
+        ({"chat_template": 3}, None),
+    ],
+)
+def test_the_template_is_found_in_the_configuration(config, source):
+    assert chat_template({"tokenizer_config.json": msgspec.json.encode(config)}) == source
+
+
+def test_a_template_in_a_file_of_its_own_comes_first():
+    assert chat_template({"chat_template.jinja": b"own", "tokenizer_config.json": b'{"chat_template": "x"}'}) == "own"

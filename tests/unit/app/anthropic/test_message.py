@@ -90,7 +90,7 @@ def test_a_choice_of_tools_has_its_word(choice, expected, is_bound):
 
 def test_tools_that_must_not_be_called_are_not_looked_for():
     parsed = parse(tools=[TOOL], tool_choice={"type": "none"})
-    assert (parsed.tools, parsed.parsing.tools) == ((), b"")
+    assert (parsed.tools, parsed.parsing) == ((), None)
 
 
 def test_one_call_at_a_time_can_be_asked_for():
@@ -102,7 +102,6 @@ def test_thinking_reaches_template_engine_and_parser():
     parsed = parse(thinking={"type": "enabled", "budget_tokens": 1024}, output_config={"effort": "high"})
     assert parsed.template_kwargs == {"enable_thinking": True, "reasoning_effort": "high"}
     assert parsed.sampling.thinking_tokens == 1024
-    assert parsed.parsing.has_reasoning
     assert parse(thinking={"type": "disabled"}).template_kwargs == {"enable_thinking": False}
 
 

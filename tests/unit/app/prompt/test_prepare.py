@@ -15,7 +15,6 @@ from app.prompt.prepare import (
     PreparationTimeout,
     Preprocessor,
     TokenizersBusy,
-    chat_template_of,
 )
 from app.prompt.template import ChatTemplate
 from app.prompt.tokenizer import Tokenizer
@@ -29,7 +28,7 @@ CONFIG = json.loads((SIM / "tokenizer_config.json").read_text())
 @pytest.fixture(scope="module")
 def model():
     tokenizer = Tokenizer((SIM / "tokenizer.json").read_bytes(), CONFIG)
-    template = ChatTemplate(chat_template_of(CONFIG), tokenizer.special_tokens, variables=tokenizer.variables)
+    template = ChatTemplate(CONFIG["chat_template"], tokenizer.special_tokens, variables=tokenizer.variables)
     return ModelEntry("sim", tokenizer, template, context_length=512, block_size=16, vocab_size=tokenizer.vocab_size)
 
 
@@ -240,20 +239,6 @@ async def test_a_cancelled_request_gives_its_place_back(model):
     preprocessor.close()
 
 
-@pytest.mark.parametrize(
-    ("config", "source"),
-    [
-        ({}, None),
-        ({"chat_template": "x"}, "x"),
-        ({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}, "d"),
-        ({"chat_template": [{"name": "tool_use", "template": "t"}]}, None),
-        ({"chat_template": 3}, None),
-    ],
-)
-def test_the_template_is_found_in_the_configuration(config, source):
-    assert chat_template_of(config) == source
-
-
 def speaking(model, source):
     return replace(
         model, template=ChatTemplate(source, model.tokenizer.special_tokens, variables=model.tokenizer.variables)
@@ -320,3 +305,18 @@ async def test_more_choices_than_any_worker_runs_at_once_are_refused(preprocesso
         await preprocessor.prepare(chat(n=9), replace(model, max_batch=8))
     assert caught.value.param == "n"
     assert (await preprocessor.prepare(chat(n=8), replace(model, max_batch=8))).sampling.n == 8
+
+
+async def test_a_line_for_billing_is_dropped_unless_it_shall_be_kept(model):
+    def asked(line):
+        messages = [{"role": "system", "content": f"{line}You code."}, {"role": "user", "content": "hi"}]
+        return parse_chat(json.dumps({"model": "sim", "messages": messages}).encode())
+
+    preprocessors = [Preprocessor(), Preprocessor(keeps_nonces=True)]
+    texts = []
+    for preprocessor in preprocessors:
+        prepared = await preprocessor.prepare(asked("x-a-billing-header: 7\n"), model)
+        plain = await preprocessor.prepare(asked(""), model)
+        texts.append(prepared.tokens.tolist() == plain.tokens.tolist())
+        preprocessor.close()
+    assert texts == [True, False]

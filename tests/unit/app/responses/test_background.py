@@ -8,7 +8,7 @@ import pytest
 
 from app.responses.background import Background, Question, Wish
 from app.responses.follow import follow
-from app.responses.store import NotKept, ResponseNotFound, ResponseStore, StoredResponse
+from app.responses.store import ResponseNotFound, ResponseStore, StoredResponse
 from app.serving.errors import GatewayStopping
 from app.serving.request import GatewayRequest
 from planes.events import EventPlaneUnavailable, NobodyListens, Reply
@@ -202,14 +202,6 @@ async def test_a_gateway_that_stops_says_so():
         await asyncio.sleep(0)
     record = await scene.store.get("a", RESPONSE)
     assert (record.status, "stopping" in json.loads(record.body)["error"]["message"]) == ("failed", True)
-
-
-async def test_what_does_not_begin_gives_back_what_was_held_for_it():
-    async with Scene() as scene:
-        scene.values.fails = EventPlaneUnavailable("no connection")
-        with pytest.raises(NotKept):
-            await scene.start()
-        assert scene.is_released
 
 
 async def test_a_response_too_long_to_be_kept_has_failed():
