@@ -39,6 +39,7 @@ from workers.kv_events import Publisher
 from workers.model_card import CardPublisher, read_card, read_parser_names
 from workers.parsers import ParserNames, engine_reasoning, make_parsers
 from workers.prefill_queue import Puller
+from workers.rendering import rendering_of
 from workers.server import WorkerServer
 from workers.settings import WorkerSettings
 
@@ -175,7 +176,8 @@ class _Worker:
         )
         limits = StreamLimits(ping_s=settings.heartbeat_s, dead_s=settings.dead_after_s)
         streams = StreamServer(server, worker=self.worker, epoch=self.epoch, limits=limits)
-        registration = self._registration(await self._listen(streams), cards.digest)
+        rendering = await asyncio.to_thread(rendering_of, settings.model_path, settings.engine)
+        registration = self._registration(await self._listen(streams), cards.digest, rendering)
         registrar = Registrar(Etcd(settings.etcd), settings.namespace, registration, is_running=greets)
         puller = self._puller(server) if settings.is_pulling else None
         async with asyncio.TaskGroup() as group:
@@ -230,7 +232,7 @@ class _Worker:
             pull_ahead=settings.pull_ahead,
         )
 
-    def _registration(self, address: str, card_digest: str) -> Registration:
+    def _registration(self, address: str, card_digest: str, rendering: str) -> Registration:
         registration = Registration(
             worker=self.worker,
             epoch=self.epoch,
@@ -243,6 +245,7 @@ class _Worker:
             handover=self.engine.endpoint,
             is_pulling=self.settings.is_pulling,
             layout=self.engine.layout,
+            rendering=rendering,
         )
         return _checked(registration)
 

@@ -66,6 +66,8 @@ class _Member:
         self.is_up = False
         """Whether the router and the models count it in."""
         self.report: LoadReport | None = None
+        self.refused_because = ""
+        """Why this gateway sends it nothing, though it could be reached."""
         self.task: asyncio.Task[None] | None = None
 
     @property
@@ -220,6 +222,7 @@ class WorkerConnections:
                 member.registration,
                 member.report,
                 num_streams=None if member.connection is None else member.connection.num_streams,
+                refused_because=member.refused_because,
             )
             for _, member in sorted(self._members.items())
         ]
@@ -276,6 +279,7 @@ class WorkerConnections:
             most_s = _MOST_PAUSE_S
             try:
                 await self._models.load(member.registration)
+                member.refused_because = ""
                 connection = await self._connect(member.registration)
                 since = self._clock()
                 await self._hold(member, connection)
@@ -283,6 +287,7 @@ class WorkerConnections:
                     pause_s = _LEAST_PAUSE_S
             except CardUnusable as exc:
                 most_s = _MOST_UNUSABLE_PAUSE_S
+                member.refused_because = str(exc)
                 _log.error("worker.unusable", worker=worker, reason=str(exc), retry_s=round(pause_s, 1))
             except HeadraceError as exc:
                 _log.warning("worker.unreachable", worker=worker, reason=str(exc))

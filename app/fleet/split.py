@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from app.metrics import Gauge
+from planes.probes import edition_of
 from planes.wire.messages import Registration
 
 _NAMED = 8
@@ -36,6 +37,15 @@ def _splits(workers: list[Registration]) -> Iterator[tuple[str, str]]:
             )
             yield f"cards of {model}", reason
         for card, same in cards.items():
+            known = [worker for worker in same if worker.rendering]
+            for edition, told in _by(known, lambda worker: edition_of(worker.rendering)).items():
+                renderings = _by(told, lambda worker: worker.rendering.partition(":")[2])
+                if len(renderings) > 1:
+                    reason = (
+                        f"workers of model {model!r} make {len(renderings)} different prompts of the same probes: "
+                        f"{_told(renderings)}; a gateway refuses those that differ from its own; install one version"
+                    )
+                    yield f"renderings {edition} of {model}, card {card}", reason
             layouts = _by(_handing_over(same), lambda worker: worker.layout)
             if len(layouts) > 1:
                 reason = (

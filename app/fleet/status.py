@@ -31,10 +31,12 @@ class RegisteredWorker:
     facts: EngineFacts
     load: LoadReport | None
     """The last report, without its steps."""
+    refused_because: str = ""
+    """Why this gateway sends it nothing; empty: it does, or cannot reach it."""
 
 
 def registered_worker(
-    registration: Registration, load: LoadReport | None, *, num_streams: int | None
+    registration: Registration, load: LoadReport | None, *, num_streams: int | None, refused_because: str = ""
 ) -> RegisteredWorker:
     """`num_streams`: None if there is no connection."""
     return RegisteredWorker(
@@ -51,6 +53,7 @@ def registered_worker(
         layout=registration.layout,
         facts=registration.facts,
         load=None if load is None else msgspec.structs.replace(load, steps=[]),
+        refused_because=refused_because,
     )
 
 
@@ -59,6 +62,8 @@ def worker_gauges(workers: list[RegisteredWorker]) -> Iterator[Gauge]:
     counts = Counter((worker.role.value, "up" if worker.is_connected else "down") for worker in workers)
     for (role, state), count in counts.items():
         yield Gauge("workers", "Registered workers, by stream.", count, (("role", role), ("stream", state)))
+    refused = sum(bool(worker.refused_because) for worker in workers)
+    yield Gauge("workers_refused", "Workers that get nothing because of their card or how they render it.", refused)
     for worker in workers:
         if (load := worker.load) is not None:
             label = (("worker", worker.worker),)

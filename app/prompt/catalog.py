@@ -19,9 +19,10 @@ from pathlib import Path
 import structlog
 
 from app.openai.errors import ModelNotFound
-from app.prompt.card import ModelUnusable, entry_of
+from app.prompt.card import ModelUnusable, RenderingDiffers, entry_of
 from app.prompt.prepare import ModelEntry
 from planes.assets import Store, fetch_card
+from planes.probes import differ
 from planes.wire.errors import Rejected
 from planes.wire.messages import Registration, WorkerId, WorkerState
 
@@ -177,6 +178,7 @@ class Models:
         key = _key(registration)
         async with self._locks.setdefault(key, asyncio.Lock()):
             if key in self._cards:
+                _check_rendering(self._cards[key], registration)
                 return
             self._make_room(key)
             card = await fetch_card(self._store, registration.card_digest, self._cache_dir)
@@ -184,6 +186,7 @@ class Models:
             self._make_room(key)
             self._cards[key] = entry
             _log.info("model.loaded", model=registration.model, card=key[1], tokenizer=entry.tokenizer.backend)
+        _check_rendering(entry, registration)
         self._choose(registration.model)
 
     # --- the inside ------------------------------------------------------------------------------------------------
@@ -245,6 +248,13 @@ class Models:
 
 def _key(registration: Registration) -> _Key:
     return registration.model, registration.card_digest
+
+
+def _check_rendering(entry: ModelEntry, registration: Registration) -> None:
+    """Raises:  RenderingDiffers."""
+    ours, theirs = entry.rendering, registration.rendering
+    if differ(ours, theirs):
+        raise RenderingDiffers(registration.model, registration.worker, theirs, ours)
 
 
 def _rank(group: list[_Served]) -> tuple[int, int, str]:

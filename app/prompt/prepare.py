@@ -76,6 +76,8 @@ class ModelEntry:
     """What its workers read tool calls with; "": they read none."""
     reasoning_parser: str = ""
     """What its workers tell thoughts from answers with; "": they do not."""
+    rendering: str = ""
+    """Digest of the probes (`planes/probes.py`) as this gateway renders and tokenizes them."""
     digest: str = ""
     """Of the card that tokenizer and template come from: only workers of that card understand the tokens."""
 

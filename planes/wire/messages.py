@@ -142,6 +142,8 @@ class Registration(msgspec.Struct, frozen=True):
     layout: str = ""
     """Compatibility hash of its KV cache: engine, version, KV layout, dtype, block size, connector version. A handover
     needs equal ones at both ends; empty: unknown, which fits the unknown alone."""
+    rendering: Annotated[str, Meta(max_length=64)] = ""
+    """Digest of the probes (`planes/probes.py`) as its own code renders and tokenizes them; empty: it does not know."""
 
 
 class BlocksStored(msgspec.Struct, frozen=True, tag="stored", array_like=True):

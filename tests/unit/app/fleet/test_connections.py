@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from app.fleet.connections import WorkerConnections
+from app.prompt.card import CardUnusable
 from app.serving.binding import Dispatcher
 from planes.streams.client import WorkerUnreachable
 from planes.wire.errors import HeadraceError
@@ -314,6 +315,21 @@ async def test_a_worker_whose_model_raises_anything_is_not_used_and_all_others_a
     world.fleet.worker_up(registration("d0"))
     await settle()
     assert "d0" in world.router.up
+
+
+async def test_a_worker_whose_card_is_refused_says_so_until_it_is_taken(world):
+    world.breaks, world.pauses.share = CardUnusable("it renders otherwise"), 1e6
+    world.fleet.worker_up(registration("d0"))
+    await settle()
+    (shown,) = world.fleet.statuses()
+    assert (shown.refused_because, shown.is_connected) == ("it renders otherwise", False)
+    (refused,) = [gauge.value for gauge in world.fleet.gauges() if gauge.name == "workers_refused"]
+    assert refused == 1
+    world.breaks = None
+    world.fleet.worker_up(registration("d0", epoch=2))
+    await settle()
+    (shown,) = world.fleet.statuses()
+    assert (shown.refused_because, shown.is_connected) == ("", True)
 
 
 async def test_a_worker_that_the_router_cannot_take_is_not_used_and_all_others_are(world):

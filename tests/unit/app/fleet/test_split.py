@@ -50,3 +50,12 @@ def test_gauges_count_cards_and_layouts_of_each_model():
         ("model_cards", "n"): 1,
         ("model_layouts", "n"): 0,
     }
+
+
+def test_workers_of_one_card_that_make_different_prompts_are_named():
+    workers = [
+        msgspec.structs.replace(worker(name), rendering=told)
+        for name, told in (("w1", "1:x"), ("w2", "1:y"), ("w3", "2:z"))
+    ]
+    (told,) = splits_of([*workers, worker("w4")]).values()
+    assert "make 2 different prompts of the same probes: x (w1), y (w2)" in told

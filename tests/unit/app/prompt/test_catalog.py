@@ -5,7 +5,7 @@ import msgspec
 import pytest
 
 from app.openai.errors import ModelNotFound
-from app.prompt.card import CardUnusable, ModelUnusable
+from app.prompt.card import CardUnusable, ModelUnusable, RenderingDiffers
 from app.prompt.catalog import ModelLoading, Models, NoModelYet, NoWorkerLeft
 from planes.assets import AssetsUnavailable, make_card, read_model_files, sha256
 from planes.wire.errors import HeadraceError
@@ -248,3 +248,22 @@ async def test_the_longest_context_is_that_of_all_models(models, store):
     assert models.longest_context == 4000
     models.deregistered(WorkerId("of-b"))
     assert models.longest_context == 2000
+
+
+async def test_a_worker_that_renders_otherwise_is_refused_and_no_other(models, store):
+    digest = store.publish(FILES)
+    await join(models, worker("w0", digest))
+    ours = models.entry("sim").rendering
+    await join(models, msgspec.structs.replace(worker("w1", digest), rendering=ours))
+    odd = msgspec.structs.replace(worker("w2", digest), rendering="1:" + "f" * 32)
+    with pytest.raises(
+        RenderingDiffers, match=f"w2 renders or tokenizes the probes otherwise .1:ffffffff.*{ours[:10]}"
+    ):
+        await join(models, odd)
+    assert models.entry("sim").digest == digest
+
+
+async def test_the_first_worker_of_a_card_is_refused_too_if_it_renders_otherwise(models, store):
+    odd = msgspec.structs.replace(worker("w0", store.publish(FILES)), rendering="1:" + "f" * 32)
+    with pytest.raises(RenderingDiffers):
+        await join(models, odd)
