@@ -45,9 +45,6 @@ from workers.validate import admit
 
 _log = structlog.get_logger()
 
-_CONTEXT_TOKENS = 8
-"""Prompt tokens that a formatter may look at."""
-
 
 class WorkerBusy(Rejected):
     """The worker has as many requests as it takes."""
@@ -244,8 +241,7 @@ class WorkerServer:
             request.sampling,
             self._vocabulary_of(request, is_parsed=parser is not None),
             end_tokens=self._end_tokens,
-            context=admitted.prompt[-_CONTEXT_TOKENS:].tolist(),
-            prompt_tokens=len(admitted.prompt),
+            prompt=admitted.prompt,
             parser=parser,
         )
         self._handed_over.forget(request.request)  # the engine does so, too, when it gets a request of that name
@@ -278,10 +274,10 @@ class WorkerServer:
         """Fold what the client has got. Returns how the answer ended, if those tokens were all of it."""
         resume, sampling = admitted.resume, admitted.sampling
         stop_tokens = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._end_tokens)
-        if resume[-1] in stop_tokens:
-            formatter.fold(resume[:-1])
+        is_stopped = resume[-1] in stop_tokens
+        formatter.fold(resume, is_stopped=is_stopped)
+        if is_stopped:
             return FinishReason.STOP
-        formatter.fold(resume)
         return formatter.finish_reason or (FinishReason.LENGTH if len(resume) >= sampling.max_tokens else None)
 
     def _take(self, running: _RunningRequest, output: EngineOutput) -> None:

@@ -11,7 +11,6 @@ from app.gateway import Gateway
 from app.http.body import read_body, useful_bytes
 from app.openai.request_headers import SCRIPT, parse_header_options
 from app.openai.schema import Kind, ParsedRequest
-from app.openai.unserved import refuse_unserved
 from app.prompt.prepare import ModelEntry
 from app.prompt.script import scripted
 from app.serving.request import GatewayRequest, Prewarm
@@ -58,7 +57,6 @@ async def prepared_request(
     arrived_at: float,
 ) -> GatewayRequest:
     """What follows the parser.  Raises:  HeadraceError."""
-    refuse_unserved(parsed)
     prewarm = Prewarm(parsed.is_streaming, parsed.include_usage) if parsed.is_prewarm else None
     if prewarm is not None:
         parsed = _prompt_alone(parsed)

@@ -10,13 +10,21 @@ A choice writes: opening event → one event per token that has news → held te
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from planes.wire.frames import FinishReason, Format, Sampling, Usage
 from workers.answer.detokenizer import Detokenizer, Vocabulary
 from workers.answer.dialects import dialect
-from workers.answer.dialects.base import Dialect, Ending, FinishedChoice, TokenNote
+from workers.answer.dialects.base import Dialect, Ending, FinishedChoice, TokenNews, TokenNote
+from workers.answer.dialects.openai import OpenAiDialect
 from workers.answer.parts import AnswerParser, CallStart, Content, Part, merged
 from workers.answer.stop_strings import StopFinder
 from workers.engine.base import EngineOutput, TokenLogprob
+
+_CONTEXT_TOKENS = 8
+"""At a prompt's end, for tokenizers whose text depends on what stands before."""
+_NO_PROMPT: npt.NDArray[np.uint32] = np.empty(0, np.uint32)
 
 
 class Formatter:
@@ -33,16 +41,20 @@ class Formatter:
         vocabulary: Vocabulary,
         *,
         end_tokens: frozenset[int] = frozenset(),
-        context: Sequence[int] = (),
-        prompt_tokens: int = 0,
+        prompt: npt.NDArray[np.uint32] = _NO_PROMPT,
         parser: Callable[[], AnswerParser] | None = None,
     ) -> None:
         """
-        Args:  end_tokens: the model's end-of-sequence ids.  context: the prompt's last tokens, for tokenizers whose
-        text depends on what stands before.  parser: makes one for each choice; None: all text is the answer's.
+        Args:  end_tokens: the model's end-of-sequence ids.  prompt: its tokens, shape (n,).  parser: makes one for each
+        choice; None: all text is the answer's.
         """
         self._is_streaming = layout.is_streaming
-        self._dialect = dialect(layout, sampling.n, vocabulary, prompt_tokens=prompt_tokens)
+        self._dialect = dialect(layout, sampling, vocabulary, prompt=prompt)
+        has_news = layout.has_token_ids or layout.has_continuous_usage
+        teller = self._dialect if has_news and isinstance(self._dialect, OpenAiDialect) else None
+        context = prompt[-_CONTEXT_TOKENS:].tolist()
+        self._is_stop_included = sampling.is_stop_included
+        self._prompt_logprobs: Sequence[TokenLogprob | None] = ()
         self._has_logprobs = sampling.logprobs is not None
         self._end_tokens = end_tokens | frozenset(sampling.stop_token_ids)
         self._choices = [
@@ -52,6 +64,7 @@ class Formatter:
                 vocabulary.detokenizer(context),
                 sampling,
                 parser=None if parser is None else parser(),
+                teller=teller,
                 is_streaming=layout.is_streaming,
             )
             for index in range(sampling.n)
@@ -71,10 +84,19 @@ class Formatter:
         """Why choice 0 ended, once all choices have; None before."""
         return None if self._num_open else self._choices[0].finish
 
-    def fold(self, tokens: Sequence[int]) -> None:
-        """Take choice 0's first tokens, which the client has got already: nothing is written for them."""
-        self._num_open -= self._choices[0].advance(tokens, ())
-        self._choices[0].take()
+    def fold(self, tokens: Sequence[int], *, is_stopped: bool = False) -> None:
+        """Take choice 0's first tokens, which the client has got already: nothing is written for them.
+
+        is_stopped: the last of them ended the answer; `end` says so.
+        """
+        choice = self._choices[0]
+        is_end_token = is_stopped and not self._is_stop_included
+        # Nobody knows their log probabilities any more, but each of them had an event of its own.
+        notes = [TokenLogprob(token, 0.0) for token in tokens] if self._has_logprobs and self._is_streaming else ()
+        self._num_open -= choice.advance(tokens[:-1] if is_end_token else tokens, notes)
+        if is_end_token:
+            choice.count(tokens[-1])
+        choice.take()
 
     def feed(self, output: EngineOutput) -> tuple[bytes, Sequence[int]]:
         """Take what one engine step produced for one choice.
@@ -86,12 +108,15 @@ class Formatter:
         if choice.finish is not None:
             return b"", ()
         before, tokens = choice.num_tokens, output.tokens
-        is_end_token = output.finish is FinishReason.STOP and tokens and tokens[-1] in self._end_tokens
+        if output.prompt_logprobs:
+            self._prompt_logprobs = output.prompt_logprobs
+        is_end_token = output.finish is FinishReason.STOP and self._is_unwritten(tokens)
         has_stopped = choice.advance(tokens[:-1] if is_end_token else tokens, output.logprobs)
         if has_stopped:
             choice.close()
         elif output.finish is not None:
-            choice.num_tokens += bool(is_end_token)  # counted, though no part of the text
+            if is_end_token:
+                choice.count(tokens[-1])
             choice.end(output.finish)
         self._num_open -= choice.finish is not None
         counted = choice.num_tokens - before
@@ -111,7 +136,12 @@ class Formatter:
         """The last bytes of the answer, after every choice has ended."""
         if self._is_streaming:
             return self._dialect.last(usage)
-        return self._dialect.body([choice.finished(has_logprobs=self._has_logprobs) for choice in self._choices], usage)
+        finished = [choice.finished(self._prompt_logprobs, has_notes=self._has_logprobs) for choice in self._choices]
+        return self._dialect.body(finished, usage)
+
+    def _is_unwritten(self, tokens: Sequence[int]) -> bool:
+        """Whether the last of these, with which the engine ended the choice, is no part of its text."""
+        return bool(tokens) and not self._is_stop_included and tokens[-1] in self._end_tokens
 
 
 class _Choice:
@@ -129,7 +159,9 @@ class _Choice:
         "_parser",
         "_parts",
         "_stops",
+        "_teller",
         "_text_length",
+        "_untold",
         "_written",
         "finish",
         "num_tokens",
@@ -143,6 +175,7 @@ class _Choice:
         sampling: Sampling,
         *,
         parser: AnswerParser | None,
+        teller: OpenAiDialect | None,
         is_streaming: bool,
     ) -> None:
         self.finish: FinishReason | None = None
@@ -152,12 +185,16 @@ class _Choice:
         self._is_streaming = is_streaming
         self._detokenizer = detokenizer
         self._parser = parser
-        self._stops = StopFinder(sampling.stop) if sampling.stop else None
+        self._stops = StopFinder(sampling.stop, is_kept=sampling.is_stop_included) if sampling.stop else None
         self._min_tokens = sampling.min_tokens
         self._is_open = False
         self._has_calls = False
         self._text_length = 0
         """Characters decoded, held ones included: where the next token's text begins."""
+        self._teller = teller
+        """Adds to each event what it tells of the tokens behind it; None: nothing."""
+        self._untold: list[int] = []
+        """Tokens that no event has told of; with `_teller` only."""
         self._written: list[bytes] = []
         self._parts: list[Part] = []
         self._notes: list[TokenNote] = []
@@ -175,6 +212,8 @@ class _Choice:
             self._open()
         for place, token in enumerate(tokens):
             self.num_tokens += 1
+            if self._teller is not None:
+                self._untold.append(token)
             text = self._detokenizer.advance(token)
             note = TokenNote(logprobs[place], self._text_length) if logprobs else None
             self._text_length += len(text)
@@ -184,11 +223,19 @@ class _Choice:
                     self.finish = FinishReason.STOP
             if self._parser is None:
                 self._write(text, note)
-            else:
+            elif self.finish is None:
                 self._write_parts(self._parser.advance(text, token), note)
+            else:
+                self._write_parts([*self._parser.advance(text, token), *self._parser.finish("")], note)
             if self.finish is not None:
                 return True
         return False
+
+    def count(self, token: int) -> None:
+        """A token that ended the choice and is no part of its text."""
+        self.num_tokens += 1
+        if self._teller is not None:
+            self._untold.append(token)
 
     def end(self, finish: FinishReason) -> None:
         """The engine ended the choice: let go of what is held."""
@@ -204,7 +251,7 @@ class _Choice:
 
     def close(self) -> None:
         if self._is_streaming and self.finish is not None:
-            self._written.append(self._dialect.closing(self._index, self._ending(self.finish)))
+            self._put(self._dialect.closing(self._index, self._ending(self.finish)))
 
     def take(self) -> bytes:
         """Events written since the last call."""
@@ -212,10 +259,16 @@ class _Choice:
         self._written.clear()
         return written
 
-    def finished(self, *, has_logprobs: bool) -> FinishedChoice:
+    def finished(self, prompt_logprobs: Sequence[TokenLogprob | None], *, has_notes: bool) -> FinishedChoice:
         """The finished choice."""
-        notes = self._notes if has_logprobs else None
-        return FinishedChoice(self._index, merged(self._parts), notes, self._ending(self.finish or FinishReason.LENGTH))
+        return FinishedChoice(
+            self._index,
+            merged(self._parts),
+            self._notes if has_notes else None,
+            self._ending(self.finish or FinishReason.LENGTH),
+            tokens=self._untold,
+            prompt_logprobs=prompt_logprobs,
+        )
 
     def _ending(self, finish: FinishReason) -> Ending:
         return Ending(finish, self._stops.found if self._stops is not None else "", self._has_calls)
@@ -224,7 +277,15 @@ class _Choice:
         if not self._is_open:
             self._is_open = True
             if self._is_streaming:
-                self._written.append(self._dialect.opening(self._index))
+                self._put(self._dialect.opening(self._index))
+
+    def _put(self, event: bytes) -> None:
+        """One event, or several of a dialect that tells nothing of tokens."""
+        if self._teller is not None and event:
+            news = TokenNews(self._untold, self.num_tokens, self.reasoning_tokens)
+            event = self._teller.told(self._index, event, news)
+            self._untold = []
+        self._written.append(event)
 
     def _write(self, text: str, note: TokenNote | None) -> None:
         if not self._is_streaming:
@@ -233,9 +294,9 @@ class _Choice:
             if note is not None:
                 self._notes.append(note)
         elif note is not None:
-            self._written.append(self._dialect.token(self._index, text, note))
+            self._put(self._dialect.token(self._index, text, note))
         elif text:
-            self._written.append(self._dialect.text(self._index, text))
+            self._put(self._dialect.text(self._index, text))
 
     def _write_parts(self, parts: Sequence[Part], note: TokenNote | None) -> None:
         """The log probability leaves with its token, whatever part the token belongs to."""
@@ -244,6 +305,6 @@ class _Choice:
         for part in parts:
             self._has_calls = self._has_calls or isinstance(part, CallStart)
             if self._is_streaming:
-                self._written.append(self._dialect.part(self._index, part))
+                self._put(self._dialect.part(self._index, part))
             else:
                 self._parts.append(part)

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 
 
 class StopFinder:
-    """Cuts a text at the first stop string.
+    """Cuts a text at the first stop string; behind it if `is_kept`.
 
     Everything let go can no longer be part of a stop string, so what is held is shorter than the longest of them.
     """
 
-    __slots__ = ("_held", "_starts", "_stops", "found")
+    __slots__ = ("_held", "_is_kept", "_starts", "_stops", "found")
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, is_kept: bool = False) -> None:
+        self._is_kept = is_kept
         self._stops = tuple(stops)
         self._starts = frozenset(stop[0] for stop in stops)
         self._held = ""
@@ -19,7 +20,7 @@ class StopFinder:
         """The stop string that cut the text."""
 
     def advance(self, text: str) -> str:
-        """Add `text`. Returns what may leave now; with `found`, that is all up to the stop string."""
+        """Add `text`. Returns what may leave now; with `found`, that is all up to the cut."""
         if not self._held and self._starts.isdisjoint(text):
             return text  # the common case
         held = self._held + text
@@ -27,7 +28,7 @@ class StopFinder:
         if ends:
             start, self.found = min(ends)
             self._held = ""
-            return held[:start]
+            return held[: start + len(self.found) * self._is_kept]
         keep = max(overlap(held, stop) for stop in self._stops)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

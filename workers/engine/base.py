@@ -51,11 +51,15 @@ def is_drawn_again(leg: Leg, sampling: Sampling, *, num_resumed: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One generated token: its own log probability and the most likely alternatives, best first."""
+    """One token: its own log probability and the most likely alternatives, best first.
+
+    rank: of the token among all, from 1; None if nobody asked.
+    """
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

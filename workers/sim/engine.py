@@ -30,6 +30,7 @@ from workers.engine.base import (
     EngineOutput,
     EngineRequest,
     EngineStartError,
+    TokenLogprob,
     is_drawn_again,
 )
 from workers.engine.layout import layout_hash
@@ -40,7 +41,7 @@ from workers.sim.options import SimOptions, faster
 from workers.sim.request import leg_of
 from workers.sim.script import script_of
 from workers.sim.side_channel import HandoverFailed
-from workers.sim.tokens import key_of, logprob_of
+from workers.sim.tokens import key_of, logprob_of, prompt_logprobs_of
 from workers.sim.transfer import open_transfer
 
 __all__ = ["SimEngine", "SimOptions"]
@@ -71,6 +72,8 @@ class _ActiveRequest:
     """Those that have not finished, by the core's ids."""
     source: Offer | HandoverEndpoint | None = None
     handover: asyncio.Task[None] | None = None
+    is_prompt_told: bool = False
+    """Whether an output has had the prompt's log probabilities."""
 
 
 @dataclass(slots=True, eq=False)
@@ -339,7 +342,16 @@ class SimEngine:
             handover_s=max(0.0, report.handover_s),
             handover_bytes=report.handover_blocks * self._facts.bytes_per_block,
             decode_s=max(0.0, report.decode_s),
+            prompt_logprobs=self._prompt_logprobs(choice.run),
         )
+
+    def _prompt_logprobs(self, run: _ActiveRequest) -> tuple[TokenLogprob | None, ...]:
+        """With the first output alone."""
+        num_top = run.request.sampling.prompt_logprobs
+        if num_top is None or run.is_prompt_told:
+            return ()
+        run.is_prompt_told = True
+        return prompt_logprobs_of(run.request.prompt.tolist(), num_top)
 
     def _finish(self, choice: _Choice, output: SimOutput) -> None:
         """The last output of a choice."""

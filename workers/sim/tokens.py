@@ -9,7 +9,7 @@ of KV cache that is not what it should be, changes every token that follows.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from workers.engine.base import TokenLogprob
 
@@ -66,4 +66,13 @@ def logprob_of(token: int, bits: int, num_top: int) -> TokenLogprob:
     logprob = -((bits >> 16 & 0xFFFF) + 1) / 65536
     others = (letter for letter in LETTERS if letter != token)
     ranked = [(token, logprob), *((letter, -2.0 - rank / 4) for rank, letter in enumerate(others))]
-    return TokenLogprob(token, logprob, tuple(ranked[:num_top]))
+    return TokenLogprob(token, logprob, tuple(ranked[:num_top]), 1)
+
+
+def prompt_logprobs_of(tokens: Sequence[int], num_top: int) -> tuple[TokenLogprob | None, ...]:
+    """The same of a prompt's tokens; the first one follows nothing and has none."""
+    state, logprobs = 0, list[TokenLogprob | None]()
+    for token in tokens:
+        logprobs.append(logprob_of(token, state, num_top) if logprobs else None)
+        state = advance(state, token)
+    return tuple(logprobs)

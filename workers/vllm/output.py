@@ -71,4 +71,4 @@ def _prompt_logprobs(request: EngineRequest, output: Any) -> tuple[TokenLogprob 
 def _token_logprob(token: int, ranked: dict[int, Any], num_top: int) -> TokenLogprob:
     """ranked: token id → vLLM's Logprob, of the sampled token and of the most likely ones."""
     top = sorted(((other, entry.logprob) for other, entry in ranked.items()), key=lambda pair: -pair[1])
-    return TokenLogprob(token, ranked[token].logprob, tuple(top[:num_top]))
+    return TokenLogprob(token, ranked[token].logprob, tuple(top[:num_top]), ranked[token].rank)

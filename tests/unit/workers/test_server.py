@@ -517,6 +517,7 @@ def test_a_resumed_request_that_was_complete_is_done_at_once(resume, sampling, r
     (done,) = world.posted
     assert (done.reason, text(done.payload)) == (reason, "")
     assert done.payload.endswith(b"[DONE]\n\n")
+    assert done.usage.completion_tokens == len(resume)
     assert not world.engine.submitted
 
 

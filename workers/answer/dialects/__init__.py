@@ -1,6 +1,9 @@
 """One module for each API that clients speak; `Format.kind` chooses."""
 
-from planes.wire.frames import Format
+import numpy as np
+import numpy.typing as npt
+
+from planes.wire.frames import Format, Sampling
 from workers.answer.detokenizer import Vocabulary
 from workers.answer.dialects.base import Dialect
 from workers.answer.dialects.chat import ChatDialect
@@ -11,15 +14,18 @@ from workers.answer.dialects.response import ResponseDialect
 KINDS = ("chat", "completion", "message", "response")
 
 
-def dialect(layout: Format, num_choices: int, vocabulary: Vocabulary, *, prompt_tokens: int) -> Dialect:
-    """The writer of one answer.  Raises:  ValueError for a kind that is none of KINDS."""
+def dialect(layout: Format, sampling: Sampling, vocabulary: Vocabulary, *, prompt: npt.NDArray[np.uint32]) -> Dialect:
+    """The writer of one answer.  prompt: its tokens, shape (n,).
+
+    Raises:  ValueError for a kind that is none of KINDS.
+    """
     match layout.kind:
         case "chat":
-            return ChatDialect(layout, num_choices, vocabulary)
+            return ChatDialect(layout, sampling, vocabulary, prompt)
         case "completion":
-            return CompletionDialect(layout, num_choices, vocabulary)
+            return CompletionDialect(layout, sampling, vocabulary, prompt)
         case "message":
-            return MessageDialect(layout, prompt_tokens=prompt_tokens)
+            return MessageDialect(layout, prompt_tokens=len(prompt))
         case "response":
             return ResponseDialect(layout, vocabulary)
         case unknown:

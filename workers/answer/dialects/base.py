@@ -18,6 +18,18 @@ class TokenNote:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenNews:
+    """What one event tells of its choice's tokens.  tokens: those that no event before has told of, in order.
+
+    num_tokens, reasoning_tokens: of the choice, so far.
+    """
+
+    tokens: Sequence[int]
+    num_tokens: int
+    reasoning_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """One whole tool call.  arguments: JSON text, as the model wrote it."""
 
@@ -36,12 +48,17 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class FinishedChoice:
-    """One whole choice of an answer that is not streamed.  parts: merged: no two texts of one kind in a row."""
+    """One whole choice of an answer that is not streamed.  parts: merged: no two texts of one kind in a row.
+
+    tokens: all of them, if their ids are told.  prompt_logprobs: of the prompt's tokens, if they are told.
+    """
 
     index: int
     parts: Sequence[Part]
     notes: Sequence[TokenNote] | None
     ending: Ending
+    tokens: Sequence[int] = ()
+    prompt_logprobs: Sequence[TokenLogprob | None] = ()
 
     @property
     def text(self) -> str:

@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from planes.wire.frames import Format, Usage
+import numpy as np
+import numpy.typing as npt
+
+from planes.wire.frames import Format, Sampling, Usage
+from workers.answer.custom_input import CustomInput
 from workers.answer.detokenizer import Vocabulary
 from workers.answer.dialects.base import Ending, FinishedChoice, TokenNote
 from workers.answer.dialects.names import call_id
@@ -16,9 +20,16 @@ _MORE = b',"logprobs":null,"finish_reason":null'
 class ChatDialect(OpenAiDialect):
     """A chat completion, or its chunks."""
 
-    def __init__(self, layout: Format, num_choices: int, vocabulary: Vocabulary) -> None:
+    has_prompt_in_choice = False
+
+    def __init__(
+        self, layout: Format, sampling: Sampling, vocabulary: Vocabulary, prompt: npt.NDArray[np.uint32]
+    ) -> None:
         kind = "chat.completion.chunk" if layout.is_streaming else "chat.completion"
-        super().__init__(layout, num_choices, vocabulary, kind=kind)
+        super().__init__(layout, sampling, vocabulary, prompt, kind=kind)
+        self._custom = frozenset(() if layout.parsing is None else layout.parsing.custom)
+        self._inputs: dict[tuple[int, int], CustomInput] = {}
+        """Of custom tools that are being called, by choice and call."""
         self._text_starts = [start + b'"delta":{"content":' for start in self._starts]
         self._text_end = b"}" + _MORE + self._end
 
@@ -39,18 +50,27 @@ class ChatDialect(OpenAiDialect):
             case Reasoning(text):
                 return self._delta(index, {"reasoning_content": text, "reasoning": text})
             case CallStart(call, name):
-                function = {"name": name, "arguments": ""}
-                return self._call(index, {"index": call, **self._identified(index, call), "function": function})
+                if name in self._custom:
+                    self._inputs[index, call] = CustomInput()
+                return self._call(index, {"index": call, **self._called(index, call, name, "")})
             case CallArguments(call, text):
-                return self._call(index, {"index": call, "function": {"arguments": text}})
+                if (custom := self._inputs.get((index, call))) is None:
+                    return self._call(index, {"index": call, "function": {"arguments": text}})
+                return self._more_input(index, call, custom.advance(text))
 
     def closing(self, index: int, ending: Ending) -> bytes:
+        inputs = [(call, custom.finish()) for (choice, call), custom in self._inputs.items() if choice == index]
         reason = b'"delta":{},"logprobs":null,"finish_reason":' + encode(finish_reason(ending))
-        return self._starts[index] + reason + self._end
+        return b"".join([self._more_input(index, *left) for left in inputs]) + self._starts[index] + reason + self._end
 
     def body(self, choices: Sequence[FinishedChoice], usage: Usage) -> bytes:
         written = [self._choice(choice) for choice in choices]
-        return encode(self._identity | {"choices": written, "usage": usage_of(usage)})
+        answer = self._identity | {"choices": written, "usage": usage_of(usage)}
+        if self._layout.has_token_ids:
+            answer["prompt_token_ids"] = self._prompt.tolist()
+        if choices[0].prompt_logprobs:
+            answer["prompt_logprobs"] = self._ranked(choices[0].prompt_logprobs)
+        return encode(answer)
 
     def _choice(self, choice: FinishedChoice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
@@ -59,12 +79,12 @@ class ChatDialect(OpenAiDialect):
         if calls := choice.calls():
             message["content"] = choice.text or None
             message["tool_calls"] = [
-                self._identified(choice.index, index) | {"function": {"name": call.name, "arguments": call.arguments}}
-                for index, call in enumerate(calls)
+                self._called(choice.index, index, call.name, call.arguments) for index, call in enumerate(calls)
             ]
         logprobs = None if choice.notes is None else self._logprobs(choice.notes)
         reason = finish_reason(choice.ending)
-        return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        written = {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        return written | {"token_ids": choice.tokens} if self._layout.has_token_ids else written
 
     def _delta(self, index: int, delta: dict[str, Any]) -> bytes:
         return self._starts[index] + b'"delta":' + encode(delta) + _MORE + self._end
@@ -72,8 +92,16 @@ class ChatDialect(OpenAiDialect):
     def _call(self, index: int, call: dict[str, Any]) -> bytes:
         return self._delta(index, {"tool_calls": [call]})
 
-    def _identified(self, index: int, call: int) -> dict[str, Any]:
-        return {"id": call_id(self._layout.response_id, index, call), "type": "function"}
+    def _more_input(self, index: int, call: int, text: str) -> bytes:
+        return self._call(index, {"index": call, "custom": {"input": text}}) if text else b""
+
+    def _called(self, index: int, call: int, name: str, arguments: str) -> dict[str, Any]:
+        identifier = call_id(self._layout.response_id, index, call)
+        if name not in self._custom:
+            return {"id": identifier, "type": "function", "function": {"name": name, "arguments": arguments}}
+        custom = CustomInput()
+        text = custom.advance(arguments) + custom.finish()
+        return {"id": identifier, "type": "custom", "custom": {"name": name, "input": text}}
 
     def _logprobs(self, notes: Sequence[TokenNote]) -> dict[str, Any]:
         return {"content": [self._logprob(note) for note in notes], "refusal": None}

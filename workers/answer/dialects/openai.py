@@ -2,13 +2,17 @@
 once, when it starts.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
-from planes.wire.frames import Format, Usage
+from planes.wire.frames import Format, Sampling, Usage
 from workers.answer.detokenizer import Vocabulary
-from workers.answer.dialects.base import Ending
+from workers.answer.dialects.base import Ending, TokenNews
+from workers.engine.base import TokenLogprob
 
 encode = msgspec.json.encode
 
@@ -19,9 +23,17 @@ _LEAST_LOGPROB = -9999.0
 class OpenAiDialect:
     """Chunks of an OpenAI stream; `kind` is their `object`."""
 
-    def __init__(self, layout: Format, num_choices: int, vocabulary: Vocabulary, *, kind: str) -> None:
+    has_prompt_in_choice: ClassVar[bool]
+    """Whether the prompt's token ids stand in each choice, not beside the choices."""
+
+    def __init__(
+        self, layout: Format, sampling: Sampling, vocabulary: Vocabulary, prompt: npt.NDArray[np.uint32], *, kind: str
+    ) -> None:
         self._layout = layout
         self._vocabulary = vocabulary
+        self._prompt = prompt
+        self._told: set[int] = set()
+        """Choices whose first event has been told of."""
         self._identity = {
             "id": layout.response_id,
             "object": kind,
@@ -29,8 +41,50 @@ class OpenAiDialect:
             "model": layout.model,
         }
         start = b"data: " + encode(self._identity)[:-1] + b',"choices":['
-        self._starts = [start + b'{"index":%d,' % index for index in range(num_choices)]
+        self._starts = [start + b'{"index":%d,' % index for index in range(sampling.n)]
         self._end = b'}],"usage":null}\n\n' if layout.include_usage else b"}]}\n\n"
+
+    def told(self, index: int, event: bytes, news: TokenNews) -> bytes:
+        """The event, of the choice `index`, with what the client wants to know of the tokens behind it."""
+        of_choice: dict[str, Any] = {}
+        of_answer: dict[str, Any] = {"usage": None} if self._layout.include_usage else {}
+        if self._layout.has_token_ids:
+            of_choice["token_ids"] = news.tokens
+            if index not in self._told:
+                self._told.add(index)
+                owner = of_choice if self.has_prompt_in_choice else of_answer
+                owner["prompt_token_ids"] = self._prompt.tolist()
+        if self._layout.has_continuous_usage:
+            of_answer["usage"] = self._usage_so_far(news)
+        choice, answer = encode(of_choice)[1:-1], encode(of_answer)[1:-1]
+        told = (event[: -len(self._end)], choice and b"," + choice, b"}]", answer and b"," + answer, b"}\n\n")
+        return b"".join(told)
+
+    def _usage_so_far(self, news: TokenNews) -> dict[str, Any]:
+        """Of one choice. What was cached follows at the end: it is the worker's, not the tokens'."""
+        prompt_tokens = len(self._prompt)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": news.num_tokens,
+            "total_tokens": prompt_tokens + news.num_tokens,
+            "completion_tokens_details": {"reasoning_tokens": news.reasoning_tokens},
+        }
+
+    def _ranked(self, logprobs: Sequence[TokenLogprob | None]) -> list[dict[str, Any] | None]:
+        """The prompt's log probabilities, as vLLM spells them."""
+        return [None if logprob is None else self._ranks(logprob) for logprob in logprobs]
+
+    def _ranks(self, logprob: TokenLogprob) -> dict[str, Any]:
+        ranks = {logprob.token: (logprob.logprob, logprob.rank)}
+        ranks |= {token: (value, place) for place, (token, value) in enumerate(logprob.top, 1)}
+        return {
+            str(token): {
+                "logprob": finite(value),
+                "rank": rank,
+                "decoded_token": self._vocabulary.names[token].decode(errors="replace"),
+            }
+            for token, (value, rank) in ranks.items()
+        }
 
     def last(self, usage: Usage) -> bytes:
         if not self._layout.include_usage:
@@ -66,5 +120,9 @@ def usage_of(usage: Usage) -> dict[str, Any]:
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "prompt_tokens_details": {
+            "cached_tokens": usage.cached_tokens,
+            "cache_write_tokens": usage.prompt_tokens - usage.cached_tokens,
+        },
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }

@@ -2,6 +2,7 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from planes.wire.frames import FinishReason, Format, Sampling, Usage
 from workers.answer.detokenizer import load_vocabulary
 from workers.answer.formatter import Formatter
+from workers.answer.parts import Content
 from workers.engine.base import EngineOutput, TokenLogprob
 
 VOCABULARY = load_vocabulary(Path("workers/sim/model/tokenizer.json"))
@@ -20,9 +22,16 @@ def layout(kind="chat", **changes):
     return Format(**{"kind": kind, "response_id": "id-1", "model": "sim", "created": 7, "is_streaming": True} | changes)
 
 
+PROMPT = np.frombuffer(b"Say: ", np.uint8).astype(np.uint32)
+
+
 def formatter(kind="chat", sampling=None, **changes):
     return Formatter(
-        layout(kind, **changes), sampling or Sampling(max_tokens=99), VOCABULARY, end_tokens=frozenset({END})
+        layout(kind, **changes),
+        sampling or Sampling(max_tokens=99),
+        VOCABULARY,
+        end_tokens=frozenset({END}),
+        prompt=PROMPT,
     )
 
 
@@ -76,7 +85,8 @@ def test_usage_comes_in_a_last_chunk_without_choices_and_is_null_before():
         "prompt_tokens": 5,
         "completion_tokens": 2,
         "total_tokens": 7,
-        "prompt_tokens_details": {"cached_tokens": 4},
+        "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 1},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 
@@ -154,6 +164,154 @@ def test_stop_strings_within_the_first_min_tokens_are_text():
     form = formatter(sampling=Sampling(max_tokens=99, min_tokens=3, stop=["a"]))
     chunks = events(run(form, [step(b"aaaba")]))
     assert text_of(chunks) == "aaab"
+
+
+@pytest.mark.parametrize("steps", [[b"go END now"], [b"go E", b"N", b"D now"]])
+def test_a_stop_string_is_written_if_asked_for_and_nothing_behind_it(steps):
+    form = formatter(sampling=Sampling(max_tokens=99, stop=["END"], is_stop_included=True))
+    assert text_of(events(run(form, [step(tokens) for tokens in steps]))) == "go END"
+    assert form.finish_reason is FinishReason.STOP
+
+
+def test_a_stop_token_is_written_if_stops_are_asked_for():
+    form = formatter(sampling=Sampling(max_tokens=99, stop_token_ids=[33], is_stop_included=True))
+    assert text_of(events(run(form, [step(b"Hi!", FinishReason.STOP)]))) == "Hi!"
+    assert form.completion_tokens == 3
+
+
+class Suspicious:
+    """A parser that holds what follows a `<` until the answer's end."""
+
+    reasoning_tokens = 0
+
+    def __init__(self):
+        self.held = ""
+
+    def advance(self, text, token):
+        del token
+        text = self.held + text
+        sure, mark, held = text.partition("<")
+        self.held = mark + held
+        return [Content(sure)] if sure else []
+
+    def finish(self, text):
+        return [Content(self.held + text)] if self.held + text else []
+
+
+@pytest.mark.parametrize("is_streaming", [True, False])
+def test_what_a_parser_holds_when_a_stop_string_ends_the_answer_is_let_go(is_streaming):
+    form = Formatter(
+        layout(is_streaming=is_streaming), Sampling(max_tokens=99, stop=["END"]), VOCABULARY, parser=Suspicious
+    )
+    written = run(form, [step(b"a <b EN"), step(b"D")])
+    if is_streaming:
+        assert text_of(events(written)) == "a <b "
+    else:
+        assert json.loads(written)["choices"][0]["message"]["content"] == "a <b "
+
+
+def token_ids(chunks, index=0):
+    choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+    return [token for choice in choices for token in choice["token_ids"]]
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_token_ids_leave_with_the_next_event_and_none_is_missing(kind):
+    form = formatter(kind, has_token_ids=True, include_usage=True)
+    tokens = [*b"a", *"☃".encode(), 0xE2, END]
+    written = run(form, [step([token], FinishReason.STOP if token == END else None) for token in tokens])
+    chunks = events(written)[:-1]
+    assert token_ids(chunks) == tokens
+    texts = [choice.get("text", choice.get("delta", {}).get("content")) for (choice,) in (c["choices"] for c in chunks)]
+    snowman = chunks[texts.index("☃")]
+    assert snowman["choices"][0]["token_ids"] == [*"☃".encode()]
+    assert snowman["usage"] is None
+
+
+def test_the_prompts_token_ids_come_first_and_once():
+    first, *others = events(run(formatter(has_token_ids=True), [step(b"ab", FinishReason.LENGTH)]))
+    assert first["prompt_token_ids"] == PROMPT.tolist()
+    assert not any("prompt_token_ids" in chunk for chunk in others)
+    first, *others = events(run(formatter("completion", has_token_ids=True), [step(b"ab", FinishReason.LENGTH)]))
+    assert first["choices"][0]["prompt_token_ids"] == PROMPT.tolist()
+    assert not any("prompt_token_ids" in chunk["choices"][0] for chunk in others)
+
+
+def test_a_whole_answer_lists_token_ids_where_vllm_does():
+    form = formatter(has_token_ids=True, is_streaming=False)
+    body = json.loads(run(form, [step([*b"Hi", END], FinishReason.STOP)]))
+    assert (body["prompt_token_ids"], body["choices"][0]["token_ids"]) == (PROMPT.tolist(), [*b"Hi", END])
+    form = formatter("completion", has_token_ids=True, is_streaming=False)
+    choice = json.loads(run(form, [step([*b"Hi", END], FinishReason.STOP)]))["choices"][0]
+    assert (choice["prompt_token_ids"], choice["token_ids"]) == (PROMPT.tolist(), [*b"Hi", END])
+
+
+def test_who_did_not_ask_is_told_no_token_ids():
+    assert b"token_ids" not in run(formatter(), [step(b"Hi", FinishReason.LENGTH)])
+    assert b"token_ids" not in run(formatter(is_streaming=False), [step(b"Hi", FinishReason.LENGTH)])
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_every_event_tells_the_usage_so_far_if_asked_for(kind):
+    form = formatter(kind, include_usage=True, has_continuous_usage=True)
+    *chunks, last = events(run(form, [step(b"a"), step("é".encode()), step([END], FinishReason.STOP)]))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == [0, 1, 3, 4][-len(counts) :]
+    assert all(chunk["usage"]["total_tokens"] == len(PROMPT) + chunk["usage"]["completion_tokens"] for chunk in chunks)
+    assert last["usage"]["prompt_tokens_details"]["cached_tokens"] == 4
+
+
+def test_the_usage_so_far_is_each_choices_own():
+    form = formatter(sampling=Sampling(max_tokens=9, n=2), include_usage=True, has_continuous_usage=True)
+    form.feed(step(b"abc", index=1))
+    _, chunk = events(form.feed(step(b"d", index=0))[0])
+    assert chunk["usage"]["completion_tokens"] == 1
+
+
+PROMPT_LOGPROBS = (
+    None,
+    *(TokenLogprob(token, -1.5, ((65, -0.5), (66, -1.0)), 3) for token in PROMPT.tolist()[1:-1]),
+    TokenLogprob(32, float("-inf"), ((32, float("-inf")), (65, -0.5)), 1),
+)
+
+
+def with_prompt_logprobs(kind, **sampling):
+    form = formatter(kind, Sampling(max_tokens=9, **sampling), is_streaming=False, echo="Say: " * (kind != "chat"))
+    notes = (TokenLogprob(72, -0.5, ((72, -0.5),)),) if "logprobs" in sampling else ()
+    form.feed(EngineOutput(0, (72,), notes, FinishReason.LENGTH, prompt_logprobs=PROMPT_LOGPROBS))
+    return json.loads(form.finish(USAGE))
+
+
+def test_the_prompts_log_probabilities_are_spelt_as_vllm_does():
+    told = with_prompt_logprobs("chat", prompt_logprobs=2)["prompt_logprobs"]
+    assert told[0] is None
+    assert told[1] == {
+        "97": {"logprob": -1.5, "rank": 3, "decoded_token": "a"},
+        "65": {"logprob": -0.5, "rank": 1, "decoded_token": "A"},
+        "66": {"logprob": -1.0, "rank": 2, "decoded_token": "B"},
+    }
+    assert told[-1]["32"] == {"logprob": -9999.0, "rank": 1, "decoded_token": " "}
+    (choice,) = with_prompt_logprobs("completion", prompt_logprobs=2)["choices"]
+    assert choice["prompt_logprobs"] == told
+    assert choice["logprobs"] is None
+
+
+def test_an_echoed_prompt_has_log_probabilities_too():
+    (choice,) = with_prompt_logprobs("completion", prompt_logprobs=2, logprobs=1)["choices"]
+    assert choice["text"] == "Say: H"
+    assert choice["logprobs"] == {
+        "tokens": ["S", "a", "y", ":", " ", "H"],
+        "token_logprobs": [None, -1.5, -1.5, -1.5, -9999.0, -0.5],
+        "top_logprobs": [
+            None,
+            {"A": -0.5, "a": -1.5},
+            {"A": -0.5, "y": -1.5},
+            {"A": -0.5, ":": -1.5},
+            {" ": -9999.0},
+            {"H": -0.5},
+        ],
+        "text_offset": [0, 1, 2, 3, 4, 5],
+    }
 
 
 def test_a_stop_token_counts_but_is_not_written():
@@ -253,13 +411,21 @@ def stories(draw):
         stop=draw(st.lists(st.text("abé☃\n", min_size=1, max_size=4), max_size=3)),
         min_tokens=draw(st.integers(0, 4)),
         logprobs=draw(st.sampled_from([None, 0, 2])) if is_streaming else None,
+        is_stop_included=draw(st.booleans()),
     )
     tokens = draw(st.lists(PIECES, max_size=40))
     finish = draw(st.sampled_from([FinishReason.STOP, FinishReason.LENGTH]))
     if finish is FinishReason.STOP:
         tokens.append(END)
     echo = draw(st.sampled_from(["", "echo é"])) if kind == "completion" else ""
-    form = layout(kind, is_streaming=is_streaming, include_usage=draw(st.booleans()), echo=echo)
+    form = layout(
+        kind,
+        is_streaming=is_streaming,
+        include_usage=draw(st.booleans()),
+        echo=echo,
+        has_token_ids=draw(st.booleans()),
+        has_continuous_usage=draw(st.booleans()),
+    )
     return form, sampling, tokens, finish
 
 

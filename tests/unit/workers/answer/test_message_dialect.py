@@ -2,13 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 from anthropic.types import Message, RawMessageStreamEvent
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from planes.wire.frames import FinishReason, Format, Usage
+from planes.wire.frames import FinishReason, Format, Sampling, Usage
 from workers.answer.dialects import dialect
 from workers.answer.dialects.base import Ending, FinishedChoice
 from workers.answer.parts import CallArguments, CallStart, Content, Reasoning, merged
@@ -19,7 +20,8 @@ CALL = [CallStart(0, "weather"), CallArguments(0, '{"at":'), CallArguments(0, '"
 
 
 def writer(**changes):
-    return dialect(Format("message", "msg_1", "m", 7, **changes), 1, None, prompt_tokens=9)
+    layout = Format("message", "msg_1", "m", 7, **changes)
+    return dialect(layout, Sampling(max_tokens=9), None, prompt=np.arange(9, dtype=np.uint32))
 
 
 def streamed(parts, ending):

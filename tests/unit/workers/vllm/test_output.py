@@ -28,6 +28,10 @@ def from_vllm(*tokens, finish=None, logprobs=None, prompt_logprobs=None):
     ), choice
 
 
+def ranked_as(rank, logprob):
+    return SimpleNamespace(logprob=logprob, rank=rank)
+
+
 def translated(output, leg=None, *, index=0, is_first=False, arrival=NO_ARRIVAL, **sampling):
     whole, choice = output
     return translate(request(leg, **sampling), whole, choice, index, is_first=is_first, arrival=arrival)
@@ -62,13 +66,14 @@ def test_an_ending_that_is_not_known_is_an_error():
 
 
 def test_logprobs_name_the_token_and_the_best_alternatives():
-    ranked = {5: SimpleNamespace(logprob=-2.0), 7: SimpleNamespace(logprob=-0.5), 8: SimpleNamespace(logprob=-1.0)}
+    ranked = {5: ranked_as(4, -2.0), 7: ranked_as(1, -0.5), 8: ranked_as(2, -1.0)}
     (logprob,) = translated(from_vllm(5, logprobs=[ranked]), logprobs=2).logprobs
     assert (logprob.token, logprob.logprob, logprob.top) == (5, -2.0, ((7, -0.5), (8, -1.0)))
+    assert logprob.rank == 4
 
 
 def test_prompt_logprobs_come_with_the_first_output_alone_one_for_each_token():
-    ranked = [{token: SimpleNamespace(logprob=-1.0), 99: SimpleNamespace(logprob=-0.5)} for token in range(1, 9)]
+    ranked = [{token: ranked_as(2, -1.0), 99: ranked_as(1, -0.5)} for token in range(1, 9)]
     whole = from_vllm(5, prompt_logprobs=[None, *ranked])
     told = translated(whole, is_first=True, prompt_logprobs=1).prompt_logprobs
     assert told[0] is None
