@@ -131,7 +131,12 @@ def _text(value: object) -> str:
     if _QUOTED.search(text) is None:
         return text
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\r", "\\r")
-    return f'"{_UNPRINTABLE.sub(_escaped, escaped)}"'
+    return f'"{printable(escaped)}"'
+
+
+def printable(text: str) -> str:
+    """The text with everything in it escaped that a terminal would obey."""
+    return _UNPRINTABLE.sub(_escaped, text)
 
 
 def _escaped(found: re.Match[str]) -> str:

@@ -13,6 +13,7 @@ from app.fleet.routing_config import RoutingConfig, routing_setup
 from app.settings import GatewaySettings
 from planes.control import Etcd, delete_config, get_config, put_config
 from planes.wire.errors import HeadraceError
+from process.logging import printable
 from process.settings import EtcdSettings
 from router.settings import RouterSettings
 
@@ -73,7 +74,12 @@ async def change_config(changes: tuple[str, ...], settings: ConfigSettings) -> s
     if changes:
         content = changed(content, changes)
         await put_config(etcd, namespace, content)
-    return content.decode(errors="replace") if content is not None else "{}"
+    return shown(content)
+
+
+def shown(content: bytes | None) -> str:
+    """What etcd holds, for a terminal: anybody may have written it."""
+    return "{}" if content is None else printable(content.decode(errors="replace"))
 
 
 def changed(content: bytes | None, changes: tuple[str, ...]) -> bytes:

@@ -22,7 +22,7 @@ from planes.events import EventPlane
 from planes.wire.errors import HeadraceError, UnusableSetting
 from planes.wire.messages import LoadReport, Registration, WorkerId
 from planes.wire.urls import redacted
-from process.logging import configure
+from process.logging import configure, printable
 from process.settings import PlaneSettings
 
 _REPORT_WAIT_S = 1.5
@@ -84,12 +84,14 @@ class FleetTable:
                 free = f"{report.free_blocks}/{entry.facts.num_blocks}"
                 load = [str(report.num_running), str(report.num_waiting), free, str(report.num_cached)]
             told = (entry.model, entry.card_digest[:8], entry.engine, entry.layout[:8])
-            table.add_row(worker, entry.role, *told, entry.state, entry.address, *load)
+            row = (worker, entry.role, *told, entry.state, entry.address, *load)
+            # As text: rich would read a plain string as markup, and an IPv6 address in brackets looks like it.
+            table.add_row(*(Text(printable(cell)) for cell in row))
         return table
 
     def shown(self, namespace: str) -> Group:
         """The table, and below it where its workers disagree."""
-        warnings = [Text(f"warning: {reason}") for reason in splits_of(self.registrations.values()).values()]
+        warnings = [Text(printable(f"warning: {reason}")) for reason in splits_of(self.registrations.values()).values()]
         return Group(self.table(namespace), *warnings)
 
 

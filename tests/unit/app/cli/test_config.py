@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from app.cli.config import NAMES, ConfigSettings, UnusableConfig, changed, live_settings
+from app.cli.config import NAMES, ConfigSettings, UnusableConfig, changed, live_settings, shown
 from planes.wire.errors import UnusableSetting
 
 
@@ -47,6 +47,12 @@ def test_every_setting_is_explained_by_whoever_declares_it():
 def test_a_broken_value_is_said_and_how_to_remove_it():
     with pytest.raises(UnusableConfig, match="headrace config --clear"):
         changed(b'{"polcy": 1}', ("policy=dynamo",))
+
+
+def test_what_etcd_holds_is_shown_and_gives_no_orders_to_a_terminal():
+    assert shown(b'{"policy": "dynamo"}') == '{"policy": "dynamo"}'
+    assert shown(b"\x1b[2J\xff") == "\\x1b[2J\ufffd"
+    assert shown(None) == "{}"
 
 
 def test_a_setting_that_cannot_work_is_named():

@@ -1,6 +1,7 @@
 import io
 
 import msgspec
+import pytest
 from rich.console import Console
 
 from app.cli.fleet import FleetTable
@@ -34,3 +35,21 @@ def test_a_fleet_that_disagrees_is_warned_of():
     assert "warning: model 'sim' has 2 different cards" in printed(fleet)
     fleet.down(WorkerId("d1"))
     assert "warning" not in printed(fleet)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("address", "[fe80::1]:8000", "[fe80::1]:8000"),
+        ("model", "m[red]", "m[red]"),
+        ("model", "m[/b]", "m[/b]"),
+        ("model", "m\u202ex", "m\\u202ex"),
+    ],
+)
+def test_whatever_a_worker_says_of_itself_is_shown_as_it_is(field, value, shown):
+    fleet = FleetTable()
+    fleet.up(msgspec.structs.replace(registration("d0"), **{field: value}))
+    fleet.up(msgspec.structs.replace(registration("d1", card_digest="1" * 64), **{field: value}))
+    text = printed(fleet)
+    assert text.count(shown) >= 2
+    assert "\u202e" not in text

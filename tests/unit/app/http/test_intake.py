@@ -1,0 +1,81 @@
+import asyncio
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from starlette.requests import Request
+
+from app.auth import ANYBODY, Tenant
+from app.http.body import BodiesFull, BodyMemory
+from app.http.intake import read_request
+from app.openai.chat import parse_chat
+from app.openai.completions import parse_completion
+from app.prompt.prepare import ModelEntry, Preprocessor, chat_template_of
+from app.prompt.template import ChatTemplate
+from app.prompt.tokenizer import Tokenizer
+from planes.wire.blocks import name_blocks, root
+from planes.wire.messages import RequestId
+
+SIM = Path("workers/sim/model")
+CONFIG = json.loads((SIM / "tokenizer_config.json").read_text())
+MESSAGES = [{"role": "user", "content": "what is a KV cache?"}]
+
+
+@pytest.fixture(scope="module")
+def model():
+    tokenizer = Tokenizer((SIM / "tokenizer.json").read_bytes(), CONFIG)
+    template = ChatTemplate(chat_template_of(CONFIG), tokenizer.special_tokens, variables=tokenizer.variables)
+    return ModelEntry("sim", tokenizer, template, 4096, 16, tokenizer.vocab_size, digest="ab" * 32)
+
+
+@pytest.fixture
+def gateway(model):
+    preprocessor = Preprocessor()
+    yield SimpleNamespace(
+        settings=SimpleNamespace(request_timeout_s=60.0, max_body_bytes=1 << 24),
+        bodies=BodyMemory(1 << 24),
+        models=SimpleNamespace(longest_context=4096, entry=lambda name: model),
+        preprocessor=preprocessor,
+        clock=lambda: asyncio.get_running_loop().time(),
+        wall_clock=lambda: 1_700_000_000.0,
+    )
+    preprocessor.close()
+
+
+async def read(gateway, parse=parse_chat, tenant=ANYBODY, **fields):
+    body = json.dumps({"model": "sim", **fields}).encode()
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    request = Request({"type": "http", "headers": []}, receive)
+    return await read_request(gateway, request, headers={}, tenant=tenant, request_id=RequestId("r"), parse=parse)
+
+
+async def test_a_request_carries_the_card_that_its_tokens_are_of(gateway, model):
+    request = await read(gateway, messages=MESSAGES)
+    assert request.card_digest == model.digest == "ab" * 32
+    assert request.routable(num_tokens=0, excluded=frozenset(), is_retry=False).card_digest == model.digest
+
+
+async def test_tenants_name_the_blocks_of_one_prompt_differently(gateway):
+    one, other = Tenant("a", cache_salt="tenant a"), Tenant("b", cache_salt="tenant b")
+    requests = [await read(gateway, tenant=tenant, messages=MESSAGES * 20) for tenant in (one, other, one)]
+    assert len(requests[0].blocks)
+    assert np.array_equal(requests[0].blocks, requests[2].blocks)
+    assert not np.intersect1d(requests[0].blocks, requests[1].blocks).size
+    expected = name_blocks(requests[0].prompt, requests[0].block_size, root("sim", one.salted("")))
+    assert np.array_equal(requests[0].blocks, expected)
+    assert (requests[0].cache_salt, requests[1].cache_salt) == (one.salted(""), other.salted(""))
+
+
+async def test_a_body_counts_until_its_prompt_is_tokens(gateway):
+    memory = gateway.bodies
+    memory.take(1 << 24)
+    with pytest.raises(BodiesFull):
+        await read(gateway, parse_completion, prompt=[1] * 100_000)
+    memory.num_bytes = 0
+    assert (await read(gateway, messages=MESSAGES)).prompt.size
+    assert memory.num_bytes == 0
