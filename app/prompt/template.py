@@ -30,6 +30,7 @@ from datetime import datetime
 from typing import Any, Final, NoReturn
 
 import jinja2
+import jinja2.compiler
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
@@ -324,10 +325,20 @@ class _Budget:
             )
 
 
+class _CodeGenerator(jinja2.compiler.CodeGenerator):
+    """Computes nothing: Jinja's own does so with whatever is written out and has no variable in it."""
+
+    def _output_child_to_const(self, node: jinja2.nodes.Expr, frame: jinja2.compiler.Frame, finalize: Any) -> str:
+        if not isinstance(node, jinja2.nodes.Const | jinja2.nodes.TemplateData):
+            raise jinja2.nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
+
+
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """transformers' sandbox; every `for`, `*` and `**` counts against the rendering's budget."""
 
-    intercepted_binops = frozenset({"*", "**"})  # which also keeps Jinja from computing them when it compiles
+    intercepted_binops = frozenset({"*", "**"})
+    code_generator_class = _CodeGenerator
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         budget: _Budget = context[_BUDGET]
@@ -338,6 +349,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         tree = super()._parse(source, name, filename)
         for loop in tree.find_all(jinja2.nodes.For):
             loop.iter = jinja2.nodes.Filter(loop.iter, _BUDGET, [], [], None, None, lineno=loop.lineno)
+        for modifier in tree.find_all(jinja2.nodes.EvalContextModifier):
+            if not all(isinstance(option.value, jinja2.nodes.Const) for option in modifier.options):
+                raise jinja2.TemplateSyntaxError("'autoescape' takes true or false", modifier.lineno, name, filename)
         return tree
 
 

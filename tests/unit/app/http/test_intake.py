@@ -12,7 +12,7 @@ from app.http.body import BodiesFull, BodyMemory
 from app.http.intake import read_request
 from app.openai.chat import parse_chat
 from app.openai.completions import parse_completion
-from app.prompt.prepare import ModelEntry, Preprocessor, chat_template_of
+from app.prompt.prepare import ModelEntry, Preprocessor
 from app.prompt.template import ChatTemplate
 from app.prompt.tokenizer import Tokenizer
 from planes.wire.blocks import name_blocks, root
@@ -26,7 +26,7 @@ MESSAGES = [{"role": "user", "content": "what is a KV cache?"}]
 @pytest.fixture(scope="module")
 def model():
     tokenizer = Tokenizer((SIM / "tokenizer.json").read_bytes(), CONFIG)
-    template = ChatTemplate(chat_template_of(CONFIG), tokenizer.special_tokens, variables=tokenizer.variables)
+    template = ChatTemplate(CONFIG["chat_template"], tokenizer.special_tokens, variables=tokenizer.variables)
     return ModelEntry("sim", tokenizer, template, 4096, 16, tokenizer.vocab_size, digest="ab" * 32)
 
 

@@ -259,9 +259,33 @@ def test_products_of_a_sane_size_are_computed():
     assert text(template(source).render([user("x")])) == "1024 12 --- 0.5 3.0 [0, 0]"
 
 
-def test_nothing_is_folded_when_a_template_is_compiled():
-    environment = _environment(datetime.now)
-    assert "1267650600228229401496703205376" not in environment.compile("{% set x = 2 ** 100 %}{{ x }}", raw=True)
+@pytest.mark.parametrize(
+    "computed",
+    [
+        "{% set x = 2 ** 100 %}",
+        "{{ 2 ** 100 }}",
+        "{% set x = %s %}",
+        "{{ %s }}",
+        "{% if %s %}x{% endif %}",
+        "{% autoescape %s %}x{% endautoescape %}",
+    ],
+)
+def test_nothing_is_computed_when_a_template_is_compiled(computed):
+    environment, calls = _environment(datetime.now), []
+    environment.filters["spy"] = calls.append
+    for expression in ("'x' | spy", "('x' | spy) ~ 'y'", "'%9d' % ('x' | spy)", "[('x' | spy)] | join"):
+        try:
+            code = environment.compile(computed.replace("%s", expression), raw=True)
+        except jinja2.TemplateSyntaxError:
+            assert "autoescape" in computed
+            continue
+        assert "1267650600228229401496703205376" not in code
+    assert calls == []
+
+
+def test_autoescape_takes_a_constant():
+    source = "{% autoescape true %}{{ messages[0].content }}{% endautoescape %}{{ 'a' }}{{ 1 }}"
+    assert text(template(source).render([user("&")])) == "&amp;a1"
 
 
 @pytest.mark.parametrize("content", ["x", "<"])

@@ -363,9 +363,12 @@ async def test_an_abandoned_prompt_keeps_nothing(mode):
 @pytest.mark.parametrize("policy", ["流れ", "a\r\nset-cookie: b"])
 async def test_a_policy_may_have_any_name(policy):
     scene = Scene(HandoverMode.PULL, Fault("local", "lost", left=0))
-    scene.router._policy.name = policy
+    named = load_policy("headrace")
+    named.name = policy
+    scene.router.configure(RouterSettings(), named)
     response = await scene.serve()
     assert b"".join(response.payloads) == WHOLE
+    assert response.headers["x-headrace-policy"] == policy.encode("unicode_escape").decode()
     assert response.headers["x-headrace-policy"].isascii()
     assert response.headers["x-headrace-policy"].isprintable()
     scene.assert_nothing_is_left()
