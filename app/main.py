@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import structlog
 import uvicorn
@@ -26,6 +27,7 @@ from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, Routi
 from app.gateway import Gateway
 from app.http.body import BodyMemory
 from app.http.connection import ConnectionLimits, StreamingProtocol
+from app.http.openapi import described
 from app.http.response import Streamed
 from app.http.routes.completions import completion_routes
 from app.http.routes.messages import message_routes
@@ -79,6 +81,8 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.include_router(response_routes(gateway))
     app.include_router(stored_response_routes(gateway))
     app.include_router(operation_routes(gateway))
+    description = functools.cache(lambda: described(app.routes, version=version("headrace")))
+    app.openapi = description  # type: ignore[method-assign]  # FastAPI's own knows neither bodies nor streaming routes
 
     @app.exception_handler(HeadraceError)
     async def refused(_: Request, exc: HeadraceError) -> Response:

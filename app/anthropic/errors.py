@@ -12,7 +12,7 @@
 | 5xx           | api_error             |
 """
 
-from typing import Any, Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -29,6 +29,20 @@ _TYPES: Final = {
 }
 
 
+class ErrorDetail(msgspec.Struct, frozen=True):
+    """Anthropic's error object."""
+
+    type: str
+    message: str
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """What Anthropic wraps it in."""
+
+    type: Literal["error"]
+    error: ErrorDetail
+
+
 def response(exc: BaseException) -> ErrorResponse:
     """The answer to a request that ended with `exc` before its first byte was sent."""
     known = openai_errors.response(exc)
@@ -41,6 +55,6 @@ def sse_event(exc: BaseException) -> bytes:
     return b"event: error\ndata: " + msgspec.json.encode(body) + b"\n\n"
 
 
-def _body(exc: BaseException, status: int) -> dict[str, Any]:
+def _body(exc: BaseException, status: int) -> ErrorBody:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": openai_errors.message_of(exc)}}
+    return ErrorBody(type="error", error=ErrorDetail(kind, openai_errors.message_of(exc)))
