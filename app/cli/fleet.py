@@ -38,6 +38,9 @@ class NoAnswer(HeadraceError):  # noqa: N818 - names the outcome
 
     code = "no_answer"
 
+    def __init__(self, etcd: str, timeout_s: float) -> None:
+        super().__init__(f"etcd at {redacted(etcd)} did not answer within {timeout_s:g} s")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetTableSettings(PlaneSettings):
@@ -111,7 +114,7 @@ async def show(settings: FleetTableSettings) -> int:
         for task in tasks:
             task.cancel()
     if not is_known:
-        raise NoAnswer(f"etcd at {redacted(settings.etcd)} did not answer within {settings.timeout_s:g} s")
+        raise NoAnswer(settings.etcd, settings.timeout_s)
     return 0
 
 

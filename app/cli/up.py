@@ -124,14 +124,18 @@ async def run_everything(settings: UpSettings) -> int:
         children.append(_gateway_child(settings, etcd, nats, state, len(children)))
         await supervisor.start(children)
         if not stop.is_set():
-            named = {"etcd": etcd, "nats": nats, "namespace": settings.namespace}
-            shown = " ".join(f"{variable(name)}={value}" for name, value in named.items() if redacted(value) == value)
-            say(f"export {shown} for headrace fleet and headrace config")
+            say(f"export {_exported(etcd, nats, settings.namespace)} for headrace fleet and headrace config")
             _announce(settings, _served_name(settings), time.monotonic() - started_at, state)
         await supervisor.watch()
         say("stopping; streams that run may finish (Ctrl-C again: they may not) …")
     say("stopped")
     return 0
+
+
+def _exported(etcd: str, nats: str, namespace: str) -> str:
+    """What the other commands need; an address with a secret in it came by variable and is known."""
+    named = {"etcd": etcd, "nats": nats, "namespace": namespace}
+    return " ".join(f"{variable(name)}={value}" for name, value in named.items() if redacted(value) == value)
 
 
 def _take_state_dir(state: Path, stack: AsyncExitStack, *, is_ours: bool) -> None:

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from app.cli.fleet import FleetTable
+from app.cli.fleet import FleetTable, NoAnswer
 from planes.wire.messages import LoadReport, WorkerId, WorkerState
 from tests.fakes import registration
 
@@ -53,3 +53,7 @@ def test_whatever_a_worker_says_of_itself_is_shown_as_it_is(field, value, shown)
     text = printed(fleet)
     assert text.count(shown) >= 2
     assert "\u202e" not in text
+
+
+def test_an_etcd_that_does_not_answer_is_named_without_its_password():
+    assert str(NoAnswer("http://u:s3cr3t@e:1", 5.0)) == "etcd at http://***@e:1 did not answer within 5 s"

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from app.cli.up import UpSettings, _announce, _gateway_child, _worker_children
+from app.cli.up import UpSettings, _announce, _exported, _gateway_child, _worker_children
 from planes.wire.errors import UnusableSetting
 
 
@@ -68,6 +68,11 @@ def test_a_gateway_that_others_reach_without_a_key_is_told(capsys, tmp_path, hos
     keys = tmp_path / "keys.toml"
     keys.write_text('[[keys]]\ntenant = "t"\nkey = "sk-1"\n')
     assert "there is no --api-keys-file" not in announced(capsys, tmp_path, host=host, api_keys_file=keys)
+
+
+def test_what_to_export_shows_no_password():
+    shown = _exported("http://u:s3cr3t@e:1", "nats://n:2", "ns")
+    assert shown == "HEADRACE_NATS=nats://n:2 HEADRACE_NAMESPACE=ns"
 
 
 def test_children_get_addresses_by_variable_and_only_what_they_read(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ from planes.wire.frames import (
 )
 from planes.wire.messages import HandoverEndpoint, HandoverMode, RequestId, WorkerId
 from router.errors import DeadlineExceeded, NoPair, NoWorker, QueueFull
+from router.request import Outcome
 from tests.fakes import route
 
 PREFILL = [WorkerId("p0"), WorkerId("p1")]
@@ -400,3 +401,36 @@ def failure(error, worker):
         "disagrees": WorkerDisagrees(worker, "invalid_request", "odd"),
         "expired": TicketExpired(worker, "late"),
     }[error]
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+@pytest.mark.parametrize(
+    ("event", "outcome", "failure", "code"),
+    [
+        (on.Deadline(), Outcome.FAILED, ("deadline", None), "deadline"),
+        (on.Stopping(), Outcome.CANCELLED, ("gateway_stopping", None), "gateway_stopping"),
+        (on.Bug(ZeroDivisionError("my pin is 4711")), Outcome.FAILED, ("internal_error", None), "internal_error"),
+        (on.ClientGone(), Outcome.CANCELLED, None, "cancelled"),
+    ],
+)
+def test_an_attempt_that_is_left_is_recorded_as_what_ended_it(event, outcome, failure, code, is_begun):
+    exchange = Exchange(request(), ExchangeLimits())
+    exchange.start()
+    (started,) = exchange.receive(on.Bound(route("r", "d0"), None), now=0.0)
+    if is_begun:
+        exchange.receive(on.LegOutput(started.leg, b"<0>", [0]), now=1.0)
+    (released,) = [each for each in exchange.receive(event, now=2.0) if isinstance(each, do.ReleaseReservation)]
+    told = released.observed.failure
+    assert (released.observed.outcome, told and (told.code, told.worker), exchange.code) == (outcome, failure, code)
+    assert told is None or "4711" not in told.reason
+
+
+@pytest.mark.parametrize("error", [WorkerFailed, WorkerRefused, WorkerDisagrees])
+def test_what_is_recorded_of_a_failed_leg_has_no_words_of_the_worker(error):
+    exchange = Exchange(request(), ExchangeLimits())
+    exchange.start()
+    (started,) = exchange.receive(on.Bound(route("r", "d0"), None), now=0.0)
+    failed = on.LegFailed(started.leg, error(WorkerId("d0"), "engine_error", "my pin is 4711"))
+    (released,) = [each for each in exchange.receive(failed, now=1.0) if isinstance(each, do.ReleaseReservation)]
+    told = released.observed.failure
+    assert (told.worker, "4711" in told.reason, "engine_error" in told.reason) == ("d0", False, True)

@@ -35,7 +35,7 @@ from planes.wire.frames import (
 )
 from planes.wire.messages import HandoverMode, LoadReport, RequestId, Role, WorkerId, WorkerState
 from router.policies import load_policy
-from router.request import HandoverPreference
+from router.request import HandoverPreference, Outcome
 from router.router import Router
 from router.settings import RouterSettings
 from tests.fakes import FakeResponse, registration
@@ -299,6 +299,8 @@ async def test_a_leg_that_fails_is_made_good_or_the_client_told(mode, sampling, 
         told = response.payloads[-1] if response.payloads else response.body
         assert b'"code":"deadline"' in told
         assert WHOLE.startswith(b"".join(response.payloads[:-1]))
+        observed = scene.router.explain(RequestId("r")).observed
+        assert (observed.outcome, observed.failure.code) == (Outcome.FAILED, "deadline")
     else:
         assert b"".join(response.payloads) == WHOLE
     scene.assert_nothing_is_left()
