@@ -11,6 +11,7 @@ The file is TOML:
 """
 
 import hashlib
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +183,12 @@ def _key_in(headers: Mapping[str, str]) -> str:
 
 def is_open_to_others(host: str, key_file: Path | None) -> bool:
     """Whether a gateway that listens on `host` serves whoever reaches this machine, no key needed."""
-    return key_file is None and not host.startswith("127.") and host not in ("::1", "localhost")
+    if key_file is not None or host == "localhost":
+        return False
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return True  # a name may be anything
 
 
 def load_keys(path: Path) -> dict[bytes, Tenant]:

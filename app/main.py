@@ -242,9 +242,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
             if fallback := gateway.router.stats(now=gateway.clock()).index_fallback:
                 _log.warning("index.pure_python", reason=fallback)
             _settle_memory()
-            if is_open_to_others(settings.host, settings.api_keys_file):
-                _log.warning("gateway.open_to_all", host=host, advice="set --api-keys-file or listen on 127.0.0.1")
-            _log.info("gateway.listening", host=host, port=port, policy=settings.policy)
+            _log_start(settings, host, port)
             await server.serve(sockets=[listener])
             await server.cut_off()
             await gateway.background.stop(0.0 if server.force_exit else settings.drain_s)
@@ -255,6 +253,12 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
         gateway.dispatcher.stop()
         gateway.preprocessor.close()
     _log.info("gateway.stopped")
+
+
+def _log_start(settings: GatewaySettings, host: str, port: int) -> None:
+    if is_open_to_others(settings.host, settings.api_keys_file):
+        _log.warning("gateway.open_to_all", host=host, advice="set --api-keys-file or listen on 127.0.0.1")
+    _log.info("gateway.listening", host=host, port=port, policy=settings.policy)
 
 
 def _settle_memory() -> None:

@@ -7,7 +7,6 @@ grow; what dies before ends everything with its last words.
 
 import asyncio
 import fcntl
-import ipaddress
 import os
 import re
 import shutil
@@ -267,14 +266,6 @@ def _reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
-def _is_this_machine(host: str) -> bool:
-    """Whether nobody else reaches what listens there; a name other than localhost may be anything."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 async def _serves(host: str, port: int, num_workers: int) -> bool:
     """Whether the gateway answers and has connected to every worker."""
     try:
@@ -293,8 +284,6 @@ def _announce(settings: UpSettings, model: str, seconds: float, state: Path) -> 
     url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "The capital of France is"}}], '
     body += '"max_tokens": 32, "stream": true}'
-    if settings.api_keys_file is None and not _is_this_machine(settings.host):
-        say(f"anybody who reaches {settings.host} may use it: there is no --api-keys-file")
     say(f"ready after {seconds:.1f} s; logs in {state}; Ctrl-C stops everything")
     if is_open_to_others(settings.host, settings.api_keys_file):
         say(f"warning: {settings.host} lets everybody in who reaches this machine; --api-keys-file asks for keys")

@@ -202,7 +202,8 @@ def test_tenants_share_cached_prompts_only_if_their_keys_say_so(tmp_path):
 @pytest.mark.parametrize(
     ("host", "keys", "is_open"),
     [("0.0.0.0", None, True), ("::", None, True), ("10.0.0.1", None, True), ("0.0.0.0", Path("k"), False)]
-    + [(host, None, False) for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost")],
+    + [(host, None, False) for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost")]
+    + [("127.0.0.1.example.org", None, True)],
 )
 def test_who_listens_beyond_this_machine_without_keys_is_open_to_others(host, keys, is_open):
     assert is_open_to_others(host, keys) is is_open

@@ -16,7 +16,7 @@ from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, routing_setup
 from app.gateway import Gateway
 from app.http.body import BodyMemory
-from app.main import _uvicorn_config, create_app, streams_first
+from app.main import _log_start, _uvicorn_config, create_app, streams_first
 from app.metrics import Metrics, router_gauges
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
@@ -353,3 +353,10 @@ async def test_only_posts_of_the_two_generating_routes_go_past_the_framework(gat
         await front({"type": "http", "method": "GET", "path": path}, None, None)
     await front({"type": "http", "method": "POST", "path": "/v1/routes"}, None, None)
     assert seen == ["/v1/chat/completions", "/v1/completions", "/v1/routes"]
+
+
+@pytest.mark.parametrize(("host", "events"), [("127.0.0.1", ["listening"]), ("0.0.0.0", ["open_to_all", "listening"])])
+def test_a_gateway_that_is_open_to_others_says_so_once(settings, host, events):
+    with structlog.testing.capture_logs() as logged:
+        _log_start(replace(settings, host=host), host, 8000)
+    assert [line["event"] for line in logged] == [f"gateway.{event}" for event in events]
