@@ -5,6 +5,8 @@ ENGINE ?= vllm
 EXTRA  ?= $(if $(filter sim,$(ENGINE)),sim,$(if $(wildcard $(VENV)/.cuda),cuda,cpu))
 FLAVOR ?= cpu
 ARGS   ?=
+N      ?= 1000000
+CASES  ?= 20000
 
 # What is installed is good enough for everything but running and testing with vLLM.
 THERE := $(or $(firstword $(wildcard $(VENV)/.cpu $(VENV)/.cuda $(VENV)/.sim)),$(VENV)/.$(EXTRA))
@@ -15,7 +17,7 @@ NIXL  := nixl-cu12==1.5.1
 BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test unit lint format docs bench simulate load docker clean
+.PHONY: help install run test unit lint format docs bench simulate load fuzz docker clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -84,6 +86,11 @@ simulate: $(VENV)/.dev ## All routing policies on real and generated loads; writ
 
 load: $(VENV)/.dev ## Locust against a running gateway: ARGS="--host http://127.0.0.1:8000 -u 16 -t 30s"
 	$(VENV)/bin/locust -f loadtest/locustfile.py --headless $(ARGS)
+
+fuzz: $(VENV)/.dev ## Hostile bodies in process and over HTTP, hostile requests from the API's description: N=1000000, CASES=20000
+	$(RUN) -m tests.fuzz.bodies $(N) $(ARGS)
+	$(RUN) -m tests.fuzz.bodies $(CASES) --stack $(ARGS)
+	$(RUN) -m tests.fuzz.routes $(CASES) $(ARGS)
 
 docker: ## Build both images; FLAVOR=cpu (default), cuda or sim
 	docker build --network=host -f docker/gateway.Dockerfile -t headrace/gateway .

@@ -1,16 +1,25 @@
 """A conversation in Anthropic's blocks as the messages of a chat, which is what templates are written for."""
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from app.anthropic.schema import Block, Turn
-from app.openai.decode import check_count, shown
+from app.openai.decode import check_count, decode_field, shown
 from app.openai.schema import NULL, Json, Limits
 from planes.wire.errors import InvalidRequest
 
+_ANYTHING: Final = msgspec.json.Decoder()
 _ROLES: Final = ("user", "assistant", "system")
+
+
+class _Source(msgspec.Struct, frozen=True):
+    type: str
+    data: str = ""
+
+
+_SOURCE: Final = msgspec.json.Decoder(_Source)
 
 
 def chat_messages(system: str | list[Block] | None, turns: list[Turn], limits: Limits) -> tuple[dict[str, Json], ...]:
@@ -87,7 +96,7 @@ def _assistant(blocks: list[Block], where: str) -> dict[str, Json]:
 def _call(block: Block, where: str) -> dict[str, Json]:
     if not block.name:
         raise _missing(f"{where}.name")
-    arguments: Any = msgspec.json.decode(block.input) if block.input != NULL else {}
+    arguments: Json = {} if block.input == NULL else decode_field(f"{where}.input", block.input, _ANYTHING)
     return {"id": block.id or "", "type": "function", "function": {"name": block.name, "arguments": arguments}}
 
 
@@ -115,17 +124,12 @@ def _block_text(block: Block, where: str) -> str:
 def _document(block: Block) -> str | None:
     """The text of a document that brings it along; None for any other."""
     try:
-        source = msgspec.json.decode(block.source, type=_Source)
-    except msgspec.DecodeError:
+        source = decode_field("source", block.source, _SOURCE)
+    except InvalidRequest:
         return None
     if source.type != "text":
         return None
     return f"{block.title}\n{source.data}" if block.title else source.data
-
-
-class _Source(msgspec.Struct, frozen=True):
-    type: str
-    data: str = ""
 
 
 def _missing(name: str) -> InvalidRequest:

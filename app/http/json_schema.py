@@ -24,10 +24,10 @@ _SCALARS: Final[dict[type[inspect.Type], dict[str, str]]] = {
 class Schemas:
     """The schemas of some structs and of all that stands in them. `ref` tells where one is."""
 
-    def __init__(self, kinds: Iterable[type[msgspec.Struct]], notes: dict[str, dict[str, str]]) -> None:
-        """Args:  notes: for a struct's name, what is to be said of its fields."""
+    def __init__(self, kinds: Iterable[type[msgspec.Struct]], known: dict[str, dict[str, dict[str, Any]]]) -> None:
+        """Args:  known: for a struct's name, the schemas of fields that say more than their types."""
         self.components: dict[str, Any] = {}
-        self._notes = notes
+        self._known = known
         self._names: dict[type, str] = {}
         for kind in kinds:
             self._reference(inspect.type_info(kind))
@@ -48,13 +48,10 @@ class Schemas:
         return self.ref(kind)
 
     def _object(self, info: Any) -> dict[str, Any]:
-        notes = self._notes.get(info.cls.__name__, {})
-        properties: dict[str, Any] = {}
-        for field in info.fields:
-            schema = self._schema(field.type)
-            if field.encode_name in notes:
-                schema = {**schema, "description": notes[field.encode_name]}
-            properties[field.encode_name] = schema
+        known = self._known.get(info.cls.__name__, {})
+        properties = {
+            field.encode_name: known.get(field.encode_name) or self._schema(field.type) for field in info.fields
+        }
         return {
             "title": info.cls.__name__,
             "type": "object",

@@ -90,8 +90,8 @@ _REFUSED: Final[dict[str, dict[str, tuple[Json, ...]]]] = {
 def described(routes: list[BaseRoute], *, version: str) -> dict[str, Json]:
     """An OpenAPI 3.1 document of those routes that tell what they do."""
     kinds = {each for details in DETAILS.values() for each in (details.body, details.error) if each is not None}
-    notes = {kind: {name: _refusal(values) for name, values in each.items()} for kind, each in _REFUSED.items()}
-    schemas = Schemas(sorted(kinds, key=lambda kind: (kind.__module__, kind.__name__)), notes)
+    refused = {kind: {name: _refusal(values) for name, values in each.items()} for kind, each in _REFUSED.items()}
+    schemas = Schemas(sorted(kinds, key=lambda kind: (kind.__module__, kind.__name__)), refused)
     paths: dict[str, dict[str, Json]] = {}
     for route in routes:
         if not isinstance(route, Route) or not route.include_in_schema:
@@ -158,6 +158,5 @@ def _other(details: RouteDetails) -> list[dict[str, Json]]:
     return [_OBJECT] if details.is_open or details.error is _ANTHROPIC else []
 
 
-def _refusal(values: tuple[Json, ...]) -> str:
-    allowed = ["null", *(msgspec.json.encode(value).decode() for value in values)]
-    return f"Not served: anything but {' or '.join(allowed)} is refused."
+def _refusal(values: tuple[Json, ...]) -> dict[str, Json]:
+    return {"enum": [None, *values], "description": "Not served: any other value is refused."}

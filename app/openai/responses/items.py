@@ -209,7 +209,7 @@ def _output_text(output: msgspec.Raw) -> str:
         return ""
     try:
         value: Any = _OUTPUT.decode(output)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return bytes(output).decode(errors="replace")  # some other JSON value: as good a text as any
     return value if isinstance(value, str) else _joined(value)
 
@@ -232,7 +232,7 @@ def _check(item: Item, where: str) -> None:
     elif item.kind in ("function_call_output", "custom_tool_call_output"):
         try:
             parts = _OUTPUT.decode(item.output)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return
         if not isinstance(parts, str):
             _check_parts(parts, f"{where}.output")

@@ -156,3 +156,17 @@ def test_what_is_wrong_is_named(changes, param):
 def test_a_count_needs_no_length():
     parsed = parse_count(json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}]}).encode())
     assert parsed.messages == ({"role": "user", "content": "hi"},)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        b'{"type": "tool_use", "name": "f", "input": {"a": "\xb8"}}',
+        b'{"type": "document", "source": {"type": "text", "data": "\xb8"}}',
+    ],
+    ids=["input", "source"],
+)
+def test_bytes_that_are_no_text_are_refused_where_a_block_is_read_later(block):
+    body = b'{"model": "m", "max_tokens": 1, "messages": [{"role": "assistant", "content": [%b]}]}' % block
+    with pytest.raises(InvalidRequest):
+        parse_message(body)
