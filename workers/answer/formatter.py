@@ -282,8 +282,7 @@ class _Choice:
     def _put(self, event: bytes) -> None:
         """One event, or several of a dialect that tells nothing of tokens."""
         if self._teller is not None and event:
-            news = TokenNews(self._untold, self.num_tokens, self.reasoning_tokens)
-            event = self._teller.told(self._index, event, news)
+            event = self._teller.told(self._index, event, TokenNews(self._untold, self.num_tokens))
             self._untold = []
         self._written.append(event)
 

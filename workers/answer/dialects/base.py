@@ -19,14 +19,13 @@ class TokenNote:
 
 @dataclass(frozen=True, slots=True)
 class TokenNews:
-    """What one event tells of its choice's tokens.  tokens: those that no event before has told of, in order.
+    """What one event tells of its choice's tokens.
 
-    num_tokens, reasoning_tokens: of the choice, so far.
+    tokens: those that no event before has told of, in order.  num_tokens: so far.
     """
 
     tokens: Sequence[int]
     num_tokens: int
-    reasoning_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,13 +61,12 @@ class OpenAiDialect:
         return b"".join(told)
 
     def _usage_so_far(self, news: TokenNews) -> dict[str, Any]:
-        """Of one choice. What was cached follows at the end: it is the worker's, not the tokens'."""
+        """Of one choice. Details follow at the end: what was cached is the worker's, not the tokens'."""
         prompt_tokens = len(self._prompt)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": news.num_tokens,
             "total_tokens": prompt_tokens + news.num_tokens,
-            "completion_tokens_details": {"reasoning_tokens": news.reasoning_tokens},
         }
 
     def _ranked(self, logprobs: Sequence[TokenLogprob | None]) -> list[dict[str, Any] | None]:
