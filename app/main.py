@@ -35,6 +35,7 @@ from app.http.routes.operations import operation_routes
 from app.http.routes.replies import error_reply
 from app.http.routes.responses import response_routes
 from app.http.routes.stored_responses import stored_response_routes
+from app.http.routes.tokens import token_routes
 from app.metrics import Metrics, router_gauges
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
@@ -80,6 +81,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.include_router(message_routes(gateway))
     app.include_router(response_routes(gateway))
     app.include_router(stored_response_routes(gateway))
+    app.include_router(token_routes(gateway))
     app.include_router(operation_routes(gateway))
     description = functools.cache(lambda: described(app.routes, version=version("headrace")))
     app.openapi = description  # type: ignore[method-assign]  # FastAPI's own knows neither bodies nor streaming routes

@@ -1,7 +1,8 @@
 """From an HTTP request to a `GatewayRequest`: its body read, parsed and turned into tokens."""
 
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Final, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -21,6 +22,7 @@ from planes.wire.messages import RequestId
 _ID_PREFIX: Final = {Kind.CHAT: "chatcmpl-", Kind.COMPLETION: "cmpl-", Kind.RESPONSE: "resp_", Kind.MESSAGE: "msg_"}
 
 Parse = Callable[[bytes], ParsedRequest]
+Result = TypeVar("Result")
 
 
 async def read_request(
@@ -45,6 +47,21 @@ async def read_request(
         return await prepared_request(
             gateway, parsed, headers=headers, tenant=tenant, request_id=request_id, arrived_at=arrived_at
         )
+
+
+@asynccontextmanager
+async def parsed_body(
+    gateway: Gateway, request: Request, parse: Callable[[bytes], Result]
+) -> AsyncIterator[tuple[Result, float]]:
+    """For routes that generate nothing: what `parse` makes of the body, and the deadline, within the key's limits.
+
+    Raises:  HeadraceError.
+    """
+    tenant = gateway.keys.authenticate(request.headers)
+    deadline = gateway.clock() + gateway.settings.request_timeout_s
+    with gateway.keys.admitted(tenant), gateway.bodies.lease() as lease:
+        body = await read_body(request, max_body_bytes(gateway), lease)
+        yield await gateway.preprocessor.parse(parse, body, deadline=deadline), deadline
 
 
 async def prepared_request(

@@ -18,6 +18,7 @@ from app.openai import errors as openai_errors
 from app.openai.bodies import UNSUPPORTED_CHAT, UNSUPPORTED_COMPLETION, ChatBody, CompletionBody
 from app.openai.responses.bodies import UNSUPPORTED_RESPONSE, ResponseBody
 from app.openai.schema import Json
+from app.openai.tokenize import UNSUPPORTED_TOKENIZE, DetokenizeBody, TokenizeBody
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ DETAILS: Final[dict[tuple[str, str], RouteDetails]] = {
     ("POST", "/v1/messages"): RouteDetails(MessageBody, is_streamed=True, statuses=_GENERATING, error=_ANTHROPIC),
     ("POST", "/v1/messages/count_tokens"): RouteDetails(ConversationBody, error=_ANTHROPIC),
     ("POST", "/v1/routes"): RouteDetails(ChatBody),
+    ("POST", "/tokenize"): RouteDetails(TokenizeBody),
+    ("POST", "/detokenize"): RouteDetails(DetokenizeBody),
     ("GET", "/v1/responses/{response_id}"): RouteDetails(
         is_streamed=True,
         statuses=_STORE,
@@ -84,6 +87,7 @@ _REFUSED: Final[dict[str, dict[str, tuple[Json, ...]]]] = {
     "ChatBody": UNSUPPORTED_CHAT,
     "CompletionBody": UNSUPPORTED_COMPLETION,
     "ResponseBody": UNSUPPORTED_RESPONSE,
+    "TokenizeBody": UNSUPPORTED_TOKENIZE,
 }
 
 

@@ -1,4 +1,4 @@
-"""The `prompt` of POST /v1/completions: a text or token ids, or a list of such, from its JSON.
+"""The `prompt` of POST /v1/completions, and its like: a text or token ids, or a list of such, from its JSON.
 
 A list of ids may have millions, and one call into the decoder holds the interpreter's lock until it returns: so a list
 is decoded in pieces, between which the event loop gets its turn (`app/prompt/prepare.py` does this on a thread).
@@ -31,10 +31,10 @@ _KINDS: Final = {
 _SHOWN_BYTES: Final = 200
 
 
-def parse_prompts(raw: msgspec.Raw, limits: Limits) -> list[str | Tokens]:
+def parse_prompts(raw: msgspec.Raw, limits: Limits, *, name: str = "prompt", most: int = 0) -> list[str | Tokens]:
     """Texts, or token ids (shape (n,), uint32, n >= 1): one at least. A list of one prompt is that prompt.
 
-    Args:  raw: a JSON value whose syntax has been checked.
+    Args:  raw: a JSON value whose syntax has been checked.  name: of the field.  most: prompts; 0: what limits say.
     Raises:  InvalidRequest.
     """
     text = bytes(raw)
@@ -42,29 +42,41 @@ def parse_prompts(raw: msgspec.Raw, limits: Limits) -> list[str | Tokens]:
         return [_text(text)]
     if not text.startswith(b"["):
         raise InvalidRequest(
-            f"Invalid type for 'prompt': expected str or array, got {_kind(text)}; the value is {_value(text)}.",
-            param="prompt",
+            f"Invalid type for '{name}': expected str or array, got {_kind(text)}; the value is {_value(text)}.",
+            param=name,
             code="invalid_type",
         )
     inner = text[1:_PIECE_BYTES].lstrip()
     if inner.startswith(b"]"):
-        raise InvalidRequest("Invalid 'prompt': it must not be an empty list.", param="prompt")
+        raise InvalidRequest(f"Invalid '{name}': it must not be an empty list.", param=name)
     if not inner.startswith((b'"', b"[")):
-        return [_token_ids(text)]
+        return [_token_ids(text, name)]
     prompts = msgspec.json.decode(text, type=list[msgspec.Raw])
-    check_count("prompt", len(prompts), limits.num_prompts, "prompts")
-    return [_one(bytes(prompt), index) for index, prompt in enumerate(prompts)]
+    check_count(name, len(prompts), most or limits.num_prompts, "prompts")
+    return [_one(bytes(prompt), f"{name}[{index}]") for index, prompt in enumerate(prompts)]
 
 
-def _one(text: bytes, index: int) -> str | Tokens:
+def parse_token_ids(raw: msgspec.Raw, *, name: str) -> Tokens:
+    """Shape (n,), uint32, n >= 1.  Raises:  InvalidRequest.  Args:  as above."""
+    text = bytes(raw)
+    if text.startswith(b"["):
+        return _token_ids(text, name)
+    raise InvalidRequest(
+        f"Invalid type for '{name}': expected array, got {_kind(text)}; the value is {_value(text)}.",
+        param=name,
+        code="invalid_type",
+    )
+
+
+def _one(text: bytes, name: str) -> str | Tokens:
     """Of a list of prompts, which may mix texts and token ids."""
     if text.startswith(b'"'):
         return _text(text)
     if text.startswith(b"["):
-        return _token_ids(text)
+        return _token_ids(text, name)
     raise InvalidRequest(
-        f"Invalid type for 'prompt[{index}]': expected str or array, got {_kind(text)}; the value is {_value(text)}.",
-        param=f"prompt[{index}]",
+        f"Invalid type for '{name}': expected str or array, got {_kind(text)}; the value is {_value(text)}.",
+        param=name,
         code="invalid_type",
     )
 
@@ -76,7 +88,7 @@ def _text(text: bytes) -> str:
         raise InvalidRequest(f"The request body is not valid JSON: {exc}.", code="invalid_json") from exc
 
 
-def _token_ids(text: bytes) -> Tokens:
+def _token_ids(text: bytes, name: str) -> Tokens:
     """Of a JSON list."""
     pieces: list[Tokens] = []
     num_ids, at, end = 0, 1, len(text) - 1
@@ -86,32 +98,32 @@ def _token_ids(text: bytes) -> Tokens:
         try:
             ids = _IDS.decode(b"[%b]" % text[at:cut])
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            raise _not_an_id(text, at, cut, num_ids) from exc
+            raise _not_an_id(text, name, at, cut, num_ids) from exc
         if ids:
-            check_range("prompt", min(ids), 0, 2**32 - 1)
-            check_range("prompt", max(ids), 0, 2**32 - 1)
+            check_range(name, min(ids), 0, 2**32 - 1)
+            check_range(name, max(ids), 0, 2**32 - 1)
         pieces.append(np.array(ids, dtype=np.uint32))
         num_ids += len(ids)
         at = cut + 1
     if not num_ids:
-        raise InvalidRequest("Invalid 'prompt': it must hold at least one token id.", param="prompt")
+        raise InvalidRequest(f"Invalid '{name}': it must hold at least one token id.", param=name)
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
-def _not_an_id(text: bytes, at: int, cut: int, num_ids: int) -> InvalidRequest:
+def _not_an_id(text: bytes, name: str, at: int, cut: int, num_ids: int) -> InvalidRequest:
     """Why text[at:cut], with `num_ids` ids before it, is no list of ids."""
     piece = text[at:cut]
     found = _NO_ID.search(piece)
     if found is None:
-        return InvalidRequest("Invalid 'prompt': it is no list of token ids.", param="prompt", code="invalid_type")
+        return InvalidRequest(f"Invalid '{name}': it is no list of token ids.", param=name, code="invalid_type")
     value = text[at + found.end() :]
     if value.startswith((b'"', b"[")):
         return InvalidRequest(
-            f"Invalid 'prompt': it mixes token ids with {_value(value)}; send only ids or only text.",
-            param="prompt",
+            f"Invalid '{name}': it mixes token ids with {_value(value)}; send only ids or only text.",
+            param=name,
             code="invalid_type",
         )
-    name = f"prompt[{num_ids + piece.count(b',', 0, found.end())}]"
+    name = f"{name}[{num_ids + piece.count(b',', 0, found.end())}]"
     return InvalidRequest(
         f"Invalid type for '{name}': expected int, got {_kind(value)}; the value is {_value(value)}.",
         param=name,

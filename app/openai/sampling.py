@@ -166,7 +166,7 @@ class Unsupported:
         self._fields = unsupported
         self._values = attrgetter(*unsupported)
 
-    def check(self, body: CommonBody) -> None:
+    def check(self, body: msgspec.Struct) -> None:
         """Raises:  InvalidRequest naming the first unsupported field."""
         values = self._values(body)
         if values.count(NULL) == len(values):

@@ -23,7 +23,7 @@ from app.prompt.card import ModelUnusable, RenderingDiffers, entry_of
 from app.prompt.prepare import ModelEntry
 from planes.assets import Store, fetch_card
 from planes.probes import differ
-from planes.wire.errors import Rejected
+from planes.wire.errors import InvalidRequest, Rejected
 from planes.wire.messages import Registration, WorkerId, WorkerState
 
 _log = structlog.get_logger()
@@ -127,6 +127,24 @@ class Models:
         if any(name == model for name, _ in self._cards):
             raise NoWorkerLeft(model)
         raise ModelNotFound(model)
+
+    def context_length(self, model: str) -> int | None:
+        """The largest of its registered workers; None if there are none."""
+        own = [served for served in self._workers.values() if served.registration.model == model]
+        return _context_length(own) if own else None
+
+    def only(self) -> str:
+        """The name of the one model that there is.  Raises:  InvalidRequest if there are several; NoModelYet."""
+        names = sorted({served.registration.model for served in self._workers.values()})
+        if len(names) > 1:
+            raise InvalidRequest(
+                f"Missing required parameter: 'model'. {len(names)} models are served here: {', '.join(names)[:500]}.",
+                param="model",
+                code="missing_required_parameter",
+            )
+        if not names:
+            raise NoModelYet("")
+        return names[0]
 
     def statuses(self) -> list[CardStatus]:
         """Every card of every registered worker."""

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -147,12 +148,17 @@ class Preprocessor:
             return _prepared(parsed, model, salt)
         return await self._on_thread(deadline, _prepared, parsed, model, salt)
 
-    async def tokenize(self, parsed: ParsedRequest, model: ModelEntry, *, deadline: float | None = None) -> Tokens:
-        """The prompt's tokens, however many.  Raises:  InvalidRequest, TokenizersBusy, PreparationTimeout."""
+    async def tokenize(
+        self, parsed: ParsedRequest, model: ModelEntry, *, is_plain: bool = False, deadline: float | None = None
+    ) -> Tokens:
+        """The prompt's tokens, however many.
+
+        Args:  is_plain: a text without what the model's configuration puts around it.
+        Raises:  InvalidRequest, TokenizersBusy, PreparationTimeout.
+        """
         parsed = self._stable(parsed)
-        if parsed.num_bytes <= self._inline_bytes:
-            return _prompt_tokens(parsed, model)
-        return await self._on_thread(deadline, _prompt_tokens, parsed, model)
+        work = partial(_prompt_tokens, is_plain=is_plain)
+        return await self.run(work, parsed, model, num_bytes=parsed.num_bytes, deadline=deadline)
 
     def close(self) -> None:
         """Waits for prompts that are being tokenized; those that wait for a thread are cancelled."""
@@ -202,14 +208,15 @@ def _prepared(parsed: ParsedRequest, model: ModelEntry, salt: str) -> Prepared:
     )
 
 
-def _prompt_tokens(parsed: ParsedRequest, model: ModelEntry) -> Tokens:
+def _prompt_tokens(parsed: ParsedRequest, model: ModelEntry, *, is_plain: bool = False) -> Tokens:
     """May run on a thread."""
     if parsed.kind.is_conversation:
         return _chat_tokens(parsed, model)
     if isinstance(parsed.prompt, str):
         _check_provable(len(parsed.prompt), parsed, model)
-        return model.tokenizer.encode_prompt(parsed.prompt)
-    _check_vocabulary("prompt", int(parsed.prompt.max()), model)
+        encode = model.tokenizer.encode_text if is_plain else model.tokenizer.encode_prompt
+        return encode(parsed.prompt)
+    check_vocabulary("prompt", int(parsed.prompt.max()), model)
     return parsed.prompt
 
 
@@ -322,10 +329,10 @@ def _max_tokens(num_tokens: int, parsed: ParsedRequest, model: ModelEntry) -> in
 def _check_ids(sampling: Sampling, model: ModelEntry) -> None:
     for field, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias)):
         if ids:
-            _check_vocabulary(field, max(ids), model)
+            check_vocabulary(field, max(ids), model)
 
 
-def _check_vocabulary(field: str, largest: int, model: ModelEntry) -> None:
+def check_vocabulary(field: str, largest: int, model: ModelEntry) -> None:
     """Token ids outside the vocabulary would index past the engine's embeddings and logits."""
     if largest >= model.vocab_size:
         raise InvalidRequest(

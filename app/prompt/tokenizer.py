@@ -45,6 +45,9 @@ class Backend(Protocol):
     def decode(self, tokens: Sequence[int]) -> str:
         """Control tokens included."""
 
+    def spelling(self, token: int) -> str | None:
+        """As its vocabulary writes it; None for an id that it does not know."""
+
 
 class AddedToken(msgspec.Struct, frozen=True):
     """An entry of `added_tokens` in tokenizer.json."""
@@ -144,6 +147,10 @@ class Tokenizer:
         """Text of valid token ids, control tokens included."""
         return self._backend.decode(tokens.tolist())
 
+    def spellings(self, tokens: Tokens) -> list[str]:
+        """Each token as the vocabulary writes it, such as "Ġthe"; "" for an id that has no entry."""
+        return [self._backend.spelling(token) or "" for token in tokens.tolist()]
+
     def _encode(self, text: str, *, is_trusted: bool) -> Tokens:
         try:
             return self._backend.encode(text, is_trusted=is_trusted)
@@ -186,6 +193,10 @@ class _Fastokens:
         text: str = self._tokenizer.decode(tokens, False)
         return text
 
+    def spelling(self, token: int) -> str | None:
+        spelling: str | None = self._tokenizer.id_to_token(token)
+        return spelling
+
 
 class _HuggingFace:
     name = "tokenizers"
@@ -204,6 +215,9 @@ class _HuggingFace:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._trusting.decode(tokens, skip_special_tokens=False)
+
+    def spelling(self, token: int) -> str | None:
+        return self._trusting.id_to_token(token)
 
 
 def _backend(tokenizer_json: str, cache_bytes: int) -> Backend:

@@ -35,12 +35,12 @@ def completion_routes(gateway: Gateway) -> APIRouter:
     async def models(request: Request) -> Response:
         """The models that registered workers serve."""
         gateway.keys.authenticate(request.headers)
-        models = gateway.fleet.models()
         if _is_anthropic(request):
-            listed = [_anthropic_model(name, created) for name, created in models.items()]
+            listed = [_anthropic_model(gateway, name, created) for name, created in gateway.fleet.models().items()]
             ends = {"first_id": listed[0]["id"], "last_id": listed[-1]["id"]} if listed else {}
             return json_reply({"data": listed, "has_more": False, "first_id": None, "last_id": None, **ends})
-        return json_reply({"object": "list", "data": [_model(name, created) for name, created in models.items()]})
+        served = [_model(gateway, name, created) for name, created in gateway.fleet.models().items()]
+        return json_reply({"object": "list", "data": served})
 
     @routes.get("/v1/models/{model:path}", response_model=None)
     async def model(request: Request, model: str) -> Response:
@@ -48,13 +48,16 @@ def completion_routes(gateway: Gateway) -> APIRouter:
         gateway.keys.authenticate(request.headers)
         if (created := gateway.fleet.models().get(model)) is None:
             raise ModelNotFound(model)
-        return json_reply(_anthropic_model(model, created) if _is_anthropic(request) else _model(model, created))
+        shape = _anthropic_model if _is_anthropic(request) else _model
+        return json_reply(shape(gateway, model, created))
 
     return routes
 
 
-def _model(name: str, created: int) -> dict[str, object]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "headrace"}
+def _model(gateway: Gateway, name: str, created: int) -> dict[str, object]:
+    """As vLLM tells it: OpenAI's fields, and how long a prompt and its answer may be."""
+    context_length = gateway.models.context_length(name)
+    return {"id": name, "object": "model", "created": created, "owned_by": "headrace", "max_model_len": context_length}
 
 
 def _is_anthropic(request: Request) -> bool:
@@ -62,6 +65,16 @@ def _is_anthropic(request: Request) -> bool:
     return "anthropic-version" in request.headers
 
 
-def _anthropic_model(name: str, created: int) -> dict[str, object]:
-    since = datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {"type": "model", "id": name, "display_name": name, "created_at": since}
+def _anthropic_model(gateway: Gateway, name: str, created: int) -> dict[str, object]:
+    """Prompt and answer share one context: either may have all of it but a token."""
+    context_length = gateway.models.context_length(name)
+    most = None if context_length is None else context_length - 1
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "lifecycle": "active",
+        "max_input_tokens": most,
+        "max_tokens": most,
+    }

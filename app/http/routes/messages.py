@@ -5,8 +5,7 @@ from fastapi import APIRouter, Request, Response
 from app.anthropic import errors
 from app.anthropic.message import parse_count, parse_message
 from app.gateway import Gateway
-from app.http.body import read_body
-from app.http.intake import max_body_bytes
+from app.http.intake import parsed_body
 from app.http.routes.generate import generating_route
 from app.http.routes.replies import error_reply, json_reply
 from planes.wire.errors import HeadraceError
@@ -37,10 +36,6 @@ def message_routes(gateway: Gateway) -> APIRouter:
 
 
 async def _num_tokens(gateway: Gateway, request: Request) -> int:
-    tenant = gateway.keys.authenticate(request.headers)
-    deadline = gateway.clock() + gateway.settings.request_timeout_s
-    with gateway.keys.admitted(tenant), gateway.bodies.lease() as lease:
-        body = await read_body(request, max_body_bytes(gateway), lease)
-        parsed = await gateway.preprocessor.parse(parse_count, body, deadline=deadline)
+    async with parsed_body(gateway, request, parse_count) as (parsed, deadline):
         model = gateway.models.entry(parsed.model)
         return len(await gateway.preprocessor.tokenize(parsed, model, deadline=deadline))

@@ -214,7 +214,7 @@ async def test_the_fleet_lists_what_is_registered(gateway, client):
     assert set(followed) == {*RoutingConfig.__struct_fields__, "refused_because"}
     assert (followed["policy"], followed["shadow_policy"], followed["queue_limit"]) == ("headrace", None, 4096)
     (model,) = (await client.get("/v1/models")).json()["data"]
-    assert model == {"id": "sim", "object": "model", "created": 7, "owned_by": "headrace"}
+    assert model == {"id": "sim", "object": "model", "created": 7, "owned_by": "headrace", "max_model_len": 4096}
 
 
 @pytest.mark.parametrize(
@@ -224,6 +224,8 @@ async def test_the_fleet_lists_what_is_registered(gateway, client):
         ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
         ("GET", "/v1/routes/never-was", 404, "not_found"),
         ("POST", "/v1/routes", 400, "invalid_json"),
+        ("POST", "/tokenize", 400, "invalid_json"),
+        ("POST", "/detokenize", 400, "invalid_json"),
     ],
 )
 async def test_every_refusal_has_openai_s_shape(client, method, path, status, code):

@@ -8,7 +8,7 @@ from app.openai.errors import ModelNotFound
 from app.prompt.card import CardUnusable, ModelUnusable, RenderingDiffers
 from app.prompt.catalog import ModelLoading, Models, NoModelYet, NoWorkerLeft
 from planes.assets import AssetsUnavailable, make_card, read_model_files, sha256
-from planes.wire.errors import HeadraceError
+from planes.wire.errors import HeadraceError, InvalidRequest
 from planes.wire.messages import Role, WorkerId, WorkerState
 from tests.fakes import FACTS, registration
 
@@ -267,3 +267,15 @@ async def test_the_first_worker_of_a_card_is_refused_too_if_it_renders_otherwise
     odd = msgspec.structs.replace(worker("w0", store.publish(FILES)), rendering="1:" + "f" * 32)
     with pytest.raises(RenderingDiffers):
         await join(models, odd)
+
+
+async def test_a_model_that_is_alone_need_not_be_named(models, store):
+    with pytest.raises(NoModelYet):
+        models.only()
+    await join(models, worker("a", store.publish(FILES)), worker("b", store.publish(FILES), context_length=9000))
+    assert models.only() == "sim"
+    assert (models.context_length("sim"), models.context_length("other")) == (9000, None)
+    models.registered(worker("c", "1" * 64, model="other"))
+    with pytest.raises(InvalidRequest, match="other, sim") as refused:
+        models.only()
+    assert refused.value.param == "model"

@@ -325,3 +325,12 @@ async def test_a_line_for_billing_is_dropped_unless_it_shall_be_kept(model):
         texts.append(prepared.tokens.tolist() == plain.tokens.tolist())
         preprocessor.close()
     assert texts == [True, False]
+
+
+async def test_a_plain_prompt_has_nothing_around_it(model):
+    config = CONFIG | {"add_bos_token": True}
+    dressing = replace(model, tokenizer=Tokenizer((SIM / "tokenizer.json").read_bytes(), config))
+    prepare, parsed = Preprocessor(), parse_completion(b'{"model": "sim", "prompt": "ab"}')
+    assert len(await prepare.tokenize(parsed, dressing)) == 3
+    assert (await prepare.tokenize(parsed, dressing, is_plain=True)).tolist() == list(b"ab")
+    prepare.close()

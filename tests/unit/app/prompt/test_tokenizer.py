@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.prompt.template import ChatTemplate, Segment, SpecialToken
-from app.prompt.tokenizer import Tokenizer, UnusableTokenizerError
+from app.prompt.tokenizer import Tokenizer, UnusableTokenizerError, _HuggingFace
 
 SIM = Path("workers/sim/model")
 SIM_JSON = (SIM / "tokenizer.json").read_bytes()
@@ -214,3 +214,10 @@ def test_the_cache_changes_no_tokens():
     for _ in range(3):
         text = "<|turn|>user\nhello<|end_of_turn|>" * 50
         assert np.array_equal(plain.encode_prompt(text), cached.encode_prompt(text))
+
+
+def test_tokens_are_spelt_as_the_vocabulary_writes_them(sim):
+    tokens = np.array([*b"a \xc3", 256, 5000], dtype=np.uint32)
+    assert sim.spellings(tokens) == ["a", "\u0120", "\u00c3", "<|end_of_text|>", ""]
+    other = _HuggingFace(SIM_JSON.decode())
+    assert [other.spelling(token) for token in tokens.tolist()] == ["a", "\u0120", "\u00c3", "<|end_of_text|>", None]

@@ -1,0 +1,70 @@
+"""`POST /tokenize` and `/detokenize`, as vLLM serves them: what a prompt is to the model, and back."""
+
+from collections.abc import Sequence
+
+from fastapi import APIRouter, Request, Response
+
+from app.gateway import Gateway
+from app.http.intake import parsed_body
+from app.http.routes.replies import json_reply
+from app.openai.request_headers import IGNORED, ignored_header
+from app.openai.schema import Limits
+from app.openai.tokenize import ToDetokenize, ToTokenize, parse_detokenize, parse_tokenize
+from app.prompt.prepare import ModelEntry, check_vocabulary
+from planes.wire.blocks import Tokens
+
+
+def token_routes(gateway: Gateway) -> APIRouter:
+    """Both routes."""
+    routes = APIRouter()
+    limits = Limits(has_strict_fields=gateway.settings.strict_fields)
+
+    def parse_asked(body: bytes) -> ToTokenize:
+        return parse_tokenize(body, limits)
+
+    def parse_tokens(body: bytes) -> ToDetokenize:
+        return parse_detokenize(body, limits)
+
+    @routes.post("/tokenize", response_model=None)
+    async def tokenize(request: Request) -> Response:
+        """The tokens of a prompt or of a conversation, as a request with it would have them."""
+        async with parsed_body(gateway, request, parse_asked) as (asked, deadline):
+            model = gateway.models.entry(asked.parsed.model or gateway.models.only())
+            prepare = gateway.preprocessor
+            tokens = await prepare.tokenize(asked.parsed, model, is_plain=asked.is_plain, deadline=deadline)
+            body = await prepare.run(_told, model, tokens, asked.has_strings, num_bytes=4 * len(tokens))
+        return _named(json_reply(body), asked.parsed.ignored)
+
+    @routes.post("/detokenize", response_model=None)
+    async def detokenize(request: Request) -> Response:
+        """The text of tokens, control tokens included."""
+        async with parsed_body(gateway, request, parse_tokens) as (asked, deadline):
+            model = gateway.models.entry(asked.model or gateway.models.only())
+            text = await gateway.preprocessor.run(
+                _text, model, asked.tokens, num_bytes=asked.num_bytes, deadline=deadline
+            )
+        return _named(json_reply({"prompt": text}), asked.ignored)
+
+    return routes
+
+
+def _told(model: ModelEntry, tokens: Tokens, has_strings: bool) -> dict[str, object]:
+    return {
+        "count": len(tokens),
+        "max_model_len": model.context_length,
+        "tokens": tokens.tolist(),
+        "token_strs": model.tokenizer.spellings(tokens) if has_strings else None,
+    }
+
+
+def _text(model: ModelEntry, tokens: Tokens) -> str:
+    if len(tokens):
+        check_vocabulary("tokens", int(tokens.max()), model)
+    return model.tokenizer.decode(tokens)
+
+
+def _named(reply: Response, ignored: Sequence[str]) -> Response:
+    """With the fields that nobody knows."""
+    if ignored:
+        reply.headers[IGNORED] = ignored_header(ignored)
+    return reply
