@@ -75,8 +75,8 @@ lint: $(VENV)/.dev ## ruff, mypy and codespell
 format: $(VENV)/.dev ## Let ruff mend what it can
 	$(RUN) -m ruff check --fix . ; $(RUN) -m ruff format .
 
-docs: $(VENV)/.dev ## Write docs/reference.md anew from the code
-	$(RUN) docs/reference.py
+docs: $(VENV)/.dev ## Write docs/reference.md and docs/api.md anew from the code
+	$(RUN) docs/reference.py && $(RUN) docs/api.py
 
 bench: $(VENV)/.dev ## CPU per token and request, added TTFT, memory, with the sim engine
 	$(RUN) -m loadtest.bench $(ARGS)
