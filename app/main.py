@@ -30,6 +30,7 @@ from app.http.connection import ConnectionLimits, StreamingProtocol
 from app.http.openapi import described
 from app.http.response import Streamed
 from app.http.routes.completions import completion_routes
+from app.http.routes.embeddings import embedding_route
 from app.http.routes.messages import message_routes
 from app.http.routes.operations import operation_routes
 from app.http.routes.replies import error_reply
@@ -82,6 +83,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.include_router(response_routes(gateway))
     app.include_router(stored_response_routes(gateway))
     app.include_router(token_routes(gateway))
+    app.router.routes.append(embedding_route(gateway))
     app.include_router(operation_routes(gateway))
     description = functools.cache(lambda: described(app.routes, version=version("headrace")))
     app.openapi = description  # type: ignore[method-assign]  # FastAPI's own knows neither bodies nor streaming routes

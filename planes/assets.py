@@ -48,6 +48,10 @@ class ModelCard(msgspec.Struct, frozen=True):
     """What reads tool calls in its workers' answers; "": nothing does."""
     reasoning_parser: str = ""
     """What tells thoughts from answers there; "": nothing does."""
+    embedding_size: int = 0
+    """Numbers in the vectors that its workers make of prompts; 0: they generate."""
+    is_matryoshka: bool = False
+    """Whether a vector's first numbers are one by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +87,30 @@ def read_model_files(directory: Path) -> dict[str, bytes]:
 
 
 def make_card(
-    files: Mapping[str, bytes], *, model: str, block_size: int, tool_parser: str = "", reasoning_parser: str = ""
+    files: Mapping[str, bytes],
+    *,
+    model: str,
+    block_size: int,
+    tool_parser: str = "",
+    reasoning_parser: str = "",
+    embedding_size: int = 0,
+    is_matryoshka: bool = False,
 ) -> ModelCard:
     """Describe a model's files; the end-of-sequence tokens are its generation config's, else its config's.
 
     Raises:  AssetsUnavailable if one of these two files is not what it should be.
     """
     digests = {name: sha256(files[name]) for name in sorted(files)}
-    return ModelCard(model, _eos_token_ids(files), digests, block_size, tool_parser, reasoning_parser)
+    return ModelCard(
+        model,
+        _eos_token_ids(files),
+        digests,
+        block_size,
+        tool_parser,
+        reasoning_parser,
+        embedding_size,
+        is_matryoshka,
+    )
 
 
 def chat_template(files: Mapping[str, bytes]) -> str | None:

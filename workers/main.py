@@ -161,6 +161,8 @@ class _Worker:
             model=settings.model_name,
             block_size=facts.block_size,
             parsers=self.parsers,
+            embedding_size=facts.embedding_size,
+            is_matryoshka=facts.is_matryoshka,
         )
         cards = CardPublisher(settings.model_path, card, ObjectStore(self.plane), self.plane)
         server = WorkerServer(

@@ -90,11 +90,25 @@ class CardPublisher:
         return True
 
 
-async def read_card(directory: Path, *, model: str, block_size: int, parsers: ParserNames = NO_PARSERS) -> ModelCard:
+async def read_card(
+    directory: Path,
+    *,
+    model: str,
+    block_size: int,
+    parsers: ParserNames = NO_PARSERS,
+    embedding_size: int = 0,
+    is_matryoshka: bool = False,
+) -> ModelCard:
     """Raises:  AssetsUnavailable."""
     files = await asyncio.to_thread(_files, directory)
     return make_card(
-        files, model=model, block_size=block_size, tool_parser=parsers.tool, reasoning_parser=parsers.reasoning
+        files,
+        model=model,
+        block_size=block_size,
+        tool_parser=parsers.tool,
+        reasoning_parser=parsers.reasoning,
+        embedding_size=embedding_size,
+        is_matryoshka=is_matryoshka,
     )
 
 

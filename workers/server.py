@@ -38,6 +38,7 @@ from planes.wire.messages import HandoverMode, RequestId, Role
 from workers.answer.detokenizer import Vocabulary
 from workers.answer.formatter import Formatter
 from workers.answer.parts import AnswerParser
+from workers.answer.vector import VectorAnswer
 from workers.engine.base import Engine, EngineOutput, EngineRequest, is_drawn_again
 from workers.handed_over import CallLater, HandedOver, Timer
 from workers.parsers import Parsers
@@ -73,6 +74,9 @@ class RequestIdTaken(Rejected):
         super().__init__(f"a request named {request} already runs here")
 
 
+Answer = Formatter | VectorAnswer
+
+
 class Connection(Protocol):
     """What a request needs of `planes.streams.server.GatewayConnection`."""
 
@@ -100,7 +104,7 @@ class _RunningRequest:
         "timer",
     )
 
-    def __init__(self, connection: Connection, request: Generate, prompt_tokens: int, formatter: Formatter) -> None:
+    def __init__(self, connection: Connection, request: Generate, prompt_tokens: int, formatter: Answer) -> None:
         self.connection = connection
         self.request = request
         self.prompt_tokens = prompt_tokens
@@ -235,21 +239,15 @@ class WorkerServer:
         return admitted
 
     def _begin(self, connection: Connection, admitted: EngineRequest, request: Generate) -> None:
-        parser = self._parser_of(request.format.parsing, admitted)
-        formatter = Formatter(
-            request.format,
-            request.sampling,
-            self._vocabulary_of(request, is_parsed=parser is not None),
-            end_tokens=self._end_tokens,
-            prompt=admitted.prompt,
-            parser=parser,
-        )
+        formatter = VectorAnswer() if admitted.is_embedding else self._formatter(admitted, request)
         self._handed_over.forget(request.request)  # the engine does so, too, when it gets a request of that name
         running = _RunningRequest(connection, request, len(admitted.prompt), formatter)
-        if admitted.resume and (finish := self._resumed(formatter, admitted)) is not None:
-            payload = formatter.end(finish) + formatter.finish(running.usage())
-            connection.post(Done(request.stream, finish, running.usage(), payload))
-            return
+        if admitted.resume and isinstance(formatter, Formatter):
+            finish = self._resumed(formatter, admitted)
+            if finish is not None:
+                payload = formatter.end(finish) + formatter.finish(running.usage())
+                connection.post(Done(request.stream, finish, running.usage(), payload))
+                return
         self._requests.add(request.request)
         self._running.setdefault(connection, {})[request.stream] = running
         self._idle.clear()
@@ -259,6 +257,17 @@ class WorkerServer:
         except InvalidRequest:
             self._end(running)
             raise
+
+    def _formatter(self, admitted: EngineRequest, request: Generate) -> Formatter:
+        parser = self._parser_of(request.format.parsing, admitted)
+        return Formatter(
+            request.format,
+            request.sampling,
+            self._vocabulary_of(request, is_parsed=parser is not None),
+            end_tokens=self._end_tokens,
+            prompt=admitted.prompt,
+            parser=parser,
+        )
 
     def _parser_of(self, parsing: Parsing | None, admitted: EngineRequest) -> Callable[[], AnswerParser] | None:
         if parsing is None or self._parsers is None:

@@ -31,6 +31,10 @@ class WorkerSettings(ProcessSettings):
     """
 
     role: Annotated[Literal["prefill", "decode", "both"], Parameter(help="What this worker is for.")] = "both"
+    task: Annotated[
+        Literal["generate", "embed"],
+        Parameter(help="Generate, or make vectors of prompts for /v1/embeddings (sim; needs --role both)."),
+    ] = "generate"
     engine: Annotated[Literal["vllm", "sim"], Parameter(help="What computes: a real model or simulated time.")] = "vllm"
     model: Annotated[
         Path | None,
@@ -121,6 +125,7 @@ class WorkerSettings(ProcessSettings):
         _check_numbers(self)
         _check_model(self)
         _check_names(self)
+        _check_task(self)
         if self.is_pulling and self.handover_mode is not HandoverMode.PULL:
             allowed = f"queue needs --handover pull (it is {self.handover}): nobody knows yet whom to push to"
             raise UnusableSetting("prefill_dispatch", self.prefill_dispatch, allowed)
@@ -132,7 +137,7 @@ class WorkerSettings(ProcessSettings):
 
     @property
     def handover_mode(self) -> HandoverMode | None:
-        return None if self.handover == "none" else HandoverMode(self.handover)
+        return None if self.handover == "none" or self.task == "embed" else HandoverMode(self.handover)
 
     @property
     def is_pulling(self) -> bool:
@@ -210,6 +215,15 @@ def _check_model(settings: WorkerSettings) -> None:
     for name in ("tokenizer.json", *(["config.json"] if settings.engine == "vllm" else [])):
         if not (settings.model / name).is_file():
             raise UnusableSetting("model", str(settings.model), f"not the directory of a model (it has no {name})")
+
+
+def _check_task(settings: WorkerSettings) -> None:
+    if settings.task == "generate":
+        return
+    needed = {"role": "both", "prefill_dispatch": "direct", "engine": "sim"}
+    for name, value in needed.items():
+        if getattr(settings, name) != value:
+            raise UnusableSetting(name, getattr(settings, name), f"with --task embed it must be {value}")
 
 
 def _check_names(settings: WorkerSettings) -> None:

@@ -17,6 +17,8 @@ from workers.answer.dialects import KINDS
 from workers.engine.base import EngineRequest
 from workers.structured import check_structured
 
+EMBEDDING = "embedding"
+"""The kind of answer that is no text."""
 MAX_BAD_WORDS = 1000
 """vLLM looks at each of them for each token."""
 
@@ -38,6 +40,7 @@ def admit(request: Generate, *, role: Role, facts: EngineFacts, endpoint: Handov
     _check_sampling(request.sampling, facts)
     _check_length(len(prompt), request.sampling.max_tokens, facts)
     _check_answer(request, num_resumed=len(resume))
+    _check_task(request, facts)
     if not isinstance(request.leg, LocalLeg):
         _check_leg(request.leg, role, endpoint, num_tokens=len(prompt) + len(resume))
         if request.sampling.n > 1:
@@ -52,6 +55,7 @@ def admit(request: Generate, *, role: Role, facts: EngineFacts, endpoint: Handov
         resume=resume,
         cache_salt=request.cache_salt,
         priority=request.priority,
+        is_embedding=request.format.kind == EMBEDDING,
         parsing=request.format.parsing,
     )
 
@@ -133,7 +137,7 @@ def _check_length(prompt_tokens: int, max_tokens: int, facts: EngineFacts) -> No
 
 
 def _check_answer(request: Generate, *, num_resumed: int) -> None:
-    if request.format.kind not in KINDS:
+    if request.format.kind not in (*KINDS, EMBEDDING):
         raise InvalidRequest(f"format.kind is {request.format.kind!r}; {' or '.join(KINDS)} is possible")
     if not (math.isfinite(request.timeout_s) and request.timeout_s >= 0):
         raise InvalidRequest(f"timeout_s is {request.timeout_s}; a number of seconds is needed")
@@ -145,6 +149,14 @@ def _check_answer(request: Generate, *, num_resumed: int) -> None:
             f"the log probabilities of {num_resumed} resumed tokens are lost; start this answer again instead",
             code="resume_without_logprobs",
         )
+
+
+def _check_task(request: Generate, facts: EngineFacts) -> None:
+    is_embedding = request.format.kind == EMBEDDING
+    if is_embedding != (facts.embedding_size > 0):
+        raise InvalidRequest(f"format.kind is {request.format.kind!r}; this worker's vectors: {facts.embedding_size}")
+    if is_embedding and (request.sampling.n > 1 or request.resume or not isinstance(request.leg, LocalLeg)):
+        raise InvalidRequest("a vector is made by one worker, once, from a prompt alone")
 
 
 def _check_leg(leg: PrefillLeg | DecodeLeg, role: Role, endpoint: HandoverEndpoint | None, *, num_tokens: int) -> None:

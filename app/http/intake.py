@@ -19,7 +19,13 @@ from planes.wire.errors import InvalidRequest
 from planes.wire.frames import Format, Parsing, Sampling
 from planes.wire.messages import RequestId
 
-_ID_PREFIX: Final = {Kind.CHAT: "chatcmpl-", Kind.COMPLETION: "cmpl-", Kind.RESPONSE: "resp_", Kind.MESSAGE: "msg_"}
+_ID_PREFIX: Final = {
+    Kind.CHAT: "chatcmpl-",
+    Kind.COMPLETION: "cmpl-",
+    Kind.RESPONSE: "resp_",
+    Kind.MESSAGE: "msg_",
+    Kind.EMBEDDING: "embd-",
+}
 
 Parse = Callable[[bytes], ParsedRequest]
 Result = TypeVar("Result")
@@ -80,6 +86,7 @@ async def prepared_request(
     limit_s = gateway.settings.request_timeout_s
     deadline = arrived_at + min(limit_s, parsed.timeout_s or limit_s)
     model = gateway.models.entry(parsed.model)
+    _check_task(parsed, model)
     prepared = await gateway.preprocessor.prepare(
         parsed, model, cache_salt=tenant.salted(parsed.cache_salt), deadline=deadline
     )
@@ -148,6 +155,14 @@ def _prompt_alone(parsed: ParsedRequest) -> ParsedRequest:
         bad_words=(),
         has_token_ids=False,
     )
+
+
+def _check_task(parsed: ParsedRequest, model: ModelEntry) -> None:
+    """Raises:  InvalidRequest."""
+    if (parsed.kind is Kind.EMBEDDING) == (model.embedding_size > 0):
+        return
+    does = "makes embeddings, which are at /v1/embeddings" if model.embedding_size else "generates and embeds nothing"
+    raise InvalidRequest(f"The model '{model.model}' {does}.", param="model", code="wrong_task")
 
 
 def _parsing(parsed: ParsedRequest, model: ModelEntry) -> Parsing | None:

@@ -16,6 +16,7 @@ from app.anthropic.schema import ConversationBody, MessageBody
 from app.http.json_schema import Schemas
 from app.openai import errors as openai_errors
 from app.openai.bodies import UNSUPPORTED_CHAT, UNSUPPORTED_COMPLETION, ChatBody, CompletionBody
+from app.openai.embeddings import EmbeddingBody
 from app.openai.responses.bodies import UNSUPPORTED_RESPONSE, ResponseBody
 from app.openai.schema import Json
 from app.openai.tokenize import UNSUPPORTED_TOKENIZE, DetokenizeBody, TokenizeBody
@@ -60,6 +61,7 @@ DETAILS: Final[dict[tuple[str, str], RouteDetails]] = {
     ("POST", "/v1/messages"): RouteDetails(MessageBody, is_streamed=True, statuses=_GENERATING, error=_ANTHROPIC),
     ("POST", "/v1/messages/count_tokens"): RouteDetails(ConversationBody, error=_ANTHROPIC),
     ("POST", "/v1/routes"): RouteDetails(ChatBody),
+    ("POST", "/v1/embeddings"): RouteDetails(EmbeddingBody, statuses=_GENERATING),
     ("POST", "/tokenize"): RouteDetails(TokenizeBody),
     ("POST", "/detokenize"): RouteDetails(DetokenizeBody),
     ("GET", "/v1/responses/{response_id}"): RouteDetails(

@@ -24,11 +24,12 @@ class Kind(StrEnum):
     COMPLETION = "completion"
     RESPONSE = "response"
     MESSAGE = "message"
+    EMBEDDING = "embedding"
 
     @property
     def is_conversation(self) -> bool:
         """Whether its prompt is made of messages, by the model's chat template."""
-        return self is not Kind.COMPLETION
+        return self not in (Kind.COMPLETION, Kind.EMBEDDING)
 
 
 @dataclass(frozen=True, slots=True)

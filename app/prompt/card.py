@@ -68,6 +68,8 @@ def _built(model: str, card: LoadedCard, facts: EngineFacts) -> ModelEntry:
         vocab_size=facts.vocab_size,
         tool_parser=card.card.tool_parser,
         reasoning_parser=card.card.reasoning_parser,
+        embedding_size=card.card.embedding_size,
+        is_matryoshka=card.card.is_matryoshka,
         digest=card.digest,
     )
 

@@ -29,6 +29,7 @@ _FIELD: Final = {
     Kind.COMPLETION: "prompt",
     Kind.RESPONSE: "input",
     Kind.MESSAGE: "messages",
+    Kind.EMBEDDING: "input",
 }
 """The field that a client wrote the prompt in."""
 
@@ -79,6 +80,10 @@ class ModelEntry:
     """What its workers tell thoughts from answers with; "": they do not."""
     rendering: str = ""
     """Digest of the probes (`planes/probes.py`) as this gateway renders and tokenizes them."""
+    embedding_size: int = 0
+    """Numbers in the vectors that its workers make of prompts; 0: they generate."""
+    is_matryoshka: bool = False
+    """Whether a vector's first numbers are one by themselves."""
     digest: str = ""
     """Of the card that tokenizer and template come from: only workers of that card understand the tokens."""
 
@@ -216,7 +221,7 @@ def _prompt_tokens(parsed: ParsedRequest, model: ModelEntry, *, is_plain: bool =
         _check_provable(len(parsed.prompt), parsed, model)
         encode = model.tokenizer.encode_text if is_plain else model.tokenizer.encode_prompt
         return encode(parsed.prompt)
-    check_vocabulary("prompt", int(parsed.prompt.max()), model)
+    check_vocabulary(_field(parsed), int(parsed.prompt.max()), model)
     return parsed.prompt
 
 

@@ -105,7 +105,7 @@ class Format(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the worker's formatter writes the answer; the gateway passes its bytes on verbatim."""
 
     kind: str
-    """`chat`, `completion`, `response` or `message`: the dialect."""
+    """`chat`, `completion`, `response` or `message`: the dialect; `embedding`: the prompt's vector, float32."""
     response_id: str
     model: str
     created: int

@@ -103,6 +103,10 @@ class EngineFacts(msgspec.Struct, frozen=True):
     """KV bytes that a handover moves per block."""
     vocab_size: Positive
     latency: LatencyPrior = LatencyPrior()
+    embedding_size: Count = 0
+    """Numbers in the vectors that it makes of prompts; 0: it generates."""
+    is_matryoshka: bool = False
+    """Whether a vector's first numbers are one by themselves."""
     is_shortest_first: bool = False
     """Whether a prompt shorter than what is left of those being computed is computed before them; else in turn."""
 

@@ -34,6 +34,8 @@ class EngineRequest:
     resume: tuple[int, ...] = ()
     cache_salt: str = ""
     priority: int = 0
+    is_embedding: bool = False
+    """Whether the prompt's vector is wanted, and no answer."""
     parsing: Parsing | None = None
     """Whether the answer has reasoning, which a grammar and `thinking_tokens` mind; None: it has not."""
 
@@ -86,6 +88,8 @@ class EngineOutput:
     """With `finish=ERROR`: what went wrong, for the log and the gateway."""
     refusal: InvalidRequest | None = None
     """With `finish=ERROR`: nothing went wrong, the client's request is at fault; only the engine could tell."""
+    embedding: bytes = b""
+    """With `finish`, where a vector was wanted: its float32 numbers, little-endian, of length 1."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     """On the first output of choice 0, where they were asked for: one for each prompt token, the first of them None."""
 

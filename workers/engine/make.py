@@ -69,6 +69,7 @@ def native_dtype(cpuinfo: Path = Path("/proc/cpuinfo"), *, cpu_build: str = "vll
 
 
 def _sim(settings: WorkerSettings, worker: WorkerId, vocab_size: int) -> Engine:
+    from workers.sim.embedding import EMBEDDING_SIZE  # noqa: PLC0415
     from workers.sim.engine import SimEngine, SimOptions  # noqa: PLC0415
 
     block_size = settings.block_size or 16
@@ -86,6 +87,8 @@ def _sim(settings: WorkerSettings, worker: WorkerId, vocab_size: int) -> Engine:
         bytes_per_block=block_size * settings.sim_kv_bytes_per_token,
         vocab_size=vocab_size,
         latency=speed,
+        embedding_size=EMBEDDING_SIZE if settings.task == "embed" else 0,
+        is_matryoshka=settings.task == "embed",
     )
     return SimEngine(
         SimOptions(

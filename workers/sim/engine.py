@@ -12,7 +12,7 @@ One timer runs the steps. An idle engine has none.
 import asyncio
 import secrets
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -35,6 +35,7 @@ from workers.engine.base import (
 )
 from workers.engine.layout import layout_hash
 from workers.sim.core import EngineQueueFull, SimCore, SimOutput, SimRequest
+from workers.sim.embedding import embedding_of
 from workers.sim.handover import KvTransfer, Offer
 from workers.sim.kv_pool import KvPool
 from workers.sim.options import SimOptions, faster
@@ -182,6 +183,8 @@ class SimEngine:
 
     def submit(self, request: EngineRequest, on_output: OnOutput) -> None:
         """See `workers.engine.base.Engine.submit`."""
+        if request.is_embedding:
+            on_output = partial(_embedded, on_output, request)
         run = _ActiveRequest(request, on_output)
         run.source = self._source(request)
         sequences = self._sequences(run)
@@ -456,3 +459,10 @@ class SimEngine:
 
 def _num_tokens(run: _ActiveRequest) -> int:
     return len(run.request.prompt) + len(run.request.resume)
+
+
+def _embedded(on_output: OnOutput, request: EngineRequest, output: EngineOutput) -> None:
+    """The prompt was computed as any is; its one token is nobody's, and the vector takes its place."""
+    if output.finish in (FinishReason.STOP, FinishReason.LENGTH):
+        output = replace(output, tokens=(), finish=FinishReason.STOP, embedding=embedding_of(request.prompt))
+    on_output(output)

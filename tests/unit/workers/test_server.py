@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -557,3 +558,19 @@ def test_a_released_request_is_taken_back_from_the_engine_unless_it_runs_here():
     world.server.release(world.connection, RequestId("r2"))
     assert world.engine.aborted == ["handed-over"]
     assert world.server.num_requests == 1
+
+
+def test_a_vector_is_all_of_its_answer():
+    world = World()
+    world.engine.facts = msgspec.structs.replace(world.engine.facts, embedding_size=2)
+    layout = Format("embedding", "id", "m", 1)
+    world.server.generate(
+        world.connection, Generate(1, RequestId("r"), pack_tokens([1, 2, 3]), Sampling(max_tokens=1), layout)
+    )
+    assert world.engine.submitted[0].is_embedding
+    output = EngineOutput(0, (), finish=FinishReason.STOP, embedding=b"12345678", cached_tokens=2)
+    world.engine.running[RequestId("r")](output)
+    (done,) = world.connection.posted
+    assert (done.payload, done.tokens, done.reason) == (b"12345678", [], FinishReason.STOP)
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.usage.cached_tokens) == (3, 0, 2)
+    assert world.server.num_requests == 0

@@ -146,3 +146,13 @@ def test_a_decode_worker_leaves_the_queue_alone():
     assert WorkerSettings(role="both", **queue).is_pulling
     assert not WorkerSettings(role="decode", handover="push", **queue).is_pulling
     assert not WorkerSettings(role="prefill", engine="sim").is_pulling
+
+
+@pytest.mark.parametrize(
+    "changed", [{"role": "decode"}, {"prefill_dispatch": "queue"}, {"engine": "vllm", "model": None}]
+)
+def test_vectors_are_made_by_workers_that_do_all_of_it(changed):
+    name = next(iter(changed)).replace("_", "-")
+    with pytest.raises(UnusableSetting, match=f"--{name} is .*: with --task embed it must be"):
+        WorkerSettings(**{"engine": "sim", "task": "embed", **changed})
+    assert WorkerSettings(engine="sim", task="embed").handover_mode is None

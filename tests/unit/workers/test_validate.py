@@ -1,3 +1,4 @@
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -120,3 +121,25 @@ def test_whatever_is_admitted_is_safe_for_the_engine(prompt, resume, max_tokens)
     assert 1 <= len(request.prompt) <= FACTS.context_length - max_tokens
     assert request.prompt.dtype == np.uint32
     assert max([*request.prompt.tolist(), *request.resume]) < FACTS.vocab_size
+
+
+EMBEDS = msgspec.structs.replace(FACTS, embedding_size=4)
+
+
+def test_a_vector_is_asked_of_those_that_make_them_and_an_answer_of_the_others():
+    vector = generate(form=Format("embedding", "id", "m", 1), sampling=Sampling(max_tokens=1))
+    assert admit(vector, role=Role.BOTH, facts=EMBEDS, endpoint=None).is_embedding
+    assert not admitted(generate()).is_embedding
+    with pytest.raises(InvalidRequest, match="is 'chat'; this worker's vectors: 4"):
+        admit(generate(), role=Role.BOTH, facts=EMBEDS, endpoint=None)
+    with pytest.raises(InvalidRequest, match="is 'embedding'; this worker's vectors: 0"):
+        admitted(vector)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"resume": pack_tokens([7])}, {"sampling": Sampling(max_tokens=1, n=2)}, {"leg": PrefillLeg(HandoverMode.PULL)}],
+)
+def test_a_vector_is_made_by_one_worker_once(changes):
+    with pytest.raises(InvalidRequest, match="one worker, once"):
+        admit(generate(form=Format("embedding", "id", "m", 1), **changes), role=Role.BOTH, facts=EMBEDS, endpoint=PULL)
