@@ -5,10 +5,10 @@ from typing import Final
 import msgspec
 
 from app.anthropic.conversation import chat_messages
-from app.anthropic.schema import ConversationBody, MessageBody, ToolChoice
+from app.anthropic.schema import NESTED, ConversationBody, MessageBody, ToolChoice
 from app.anthropic.schema import Tool as AnthropicTool
 from app.openai import tools
-from app.openai.decode import check_range, decode, shown
+from app.openai.decode import check_range, decode_known, shown
 from app.openai.sampling import parse_cache_salt, parse_max_tokens, parse_priority, parse_seconds, parse_stop
 from app.openai.schema import Json, Kind, Limits, ParsedRequest
 from app.openai.tools import Mode, Tool, ToolUse
@@ -24,7 +24,7 @@ _INT32: Final = 2**31 - 1
 
 def parse_message(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedRequest:
     """Raises:  InvalidRequest."""
-    message = decode(body, _MESSAGE)
+    message, ignored = decode_known(body, _MESSAGE, NESTED, is_strict=limits.has_strict_fields)
     used = _tool_use(message, limits)
     sampling = _sampling(message, limits, used)
     return _parsed(
@@ -40,14 +40,23 @@ def parse_message(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedReques
         user=(message.metadata and message.metadata.user_id) or "",
         slo_ttft_s=parse_seconds("slo_ttft_ms", message.slo_ttft_ms),
         timeout_s=parse_seconds("timeout_ms", message.timeout_ms),
+        ignored=ignored,
     )
 
 
 def parse_count(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedRequest:
     """A prompt that is only to be counted.  Raises:  InvalidRequest."""
-    conversation = decode(body, _COUNT)
+    conversation, ignored = decode_known(body, _COUNT, NESTED, is_strict=limits.has_strict_fields)
     used = _tool_use(conversation, limits)
-    return _parsed(conversation, limits, used, sampling=Sampling(max_tokens=0), max_tokens=1, num_bytes=len(body))
+    return _parsed(
+        conversation,
+        limits,
+        used,
+        sampling=Sampling(max_tokens=0),
+        max_tokens=1,
+        num_bytes=len(body),
+        ignored=ignored,
+    )
 
 
 def _parsed(

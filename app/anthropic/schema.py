@@ -2,7 +2,11 @@
 
 Field names are Anthropic's; those under "extensions" are ours, as in `app/openai/schema.py`. Blocks of a conversation
 are one struct with every kind's fields: which are needed is checked where a block is read (`conversation.py`).
+Fields of a body are supported, harmless, or unknown, as `app/openai/bodies.py` has it; those of blocks and tools, which
+grow with every release of Anthropic's, are not looked for.
 """
+
+from typing import Final
 
 import msgspec
 
@@ -42,7 +46,7 @@ class Tool(msgspec.Struct, frozen=True):
     strict: bool | None = None
 
 
-class ToolChoice(msgspec.Struct, frozen=True):
+class ToolChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`name`: of the tool, with type tool."""
 
     type: str
@@ -50,11 +54,12 @@ class ToolChoice(msgspec.Struct, frozen=True):
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(msgspec.Struct, frozen=True):
-    """type: enabled, adaptive, disabled, or what newer clients send."""
+class Thinking(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """type: enabled, adaptive, disabled, or what newer clients send.  display: thoughts are told word for word."""
 
     type: str
     budget_tokens: int | None = None
+    display: str | None = None
 
 
 class OutputFormat(msgspec.Struct, frozen=True):
@@ -64,20 +69,30 @@ class OutputFormat(msgspec.Struct, frozen=True):
     schema: dict[str, Json] | None = None
 
 
-class OutputConfig(msgspec.Struct, frozen=True):
-    """What the answer shall be like."""
+class OutputConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the answer shall be like.  task_budget: no model served here is told of it."""
 
     effort: str | None = None
     format: OutputFormat | None = None
+    task_budget: msgspec.Raw = NULL
 
 
-class Metadata(msgspec.Struct, frozen=True):
+class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """user_id: the client's end user."""
 
     user_id: str | None = None
 
 
-class ConversationBody(msgspec.Struct, frozen=True, kw_only=True):
+NESTED: Final[dict[str, type[msgspec.Struct]]] = {
+    "tool_choice": ToolChoice,
+    "thinking": Thinking,
+    "output_config": OutputConfig,
+    "metadata": Metadata,
+}
+"""Fields that are objects with fields of their own to know."""
+
+
+class ConversationBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What both endpoints take: everything that makes the prompt."""
 
     model: str
@@ -87,6 +102,18 @@ class ConversationBody(msgspec.Struct, frozen=True, kw_only=True):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+
+    # harmless: Anthropic's clients send them, and they change nothing here
+    anthropic_beta: msgspec.Raw = NULL
+    cache_control: msgspec.Raw = NULL
+    container: msgspec.Raw = NULL
+    context_management: msgspec.Raw = NULL
+    diagnostics: msgspec.Raw = NULL
+    inference_geo: msgspec.Raw = NULL
+    service_tier: msgspec.Raw = NULL
+    speed: msgspec.Raw = NULL
+    user_profile_id: msgspec.Raw = NULL
+    workspace_id: msgspec.Raw = NULL
 
 
 class MessageBody(ConversationBody, frozen=True, kw_only=True):
@@ -108,21 +135,3 @@ class MessageBody(ConversationBody, frozen=True, kw_only=True):
     priority: int | None = None
     slo_ttft_ms: float | None = None
     timeout_ms: float | None = None
-
-
-HARMLESS: frozenset[str] = frozenset(
-    {
-        "anthropic_beta",
-        "cache_control",
-        "container",
-        "context_management",
-        "diagnostics",
-        "inference_geo",
-        "prefill",
-        "service_tier",
-        "speed",
-        "user_profile_id",
-        "workspace_id",
-    }
-)
-"""Fields that Anthropic's clients send and that change nothing here: they are not told as ignored."""

@@ -5,20 +5,30 @@ from fastapi import APIRouter, Request, Response
 from app.anthropic import errors
 from app.anthropic.message import parse_count, parse_message
 from app.gateway import Gateway
-from app.http.intake import parsed_body
+from app.http.intake import Parse, parsed_body
 from app.http.routes.generate import generating_route
 from app.http.routes.replies import error_reply, json_reply
+from app.openai.request_headers import IGNORED, ignored_header
+from app.openai.schema import Limits, ParsedRequest
 from planes.wire.errors import HeadraceError
 
 
 def message_routes(gateway: Gateway) -> APIRouter:
     """Both routes."""
     routes = APIRouter()
+    limits = Limits(has_strict_fields=gateway.settings.strict_fields)
+
+    def message(body: bytes) -> ParsedRequest:
+        return parse_message(body, limits)
+
+    def count(body: bytes) -> ParsedRequest:
+        return parse_count(body, limits)
+
     routes.routes.append(
         generating_route(
             gateway,
             "/v1/messages",
-            parse_message,
+            message,
             summary="Continue a conversation (Anthropic's messages).",
             errors=errors,
         )
@@ -28,14 +38,20 @@ def message_routes(gateway: Gateway) -> APIRouter:
     async def count_tokens(request: Request) -> Response:
         """How many tokens a conversation would have as a prompt."""
         try:
-            return json_reply({"input_tokens": await _num_tokens(gateway, request)})
+            num_tokens, ignored = await _num_tokens(gateway, request, count)
         except HeadraceError as exc:
             return error_reply(exc, errors)
+        reply = json_reply({"input_tokens": num_tokens})
+        if ignored:
+            gateway.metrics.fields_ignored(len(ignored))
+            reply.headers[IGNORED] = ignored_header(ignored)
+        return reply
 
     return routes
 
 
-async def _num_tokens(gateway: Gateway, request: Request) -> int:
-    async with parsed_body(gateway, request, parse_count) as (parsed, deadline):
+async def _num_tokens(gateway: Gateway, request: Request, parse: Parse) -> tuple[int, tuple[str, ...]]:
+    """Of the prompt; and the names of the fields that nobody knows."""
+    async with parsed_body(gateway, request, parse) as (parsed, deadline):
         model = gateway.models.entry(parsed.model)
-        return len(await gateway.preprocessor.tokenize(parsed, model, deadline=deadline))
+        return len(await gateway.preprocessor.tokenize(parsed, model, deadline=deadline)), parsed.ignored

@@ -1,11 +1,13 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from app.anthropic.message import parse_count, parse_message
-from app.openai.schema import Kind
+from app.openai.schema import Kind, Limits
 from planes.wire.errors import InvalidRequest
 
+RECORDED = Path(__file__).parents[3] / "integration" / "recorded" / "coding_agent_messages.json"
 TOOL = {"name": "weather", "description": "…", "input_schema": {"type": "object", "properties": {"at": {}}}}
 
 
@@ -170,3 +172,32 @@ def test_bytes_that_are_no_text_are_refused_where_a_block_is_read_later(block):
     body = b'{"model": "m", "max_tokens": 1, "messages": [{"role": "assistant", "content": [%b]}]}' % block
     with pytest.raises(InvalidRequest):
         parse_message(body)
+
+
+def test_fields_that_nobody_knows_are_named_and_left_out():
+    thinking = {"type": "enabled", "budget_tokens": 1024, "mood": "calm"}
+    parsed = parse(mill=1, thinking=thinking, context_management={"edits": []}, output_config={"pace": 1})
+    assert parsed.ignored == ("mill", "thinking.mood", "output_config.pace")
+    assert parsed.sampling.thinking_tokens == 1024
+    counted = parse_count(
+        b'{"model": "m", "messages": [{"role": "user", "content": "hi"}], "mill": 1, "speed": "fast"}'
+    )
+    assert counted.ignored == ("mill",)
+
+
+@pytest.mark.parametrize(("field", "value"), [("temprature", 1), ("thinking", {"type": "enabled", "mood": 1})])
+def test_fields_that_nobody_knows_are_refused_where_fields_are_strict(field, value):
+    body = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}], field: value}
+    with pytest.raises(InvalidRequest, match=r"temperature|thinking\.mood"):
+        parse_message(json.dumps(body).encode(), Limits(has_strict_fields=True))
+
+
+def test_a_recorded_request_of_a_coding_agent_is_read_whole():
+    recorded = json.loads(RECORDED.read_text())
+    parsed = parse_message(RECORDED.read_bytes())
+    assert parsed.ignored == ("fallback_credit_token",)
+    assert [message["role"] for message in parsed.messages] == ["system", "user", "assistant", "tool"]
+    assert parsed.messages[2]["reasoning_content"] == "I count them."
+    assert [tool["function"]["name"] for tool in parsed.tools] == ["Bash", "Read"]
+    assert parsed.is_streaming
+    assert (parsed.user, parsed.template_kwargs["reasoning_effort"]) == (recorded["metadata"]["user_id"], "high")
