@@ -253,6 +253,20 @@ async def test_logprobs_are_the_same_for_the_same_context_and_lead_with_the_toke
     assert none.last.logprobs[0].top == ()
 
 
+@pytest.mark.parametrize("max_tokens", [1, 6])
+async def test_prompt_logprobs_come_once_one_for_each_token(make_engine, max_tokens):
+    engine = await make_engine()
+    client = await Client(engine, "a", prompt_logprobs=2, max_tokens=max_tokens).done()
+    first, *others = [output.prompt_logprobs for output in client.outputs]
+    assert first[0] is None
+    assert [logprob.token for logprob in first[1:]] == PROMPT.tolist()[1:]
+    assert {len(logprob.top) for logprob in first[1:]} == {2}
+    assert not any(others)
+    again = await Client(engine, "b", prompt_logprobs=2).done()
+    assert again.outputs[0].prompt_logprobs == first
+    assert not any(output.prompt_logprobs for output in (await Client(engine, "c").done()).outputs)
+
+
 async def test_an_answer_ends_by_itself_only_if_the_client_lets_it(make_engine):
     engine = await make_engine(answer_tokens=4)
     natural = await Client(engine, "a", max_tokens=100, ignore_eos=False).done()
