@@ -295,7 +295,11 @@ class _Choice:
         elif note is not None:
             self._put(self._dialect.token(self._index, text, note))
         elif text:
-            self._put(self._dialect.text(self._index, text))
+            event = self._dialect.text(self._index, text)
+            if self._teller is None:
+                self._written.append(event)  # the way that most tokens take: one call less
+            else:
+                self._put(event)
 
     def _write_parts(self, parts: Sequence[Part], note: TokenNote | None) -> None:
         """The log probability leaves with its token, whatever part the token belongs to."""
