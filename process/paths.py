@@ -6,7 +6,7 @@ from pathlib import Path
 
 from planes.wire.errors import HeadraceError
 
-DEMO_MODEL = "gemma-3-270m"
+DEMO_MODEL = "smollm2-135m"
 """What clients call the model that is served when nobody names one (`workers/demo_model/convert.py`)."""
 
 

@@ -38,7 +38,7 @@ class WorkerSettings(ProcessSettings):
     engine: Annotated[Literal["vllm", "sim"], Parameter(help="What computes: a real model or simulated time.")] = "vllm"
     model: Annotated[
         Path | None,
-        Parameter(help="Directory of a model. Default: the demo model, Gemma 3 270M; for sim, a built-in tokenizer."),
+        Parameter(help="Directory of a model. Default: the demo model, SmolLM2 135M; for sim, a built-in tokenizer."),
     ] = None
     served_model_name: Annotated[
         str | None, Parameter(help="Name that clients use. Default: the directory's or the demo model's name, or sim.")

@@ -47,7 +47,7 @@ class UpSettings:
 
     engine: Annotated[Literal["vllm", "sim"], Parameter(help="What computes: a real model or simulated time.")] = "vllm"
     model: Annotated[
-        str | None, Parameter(help="Directory of a model. Default: the demo model, Gemma 3 270M; for sim, none.")
+        str | None, Parameter(help="Directory of a model. Default: the demo model, SmolLM2 135M; for sim, none.")
     ] = None
     served_model_name: Annotated[
         str | None, Parameter(help="Name that clients use. Default: the directory's name.")
@@ -282,8 +282,8 @@ async def _serves(host: str, port: int, num_workers: int) -> bool:
 def _announce(settings: UpSettings, model: str, seconds: float, state: Path) -> None:
     host = _reachable(settings.host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "The capital of France is"}}], '
-    body += '"max_tokens": 32, "stream": true}'
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}], '
+    body += '"temperature": 0, "max_tokens": 64, "stream": true}'
     say(f"ready after {seconds:.1f} s; logs in {state}; Ctrl-C stops everything")
     if is_open_to_others(settings.host, settings.api_keys_file):
         say(f"warning: {settings.host} lets everybody in who reaches this machine; --api-keys-file asks for keys")

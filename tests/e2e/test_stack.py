@@ -53,7 +53,7 @@ class Stack:
 
     def chat(self, content, *, handover, salt, max_tokens=16):
         body = {
-            "model": "gemma-3-270m",
+            "model": "smollm2-135m",
             "messages": [{"role": "user", "content": content}],
             "max_tokens": max_tokens,
             "temperature": 0,
@@ -97,7 +97,8 @@ def test_the_printed_curl_streams_tokens_from_two_workers(stack):
     headers = dict(line.split(": ", 1) for line in head.splitlines()[1:])
     assert (headers["x-headrace-prefill"], headers["x-headrace-decode"]) == ("prefill-1", "decode-1")
     events = [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: {")]
-    assert "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
+    words = "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
+    assert words == "The capital of France is Paris."
     assert body.rstrip().endswith("data: [DONE]")
 
 
@@ -124,9 +125,9 @@ def test_the_second_time_the_shared_blocks_are_cached(stack):
 
 def test_openai_s_client_works_unchanged(client):
     messages = [{"role": "user", "content": "Count: one, two, three,"}]
-    whole = client.chat.completions.create(model="gemma-3-270m", messages=messages, max_tokens=8, temperature=0)
+    whole = client.chat.completions.create(model="smollm2-135m", messages=messages, max_tokens=8, temperature=0)
     stream = client.chat.completions.create(
-        model="gemma-3-270m",
+        model="smollm2-135m",
         messages=messages,
         max_tokens=8,
         temperature=0,
@@ -137,15 +138,15 @@ def test_openai_s_client_works_unchanged(client):
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert streamed == whole.choices[0].message.content
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
-    completion = client.completions.create(model="gemma-3-270m", prompt="The capital of France is", max_tokens=4)
+    completion = client.completions.create(model="smollm2-135m", prompt="The capital of France is", max_tokens=4)
     assert completion.choices[0].text
-    assert [model.id for model in client.models.list()] == ["gemma-3-270m"]
+    assert [model.id for model in client.models.list()] == ["smollm2-135m"]
 
 
 def test_bad_input_never_reaches_the_engine(client, stack):
     served = stack.metric("headrace_prompt_tokens_total")
     with pytest.raises(openai.BadRequestError) as too_long:
-        client.completions.create(model="gemma-3-270m", prompt="word " * 5000, max_tokens=1)
+        client.completions.create(model="smollm2-135m", prompt="word " * 5000, max_tokens=1)
     assert "2048" in str(too_long.value)
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="gemma-4", prompt="x")

