@@ -1,5 +1,6 @@
 """What a newcomer does: `headrace up`, the printed curl, a look at what it says of itself. Real model, real parts."""
 
+import asyncio
 import json
 import re
 import signal
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import httpx
+import jsonschema
 import openai
 import pytest
 
@@ -158,6 +160,91 @@ def test_the_route_of_a_request_is_explained(stack):
     route = httpx.get(f"{stack.url}/v1/routes/{answer.headers['x-request-id']}").json()
     assert route["chosen"]["prefill"] == "prefill-1"
     assert route["observed"]["handover_bytes"] > 0
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "trade": {"enum": ["miller", "smith", "baker"]},
+    },
+    "required": ["name", "age", "trade"],
+    "additionalProperties": False,
+}
+WEATHER = {
+    "type": "object",
+    "properties": {"place": {"type": "string", "maxLength": 20}, "days": {"type": "integer", "maximum": 14}},
+    "required": ["place", "days"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+async def handing_over(stack):
+    headers = {"x-headrace-handover": "always"}
+    async with openai.AsyncOpenAI(
+        base_url=f"{stack.url}/v1", api_key="none", timeout=300, max_retries=0, default_headers=headers
+    ) as client:
+        yield client
+
+
+async def fifty(ask):
+    """Twenty-five requests streamed and as many whole, eight at a time."""
+    room = asyncio.Semaphore(8)
+
+    async def one(number):
+        async with room:
+            return await ask(number)
+
+    return await asyncio.gather(*map(one, range(50)))
+
+
+async def test_a_json_schema_holds_fifty_times_of_fifty(handing_over):
+    async def ask(number):
+        asked = {
+            "model": "smollm2-135m",
+            "messages": [{"role": "user", "content": f"Describe villager number {number} as JSON."}],
+            "response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}},
+            "temperature": 1.0 if number % 4 else 0.0,
+            "seed": number,
+            "max_tokens": 120,
+        }
+        if number % 2:
+            answer = await handing_over.chat.completions.create(**asked)
+            return answer.choices[0].message.content
+        stream = await handing_over.chat.completions.create(**asked, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    for text in await fifty(ask):
+        jsonschema.validate(json.loads(text), PERSON)
+
+
+async def test_a_required_call_has_valid_arguments_fifty_times_of_fifty(handing_over):
+    tool = {"type": "function", "function": {"name": "weather", "description": "A forecast.", "parameters": WEATHER}}
+
+    async def ask(number):
+        asked = {
+            "model": "smollm2-135m",
+            "messages": [{"role": "user", "content": f"Will it rain in town number {number}?"}],
+            "tools": [tool],
+            "tool_choice": "required",
+            "parallel_tool_calls": False,
+            "temperature": 1.0 if number % 4 else 0.0,
+            "seed": number,
+            "max_tokens": 120,
+        }
+        if number % 2:
+            choice = (await handing_over.chat.completions.create(**asked)).choices[0]
+        else:
+            async with handing_over.chat.completions.stream(**asked) as stream:
+                choice = (await stream.get_final_completion()).choices[0]
+        (call,) = choice.message.tool_calls
+        return choice.finish_reason, call.function.name, call.function.arguments
+
+    for finish, name, arguments in await fifty(ask):
+        assert (finish, name) == ("tool_calls", "weather")
+        jsonschema.validate(json.loads(arguments), WEATHER)
 
 
 def running():
