@@ -33,6 +33,8 @@ from planes.wire.urls import parse_etcd
 
 _log = structlog.get_logger()
 
+_MAX_REFUSED = 1024
+"""Unusable registrations that are remembered."""
 _CHANNEL_OPTIONS = {
     # A silent peer is found within 15 s; etcd refuses pings more often than every 5 s.
     "grpc.keepalive_time_ms": 10_000,
@@ -271,6 +273,8 @@ class WorkerDirectory:
         self._grace_s = grace_s
         self._workers: dict[WorkerId, Registration] = {}
         self._missing: set[WorkerId] = set()
+        self._refused: dict[WorkerId, str] = {}
+        """Workers whose registration cannot be used, and why: that has been said."""
         self._grace: asyncio.TimerHandle | None = None
         self._decoder = msgspec.json.Decoder(Registration)
         self.is_current = False
@@ -311,8 +315,18 @@ class WorkerDirectory:
 
     def _drop(self, worker: WorkerId) -> None:
         self._missing.discard(worker)
+        self._refused.pop(worker, None)
         if self._workers.pop(worker, None) is not None:
             self._on_down(worker)
+
+    def _refuse(self, worker: WorkerId, reason: str) -> None:
+        """Said once for as long as it stays wrong in the same way: whoever wrote it may write it every second."""
+        if self._refused.get(worker) == reason:
+            return
+        if len(self._refused) >= _MAX_REFUSED:
+            self._refused.pop(next(iter(self._refused)))
+        self._refused[worker] = reason
+        _log.warning("registration.malformed", worker=worker, reason=reason)
 
     def _take_change(self, key: bytes, value: bytes | None) -> None:
         worker = WorkerId(key[len(self._prefix) :].decode(errors="replace"))
@@ -322,11 +336,12 @@ class WorkerDirectory:
         try:
             registration = self._decoder.decode(value)
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            _log.warning("registration.malformed", worker=worker, reason=str(exc))
+            self._refuse(worker, str(exc))
             return
         if registration.worker != worker:
-            _log.warning("registration.malformed", worker=worker, reason=f"it names {registration.worker!r}")
+            self._refuse(worker, f"it names {registration.worker!r}")
             return
+        self._refused.pop(worker, None)
         self._missing.discard(worker)
         if self._workers.get(worker) != registration:
             self._workers[worker] = registration

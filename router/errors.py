@@ -1,6 +1,6 @@
 """Why a request was turned away before any worker saw it. `code` is the label of metrics and the edge's key."""
 
-from planes.wire.errors import Rejected
+from planes.wire.errors import Expired, Rejected
 
 
 class QueueFull(Rejected):
@@ -72,7 +72,7 @@ class NoPair(Rejected):
         )
 
 
-class DeadlineExceeded(Rejected):
+class DeadlineExceeded(Expired):
     """The request's deadline passed while it waited in the gateway's queue."""
 
     code = "deadline"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from planes.wire.errors import Rejected
+from planes.wire.errors import Expired, Rejected
 from planes.wire.messages import KvEvents, LoadReport, Registration, RequestId, Snapshot, WorkerId
 from router.decision import Decision, decide
 from router.decision_log import History
@@ -44,7 +44,7 @@ class Refusal:
     """A queued request that will not be served; `error` says why."""
 
     request: RequestId
-    error: Rejected
+    error: Rejected | Expired
 
 
 class Router:
@@ -237,12 +237,12 @@ class Router:
         waiting.explanation.shadow = other
         self._counts.compare(chosen, other)
 
-    def _turn_away(self, waiting: Waiting, error: Rejected) -> Refusal:
+    def _turn_away(self, waiting: Waiting, error: Rejected | Expired) -> Refusal:
         self._queue.remove(waiting)
         self._refused(waiting.explanation, error)
         return Refusal(waiting.request.request, error)
 
-    def _refused(self, explanation: Explanation, error: Rejected) -> None:
+    def _refused(self, explanation: Explanation, error: Rejected | Expired) -> None:
         explanation.refused_because = str(error)
         self._counts.refusals[error.code] += 1
 

@@ -13,9 +13,9 @@
 | … code head_too_large                   | 431                 | invalid_request_error                     |
 | Rejected                                | 503, or by its code | server_overloaded                         |
 | … code queue_full, slo_missed, concurrency_limit, worker_busy | 429 | rate_limit_error                    |
-| … code deadline                         | 504                 | server_overloaded                         |
 | … code duplicate_request                | 409                 | server_overloaded                         |
 | … code policy_failed, internal_error    | 500                 | server_overloaded                         |
+| Expired                                 | 504                 | timeout_error                             |
 | Interrupted                             | 502                 | server_error                              |
 | any other HeadraceError                 | 500                 | server_error                              |
 | any other exception                     | 500                 | server_error, without its message         |
@@ -27,7 +27,7 @@ from typing import Final
 
 import msgspec
 
-from planes.wire.errors import HeadraceError, Interrupted, InvalidRequest, Rejected
+from planes.wire.errors import Expired, HeadraceError, Interrupted, InvalidRequest, Rejected
 
 _STATUS_OF_INVALID: Final = {
     "invalid_api_key": 401,
@@ -45,7 +45,6 @@ _STATUS_OF_REJECTED: Final = {
     "slo_missed": 429,
     "concurrency_limit": 429,
     "worker_busy": 429,
-    "deadline": 504,
     "duplicate_request": 409,
     "policy_failed": 500,
     "internal_error": 500,
@@ -145,6 +144,8 @@ def status_of(exc: BaseException) -> int:
             return _STATUS_OF_INVALID.get(exc.code, 400)
         case Rejected():
             return _STATUS_OF_REJECTED.get(exc.code, 503)
+        case Expired():
+            return 504
         case Interrupted():
             return 502
         case _:
@@ -157,6 +158,8 @@ def _type(exc: BaseException) -> str:
             return "authentication_error" if exc.code == "invalid_api_key" else "invalid_request_error"
         case Rejected():
             return "rate_limit_error" if status_of(exc) == 429 else "server_overloaded"
+        case Expired():
+            return "timeout_error"
         case _:
             return "server_error"
 

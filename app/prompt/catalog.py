@@ -19,7 +19,7 @@ from pathlib import Path
 import structlog
 
 from app.openai.errors import ModelNotFound
-from app.prompt.card import ModelUnusable, RenderingDiffers, entry_of
+from app.prompt.card import CardUnusable, ModelUnusable, RenderingDiffers, entry_of
 from app.prompt.prepare import ModelEntry
 from planes.assets import Store, fetch_card
 from planes.probes import differ
@@ -42,6 +42,18 @@ class ModelLoading(Rejected):
 
     def __init__(self, model: str) -> None:
         super().__init__(f"the tokenizer of {model!r} is being loaded; try again in a few seconds", retry_after_s=2.0)
+
+
+class ModelBroken(Rejected):
+    """Workers of this model are registered, and what they say of it cannot be used."""
+
+    code = "model_unusable"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"what the workers of {model!r} say of it cannot be used here; the reason is in GET /v1/fleet and in the "
+            "gateway's log"
+        )
 
 
 class NoModelYet(Rejected):
@@ -105,6 +117,8 @@ class Models:
         self._locks: dict[_Key, asyncio.Lock] = {}
         self._workers: dict[WorkerId, _Served] = {}
         self._current: dict[str, ModelEntry] = {}
+        self._unusable: set[_Key] = set()
+        """Cards of registered workers that could not be used when they were tried last."""
         self._has_seen_worker = False
 
     @property
@@ -115,13 +129,14 @@ class Models:
     def entry(self, model: str) -> ModelEntry:
         """What prepares a request for this model now.
 
-        Raises:  ModelNotFound, ModelLoading, NoModelYet, NoWorkerLeft.
+        Raises:  ModelNotFound, ModelLoading, ModelBroken, NoModelYet, NoWorkerLeft.
         """
         entry = self._current.get(model)
         if entry is not None:
             return entry
-        if any(served.registration.model == model for served in self._workers.values()):
-            raise ModelLoading(model)
+        keys = {_key(served.registration) for served in self._workers.values() if served.registration.model == model}
+        if keys:
+            raise ModelBroken(model) if keys <= self._unusable else ModelLoading(model)
         if not self._has_seen_worker:
             raise NoModelYet(model)
         if any(name == model for name, _ in self._cards):
@@ -200,7 +215,12 @@ class Models:
                 return
             self._make_room(key)
             card = await fetch_card(self._store, registration.card_digest, self._cache_dir)
-            entry = await asyncio.to_thread(entry_of, registration.model, card, registration.facts)
+            try:
+                entry = await asyncio.to_thread(entry_of, registration.model, card, registration.facts)
+            except CardUnusable:
+                self._unusable.add(key)
+                raise
+            self._unusable.discard(key)
             self._make_room(key)
             self._cards[key] = entry
             _log.info("model.loaded", model=registration.model, card=key[1], tokenizer=entry.tokenizer.backend)
@@ -226,6 +246,7 @@ class Models:
         key = _key(registration)
         if not any(_key(served.registration) == key for served in self._workers.values()):
             self._locks.pop(key, None)
+            self._unusable.discard(key)
             if key in self._cards:
                 self._cards.move_to_end(key)
         self._choose(registration.model)

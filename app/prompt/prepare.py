@@ -19,7 +19,7 @@ from app.prompt.template import ChatTemplate, TemplateError
 from app.prompt.tokenizer import Tokenizer
 from planes.wire import blocks
 from planes.wire.blocks import Hashes, Tokens
-from planes.wire.errors import InvalidRequest, Rejected
+from planes.wire.errors import Expired, InvalidRequest, Rejected
 from planes.wire.frames import Sampling
 
 Result = TypeVar("Result")
@@ -43,7 +43,7 @@ class ContextExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
-class PreparationTimeout(Rejected):
+class PreparationTimeout(Expired):
     """The request's time was over before its prompt was tokens."""
 
     code = "deadline"

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from planes.wire.errors import Rejected
+from planes.wire.errors import Expired, Rejected
 from planes.wire.messages import RequestId
 from router.errors import PolicyFailed
 from router.request import Observed, Outcome, RoutableRequest, Route
@@ -23,7 +23,7 @@ _log = structlog.get_logger()
 
 Clock = Callable[[], float]
 
-OnAnswer = Callable[[Route | Rejected], None]
+OnAnswer = Callable[[Route | Rejected | Expired], None]
 """Takes the router's answer, once; must not raise."""
 
 

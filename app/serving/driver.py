@@ -17,7 +17,7 @@ from app.serving.effects import Effect
 from app.serving.events import Event
 from app.serving.exchange import Exchange, State
 from planes.streams.client import WorkerUnreachable
-from planes.wire.errors import Rejected
+from planes.wire.errors import Expired, Rejected
 from planes.wire.messages import Registration, RequestId, WorkerId
 from router.request import Route
 
@@ -114,8 +114,8 @@ class ExchangeDriver:
         except Rejected as exc:
             self.receive(on.RouteRefused(exc))
 
-    def _routed(self, answer: Route | Rejected) -> None:
-        if isinstance(answer, Rejected):
+    def _routed(self, answer: Route | Rejected | Expired) -> None:
+        if isinstance(answer, Rejected | Expired):
             self.receive(on.RouteRefused(answer))
             return
         endpoint = None

@@ -1,7 +1,7 @@
 """How serving a request can fail: what a worker's words stand for, and what only the gateway can tell."""
 
 from planes.streams.client import WorkerLost, WorkerUnreachable
-from planes.wire.errors import UNUSABLE_GRAMMAR, HeadraceError, Interrupted, InvalidRequest, Rejected
+from planes.wire.errors import UNUSABLE_GRAMMAR, Expired, HeadraceError, Interrupted, InvalidRequest, Rejected
 from planes.wire.frames import Failed, FailureKind
 from planes.wire.messages import WorkerId
 
@@ -88,7 +88,7 @@ LegError = Retriable | GrammarRefused
 """How a leg can end, but well."""
 
 
-class DeadlinePassed(Rejected):
+class DeadlinePassed(Expired):
     """Time is up. Not `Interrupted`: continuing elsewhere would not give more of it."""
 
     code = "deadline"

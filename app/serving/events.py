@@ -5,7 +5,7 @@ from typing import NewType
 from msgspec import Struct
 
 from app.serving.errors import LegError
-from planes.wire.errors import Rejected
+from planes.wire.errors import Expired, Rejected
 from planes.wire.frames import Done
 from planes.wire.messages import HandoverEndpoint, RequestId, WorkerId
 from router.request import Route
@@ -24,7 +24,7 @@ class Bound(Struct, frozen=True):
 class RouteRefused(Struct, frozen=True):
     """The router has not."""
 
-    error: Rejected
+    error: Rejected | Expired
 
 
 class LegOutput(Struct, frozen=True):

@@ -19,7 +19,7 @@ from loadtest.simulator.records import Ending, Record
 from loadtest.simulator.scenario import MODEL
 from loadtest.workloads import Turn
 from planes.streams.client import WorkerUnreachable
-from planes.wire.errors import Rejected
+from planes.wire.errors import Expired, Rejected
 from planes.wire.frames import Format, Sampling
 from planes.wire.messages import RequestId
 from router.request import Route
@@ -95,7 +95,7 @@ class SimulatedDriver(ExchangeDriver):
 
     # --- to the router -------------------------------------------------------------------------------------------
 
-    def _routed(self, answer: Route | Rejected) -> None:
+    def _routed(self, answer: Route | Rejected | Expired) -> None:
         if isinstance(answer, Route) and self.record.predicted_ttft_s is None:
             self.record.held_s = answer.held_s
             self.record.predicted_ttft_s = answer.held_s + answer.predicted.ttft_s

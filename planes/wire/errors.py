@@ -1,4 +1,4 @@
-"""The three ways a request can end badly; every other error of ours is a kind of one of them."""
+"""The four ways a request can end badly; every other error of ours is a kind of one of them."""
 
 from planes.wire.urls import redacted
 
@@ -43,6 +43,12 @@ class Interrupted(HeadraceError):  # noqa: N818
     """A worker had begun and was lost or failed; migration continues it elsewhere."""
 
     code = "interrupted"
+
+
+class Expired(HeadraceError):  # noqa: N818
+    """The request's time was over, whether a worker had begun or not. Nothing was wrong with it, or with a worker."""
+
+    code = "deadline"
 
 
 class UnusableSetting(HeadraceError):  # noqa: N818 - names what is wrong

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+import structlog.testing
 from aetcd import Transactions
 
 from planes.control import Etcd, Registrar, WorkerDirectory, WorkerIdTaken, _pauses, workers_prefix
@@ -107,6 +108,15 @@ async def test_a_malformed_entry_is_skipped_and_the_last_good_one_stays(seen: Se
     seen.directory._take_listing({key("a"): value, key("b"): value, workers_prefix("ns") + b"\xff": value})
     assert seen.take() == [("up", "a", 1)]
     assert set(seen.directory.workers) == {"a"}
+
+
+async def test_what_is_wrong_with_an_entry_is_said_once(seen: Seen) -> None:
+    with structlog.testing.capture_logs() as logs:
+        for value in (b"{", b"{", b"[]", b"{"):
+            seen.directory._take_change(key("a"), value)
+        seen.directory._take_change(*entry("a"))
+        seen.directory._take_change(key("a"), b"{")
+    assert [log["event"] for log in logs] == ["registration.malformed"] * 4
 
 
 class BusyEtcd:

@@ -33,7 +33,7 @@ from router.errors import (
         (NoWorker("m", num_workers=0), 503, "server_overloaded", "no_worker"),
         (NoPair("m", num_workers=1), 503, "server_overloaded", "no_pair"),
         (ContextTooLong("m", 9, longest=8, num_workers=1), 503, "server_overloaded", "context_too_long"),
-        (DeadlineExceeded(1.0), 504, "server_overloaded", "deadline"),
+        (DeadlineExceeded(1.0), 504, "timeout_error", "deadline"),
         (DuplicateRequest("r"), 409, "server_overloaded", "duplicate_request"),
         (PolicyFailed("mine", KeyError("x")), 500, "server_overloaded", "policy_failed"),
         (TooManyConcurrent("t", 3, 1, 3), 429, "rate_limit_error", "concurrency_limit"),

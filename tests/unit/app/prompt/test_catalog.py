@@ -6,7 +6,7 @@ import pytest
 
 from app.openai.errors import ModelNotFound
 from app.prompt.card import CardUnusable, ModelUnusable, RenderingDiffers
-from app.prompt.catalog import ModelLoading, Models, NoModelYet, NoWorkerLeft
+from app.prompt.catalog import ModelBroken, ModelLoading, Models, NoModelYet, NoWorkerLeft
 from planes.assets import AssetsUnavailable, make_card, read_model_files, sha256
 from planes.wire.errors import HeadraceError, InvalidRequest
 from planes.wire.messages import Role, WorkerId, WorkerState
@@ -89,6 +89,22 @@ async def test_until_its_files_have_come_a_known_model_is_loading(models, store)
     with pytest.raises(HeadraceError):
         await models.load(missing)
     with pytest.raises(ModelLoading, match="'sim' is being loaded"):
+        models.entry("sim")
+
+
+async def test_a_model_whose_only_card_cannot_be_used_is_not_said_to_be_loading(models, store):
+    broken = worker("d0", store.publish({**FILES, "tokenizer.json": b"{}"}))
+    models.registered(broken)
+    with pytest.raises(CardUnusable):
+        await models.load(broken)
+    with pytest.raises(ModelBroken, match="GET /v1/fleet"):
+        models.entry("sim")
+    await join(models, worker("d1", store.publish(FILES)))
+    assert models.entry("sim").digest != broken.card_digest
+    models.deregistered(WorkerId("d1"))
+    models.deregistered(WorkerId("d0"))
+    models.registered(broken)  # a new worker may bring the same card and this gateway another version
+    with pytest.raises(ModelLoading):
         models.entry("sim")
 
 
