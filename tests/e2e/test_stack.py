@@ -208,7 +208,7 @@ async def test_a_json_schema_holds_fifty_times_of_fifty(handing_over):
             "response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}},
             "temperature": 1.0 if number % 4 else 0.0,
             "seed": number,
-            "max_tokens": 120,
+            "max_tokens": 300,
         }
         if number % 2:
             answer = await handing_over.chat.completions.create(**asked)
@@ -232,7 +232,7 @@ async def test_a_required_call_has_valid_arguments_fifty_times_of_fifty(handing_
             "parallel_tool_calls": False,
             "temperature": 1.0 if number % 4 else 0.0,
             "seed": number,
-            "max_tokens": 120,
+            "max_tokens": 300,
         }
         if number % 2:
             choice = (await handing_over.chat.completions.create(**asked)).choices[0]
