@@ -396,7 +396,7 @@ class MortalEngine(SimEngine):
 async def test_a_worker_whose_engine_dies_interrupts_its_streams_and_ends_with_status_1(fleet):
     engines = []
 
-    def make(settings, worker, *, vocab_size):
+    def make(settings, worker, *, vocab_size, reasoning_parser):
         facts = EngineFacts(16, 64, 512, 8, 512, 1024, vocab_size)
         engines.append(MortalEngine(SimOptions(worker=worker, model="sim", facts=facts, handover=None)))
         return engines[0]
@@ -476,7 +476,7 @@ async def test_a_worker_whose_id_is_taken_while_it_starts_ends_in_order(fleet):
             await super().start(observer, progress=progress)
             await fleet.until(lambda: "both-1" in fleet.workers)
 
-    def make(settings, worker, *, vocab_size):
+    def make(settings, worker, *, vocab_size, reasoning_parser):
         facts = EngineFacts(16, 64, 512, 8, 512, 1024, vocab_size)
         return SlowEngine(SimOptions(worker=worker, model="sim", facts=facts, handover=None))
 
