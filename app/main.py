@@ -281,7 +281,10 @@ async def _watch_loop(metrics: Metrics) -> None:
 
 
 def _uvicorn_config(settings: GatewaySettings, app: ASGIApp) -> uvicorn.Config:
-    limits = ConnectionLimits(read_timeout_s=min(settings.read_timeout_s, settings.request_timeout_s))
+    limits = ConnectionLimits(
+        read_timeout_s=min(settings.read_timeout_s, settings.request_timeout_s),
+        num_connections=settings.max_connections,
+    )
     return uvicorn.Config(
         app,
         http=functools.partial(StreamingProtocol, limits=limits),  # type: ignore[arg-type] # all that uvicorn does is call it

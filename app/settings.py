@@ -44,6 +44,9 @@ class GatewaySettings(ProcessSettings):
     read_timeout_s: Annotated[
         float, Parameter(help="Longest time from a request's first byte to its last, in seconds.")
     ] = 60.0
+    max_connections: Annotated[
+        int, Parameter(help="Most connections of clients at once; another one is answered 503 and closed.")
+    ] = 32_768
     max_body_bytes: Annotated[
         int, Parameter(help="Longest request body; never more than 1 MiB + 64 bytes per token of the longest context.")
     ] = 16 << 20
@@ -97,6 +100,7 @@ class GatewaySettings(ProcessSettings):
         for name in (
             "queue_limit",
             "max_attempts",
+            "max_connections",
             "max_body_bytes",
             "body_memory_bytes",
             "slow_client_bytes",

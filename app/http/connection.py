@@ -12,6 +12,7 @@ with a request until its answer; what we count is bytes that it took without giv
 | predecessors without an answer are `num_pipelined`     | 429                                 |
 | head without exactly one Host, or no HTTP/1 at all     | 400                                 |
 | body not here yet when the gateway stops               | 503                                 |
+| connection is one more than `num_connections`          | 503, before it has said anything    |
 | wish for another protocol (`Upgrade`, h2c for one)     | as if it had not been made (RFC 9110, 7.8) |
 
 A refusal waits for the answers to earlier requests and is the connection's last word: what still comes is thrown away
@@ -27,7 +28,7 @@ import httptools
 import structlog
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from app.http.errors import HeadTooLarge, NotHttp, ReadTimeout, Stopping, TooManyPipelined
+from app.http.errors import HeadTooLarge, NotHttp, ReadTimeout, Stopping, TooManyConnections, TooManyPipelined
 from app.openai import errors
 from planes.wire.errors import HeadraceError, InvalidRequest
 
@@ -50,6 +51,8 @@ class ConnectionLimits:
     num_pipelined: int = 16
     """Requests sent ahead of the answer to an earlier one, which are parsed as they come."""
     read_timeout_s: float = 60.0
+    num_connections: int = 32_768
+    """All connections of this process together, those that are being refused too; each costs some 10 KB."""
 
 
 class Client:
@@ -98,6 +101,8 @@ class StreamingProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         # The first request has as much time to begin as every other.
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        if len(self.connections) > self._limits.num_connections:
+            self._refuse(TooManyConnections(self._limits.num_connections))
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()

@@ -50,3 +50,15 @@ class Stopping(Rejected):
         super().__init__(
             "The gateway is stopping and the request was not here whole; send it again.", retry_after_s=1.0
         )
+
+
+class TooManyConnections(Rejected):
+    """As many connections as this gateway holds are open."""
+
+    code = "too_many_connections"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"This gateway has {limit} connections open, which is its limit (--max-connections); close some of yours.",
+            retry_after_s=1.0,
+        )

@@ -1,6 +1,7 @@
 import asyncio
 import json
 import tracemalloc
+from contextlib import AsyncExitStack
 
 import pytest
 
@@ -16,7 +17,7 @@ H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: A
 
 @pytest.fixture
 def limits(request):
-    return ConnectionLimits(read_timeout_s=getattr(request, "param", NEVER))
+    return ConnectionLimits(read_timeout_s=getattr(request, "param", NEVER), num_connections=20)
 
 
 soon = pytest.mark.parametrize("limits", [SOON], indirect=True)
@@ -41,6 +42,20 @@ async def refused(reader):
     error = json.loads(body)["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return status, error["code"]
+
+
+async def test_one_connection_more_than_the_limit_is_refused_and_the_others_go_on(recorder, connect, limits):
+    recorder.produce = echo
+    async with AsyncExitStack() as stack:
+        held = [await stack.enter_async_context(connect()) for _ in range(limits.num_connections)]
+        for reader, writer in held:
+            writer.write(post(body=b"hello"))
+            assert await whole(reader) == ("200", b"hello")
+        async with connect() as (reader, _):
+            assert await refused(reader) == ("503", "too_many_connections")
+        reader, writer = held[0]
+        writer.write(post(body=b"again"))
+        assert await whole(reader) == ("200", b"again")
 
 
 @pytest.mark.parametrize("size", [1, 1_000, 10**9])
