@@ -9,7 +9,7 @@ subscriptions are there again before `on_connect` is told. `work_queue.py` and `
 JSON over the same connection.
 
 Snapshots travel in parts because a message may hold 1 MB by default and a worker may hold a million blocks (8 MB).
-Parts work with every NATS server as it is, and other messages get their turn in between.
+Parts are as long as the server allows, so that every one will do as it is; other messages get their turn in between.
 """
 
 import asyncio
@@ -37,6 +37,7 @@ _log = structlog.get_logger()
 _Message = TypeVar("_Message")
 
 _PART_BYTES = 512 * 1024
+"""Of a snapshot, at most and at most half of what the server takes."""
 _MAX_PENDING_BYTES = 1024 * 1024
 """Unsent bytes at which publications are dropped; nats-py itself would begin to wait at 2 MB."""
 _STREAM_EXISTS = 10058
@@ -399,7 +400,7 @@ class EventPlane:
         async def serve(request: Msg) -> None:
             snapshot = take()
             try:
-                for part in _split(snapshot):
+                for part in _split(snapshot, min(_PART_BYTES, self.max_message_bytes // 2)):
                     await self.send(request.reply, self._encoder.encode(part))
                     await self.flush()  # at the server's pace, not into our buffer
             except EventPlaneUnavailable as exc:
@@ -439,10 +440,10 @@ def _check(what: str, reply: Reply) -> dict[str, Any]:
     return answer
 
 
-def _split(snapshot: Snapshot) -> Iterator[_Part]:
+def _split(snapshot: Snapshot, part_bytes: int = _PART_BYTES) -> Iterator[_Part]:
     hashes = snapshot.hashes
-    for offset in range(0, max(1, len(hashes)), _PART_BYTES):
-        yield _Part(snapshot.epoch, snapshot.seq, len(hashes), offset, hashes[offset : offset + _PART_BYTES])
+    for offset in range(0, max(1, len(hashes)), part_bytes):
+        yield _Part(snapshot.epoch, snapshot.seq, len(hashes), offset, hashes[offset : offset + part_bytes])
 
 
 async def _join(worker: WorkerId, inbox: Inbox, timeout_s: float) -> Snapshot:

@@ -21,6 +21,8 @@ _MAX_UNSENT = 64
 class Events(Connects, Protocol):
     """What is needed of `planes.events.EventPlane`."""
 
+    @property
+    def max_message_bytes(self) -> int: ...
     async def publish_kv(self, events: KvEvents) -> None: ...
     async def publish_load(self, report: LoadReport) -> None: ...
     async def serve_snapshots(self, worker: WorkerId, take: Callable[[], Snapshot]) -> None: ...
@@ -44,7 +46,9 @@ class Publisher:
         self._load = load
         self._on_death = on_death
         self._state = WorkerState.READY
-        self._publications = Publications(worker, epoch, self._put)
+        self._publications = Publications(
+            worker, epoch, self._put, message_bytes=lambda: self._events.max_message_bytes
+        )
         self._steps: deque[StepSample] = deque(maxlen=_MAX_STEPS)
         self._unsent: deque[KvEvents | LoadReport] = deque(maxlen=_MAX_UNSENT)
         self._has_unsent = asyncio.Event()

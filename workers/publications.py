@@ -28,9 +28,11 @@ from workers.engine.base import EngineLoad
 
 BUSY_REPORT_S, IDLE_REPORT_S = 0.1, 1.0
 """Between two load reports."""
-_MAX_PUBLICATION_BYTES = 256 * 1024
-"""Of hashes; NATS takes 1 MB a message unless told otherwise."""
+DEFAULT_MESSAGE_BYTES = 1024 * 1024
+"""NATS takes this much a message unless told otherwise."""
 _MAX_PUBLICATION_EVENTS = 1024
+_EVENT_BYTES = 32
+"""What an event takes beside its hashes."""
 
 
 class CachedBlocks:
@@ -68,12 +70,23 @@ class CachedBlocks:
 
 
 class Publications:
-    """One start of one worker. put: takes what is to be published, in order."""
+    """One start of one worker.
 
-    def __init__(self, worker: WorkerId, epoch: int, put: Callable[[KvEvents], None]) -> None:
+    put: takes what is to be published, in order.  message_bytes: how long a message may be now.
+    """
+
+    def __init__(
+        self,
+        worker: WorkerId,
+        epoch: int,
+        put: Callable[[KvEvents], None],
+        *,
+        message_bytes: Callable[[], int] = lambda: DEFAULT_MESSAGE_BYTES,
+    ) -> None:
         self._worker = worker
         self._epoch = epoch
         self._put = put
+        self._message_bytes = message_bytes
         self._cached = CachedBlocks()
         self._seq = 0
         self._pending: list[KvEvent] = []
@@ -81,12 +94,13 @@ class Publications:
 
     def kv_changed(self, events: list[KvEvent]) -> None:
         """Take what changed; it is published at the next `seal`, or at once where a message is full."""
+        full = max(_EVENT_BYTES, self._message_bytes() // 4)  # a part may come on top of as much, and half is spare
         for event in events:
             self._cached.apply(event)
-            for part in _parts(event):
+            for part in _parts(event, full):
                 self._pending.append(part)
-                self._pending_bytes += 0 if isinstance(part, AllCleared) else len(part.hashes)
-                if self._pending_bytes >= _MAX_PUBLICATION_BYTES or len(self._pending) >= _MAX_PUBLICATION_EVENTS:
+                self._pending_bytes += _EVENT_BYTES + (0 if isinstance(part, AllCleared) else len(part.hashes))
+                if self._pending_bytes >= full or len(self._pending) >= _MAX_PUBLICATION_EVENTS:
                     self.seal()
 
     def seal(self) -> None:
@@ -129,10 +143,11 @@ def _merged(events: list[KvEvent]) -> Iterator[KvEvent]:
             yield kind(b"".join([event.hashes for event in same if not isinstance(event, AllCleared)]))
 
 
-def _parts(event: KvEvent) -> Iterator[KvEvent]:
-    """The event in parts that a message can hold; their order does not matter, their hashes are distinct blocks."""
-    if isinstance(event, AllCleared) or len(event.hashes) <= _MAX_PUBLICATION_BYTES:
+def _parts(event: KvEvent, num_bytes: int) -> Iterator[KvEvent]:
+    """The event in parts of so many bytes; their order does not matter, their hashes are distinct blocks."""
+    if isinstance(event, AllCleared) or len(event.hashes) <= num_bytes:
         yield event
         return
-    for start in range(0, len(event.hashes), _MAX_PUBLICATION_BYTES):
-        yield type(event)(event.hashes[start : start + _MAX_PUBLICATION_BYTES])
+    step = num_bytes // 8 * 8  # whole names
+    for start in range(0, len(event.hashes), step):
+        yield type(event)(event.hashes[start : start + step])

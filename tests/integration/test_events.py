@@ -14,8 +14,13 @@ import pytest
 
 from app.cli.servers import nats_server
 from planes.events import EventPlane, EventPlaneUnavailable
+from planes.wire.blocks import unpack
 from planes.wire.messages import BlocksStored, KvEvents, LoadReport, Snapshot, WorkerId, WorkerState
 from planes.work_queue import JobLimits, PrefillQueue, PrefillQueueFull
+from tests.nats_servers import own_nats
+from workers.engine.base import EngineLoad
+from workers.kv_events import Publisher
+from workers.publications import CachedBlocks
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
 
@@ -283,3 +288,29 @@ async def test_ages_are_the_same_whatever_our_clock_says(nats_url: str, namespac
             (job,) = await queue.pull(MODEL, 1, timeout_s=5)
             assert 0 < job.age_s < 60
             await job.ack()
+
+
+async def test_snapshots_and_publications_fit_a_server_that_takes_little(tmp_path: Path) -> None:
+    hashes = np.random.default_rng(0).integers(0, 2**63, 50_000, dtype=np.uint64).astype("<u8").tobytes()
+    told, is_complete = CachedBlocks(), asyncio.Event()
+
+    def apply(batch: KvEvents) -> None:
+        for event in batch.events:
+            told.apply(event)
+        if len(told) == 50_000:
+            is_complete.set()
+
+    async with own_nats(tmp_path / "nats", "max_payload: 65536\n") as url, plane(url, "ns") as gateway:
+        await gateway.subscribe_kv(apply)
+        await gateway.flush()
+        async with plane(url, "ns", is_waiting=False) as worker, asyncio.TaskGroup() as tasks:
+            publisher = Publisher(WORKER, 1, worker, load=EngineLoad, on_death=pytest.fail)
+            publishing = tasks.create_task(publisher.run())
+            await worker.wait_connected(10)
+            publisher.kv_changed([BlocksStored(hashes)])
+            async with asyncio.timeout(30):
+                await is_complete.wait()
+            snapshot = await gateway.request_snapshot(WORKER)
+            assert sorted(unpack(snapshot.hashes).tolist()) == sorted(unpack(hashes).tolist())
+            assert worker.counters.dropped == 0
+            publishing.cancel()

@@ -21,6 +21,8 @@ WORKER = WorkerId("decode-1")
 
 
 class FakeEvents:
+    max_message_bytes = 1024 * 1024
+
     def __init__(self):
         self.sent = []
         self.take = None

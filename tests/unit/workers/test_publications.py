@@ -1,3 +1,4 @@
+import msgspec
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,3 +52,23 @@ def test_what_changed_is_published_once_in_order_and_numbered():
     assert [(batch.worker, batch.epoch, batch.seq) for batch in told] == [(WORKER, 7, 1), (WORKER, 7, 2)]
     assert [event for batch in told for event in batch.events] == [stored(8, 1), removed(8), stored(3)]
     assert (report.seq, report.num_cached, report.digest, report.num_running) == (2, 2, 1 ^ 3, 2)
+
+
+@given(
+    history=st.lists(EVENTS | st.just(AllCleared()), max_size=40),
+    num_blocks=st.integers(0, 3000),
+    limit=st.sampled_from([1024, 4096, 65536]),
+)
+def test_no_publication_is_longer_than_the_server_takes_and_all_blocks_arrive(history, num_blocks, limit):
+    told, held, told_of = [], CachedBlocks(), CachedBlocks()
+    publications = Publications(WORKER, 7, told.append, message_bytes=lambda: limit)
+    events = [*history, stored(*range(num_blocks))]
+    publications.kv_changed(events)
+    publications.seal()
+    for event in events:
+        held.apply(event)
+    for batch in told:
+        assert len(msgspec.msgpack.encode(batch)) <= limit
+        for event in batch.events:
+            told_of.apply(event)
+    assert (len(told_of), told_of.digest) == (len(held), held.digest)
