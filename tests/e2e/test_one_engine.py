@@ -229,16 +229,22 @@ async def test_an_answer_that_goes_on_on_another_engine_amid_json_is_the_undistu
     assert {rest.last["finish"] for rest in rests} == {alone.last["finish"]}
 
 
+BORNE_WITH_A_SMALL_VOCABULARY = [
+    schema({"type": "string", "maxLength": 1_000_000_000}),
+    StructuredOutput(regex="[\\w\\W]{1,100000}"),
+]
+"""Too much for the limits of a trial where there are 262,144 tokens, and not where there are 49,152."""
+
+
 @pytest.mark.parametrize(
     "structured",
     [
-        schema({"type": "string", "maxLength": 1_000_000_000}),
+        *BORNE_WITH_A_SMALL_VOCABULARY,
         schema({"type": "array", "minItems": 1_000_000_000}),
         schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}),
         schema({"type": "nonsense"}),
         schema({"type": "array", "uniqueItems": True, "patternProperties": {}}),
         StructuredOutput(regex="("),
-        StructuredOutput(regex="[\\w\\W]{1,100000}"),
         StructuredOutput(regex=".*" * 2000),
         StructuredOutput(grammar="root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000),
         StructuredOutput(structural_tag="{}"),
@@ -252,7 +258,10 @@ async def test_a_hostile_grammar_costs_its_request_and_nobody_else(pair, structu
     refused, other = await asyncio.gather(
         prefill.run([1000, 1001], {"structured": structured}), prefill.run([1002, 1003], {"max_tokens": 3})
     )
-    assert "cannot be used" in refused.last["refusal"]
+    if structured in BORNE_WITH_A_SMALL_VOCABULARY and not refused.last.get("refusal"):
+        assert refused.last["finish"] in ("length", "stop")
+    else:
+        assert "cannot be used" in refused.last["refusal"]
     assert other.last["finish"] in ("length", "stop")
 
 
