@@ -24,14 +24,14 @@ LONG = " ".join(
 
 
 class Stack:
-    """`headrace up` in float32, one prefill and one decode worker."""
+    """`headrace up` as a newcomer starts it (the demo model runs in float32), one prefill and one decode worker."""
 
     def __init__(self, folder):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.output = folder / "output"
         self.state = folder / "state"
-        environment = {"HEADRACE_DTYPE": "float32", "HEADRACE_KV_CACHE_BYTES": str(128 << 20)}
+        environment = {"HEADRACE_KV_CACHE_BYTES": str(128 << 20)}
         self.process = start_up(self.port, self.output, "--state-dir", str(self.state), env=environment)
 
     def said(self):

@@ -51,6 +51,8 @@ def test_vllm_serves_the_demo_model_if_none_is_named(tmp_path):
         (tmp_path / name).write_text("{}")
     made = WorkerSettings(engine="vllm").with_model(lambda: tmp_path)
     assert (made.model_path, made.model_name) == (tmp_path, "smollm2-135m")
+    assert made.dtype == "float32"
+    assert WorkerSettings(engine="vllm", dtype="bfloat16").with_model(lambda: tmp_path).dtype == "bfloat16"
     assert WorkerSettings(engine="vllm", served_model_name="mill").with_model(lambda: tmp_path).model_name == "mill"
 
 
