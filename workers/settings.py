@@ -160,8 +160,8 @@ class WorkerSettings(ProcessSettings):
     def with_model(self, demo_model: Callable[[], Path]) -> "WorkerSettings":
         """The same for an engine that needs a model: the demo model, if none is named.
 
-        In float32 unless told otherwise: vLLM's bfloat16 on CPUs that have it natively gives this model's first token
-        wrong ("L'Étoile" for the capital of France), without anything of ours; it is small enough for 0.5 GB.
+        In float32 unless told otherwise: its answers' first tokens can be near ties, and in bfloat16, which CPUs that
+        have it take by default, the capital of France became "L'Étoile". It is small enough for 0.5 GB.
         """
         if self.model is not None or self.engine == "sim":
             return self
