@@ -6,7 +6,8 @@ from typing import Final
 import msgspec
 
 from app.anthropic.schema import Block, Turn
-from app.openai.decode import check_count, decode_field, shown
+from app.openai.decode import decode_field, missing, not_text, shown
+from app.openai.messages import check_number
 from app.openai.schema import NULL, Json, Limits
 from planes.wire.errors import InvalidRequest
 
@@ -24,9 +25,7 @@ _SOURCE: Final = msgspec.json.Decoder(_Source)
 
 def chat_messages(system: str | list[Block] | None, turns: list[Turn], limits: Limits) -> tuple[dict[str, Json], ...]:
     """What a chat template gets.  Raises:  InvalidRequest, naming the block."""
-    if not turns:
-        raise InvalidRequest("Invalid 'messages': it must hold at least one message.", param="messages")
-    check_count("messages", len(turns), limits.num_messages, "messages")
+    check_number(turns, limits)
     messages: list[dict[str, Json]] = []
     if system:
         messages.append({"role": "system", "content": _text(system, "system")})
@@ -60,7 +59,7 @@ def _user(role: str, blocks: list[Block], where: str) -> Iterator[dict[str, Json
             yield {"role": role, "content": "\n".join(texts)}
             texts = []
         if not block.tool_use_id:
-            raise _missing(f"{where}[{index}].tool_use_id")
+            raise missing(f"{where}[{index}].tool_use_id")
         result = _text(block.content, f"{where}[{index}].content") if block.content else ""
         yield {
             "role": "tool",
@@ -95,7 +94,7 @@ def _assistant(blocks: list[Block], where: str) -> dict[str, Json]:
 
 def _call(block: Block, where: str) -> dict[str, Json]:
     if not block.name:
-        raise _missing(f"{where}.name")
+        raise missing(f"{where}.name")
     arguments: Json = {} if block.input == NULL else decode_field(f"{where}.input", block.input, _ANYTHING)
     return {"id": block.id or "", "type": "function", "function": {"name": block.name, "arguments": arguments}}
 
@@ -110,15 +109,11 @@ def _block_text(block: Block, where: str) -> str:
     """Raises:  InvalidRequest for what is not text."""
     if block.type == "text":
         if block.text is None:
-            raise _missing(f"{where}.text")
+            raise missing(f"{where}.text")
         return block.text
     if block.type == "document" and (text := _document(block)) is not None:
         return text
-    raise InvalidRequest(
-        f"Invalid '{where}.type': {shown(block.type)} content is not supported; only text is.",
-        param=f"{where}.type",
-        code="unsupported_parameter",
-    )
+    raise not_text(where, block.type)
 
 
 def _document(block: Block) -> str | None:
@@ -130,7 +125,3 @@ def _document(block: Block) -> str | None:
     if source.type != "text":
         return None
     return f"{block.title}\n{source.data}" if block.title else source.data
-
-
-def _missing(name: str) -> InvalidRequest:
-    return InvalidRequest(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")

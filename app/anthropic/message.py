@@ -8,7 +8,7 @@ from app.anthropic.conversation import chat_messages
 from app.anthropic.schema import NESTED, ConversationBody, MessageBody, ToolChoice
 from app.anthropic.schema import Tool as AnthropicTool
 from app.openai import tools
-from app.openai.decode import check_range, decode_known, shown
+from app.openai.decode import check_range, decode_known, missing, shown
 from app.openai.sampling import parse_cache_salt, parse_max_tokens, parse_priority, parse_seconds, parse_stop
 from app.openai.schema import Json, Kind, Limits, ParsedRequest
 from app.openai.tools import Mode, Tool, ToolUse
@@ -114,8 +114,7 @@ def _tool_use(conversation: ConversationBody, limits: Limits) -> ToolUse:
 
 def _function(tool: AnthropicTool, index: int) -> Tool:
     if tool.input_schema is None:
-        name = f"tools[{index}].input_schema"
-        raise InvalidRequest(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
+        raise missing(f"tools[{index}].input_schema")
     return Tool(tool.name, tool.description, tool.input_schema, is_strict=tool.strict)
 
 
@@ -130,10 +129,7 @@ def _choice(choice: ToolChoice | None) -> tools.ToolChoice:
         case "tool" if choice is not None and choice.name:
             return tools.ToolChoice(named=choice.name)
         case "tool":
-            name = "tool_choice.name"
-            raise InvalidRequest(
-                f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter"
-            )
+            raise missing("tool_choice.name")
         case unknown:
             raise InvalidRequest(
                 f"Invalid 'tool_choice.type': {shown(unknown)} is not one of auto, any, tool, none.",

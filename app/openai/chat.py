@@ -7,12 +7,13 @@ import msgspec
 from app.openai.bodies import NESTED, UNSUPPORTED_CHAT, ChatBody
 from app.openai.chat_tools import parse_chat_tools
 from app.openai.decode import check_count, check_range, decode_known, shown
-from app.openai.messages import template_messages
+from app.openai.messages import check_number, template_messages
 from app.openai.sampling import (
     Unsupported,
     parse_bad_words,
     parse_cache_salt,
     parse_max_tokens,
+    parse_prewarm,
     parse_priority,
     parse_sampling,
     parse_seconds,
@@ -36,7 +37,6 @@ def parse_chat(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedRequest:
     chat, ignored = decode_known(body, _DECODER, NESTED, is_strict=limits.has_strict_fields)
     _UNSUPPORTED.check(chat)
     max_tokens = _max_tokens(chat)
-    is_prewarm = chat.prompt_cache_options is not None and bool(chat.prompt_cache_options.prewarm)
     is_streaming = bool(chat.stream)
     include_usage, has_continuous_usage = parse_stream_options(chat.stream_options, is_streaming=is_streaming)
     use = parse_chat_tools(chat.tools, chat.tool_choice, chat.parallel_tool_calls, limits)
@@ -52,9 +52,9 @@ def parse_chat(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedRequest:
         messages=_messages(chat, limits),
         template_kwargs=_template_kwargs(chat, limits),
         tools=use.shown,
-        documents=_documents(chat, limits),
+        documents=parse_documents(chat.documents, limits),
         parsing=use.parsing,
-        is_reply=_is_reply(chat, is_continued=is_continued),
+        is_reply=parse_is_reply(chat.add_generation_prompt, is_continued=is_continued),
         is_continued=is_continued,
         is_streaming=is_streaming,
         include_usage=include_usage,
@@ -62,7 +62,7 @@ def parse_chat(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedRequest:
         has_token_ids=bool(chat.return_token_ids),
         bad_words=parse_bad_words(chat.bad_words, limits),
         truncate_prompt_tokens=parse_truncation(chat.truncate_prompt_tokens),
-        is_prewarm=is_prewarm,
+        is_prewarm=parse_prewarm(chat.prompt_cache_options),
         priority=parse_priority(chat.priority, chat.service_tier),
         cache_salt=parse_cache_salt(chat.cache_salt),
         user=chat.user or "",
@@ -95,20 +95,22 @@ def _logprobs(chat: ChatBody, limits: Limits) -> int | None:
     return (chat.top_logprobs or 0) if chat.logprobs else None
 
 
-def _is_reply(chat: ChatBody, *, is_continued: bool) -> bool:
-    if is_continued and chat.add_generation_prompt:
+def parse_is_reply(add_generation_prompt: bool | None, *, is_continued: bool) -> bool:
+    """Whether the prompt ends where an assistant's turn begins.  Raises:  InvalidRequest."""
+    if is_continued and add_generation_prompt:
         raise InvalidRequest(
             "'continue_final_message' and 'add_generation_prompt' exclude each other; send one of them.",
             param="continue_final_message",
         )
-    return not is_continued if chat.add_generation_prompt is None else chat.add_generation_prompt
+    return not is_continued if add_generation_prompt is None else add_generation_prompt
 
 
-def _documents(chat: ChatBody, limits: Limits) -> tuple[dict[str, Json], ...]:
-    if not chat.documents:
+def parse_documents(documents: list[dict[str, Json]] | None, limits: Limits) -> tuple[dict[str, Json], ...]:
+    """Raises:  InvalidRequest for too many."""
+    if not documents:
         return ()
-    check_count("documents", len(chat.documents), limits.num_documents, "documents")
-    return tuple(chat.documents)
+    check_count("documents", len(documents), limits.num_documents, "documents")
+    return tuple(documents)
 
 
 def _template_kwargs(chat: ChatBody, limits: Limits) -> dict[str, Json] | None:
@@ -153,7 +155,5 @@ def _decoded_kwargs(raw: msgspec.Raw) -> dict[str, Json]:
 
 
 def _messages(chat: ChatBody, limits: Limits) -> tuple[dict[str, Json], ...]:
-    if not chat.messages:
-        raise InvalidRequest("Invalid 'messages': it must hold at least one message.", param="messages")
-    check_count("messages", len(chat.messages), limits.num_messages, "messages")
+    check_number(chat.messages, limits)
     return template_messages(chat.messages)

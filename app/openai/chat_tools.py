@@ -6,7 +6,7 @@ import msgspec
 
 from app.openai.decode import decode_field, shown
 from app.openai.schema import NULL, Json, Limits
-from app.openai.tools import NO_TOOLS, Mode, Tool, ToolChoice, ToolUse, custom_tool, use_of
+from app.openai.tools import NO_TOOLS, Mode, Tool, ToolChoice, ToolUse, chosen_mode, custom_tool, use_of
 from planes.wire.errors import InvalidRequest
 
 
@@ -88,12 +88,7 @@ def _tool(tool: _Tool, index: int) -> Tool:
 
 def _choice(choice: str | _Choice) -> ToolChoice:
     if isinstance(choice, str):
-        if choice not in tuple(Mode):
-            raise InvalidRequest(
-                f"Invalid 'tool_choice': {shown(choice)} is not one of {', '.join(Mode)}, nor an object.",
-                param="tool_choice",
-            )
-        return ToolChoice(Mode(choice))
+        return chosen_mode(choice)
     if choice.type == "allowed_tools" and (allowed := choice.allowed_tools) is not None:
         named = [tool.function or tool.custom for tool in allowed.tools]
         names = [tool.name if name is None else name.name for tool, name in zip(allowed.tools, named, strict=True)]

@@ -12,6 +12,7 @@ from app.openai.sampling import (
     parse_bad_words,
     parse_cache_salt,
     parse_max_tokens,
+    parse_prewarm,
     parse_priority,
     parse_sampling,
     parse_seconds,
@@ -36,7 +37,7 @@ def parse_completion(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedReq
     completion, ignored = decode_known(body, _DECODER, NESTED, is_strict=limits.has_strict_fields)
     _UNSUPPORTED.check(completion)
     max_tokens = parse_max_tokens("max_tokens", completion.max_tokens) or DEFAULT_MAX_TOKENS
-    is_prewarm = completion.prompt_cache_options is not None and bool(completion.prompt_cache_options.prewarm)
+    is_prewarm = parse_prewarm(completion.prompt_cache_options)
     is_streaming = bool(completion.stream)
     include_usage, has_continuous_usage = parse_stream_options(completion.stream_options, is_streaming=is_streaming)
     sampling = parse_sampling(

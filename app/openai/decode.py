@@ -85,6 +85,20 @@ def decode_field(name: str, raw: msgspec.Raw, decoder: msgspec.json.Decoder[Valu
         raise InvalidRequest(f"The request body is not valid JSON: {exc}.", code="invalid_json") from exc
 
 
+def missing(name: str) -> InvalidRequest:
+    """A field that must be there is not."""
+    return InvalidRequest(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
+
+
+def not_text(name: str, kind: str) -> InvalidRequest:
+    """The piece of content of this name is of a kind that is no text."""
+    return InvalidRequest(
+        f"Invalid '{name}.type': {shown(kind)} content is not supported; only text is.",
+        param=f"{name}.type",
+        code="unsupported_parameter",
+    )
+
+
 def shown(value: Any) -> str:
     """A value as an error message quotes it: JSON, cut to a readable length."""
     try:
@@ -129,9 +143,8 @@ def _explained(problem: str, body: bytes, expected: Any, *, within: str = "") ->
         return InvalidRequest(
             f"Unrecognized request argument supplied: {name}.{hint}", param=name, code="unknown_parameter"
         )
-    if missing := _MISSING.match(problem):
-        name = prefix + missing["name"]
-        return InvalidRequest(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
+    if absent := _MISSING.match(problem):
+        return missing(prefix + absent["name"])
     problem = problem[:1].lower() + problem[1:].replace("`", "")
     if not path:
         return InvalidRequest(f"The request body must be a JSON object: {problem}.", code="invalid_type")

@@ -11,8 +11,8 @@ from typing import Any, Final
 import msgspec
 
 from app.openai.bodies import FunctionCall, Message, Part, ToolCall
-from app.openai.decode import shown
-from app.openai.schema import Json
+from app.openai.decode import check_count, missing, not_text, shown
+from app.openai.schema import Json, Limits
 from planes.wire.errors import InvalidRequest
 
 _ROLES: Final = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {"function": "tool"}
@@ -20,6 +20,13 @@ _ROLES: Final = {role: role for role in ("system", "developer", "user", "assista
 _SAID: Final = frozenset({"assistant", "tool"})
 """Roles whose content may be missing."""
 _TEXTS: Final = frozenset({"text", "input_text", "output_text"})
+
+
+def check_number(messages: Sequence[object], limits: Limits) -> None:
+    """Raises:  InvalidRequest for none, or too many."""
+    if not messages:
+        raise InvalidRequest("Invalid 'messages': it must hold at least one message.", param="messages")
+    check_count("messages", len(messages), limits.num_messages, "messages")
 
 
 def template_messages(messages: Sequence[Message]) -> tuple[dict[str, Json], ...]:
@@ -67,17 +74,9 @@ def _text(parts: Sequence[Part], name: str, *, is_models: bool) -> str:
         if part.type not in _TEXTS and part.type != "refusal":
             if is_models:
                 continue
-            raise InvalidRequest(
-                f"Invalid '{name}[{index}].type': {shown(part.type)} content is not supported; only text is.",
-                param=f"{name}[{index}].type",
-                code="unsupported_parameter",
-            )
+            raise not_text(f"{name}[{index}]", part.type)
         if text is None:
-            raise InvalidRequest(
-                f"Missing required parameter: '{name}[{index}].{part.type}'.",
-                param=f"{name}[{index}].{part.type}",
-                code="missing_required_parameter",
-            )
+            raise missing(f"{name}[{index}].{part.type}")
         texts.append(text)
     return "\n".join(texts)
 

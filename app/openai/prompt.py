@@ -41,11 +41,7 @@ def parse_prompts(raw: msgspec.Raw, limits: Limits, *, name: str = "prompt", mos
     if text.startswith(b'"'):
         return [_text(text)]
     if not text.startswith(b"["):
-        raise InvalidRequest(
-            f"Invalid type for '{name}': expected str or array, got {_kind(text)}; the value is {_value(text)}.",
-            param=name,
-            code="invalid_type",
-        )
+        raise _wrong_type(name, "str or array", text)
     inner = text[1:_PIECE_BYTES].lstrip()
     if inner.startswith(b"]"):
         raise InvalidRequest(f"Invalid '{name}': it must not be an empty list.", param=name)
@@ -61,11 +57,7 @@ def parse_token_ids(raw: msgspec.Raw, *, name: str) -> Tokens:
     text = bytes(raw)
     if text.startswith(b"["):
         return _token_ids(text, name)
-    raise InvalidRequest(
-        f"Invalid type for '{name}': expected array, got {_kind(text)}; the value is {_value(text)}.",
-        param=name,
-        code="invalid_type",
-    )
+    raise _wrong_type(name, "array", text)
 
 
 def _one(text: bytes, name: str) -> str | Tokens:
@@ -74,11 +66,7 @@ def _one(text: bytes, name: str) -> str | Tokens:
         return _text(text)
     if text.startswith(b"["):
         return _token_ids(text, name)
-    raise InvalidRequest(
-        f"Invalid type for '{name}': expected str or array, got {_kind(text)}; the value is {_value(text)}.",
-        param=name,
-        code="invalid_type",
-    )
+    raise _wrong_type(name, "str or array", text)
 
 
 def _text(text: bytes) -> str:
@@ -123,9 +111,13 @@ def _not_an_id(text: bytes, name: str, at: int, cut: int, num_ids: int) -> Inval
             param=name,
             code="invalid_type",
         )
-    name = f"{name}[{num_ids + piece.count(b',', 0, found.end())}]"
+    return _wrong_type(f"{name}[{num_ids + piece.count(b',', 0, found.end())}]", "int", value)
+
+
+def _wrong_type(name: str, expected: str, text: bytes) -> InvalidRequest:
+    """text: begins with the value that was given."""
     return InvalidRequest(
-        f"Invalid type for '{name}': expected int, got {_kind(value)}; the value is {_value(value)}.",
+        f"Invalid type for '{name}': expected {expected}, got {_kind(text)}; the value is {_value(text)}.",
         param=name,
         code="invalid_type",
     )

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
-from app.openai.bodies import CommonBody, StreamOptions
+from app.openai.bodies import CommonBody, PromptCacheOptions, StreamOptions
 from app.openai.decode import check_count, check_range, shown
 from app.openai.schema import NULL, Limits
 from planes.wire.errors import InvalidRequest
@@ -108,6 +108,11 @@ def parse_stream_options(options: StreamOptions | None, *, is_streaming: bool) -
         )
     # As in vLLM, who wants it all along wants it at the end too.
     return bool(options.include_usage), bool(options.include_usage and options.continuous_usage_stats)
+
+
+def parse_prewarm(options: PromptCacheOptions | None) -> bool:
+    """Whether the prompt alone is to be computed."""
+    return options is not None and bool(options.prewarm)
 
 
 def parse_seconds(name: str, value_ms: float | None) -> float | None:

@@ -6,7 +6,7 @@ from typing import Final
 import msgspec
 
 from app.openai.bodies import CommonBody
-from app.openai.decode import check_count, decode_field, shown
+from app.openai.decode import check_count, decode_field, missing, shown
 from app.openai.schema import NULL, Limits
 from planes.wire.errors import InvalidRequest
 from planes.wire.frames import StructuredOutput
@@ -89,10 +89,7 @@ def response_format(raw: msgspec.Raw) -> StructuredOutput | None:
             return ANY_OBJECT
         case "json_schema":
             if wanted.json_schema is None or wanted.json_schema.schema == NULL:
-                missing = f"{name}.json_schema" + (".schema" if wanted.json_schema is not None else "")
-                raise InvalidRequest(
-                    f"Missing required parameter: '{missing}'.", param=missing, code="missing_required_parameter"
-                )
+                raise missing(f"{name}.json_schema" + (".schema" if wanted.json_schema is not None else ""))
             return StructuredOutput(json_schema=schema_text(f"{name}.json_schema.schema", wanted.json_schema.schema))
         case "structural_tag":
             return StructuredOutput(structural_tag=schema_text(name, raw))

@@ -6,10 +6,10 @@ import msgspec
 import numpy as np
 
 from app.openai.bodies import Message
-from app.openai.chat import parse_template_kwargs
+from app.openai.chat import parse_documents, parse_is_reply, parse_template_kwargs
 from app.openai.chat_tools import parse_chat_tools
-from app.openai.decode import check_count, decode_known
-from app.openai.messages import template_messages
+from app.openai.decode import decode_known
+from app.openai.messages import check_number, template_messages
 from app.openai.prompt import parse_token_ids
 from app.openai.sampling import Unsupported
 from app.openai.schema import NULL, Json, Kind, Limits, ParsedRequest
@@ -113,10 +113,8 @@ def parse_detokenize(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ToDetoken
 def _conversation(
     asked: TokenizeBody, messages: list[Message], limits: Limits, body: bytes, ignored: tuple[str, ...]
 ) -> ParsedRequest:
-    if not messages:
-        raise InvalidRequest("Invalid 'messages': it must hold at least one message.", param="messages")
-    check_count("messages", len(messages), limits.num_messages, "messages")
-    check_count("documents", len(asked.documents or ()), limits.num_documents, "documents")
+    check_number(messages, limits)
+    documents = parse_documents(asked.documents, limits)
     if asked.add_special_tokens:
         raise InvalidRequest(
             "'add_special_tokens' is not supported with 'messages': the chat template writes what the model needs.",
@@ -124,11 +122,6 @@ def _conversation(
             code="unsupported_parameter",
         )
     is_continued = bool(asked.continue_final_message)
-    if is_continued and asked.add_generation_prompt:
-        raise InvalidRequest(
-            "'continue_final_message' and 'add_generation_prompt' exclude each other; send one of them.",
-            param="continue_final_message",
-        )
     return ParsedRequest(
         kind=Kind.CHAT,
         model=asked.model or "",
@@ -137,8 +130,8 @@ def _conversation(
         messages=template_messages(messages),
         template_kwargs=parse_template_kwargs(asked.chat_template_kwargs, limits),
         tools=parse_chat_tools(asked.tools, NULL, NULL, limits).shown,
-        documents=tuple(asked.documents or ()),
-        is_reply=not is_continued if asked.add_generation_prompt is None else asked.add_generation_prompt,
+        documents=documents,
+        is_reply=parse_is_reply(asked.add_generation_prompt, is_continued=is_continued),
         is_continued=is_continued,
         num_bytes=len(body),
         ignored=ignored,

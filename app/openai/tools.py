@@ -111,6 +111,15 @@ def _used(tools: Sequence[Tool], choice: ToolChoice, *, is_parallel: bool) -> To
     return ToolUse(every, parsing, StructuredOutput(json_schema=_encode(schema).decode()))
 
 
+def chosen_mode(word: str) -> ToolChoice:
+    """A choice that OpenAI's dialects make by a word alone.  Raises:  InvalidRequest for any other word."""
+    if word not in tuple(Mode):
+        raise InvalidRequest(
+            f"Invalid 'tool_choice': {shown(word)} is not one of {', '.join(Mode)}, nor an object.", param="tool_choice"
+        )
+    return ToolChoice(Mode(word))
+
+
 def custom_tool(name: str, description: str | None, format_: dict[str, Json] | None, *, param: str) -> Tool:
     """A custom tool as a function.  format_: OpenAI's `{"type": "grammar", "syntax": …, "definition": …}` or text.
 

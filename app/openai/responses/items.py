@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from app.openai.decode import check_count, decode_field, shown
+from app.openai.decode import check_count, decode_field, missing, not_text, shown
 from app.openai.messages import call_arguments
 from app.openai.responses.bodies import Item, Part
 from app.openai.schema import NULL, Json, Limits
@@ -222,11 +222,7 @@ def _check(item: Item, where: str) -> None:
                 f"Invalid '{where}.role': {shown(item.role)} is not one of {', '.join(_ROLES)}.", param=f"{where}.role"
             )
         if item.content is None and item.role != "assistant":
-            raise InvalidRequest(
-                f"Missing required parameter: '{where}.content'.",
-                param=f"{where}.content",
-                code="missing_required_parameter",
-            )
+            raise missing(f"{where}.content")
         if isinstance(item.content, list) and item.role != "assistant":
             _check_parts(item.content, f"{where}.content")
     elif item.kind in ("function_call_output", "custom_tool_call_output"):
@@ -245,15 +241,6 @@ def _check(item: Item, where: str) -> None:
 def _check_parts(parts: Sequence[Part], where: str) -> None:
     for index, part in enumerate(parts):
         if part.type not in _TEXTS and part.type != "refusal":
-            raise InvalidRequest(
-                f"Invalid '{where}[{index}].type': {shown(part.type)} content is not supported; only text is.",
-                param=f"{where}[{index}].type",
-                code="unsupported_parameter",
-            )
+            raise not_text(f"{where}[{index}]", part.type)
         if (part.refusal if part.type == "refusal" else part.text) is None:
-            field = "refusal" if part.type == "refusal" else "text"
-            raise InvalidRequest(
-                f"Missing required parameter: '{where}[{index}].{field}'.",
-                param=f"{where}[{index}].{field}",
-                code="missing_required_parameter",
-            )
+            raise missing(f"{where}[{index}].{'refusal' if part.type == 'refusal' else 'text'}")

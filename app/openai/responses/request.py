@@ -7,7 +7,7 @@ from typing import Any, Final
 import msgspec
 
 from app.openai.chat import effort_kwargs, parse_template_kwargs
-from app.openai.decode import check_count, check_range, decode_known, shown
+from app.openai.decode import check_count, check_range, decode_known, missing, shown
 from app.openai.responses.bodies import (
     NESTED_RESPONSE,
     UNSUPPORTED_RESPONSE,
@@ -22,6 +22,7 @@ from app.openai.sampling import (
     parse_bad_words,
     parse_cache_salt,
     parse_max_tokens,
+    parse_prewarm,
     parse_priority,
     parse_sampling,
     parse_seconds,
@@ -75,7 +76,7 @@ class ResponseRequest:
         items = [*earlier, *(referred.get(item.id or "", item) for item in self.input.items)]
         messages = template_messages(items, self.instructions)
         if not messages:
-            raise _missing("input")
+            raise missing("input")
         return msgspec.structs.replace(
             self.parsed,
             messages=messages,
@@ -114,7 +115,7 @@ def parse_response(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ResponseReq
         is_streaming=bool(response.stream),
         bad_words=parse_bad_words(response.bad_words, limits),
         truncate_prompt_tokens=parse_truncation(response.truncate_prompt_tokens),
-        is_prewarm=response.prompt_cache_options is not None and bool(response.prompt_cache_options.prewarm),
+        is_prewarm=parse_prewarm(response.prompt_cache_options),
         priority=parse_priority(response.priority, response.service_tier),
         cache_salt=parse_cache_salt(response.cache_salt),
         user=response.user or "",
@@ -183,13 +184,9 @@ def _structured(response: ResponseBody, limits: Limits) -> StructuredOutput | No
             param="text.format.type",
         )
     if wanted.schema == NULL:
-        raise _missing("text.format.schema")
+        raise missing("text.format.schema")
     check_count("text.format.schema", len(wanted.schema), limits.schema_bytes, "bytes")
     return StructuredOutput(json_schema=schema_text("text.format.schema", wanted.schema))
-
-
-def _missing(name: str) -> InvalidRequest:
-    return InvalidRequest(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
 
 
 def _repeated(response: ResponseBody) -> dict[str, Json]:

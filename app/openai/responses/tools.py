@@ -6,10 +6,10 @@ named, as the model could not have called them anyway.
 
 from typing import Final
 
-from app.openai.decode import shown
+from app.openai.decode import missing, shown
 from app.openai.responses.bodies import ResponseBody, ToolChoiceObject, ToolOption
 from app.openai.schema import Json, Limits
-from app.openai.tools import Mode, Tool, ToolChoice, ToolUse, custom_tool, use_of
+from app.openai.tools import Mode, Tool, ToolChoice, ToolUse, chosen_mode, custom_tool, use_of
 from planes.wire.errors import InvalidRequest
 
 _SERVED: Final = ("function", "custom")
@@ -46,9 +46,7 @@ def repeated_choice(response: ResponseBody) -> Json:
 
 def _tool(tool: ToolOption, param: str) -> Tool:
     if tool.name is None:
-        raise InvalidRequest(
-            f"Missing required parameter: '{param}.name'.", param=f"{param}.name", code="missing_required_parameter"
-        )
+        raise missing(f"{param}.name")
     if tool.type == "custom":
         return custom_tool(tool.name, tool.description, tool.format, param=param)
     return Tool(tool.name, tool.description, tool.parameters, tool.strict)
@@ -58,12 +56,7 @@ def _choice(choice: str | ToolChoiceObject | None) -> ToolChoice:
     if choice is None:
         return ToolChoice()
     if isinstance(choice, str):
-        if choice not in tuple(Mode):
-            raise InvalidRequest(
-                f"Invalid 'tool_choice': {shown(choice)} is not one of {', '.join(Mode)}, nor an object.",
-                param="tool_choice",
-            )
-        return ToolChoice(Mode(choice))
+        return chosen_mode(choice)
     if choice.type == "allowed_tools" and choice.mode in (None, "auto", "required"):
         names = [tool.name for tool in choice.tools or () if tool.type in _SERVED and tool.name is not None]
         return ToolChoice(Mode(choice.mode or "auto"), frozenset(names))
