@@ -10,6 +10,7 @@ import jinja2.sandbox
 import structlog
 import tokenizers
 
+from planes.assets import chat_template
 from planes.probes import NOW, Probe, digest
 
 _log = structlog.get_logger()
@@ -56,13 +57,15 @@ def _by_transformers(directory: Path) -> str:
 
 
 def _by_jinja(directory: Path) -> str:
-    config = json.loads(_read(directory / "tokenizer_config.json") or "{}")
+    names = ("chat_template.jinja", "tokenizer_config.json")
+    files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
     tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    source = _read(directory / "chat_template.jinja") or config.get("chat_template")
+    source = chat_template(files)
     variables = {name: text for name, value in config.items() if name.endswith("_token") and (text := _content(value))}
-    render = _renderer(source) if isinstance(source, str) else None
+    render = None if source is None else _renderer(source)
 
     def chat(probe: Probe) -> list[int] | None:
         if render is None:
@@ -114,7 +117,3 @@ def _tojson(value: Any, indent: int | None = None) -> str:
 
 def _refuse(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
-
-
-def _read(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None

@@ -57,3 +57,10 @@ def test_what_the_configuration_adds_is_added_alike(copy, changes):
 def test_a_model_that_it_cannot_load_is_unknown(copy):
     (copy / "tokenizer.json").write_text("{}")
     assert rendering_of(copy, "sim") == ""
+
+
+def test_of_several_templates_both_sides_take_the_default(copy):
+    named = {"default": "{{ messages[0].content }}", "tool_use": "tools"}
+    reconfigured(copy, chat_template=[{"name": name, "template": text} for name, text in named.items()])
+    assert rendering_of(copy, "sim") == gateways(copy)
+    assert gateways(copy) != gateways(SIM)
