@@ -100,9 +100,9 @@ def parameters(document: dict[str, typing.Any], method: str, path: str) -> dict[
     found = {each["name"]: SERVED for each in operation["parameters"] if each["in"] == "query"}
     if not (name := body_of(operation)):
         return found
-    harmless, unserved = _harmless(name), _unserved()
+    harmless = _harmless(name)
     for field, schema in document["components"]["schemas"][name]["properties"].items():
-        is_refused = schema.get("description", "").startswith("Not served") or field in unserved
+        is_refused = schema.get("description", "").startswith("Not served")
         found[field] = REFUSED if is_refused else IDLE if field in harmless else SERVED
     if path.startswith("/v1/responses"):
         found |= REFUSED_IN_RESPONSES
@@ -143,12 +143,6 @@ def _class_text(name: str, source: Path) -> str:
 def _under_harmless(text: str) -> set[str]:
     sections = [part.partition("\n\n")[0] for part in text.split("    # harmless\n")[1:]]
     return {line.split(":")[0].strip() for section in sections for line in section.splitlines()}
-
-
-def _unserved() -> set[str]:
-    """Fields that are parsed and that no worker obeys yet, as long as there are any."""
-    source = ROOT / "app" / "openai" / "unserved.py"
-    return set(re.findall(r'^    "([a-z_]+)": ', source.read_text(), flags=re.MULTILINE)) if source.exists() else set()
 
 
 def _cell(name: str, known: "list[str] | dict[str, str]") -> str:

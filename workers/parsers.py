@@ -81,7 +81,7 @@ def engine_reasoning(names: ParserNames, vocabulary: Vocabulary) -> str:
 def make_parsers(names: ParserNames, vocabulary: Vocabulary, model: Path, *, engine: str) -> Parsers:
     """Blocks: vLLM's need the model's tokenizer.  Raises:  UnusableSetting for a name that nobody knows."""
     if names.are_own:
-        return MarkupParsers(names, vocabulary)
+        return MarkupParsers(vocabulary)
     if engine != "vllm":
         is_tool = names.tool not in ("", OWN_TOOLS)
         flag, name = ("tool_parser", names.tool) if is_tool else ("reasoning_parser", names.reasoning)
@@ -95,8 +95,7 @@ def make_parsers(names: ParserNames, vocabulary: Vocabulary, model: Path, *, eng
 class MarkupParsers:
     """Ours."""
 
-    def __init__(self, names: ParserNames, vocabulary: Vocabulary) -> None:
-        self._names = names
+    def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
 
     def spelling(self, vocabulary: Vocabulary) -> Vocabulary:
@@ -109,10 +108,4 @@ class MarkupParsers:
 
 
 def _resolved(flag: str, found: str) -> str:
-    match flag:
-        case "auto":
-            return found
-        case "none":
-            return ""
-        case name:
-            return name
+    return {AUTO: found, NONE: ""}.get(flag, flag)

@@ -77,21 +77,9 @@ def routing_setup(started: GatewaySettings, config: RoutingConfig) -> RoutingSet
     shadow = started.shadow_policy if config.shadow_policy is None else config.shadow_policy
     return RoutingSetup(
         settings=replace(RouterSettings(queue_limit=started.queue_limit, slo_ttft_s=started.slo_ttft_s), **changed),
-        policy=_loaded(started.policy if config.policy is None else config.policy),
-        shadow=_loaded(shadow) if shadow else None,
+        policy=load_policy(started.policy if config.policy is None else config.policy),
+        shadow=load_policy(shadow) if shadow else None,
     )
-
-
-def _loaded(name: str) -> Policy:
-    """Raises:  ValueError, or whatever a module raises on import or a class when it is built and asked its name."""
-    try:
-        policy = load_policy(name)
-        policy.name.encode()
-    except ValueError:
-        raise
-    except Exception as exc:
-        raise ValueError(f"policy {name!r} cannot be loaded: {type(exc).__name__}: {exc}") from exc
-    return policy
 
 
 class RoutingConfigFollower:

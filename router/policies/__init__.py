@@ -34,8 +34,11 @@ def load_policy(name: str) -> Policy:
         raise ValueError(f"policy is {name!r} and must be package.module:Class or one of {', '.join(sorted(POLICIES))}")
     try:
         policy = getattr(import_module(module), attribute)()
+        is_one = callable(getattr(policy, "choose", None)) and hasattr(policy, "name")
+        if is_one:
+            policy.name.encode()
     except Exception as exc:  # a plug-in's code runs here and may raise anything
         raise ValueError(f"policy {name!r} cannot be loaded: {type(exc).__name__}: {exc}") from exc
-    if not (callable(getattr(policy, "choose", None)) and hasattr(policy, "name")):
+    if not is_one:
         raise ValueError(f"policy {name!r} has no method `choose` and text `name` (see router/policy.py)")
     return cast(Policy, policy)

@@ -64,7 +64,7 @@ class VllmParser:
     def __init__(self, make: Callable[[list[Any] | None], Any], parsing: Parsing, prompt: list[int]) -> None:
         self._request = _request(parsing)
         self._parser = make(self._request.tools)
-        self._prompt: list[int] | None = prompt
+        self._prompt = prompt
         self._tokens: list[int] = []
         self._is_parallel = parsing.is_parallel
         self._names: dict[int, str] = {}
