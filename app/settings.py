@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from app.openai.schema import Limits
 from planes.streams.protocol import StreamLimits
 from planes.wire.errors import UnusableSetting
 from process.paths import cache_dir
@@ -131,6 +132,10 @@ class GatewaySettings(ProcessSettings):
     def assets_dir(self) -> Path:
         """Where tokenizer files are kept."""
         return cache_dir() / "assets" if self.cache_dir is None else self.cache_dir.expanduser()
+
+    @property
+    def body_limits(self) -> Limits:
+        return Limits(has_strict_fields=self.strict_fields)
 
     @property
     def stream_limits(self) -> StreamLimits:

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final, TypeVar
 
 import msgspec
@@ -9,7 +10,7 @@ from starlette.requests import Request
 
 from app.auth import Tenant
 from app.gateway import Gateway
-from app.http.body import read_body, useful_bytes
+from app.http.body import BodyLease, read_body, useful_bytes
 from app.openai.request_headers import SCRIPT, parse_header_options
 from app.openai.schema import Kind, ParsedRequest
 from app.prompt.prepare import ModelEntry
@@ -47,12 +48,19 @@ async def read_request(
     """
     arrived_at = gateway.clock()
     with gateway.bodies.lease() as lease:
-        body = await read_body(request, max_body_bytes(gateway), lease)
-        deadline = arrived_at + gateway.settings.request_timeout_s
-        parsed = await gateway.preprocessor.parse(parse, body, deadline=deadline)
+        parsed, _ = await read_parsed(gateway, request, parse, lease, arrived_at=arrived_at)
         return await prepared_request(
             gateway, parsed, headers=headers, tenant=tenant, request_id=request_id, arrived_at=arrived_at
         )
+
+
+async def read_parsed(
+    gateway: Gateway, request: Request, parse: Callable[[bytes], Result], lease: BodyLease, *, arrived_at: float
+) -> tuple[Result, int]:
+    """What `parse` makes of the body, and the body's bytes, which `lease` has counted.  Raises:  HeadraceError."""
+    body = await read_body(request, max_body_bytes(gateway), lease)
+    deadline = arrived_at + gateway.settings.request_timeout_s
+    return await gateway.preprocessor.parse(parse, body, deadline=deadline), len(body)
 
 
 @asynccontextmanager
@@ -63,11 +71,10 @@ async def parsed_body(
 
     Raises:  HeadraceError.
     """
-    tenant = gateway.keys.authenticate(request.headers)
-    deadline = gateway.clock() + gateway.settings.request_timeout_s
+    tenant, arrived_at = gateway.keys.authenticate(request.headers), gateway.clock()
     with gateway.keys.admitted(tenant), gateway.bodies.lease() as lease:
-        body = await read_body(request, max_body_bytes(gateway), lease)
-        yield await gateway.preprocessor.parse(parse, body, deadline=deadline), deadline
+        parsed, _ = await read_parsed(gateway, request, parse, lease, arrived_at=arrived_at)
+        yield parsed, arrived_at + gateway.settings.request_timeout_s
 
 
 async def prepared_request(
@@ -80,6 +87,28 @@ async def prepared_request(
     arrived_at: float,
 ) -> GatewayRequest:
     """What follows the parser.  Raises:  HeadraceError."""
+    prepare = partial(_prepared_prompt, gateway, headers=headers, tenant=tenant, arrived_at=arrived_at)
+    job = await prepare(parsed, request_id=request_id)
+    if not parsed.more_prompts:
+        return job
+    beside: list[GatewayRequest] = []
+    for number, prompt in enumerate(parsed.more_prompts, start=1):
+        other = msgspec.structs.replace(parsed, prompt=prompt)
+        one = await prepare(other, request_id=RequestId(f"{request_id}-{number}"))
+        beside.append(msgspec.structs.replace(one, format=msgspec.structs.replace(job.format, echo=one.format.echo)))
+    return msgspec.structs.replace(job, beside=tuple(beside))
+
+
+async def _prepared_prompt(
+    gateway: Gateway,
+    parsed: ParsedRequest,
+    *,
+    headers: Mapping[str, str],
+    tenant: Tenant,
+    request_id: RequestId,
+    arrived_at: float,
+) -> GatewayRequest:
+    """The request for its first prompt."""
     prewarm = Prewarm(parsed.is_streaming, parsed.include_usage) if parsed.is_prewarm else None
     if prewarm is not None:
         parsed = _prompt_alone(parsed)
@@ -96,7 +125,7 @@ async def prepared_request(
     if sampling.thinking_tokens is not None and not model.reasoning_parser:
         sampling = msgspec.structs.replace(sampling, thinking_tokens=None)  # a model without thoughts keeps any budget
     options = parse_header_options(headers, n=sampling.n, has_prompt_logprobs=sampling.prompt_logprobs is not None)
-    job = GatewayRequest(
+    return GatewayRequest(
         request=request_id,
         model=parsed.model,
         prompt=prepared.tokens,
@@ -127,20 +156,6 @@ async def prepared_request(
         ignored=parsed.ignored,
         prewarm=prewarm,
     )
-    if not parsed.more_prompts:
-        return job
-    beside: list[GatewayRequest] = []
-    for number, prompt in enumerate(parsed.more_prompts, start=1):
-        one = await prepared_request(
-            gateway,
-            msgspec.structs.replace(parsed, prompt=prompt, more_prompts=()),
-            headers=headers,
-            tenant=tenant,
-            request_id=RequestId(f"{request_id}-{number}"),
-            arrived_at=arrived_at,
-        )
-        beside.append(msgspec.structs.replace(one, format=msgspec.structs.replace(job.format, echo=one.format.echo)))
-    return msgspec.structs.replace(job, beside=tuple(beside))
 
 
 def _prompt_alone(parsed: ParsedRequest) -> ParsedRequest:

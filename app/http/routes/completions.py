@@ -10,25 +10,18 @@ from app.http.routes.replies import json_reply
 from app.openai.chat import parse_chat
 from app.openai.completions import parse_completion
 from app.openai.errors import ModelNotFound
-from app.openai.schema import Limits, ParsedRequest
 
 
 def completion_routes(gateway: Gateway) -> APIRouter:
     """The routes that generate, and the models they generate with."""
     routes = APIRouter()
-    limits = Limits(has_strict_fields=gateway.settings.strict_fields)
-
-    def chat(body: bytes) -> ParsedRequest:
-        return parse_chat(body, limits)
-
-    def completion(body: bytes) -> ParsedRequest:
-        return parse_completion(body, limits)
-
     routes.routes += [
         generating_route(
-            gateway, "/v1/chat/completions", chat, summary="Continue a conversation (OpenAI's chat completions)."
+            gateway, "/v1/chat/completions", parse_chat, summary="Continue a conversation (OpenAI's chat completions)."
         ),
-        generating_route(gateway, "/v1/completions", completion, summary="Continue a text (OpenAI's completions)."),
+        generating_route(
+            gateway, "/v1/completions", parse_completion, summary="Continue a text (OpenAI's completions)."
+        ),
     ]
 
     @routes.get("/v1/models", response_model=None)

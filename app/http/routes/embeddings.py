@@ -1,18 +1,17 @@
 """`POST /v1/embeddings`: OpenAI's, for models whose workers run with `--task embed`."""
 
 from dataclasses import replace
+from functools import partial
 
 import msgspec
 from starlette.routing import Route
 
 from app.gateway import Gateway
-from app.http.body import read_body
 from app.http.embedded import MOST_AT_ONCE, run_embedded
-from app.http.intake import max_body_bytes, prepared_request
+from app.http.intake import prepared_request, read_parsed
 from app.http.response import StreamedResponse
 from app.http.routes.generate import Admitted, served_route
 from app.openai.embeddings import ToEmbed, parse_embedding
-from app.openai.schema import Limits
 from app.prompt.prepare import ModelEntry
 from app.serving.request import GatewayRequest
 from planes.wire.errors import InvalidRequest
@@ -21,16 +20,12 @@ from router.request import HandoverPreference
 
 def embedding_route(gateway: Gateway) -> Route:
     """The route."""
-    limits = Limits(has_strict_fields=gateway.settings.strict_fields)
+    parse = partial(parse_embedding, limits=gateway.settings.body_limits)
 
     async def serve(admitted: Admitted, response: StreamedResponse) -> None:
         arrived_at = gateway.clock()
         with gateway.bodies.lease() as lease:
-            body = await read_body(admitted.request, max_body_bytes(gateway), lease)
-            deadline = arrived_at + gateway.settings.request_timeout_s
-            asked = await gateway.preprocessor.parse(
-                lambda body: parse_embedding(body, limits), body, deadline=deadline
-            )
+            asked, _ = await read_parsed(gateway, admitted.request, parse, lease, arrived_at=arrived_at)
             job = await prepared_request(
                 gateway,
                 asked.parsed,

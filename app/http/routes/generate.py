@@ -10,13 +10,14 @@ from starlette.routing import Route
 
 from app.auth import Tenant, TenantSlots
 from app.gateway import Gateway
-from app.http.intake import Parse, read_request
+from app.http.intake import read_request
 from app.http.merged import run_merged
 from app.http.prewarmed import PrewarmedResponse
 from app.http.response import ErrorDialect, Streamed, StreamedResponse
 from app.metrics import RequestSummary
 from app.openai import errors as openai_errors
 from app.openai.errors import code_of
+from app.openai.schema import Limits, ParsedRequest
 from planes.wire.errors import HeadraceError, InvalidRequest
 from planes.wire.messages import RequestId
 
@@ -39,9 +40,15 @@ Serve = Callable[[Admitted, StreamedResponse], Awaitable[None]]
 
 
 def generating_route(
-    gateway: Gateway, path: str, parse: Parse, *, summary: str, errors: ErrorDialect = openai_errors
+    gateway: Gateway,
+    path: str,
+    parse: Callable[[bytes, Limits], ParsedRequest],
+    *,
+    summary: str,
+    errors: ErrorDialect = openai_errors,
 ) -> Route:
     """`POST path`.  parse: makes a request of its body.  summary: for the API's description."""
+    limits = gateway.settings.body_limits
 
     async def serve(admitted: Admitted, response: StreamedResponse) -> None:
         job = await read_request(
@@ -50,7 +57,7 @@ def generating_route(
             headers=admitted.headers,
             tenant=admitted.tenant,
             request_id=admitted.request_id,
-            parse=parse,
+            parse=lambda body: parse(body, limits),
         )
         admitted.slots.widen(job.sampling.n * (1 + len(job.beside)))
         if job.ignored:

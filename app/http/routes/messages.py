@@ -1,5 +1,7 @@
 """`POST /v1/messages` and `/v1/messages/count_tokens`: Anthropic's API."""
 
+from functools import partial
+
 from fastapi import APIRouter, Request, Response
 
 from app.anthropic import errors
@@ -7,28 +9,19 @@ from app.anthropic.message import parse_count, parse_message
 from app.gateway import Gateway
 from app.http.intake import Parse, parsed_body
 from app.http.routes.generate import generating_route
-from app.http.routes.replies import error_reply, json_reply
-from app.openai.request_headers import IGNORED, ignored_header
-from app.openai.schema import Limits, ParsedRequest
+from app.http.routes.replies import error_reply, json_reply, with_ignored
 from planes.wire.errors import HeadraceError
 
 
 def message_routes(gateway: Gateway) -> APIRouter:
     """Both routes."""
     routes = APIRouter()
-    limits = Limits(has_strict_fields=gateway.settings.strict_fields)
-
-    def message(body: bytes) -> ParsedRequest:
-        return parse_message(body, limits)
-
-    def count(body: bytes) -> ParsedRequest:
-        return parse_count(body, limits)
-
+    count = partial(parse_count, limits=gateway.settings.body_limits)
     routes.routes.append(
         generating_route(
             gateway,
             "/v1/messages",
-            message,
+            parse_message,
             summary="Continue a conversation (Anthropic's messages).",
             errors=errors,
         )
@@ -41,11 +34,9 @@ def message_routes(gateway: Gateway) -> APIRouter:
             num_tokens, ignored = await _num_tokens(gateway, request, count)
         except HeadraceError as exc:
             return error_reply(exc, errors)
-        reply = json_reply({"input_tokens": num_tokens})
         if ignored:
             gateway.metrics.fields_ignored(len(ignored))
-            reply.headers[IGNORED] = ignored_header(ignored)
-        return reply
+        return with_ignored(json_reply({"input_tokens": num_tokens}), ignored)
 
     return routes
 

@@ -1,5 +1,6 @@
 """Short answers that are neither streamed nor generated."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -7,6 +8,7 @@ from fastapi import Response
 
 from app.http.response import ErrorDialect
 from app.openai import errors as openai_errors
+from app.openai.request_headers import IGNORED, ignored_header
 
 
 def json_reply(value: Any, status: int = 200) -> Response:
@@ -18,3 +20,10 @@ def error_reply(exc: BaseException, errors: ErrorDialect = openai_errors) -> Res
     """An error in the shape of an API, OpenAI's by default."""
     refusal = errors.response(exc)
     return Response(refusal.body, refusal.status, headers=refusal.headers)
+
+
+def with_ignored(reply: Response, names: Sequence[str]) -> Response:
+    """The same reply, naming the fields of the request that nobody knows."""
+    if names:
+        reply.headers[IGNORED] = ignored_header(names)
+    return reply

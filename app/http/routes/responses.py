@@ -9,15 +9,13 @@ from fastapi import APIRouter, Request, Response
 
 from app.auth import Tenant
 from app.gateway import Gateway
-from app.http.body import BodyLease, read_body
 from app.http.conversation import Conversation, load_conversation, prepared_response
-from app.http.intake import max_body_bytes
+from app.http.intake import read_parsed
 from app.http.response import StreamedResponse
 from app.http.routes.generate import Admitted, served_route
 from app.http.routes.replies import json_reply
-from app.http.routes.stored_responses import send_stream
+from app.http.routes.stored_responses import JSON, send_stream
 from app.openai.responses.request import ResponseRequest, parse_response
-from app.openai.schema import Limits
 from app.responses.keeping import KeepingResponse
 from app.responses.store import NotKept, StoredResponse
 from app.serving.request import GatewayRequest
@@ -30,23 +28,17 @@ _log = structlog.get_logger()
 UNSTORED: Final = "x-headrace-unstored"
 _KEEP_S: Final = 2.0
 """So long the end of an answer waits for the store."""
-_JSON: Final = ("content-type", "application/json")
 
 
 def response_routes(gateway: Gateway) -> APIRouter:
     """The routes of one gateway."""
     routes = APIRouter()
-    parse = functools.partial(parse_response, limits=Limits(has_strict_fields=gateway.settings.strict_fields))
-
-    async def read(request: Request, arrived_at: float, lease: BodyLease) -> tuple[ResponseRequest, int]:
-        body = await read_body(request, max_body_bytes(gateway), lease)
-        deadline = arrived_at + gateway.settings.request_timeout_s
-        return await gateway.preprocessor.parse(parse, body, deadline=deadline), len(body)
+    parse = functools.partial(parse_response, limits=gateway.settings.body_limits)
 
     async def create(admitted: Admitted, response: StreamedResponse) -> None:
         arrived_at = gateway.clock()
         with gateway.bodies.lease() as lease:
-            asked, num_bytes = await read(admitted.request, arrived_at, lease)
+            asked, num_bytes = await read_parsed(gateway, admitted.request, parse, lease, arrived_at=arrived_at)
             unstored = await _unstored(gateway, asked)
             conversation = await load_conversation(
                 gateway, asked, admitted.tenant, lease, num_bytes, is_stored=asked.is_stored and not unstored
@@ -77,7 +69,7 @@ def response_routes(gateway: Gateway) -> APIRouter:
         """How many tokens the prompt of such a request has."""
         tenant, arrived_at = gateway.keys.authenticate(request.headers), gateway.clock()
         with gateway.keys.admitted(tenant), gateway.bodies.lease() as lease:
-            asked, num_bytes = await read(request, arrived_at, lease)
+            asked, num_bytes = await read_parsed(gateway, request, parse, lease, arrived_at=arrived_at)
             conversation = await load_conversation(gateway, asked, tenant, lease, num_bytes, is_stored=False)
             model = gateway.models.entry(conversation.parsed.model)
             deadline = arrived_at + gateway.settings.request_timeout_s
@@ -133,4 +125,4 @@ async def _begun(gateway: Gateway, job: GatewayRequest, response: StreamedRespon
     if job.format.is_streaming:
         await send_stream(gateway, Tenant(job.tenant), job.format.response_id, -1, response, headers)
     else:
-        response.whole(200, [_JSON, *headers], response_object(job.format, "queued"))
+        response.whole(200, [JSON, *headers], response_object(job.format, "queued"))

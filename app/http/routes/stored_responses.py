@@ -18,7 +18,8 @@ from planes.wire.errors import HeadraceError, InvalidRequest
 
 _log = structlog.get_logger()
 
-_JSON: Final = ("content-type", "application/json")
+JSON: Final = ("content-type", "application/json")
+"""The header of an answer in one piece."""
 _MAX_LISTED, _DEFAULT_LISTED = 100, 20
 
 
@@ -41,7 +42,7 @@ def stored_response_routes(gateway: Gateway) -> APIRouter:
             tenant, found = gateway.keys.authenticate(request.headers), request.path_params["response_id"]
             record = await gateway.background.find(tenant.name, found)
             if not _is_true(request, "stream"):
-                response.whole(200, [_JSON], record.body)
+                response.whole(200, [JSON], record.body)
                 return
             if not record.is_streamed:
                 raise NotStreamed(found)  # noqa: TRY301 - told as all others are

@@ -1,15 +1,13 @@
 """`POST /tokenize` and `/detokenize`, as vLLM serves them: what a prompt is to the model, and back."""
 
-from collections.abc import Sequence
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
 from app.gateway import Gateway
 from app.http.intake import parsed_body
-from app.http.routes.replies import json_reply
-from app.openai.request_headers import IGNORED, ignored_header
-from app.openai.schema import Limits
-from app.openai.tokenize import ToDetokenize, ToTokenize, parse_detokenize, parse_tokenize
+from app.http.routes.replies import json_reply, with_ignored
+from app.openai.tokenize import parse_detokenize, parse_tokenize
 from app.prompt.prepare import ModelEntry, check_vocabulary
 from planes.wire.blocks import Tokens
 
@@ -17,13 +15,9 @@ from planes.wire.blocks import Tokens
 def token_routes(gateway: Gateway) -> APIRouter:
     """Both routes."""
     routes = APIRouter()
-    limits = Limits(has_strict_fields=gateway.settings.strict_fields)
-
-    def parse_asked(body: bytes) -> ToTokenize:
-        return parse_tokenize(body, limits)
-
-    def parse_tokens(body: bytes) -> ToDetokenize:
-        return parse_detokenize(body, limits)
+    limits = gateway.settings.body_limits
+    parse_asked = partial(parse_tokenize, limits=limits)
+    parse_tokens = partial(parse_detokenize, limits=limits)
 
     @routes.post("/tokenize", response_model=None)
     async def tokenize(request: Request) -> Response:
@@ -33,7 +27,7 @@ def token_routes(gateway: Gateway) -> APIRouter:
             prepare = gateway.preprocessor
             tokens = await prepare.tokenize(asked.parsed, model, is_plain=asked.is_plain, deadline=deadline)
             body = await prepare.run(_told, model, tokens, asked.has_strings, num_bytes=4 * len(tokens))
-        return _named(json_reply(body), asked.parsed.ignored)
+        return with_ignored(json_reply(body), asked.parsed.ignored)
 
     @routes.post("/detokenize", response_model=None)
     async def detokenize(request: Request) -> Response:
@@ -43,7 +37,7 @@ def token_routes(gateway: Gateway) -> APIRouter:
             text = await gateway.preprocessor.run(
                 _text, model, asked.tokens, num_bytes=asked.num_bytes, deadline=deadline
             )
-        return _named(json_reply({"prompt": text}), asked.ignored)
+        return with_ignored(json_reply({"prompt": text}), asked.ignored)
 
     return routes
 
@@ -61,10 +55,3 @@ def _text(model: ModelEntry, tokens: Tokens) -> str:
     if len(tokens):
         check_vocabulary("tokens", int(tokens.max()), model)
     return model.tokenizer.decode(tokens)
-
-
-def _named(reply: Response, ignored: Sequence[str]) -> Response:
-    """With the fields that nobody knows."""
-    if ignored:
-        reply.headers[IGNORED] = ignored_header(ignored)
-    return reply
