@@ -5,6 +5,7 @@ import contextlib
 import json
 import socket
 import subprocess
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from nats.aio.client import Client
@@ -32,11 +33,12 @@ async def own_nats(folder, config):
 
 
 @asynccontextmanager
-async def plane_to(url):
-    plane = EventPlane(url, "ns")
+async def plane_to(url: str, namespace: str = "ns", *, is_waiting: bool = True) -> AsyncIterator[EventPlane]:
+    plane = EventPlane(url, namespace)
     task = asyncio.create_task(plane.run())
     try:
-        await plane.wait_connected(10)
+        if is_waiting:
+            await plane.wait_connected(10)
         yield plane
     finally:
         task.cancel()

@@ -5,19 +5,19 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from app.cli.servers import nats_server
-from planes.events import EventPlane, EventPlaneUnavailable
+from planes.events import EventPlaneUnavailable
 from planes.wire.blocks import unpack
 from planes.wire.messages import BlocksStored, KvEvents, LoadReport, Snapshot, WorkerId, WorkerState
 from planes.work_queue import JobLimits, PrefillQueue, PrefillQueueFull
 from tests.nats_servers import own_nats
+from tests.nats_servers import plane_to as plane
 from workers.engine.base import EngineLoad
 from workers.kv_events import Publisher
 from workers.publications import CachedBlocks
@@ -26,20 +26,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
 
 WORKER = WorkerId("10.0.0.1:5000")
 MODEL = "google/gemma-3.1 270m"
-
-
-@asynccontextmanager
-async def plane(url: str, namespace: str, *, is_waiting: bool = True) -> AsyncIterator[EventPlane]:
-    made = EventPlane(url, namespace)
-    task = asyncio.create_task(made.run())
-    try:
-        if is_waiting:
-            await made.wait_connected(10)
-        yield made
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
 
 
 def batch(seq: int) -> KvEvents:
