@@ -90,7 +90,11 @@ class WorkerSettings(ProcessSettings):
         ),
     ] = "auto"
     dtype: Annotated[
-        str, Parameter(help="Number format of the weights (vllm); auto takes what this machine computes fastest.")
+        str,
+        Parameter(
+            help="Number format of the weights (vllm); auto takes what this machine computes fastest, float32 for the "
+            "demo model."
+        ),
     ] = "auto"
     load_format: Annotated[str, Parameter(help="How to load the weights (vllm); dummy makes random ones.")] = "auto"
     tensor_parallel: Annotated[int, Parameter(help="GPUs that share the model (vllm).")] = 1

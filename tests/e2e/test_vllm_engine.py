@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -13,6 +12,7 @@ import pytest_asyncio
 from planes.wire.blocks import name_blocks, root
 from planes.wire.frames import DecodeLeg, PrefillLeg
 from planes.wire.messages import HandoverMode
+from tests.e2e.legs import hand_over, tagged
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 
@@ -39,36 +39,6 @@ async def pair(request, start_engine):
         start_engine(f"d-{mode}", role="decode", handover=mode, cores=cores[-1:], push_timeout_s=PUSH_TIMEOUT_S),
     )
     return mode, prefill, decode
-
-
-async def hand_over(pair, tokens, sampling=None, *, forward_first=False, name):
-    """The relay's work: both legs of one request. Returns the prefill leg's answer and the decode leg's."""
-    mode, prefill, decode = pair
-    leg = PrefillLeg(mode)
-    if mode is HandoverMode.PUSH:
-        decode_leg = DecodeLeg(source=prefill.endpoint)
-        return await asyncio.gather(
-            prefill.run(tokens, sampling, tagged(leg), name=name),
-            decode.run(tokens, sampling, tagged(decode_leg), name=name),
-        )
-    first = await prefill.run(tokens, sampling, tagged(leg), name=name)
-    resume = first.tokens if forward_first else []
-    decode_leg = DecodeLeg(ticket=first.ticket)
-    return first, await decode.run(tokens, sampling, tagged(decode_leg), resume=resume, name=name)
-
-
-def tagged(leg):
-    return msgspec.to_builtins(leg)
-
-
-def resident_bytes(pid):
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
-
-
-async def test_an_engine_packs_no_embedding_that_is_only_looked_up(pair):
-    _, prefill, _ = pair
-    assert resident_bytes(prefill.ready["pids"][0]) < 2.8e9  # 2.5 GB; 3.2 with a second pack of the input embeddings
 
 
 async def test_a_handed_over_answer_equals_one_engine_s_token_for_token(pair):

@@ -1,8 +1,4 @@
-"""The header of a GGUF file: its fields, and where its tensors lie.
-
-The package `gguf` needs 20 s for the demo model's 262,144 tokens, this needs half a second. Source of the format:
-ggml's `docs/gguf.md`.
-"""
+"""The header of a GGUF file: its fields, and where its tensors lie. Source of the format: ggml's `docs/gguf.md`."""
 
 import mmap
 import struct
