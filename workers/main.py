@@ -115,7 +115,11 @@ async def serve(settings: WorkerSettings, ending: Ending, *, make_engine: Engine
     vocabulary = await asyncio.to_thread(load_vocabulary, settings.model_path / "tokenizer.json")
     epoch = time.time_ns()
     names = await asyncio.to_thread(
-        read_parser_names, settings.model_path, settings.tool_parser, settings.reasoning_parser
+        read_parser_names,
+        settings.model_path,
+        settings.tool_parser,
+        settings.reasoning_parser,
+        engine=settings.engine,
     )
     engine = make_engine(
         settings,

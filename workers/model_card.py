@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
@@ -27,6 +28,16 @@ _LEAST_PAUSE_S, _MOST_PAUSE_S = 0.5, 10.0
 """Between two attempts to store it."""
 _LOOK_S = 10.0
 """How often a stored card is looked for: the store may have been emptied while everybody stayed connected."""
+
+
+class _ResponseTemplate(msgspec.Struct, frozen=True):
+    fields: dict[str, Any] = {}
+
+
+class _TokenizerConfig(msgspec.Struct, frozen=True):
+    """What `tokenizer_config.json` says of how answers are read."""
+
+    response_template: _ResponseTemplate | None = None
 
 
 class CardPublisher:
@@ -112,13 +123,16 @@ async def read_card(
     )
 
 
-def read_parser_names(directory: Path, tool: str, reasoning: str) -> ParserNames:
+def read_parser_names(directory: Path, tool: str, reasoning: str, *, engine: str) -> ParserNames:
     """What a worker's flags come to for the model there. Blocks.  Raises:  AssetsUnavailable."""
+    files = _files(directory)
     try:
-        template = chat_template(_files(directory)) or ""
+        template = chat_template(files) or ""
+        config = msgspec.json.decode(files.get("tokenizer_config.json", b"{}"), type=_TokenizerConfig)
     except msgspec.DecodeError as exc:
-        raise AssetsUnavailable(f"{directory / 'tokenizer_config.json'} is no JSON object: {exc}") from exc
-    return parser_names(tool, reasoning, template)
+        raise AssetsUnavailable(f"{directory / 'tokenizer_config.json'} cannot be used: {exc}") from exc
+    responses = config.response_template if engine == "vllm" else None
+    return parser_names(tool, reasoning, template, None if responses is None else responses.fields)
 
 
 def _files(directory: Path) -> dict[str, bytes]:

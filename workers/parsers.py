@@ -5,11 +5,12 @@
 | `--tool-parser`             | tags   | `<tool_call>{…}</tool_call>` (`workers/answer/markup.py`)           |
 | `--reasoning-parser`        | think  | `<think>…</think>` at the beginning (the same)                      |
 | both                        | none   | nothing                                                             |
-| both                        | auto   | what the model's chat template speaks of; else none                 |
+| both                        | auto   | what the checkpoint's `response_template` says, by vLLM's parser    |
+|                             |        | `hf`; without one what its chat template speaks of; else none       |
 | both                        | a name | one of vLLM's, such as `qwen3_coder`; with `--engine vllm`          |
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -27,6 +28,8 @@ OWN_TOOLS: Final = "tags"
 OWN_REASONING: Final = "think"
 AUTO: Final = "auto"
 NONE: Final = "none"
+TEMPLATED: Final = "hf"
+"""vLLM's, which reads as the checkpoint's `response_template` says; it goes with no other."""
 VLLM_NAMES: Final = {OWN_TOOLS: "hermes", OWN_REASONING: "deepseek_r1"}
 """What vLLM calls ours."""
 _OTHER_CALLS: Final = ("<function=", "<arg_key>", "<parameter=")
@@ -61,8 +64,19 @@ class ParserNames:
 NO_PARSERS: Final = ParserNames()
 
 
-def parser_names(tool: str, reasoning: str, chat_template: str) -> ParserNames:
-    """What the flags come to for a model with this chat template ("": none)."""
+def parser_names(
+    tool: str, reasoning: str, chat_template: str, response_fields: Container[str] | None = None
+) -> ParserNames:
+    """What the flags come to for a model.
+
+    Args:  chat_template: "" for none.  response_fields: which its `response_template` has; None: there is none, or
+    nobody here can read by it.
+    """
+    if response_fields is not None and {tool, reasoning} <= {AUTO, NONE, TEMPLATED}:
+        return ParserNames(
+            tool=_resolved(tool, TEMPLATED if "tool_calls" in response_fields else ""),
+            reasoning=_resolved(reasoning, TEMPLATED if "thinking" in response_fields else ""),
+        )
     has_calls = "<tool_call>" in chat_template and not any(other in chat_template for other in _OTHER_CALLS)
     has_thoughts = "</think>" in chat_template
     return ParserNames(

@@ -80,7 +80,7 @@ class WorkerSettings(ProcessSettings):
         str,
         Parameter(
             help="What reads tool calls in answers: tags (<tool_call>), one of vLLM's by its name (vllm), none; auto: "
-            "as the model's chat template writes them."
+            "as the checkpoint's response_template says (vllm), else as its chat template writes them."
         ),
     ] = "auto"
     reasoning_parser: Annotated[

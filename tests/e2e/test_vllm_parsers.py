@@ -40,7 +40,22 @@ FAMILIES = [
     ),
     ("granite", "", '<|tool_call|>[{"name": "weather", "arguments": {"at": "sea"}}]'),
     ("tags", "deepseek_r1", '<think>hm</think><tool_call>{"name": "weather", "arguments": {"at": "sea"}}</tool_call>'),
+    ("hf", "hf", '<think>hm</think><tool_call>{"name": "weather", "arguments": {"at": "sea"}}</tool_call>'),
 ]
+RESPONSES = {
+    "start_anchor": "J",  # the prompt's end
+    "fields": {
+        "thinking": {"open": "<think>", "close": "</think>"},
+        "content": {},
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close": "</tool_call>",
+            "content": "json",
+            "transform": {"function": {"name": "{content.name}", "arguments": "{content.arguments}"}},
+        },
+    },
+}
+"""What answers look like, as a checkpoint says it."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +67,8 @@ def model(tmp_path_factory):
         added = dict(spec["added_tokens"][0], id=256 + len(spec["added_tokens"]), content=word)
         spec["added_tokens"].append(added)
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    (folder / "tokenizer_config.json").write_bytes((SIM_MODEL / "tokenizer_config.json").read_bytes())
+    config = json.loads((SIM_MODEL / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"response_template": RESPONSES}))
     return folder
 
 
@@ -116,6 +132,26 @@ def test_a_forced_call_reads_the_same_with_every_family(vocabulary, model):
 def test_an_unknown_name_is_refused_with_those_that_are_known(vocabulary, model):
     with pytest.raises(Exception, match=r"--tool-parser .*hermes"):
         make_parsers(ParserNames("mill", ""), vocabulary, model, engine="vllm")
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1", "qwen3", "minimax_m2"])
+@pytest.mark.parametrize("text", ["<think>hm, é ß</think>\n\né", "no, é</think>x", "<think>cut öf", "<think>a</think>"])
+def test_thoughts_are_counted_as_they_are_told(name, text, vocabulary, model):
+    """Wherever the answer is cut: nothing but the tokens that make up a thought, its opening tag with them."""
+    parsers = make_parsers(ParserNames("", name), vocabulary, model, engine="vllm")
+    parsing = Parsing(has_reasoning=True)
+    tokens, prompt = tokens_of(model, text), np.array(tokens_of(model, "Why?<think>"), np.uint32)
+    spelling = parsers.spelling(vocabulary)
+    whole = parsers.maker(parsing, prompt)()
+    whole._parser.count_reasoning_tokens = None  # type: ignore[attr-defined]  # it looks at every token each time
+    detokenizer = spelling.detokenizer([])
+    for place, token in enumerate(tokens, 1):
+        parts = whole.advance(detokenizer.advance(token), token)
+        if any(isinstance(part, Reasoning) for part in parts):
+            assert whole.reasoning_tokens == place
+    end = tokens_of(model, "</think>")
+    thought = tokens[: tokens.index(end[0])] if end[0] in tokens else tokens
+    assert whole.reasoning_tokens == len(thought)
 
 
 def test_a_parser_that_fails_loses_no_answer(vocabulary, model, monkeypatch):

@@ -65,7 +65,9 @@ class VllmParser:
         self._request = _request(parsing)
         self._parser = make(self._request.tools)
         self._prompt = prompt
-        self._tokens: list[int] = []
+        self.reasoning_tokens = 0
+        self._num_untold = 0
+        """Tokens that nothing has been told of yet; they count as what is told next."""
         self._is_parallel = parsing.is_parallel
         self._names: dict[int, str] = {}
         """Of the calls that have been told, by vLLM's index."""
@@ -73,17 +75,21 @@ class VllmParser:
         """What the answer's constraint makes it look like, which is the same for all models."""
         self._has_failed = False
 
-    @property
-    def reasoning_tokens(self) -> int:
-        return 0 if self._has_failed else int(self._parser.count_reasoning_tokens(self._tokens))
-
     def advance(self, text: str, token: int) -> Sequence[Part]:
-        self._tokens.append(token)
-        return self._read(text, [token], is_finished=False)
+        self._num_untold += 1
+        return self._counted(self._read(text, [token], is_finished=False))
 
     def finish(self, text: str) -> Sequence[Part]:
-        parts = self._read(text, [], is_finished=True)
+        parts = self._counted(self._read(text, [], is_finished=True))
         return parts if self._forced is None else [*parts, *self._forced.finish()]
+
+    def _counted(self, parts: list[Part]) -> list[Part]:
+        """vLLM's own count looks at all tokens, and misses thoughts that the prompt has opened."""
+        if parts:
+            if any(isinstance(part, Reasoning) for part in parts):
+                self.reasoning_tokens += self._num_untold
+            self._num_untold = 0
+        return parts
 
     def _read(self, text: str, tokens: list[int], *, is_finished: bool) -> list[Part]:
         if self._has_failed:

@@ -1,4 +1,5 @@
 import asyncio
+import json
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -6,7 +7,8 @@ import pytest
 
 from planes.assets import AssetsUnavailable, fetch_card
 from planes.events import EventPlaneUnavailable
-from workers.model_card import CardPublisher, read_card
+from workers.model_card import CardPublisher, read_card, read_parser_names
+from workers.parsers import ParserNames
 from workers.settings import SIM_MODEL
 
 
@@ -102,3 +104,43 @@ async def test_a_store_that_is_emptied_while_everybody_stays_connected_is_filled
         store.objects.clear()
         await store.was_filled.wait()
     assert publisher.digest in store.objects
+
+
+RESPONSES = {
+    "start_anchor": "<|assistant|>",
+    "fields": {
+        "thinking": {"open": "<think>", "close": "</think>"},
+        "content": {},
+        "tool_calls": {"open": "<call>", "close": "</call>", "repeats": True, "content": "json"},
+    },
+}
+"""As a checkpoint describes what its answers look like."""
+
+
+def model_with(folder, **config):
+    (folder / "tokenizer.json").write_bytes((SIM_MODEL / "tokenizer.json").read_bytes())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+async def test_a_checkpoint_that_describes_its_responses_is_read_by_that_and_its_card_says_so(tmp_path):
+    model = model_with(tmp_path, response_template=RESPONSES, chat_template="<tool_call> </think>")
+    names = read_parser_names(model, "auto", "auto", engine="vllm")
+    assert names == ParserNames("hf", "hf")
+    card = await read_card(model, model="m", block_size=16, parsers=names)
+    assert (card.tool_parser, card.reasoning_parser) == ("hf", "hf")
+
+
+def test_an_engine_that_cannot_read_by_it_and_a_checkpoint_without_it_go_by_the_chat_template(tmp_path):
+    model = model_with(tmp_path, response_template=RESPONSES, chat_template="<tool_call> </think>")
+    assert read_parser_names(model, "auto", "auto", engine="sim") == ParserNames("tags", "think")
+    model_with(tmp_path, response_template=None, chat_template="<tool_call>")
+    assert read_parser_names(model, "auto", "auto", engine="vllm") == ParserNames("tags", "")
+
+
+@pytest.mark.parametrize(
+    "config", [{"response_template": "x"}, {"response_template": {"fields": ["content"]}}], ids=str
+)
+def test_a_description_that_is_none_is_refused_by_the_file_s_name(config, tmp_path):
+    with pytest.raises(AssetsUnavailable, match=r"tokenizer_config\.json cannot be used: .*response_template"):
+        read_parser_names(model_with(tmp_path, **config), "auto", "auto", engine="vllm")

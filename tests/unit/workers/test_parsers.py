@@ -28,6 +28,22 @@ def test_flags_and_template_name_the_parsers(tool, reasoning, template, expected
     assert parser_names(tool, reasoning, template) == expected
 
 
+@pytest.mark.parametrize(
+    ("tool", "reasoning", "fields", "expected"),
+    [
+        ("auto", "auto", {"thinking", "content", "tool_calls"}, ParserNames("hf", "hf")),
+        ("auto", "auto", {"content", "tool_calls"}, ParserNames("hf", "")),
+        ("none", "auto", {"thinking", "tool_calls"}, ParserNames("", "hf")),
+        ("hf", "auto", {"thinking", "tool_calls"}, ParserNames("hf", "hf")),
+        ("hermes", "auto", {"thinking", "tool_calls"}, ParserNames("hermes", "think")),  # it goes with no other
+        ("auto", "think", {"thinking", "tool_calls"}, ParserNames("tags", "think")),
+        ("auto", "auto", None, ParserNames("tags", "think")),
+    ],
+)
+def test_what_the_checkpoint_says_of_its_responses_comes_before_its_chat_template(tool, reasoning, fields, expected):
+    assert parser_names(tool, reasoning, "<tool_call> </think>", fields) == expected
+
+
 @pytest.mark.parametrize(("names", "flag"), [(("mistral", ""), "tool-parser"), (("tags", "qwen3"), "reasoning-parser")])
 def test_the_simulated_engine_has_our_parsers_alone(names, flag):
     with pytest.raises(UnusableSetting, match=flag):
