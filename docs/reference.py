@@ -64,7 +64,7 @@ FIELDS = {
 HEADERS = (
     ("x-headrace-handover", "request", "`always` (two workers, or 503), `never`, or `auto`: as the router decides."),
     ("x-headrace-explain", "request", "`1` is answered by `x-headrace-route`."),
-    ("x-headrace-script", "request", "What the simulated engine says: a JSON list of texts, one for each turn."),
+    ("x-headrace-script", "request", "What the simulated engine alone says: a JSON list of texts, one for each turn."),
     ("x-headrace-ignored", "response", "Body fields that nobody here knows; they changed nothing."),
     ("x-request-id", "response", "For `GET /v1/routes/{request_id}` and the logs."),
     ("x-headrace-prefill", "response", "The worker that computed the prompt; the decode worker without a handover."),

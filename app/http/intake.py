@@ -121,7 +121,7 @@ async def _prepared_prompt(
     )
     sampling = prepared.sampling
     if SCRIPT in headers:
-        sampling = msgspec.structs.replace(sampling, script=scripted(headers[SCRIPT], parsed.messages, model.tokenizer))
+        sampling = msgspec.structs.replace(sampling, script=scripted(headers[SCRIPT], parsed.messages, model))
     if sampling.thinking_tokens is not None and not model.reasoning_parser:
         sampling = msgspec.structs.replace(sampling, thinking_tokens=None)  # a model without thoughts keeps any budget
     options = parse_header_options(headers, n=sampling.n, has_prompt_logprobs=sampling.prompt_logprobs is not None)

@@ -24,7 +24,7 @@ from app.prompt.prepare import ModelEntry
 from planes.assets import Store, fetch_card
 from planes.probes import differ
 from planes.wire.errors import InvalidRequest, Rejected
-from planes.wire.messages import Registration, WorkerId, WorkerState
+from planes.wire.messages import SIMULATED, Registration, WorkerId, WorkerState
 
 _log = structlog.get_logger()
 
@@ -308,6 +308,7 @@ def _with_facts(entry: ModelEntry, group: list[_Served]) -> ModelEntry:
         block_size=next(_block_sizes(group)),
         vocab_size=min(served.registration.facts.vocab_size for served in group),
         max_batch=max(served.registration.facts.max_batch for served in group),
+        is_simulated=all(served.registration.engine == SIMULATED for served in group),
     )
 
 

@@ -84,6 +84,8 @@ class ModelEntry:
     """Numbers in the vectors that its workers make of prompts; 0: they generate."""
     is_matryoshka: bool = False
     """Whether a vector's first numbers are one by themselves."""
+    is_simulated: bool = False
+    """Whether all its workers say what they are told (`app/prompt/script.py`)."""
     digest: str = ""
     """Of the card that tokenizer and template come from: only workers of that card understand the tokens."""
 

@@ -31,6 +31,8 @@ Address = Annotated[str, Meta(pattern=r"^[^\s\x00-\x1f\x7f-\x9f/]{1,255}:[0-9]{1
 """host:port, or [host]:port."""
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Word = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:+-]{0,128}\Z")]
+SIMULATED = "sim"
+"""A worker's `engine` that computes nothing."""
 
 
 def _check_packed(hashes: bytes) -> None:

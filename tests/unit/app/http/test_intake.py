@@ -1,5 +1,6 @@
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ from app.prompt.prepare import ModelEntry, Preprocessor
 from app.prompt.template import ChatTemplate
 from app.prompt.tokenizer import Tokenizer
 from planes.wire.blocks import name_blocks, root
+from planes.wire.errors import InvalidRequest
+from planes.wire.frames import pack_tokens
 from planes.wire.messages import RequestId
 
 SIM = Path("workers/sim/model")
@@ -44,14 +47,16 @@ def gateway(model):
     preprocessor.close()
 
 
-async def read(gateway, parse=parse_chat, tenant=ANYBODY, **fields):
+async def read(gateway, parse=parse_chat, tenant=ANYBODY, headers=None, **fields):
     body = json.dumps({"model": "sim", **fields}).encode()
 
     async def receive():
         return {"type": "http.request", "body": body, "more_body": False}
 
     request = Request({"type": "http", "headers": []}, receive)
-    return await read_request(gateway, request, headers={}, tenant=tenant, request_id=RequestId("r"), parse=parse)
+    return await read_request(
+        gateway, request, headers=headers or {}, tenant=tenant, request_id=RequestId("r"), parse=parse
+    )
 
 
 async def test_a_request_carries_the_card_that_its_tokens_are_of(gateway, model):
@@ -79,3 +84,14 @@ async def test_a_body_counts_until_its_prompt_is_tokens(gateway):
     memory.num_bytes = 0
     assert (await read(gateway, messages=MESSAGES)).prompt.size
     assert memory.num_bytes == 0
+
+
+async def test_a_script_is_for_workers_that_simulate(gateway, model):
+    headers = {"x-headrace-script": '["said"]'}
+    with pytest.raises(InvalidRequest, match="simulated engine") as refused:
+        await read(gateway, messages=MESSAGES, headers=headers)
+    assert refused.value.param == "x-headrace-script"
+    assert not (await read(gateway, messages=MESSAGES)).sampling.script
+    gateway.models.entry = lambda name: replace(model, is_simulated=True)
+    request = await read(gateway, messages=MESSAGES, headers=headers)
+    assert request.sampling.script == pack_tokens(model.tokenizer.encode_text("said"))

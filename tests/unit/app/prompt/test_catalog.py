@@ -295,3 +295,13 @@ async def test_a_model_that_is_alone_need_not_be_named(models, store):
     with pytest.raises(InvalidRequest, match="other, sim") as refused:
         models.only()
     assert refused.value.param == "model"
+
+
+async def test_a_model_is_simulated_where_all_its_workers_are(models, store):
+    digest = store.publish(FILES)
+    await join(models, worker("s0", digest))
+    assert models.entry("sim").is_simulated
+    await join(models, msgspec.structs.replace(worker("v0", digest), engine="vllm"))
+    assert not models.entry("sim").is_simulated
+    models.deregistered(WorkerId("v0"))
+    assert models.entry("sim").is_simulated
