@@ -300,3 +300,19 @@ async def test_a_recorded_request_of_a_coding_agent_replays(one):
     assert all(name in ignored for name in ("client_metadata", "web_search", "namespace", "local_shell"))
     for event in sse(response.content):
         checked_event(event)
+
+
+async def test_a_prewarmed_response_says_nothing_and_is_kept(one, other, unique):
+    asked = {"input": unique * 4, "prompt_cache_options": {"prewarm": True}}
+    whole = await made(one, **asked)
+    checked_response(whole)
+    told = await events(one, **asked)
+    for event in told:
+        checked_event(event)
+    assert [event["type"] for event in told] == ["response.created", "response.in_progress", "response.completed"]
+    for response in (whole, told[-1]["response"]):
+        assert (response["status"], response["output"], response["usage"]["output_tokens"]) == ("completed", [], 0)
+        assert (await other.get(f"/v1/responses/{response['id']}")).json() == response
+    assert (await made(one, input=unique * 4))["usage"]["input_tokens_details"]["cached_tokens"] > len(unique)
+    refused = await one.post("/v1/responses", json=BODY | asked | {"background": True})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "background")

@@ -11,6 +11,7 @@ from app.auth import Tenant
 from app.gateway import Gateway
 from app.http.conversation import Conversation, load_conversation, prepared_response
 from app.http.intake import read_parsed
+from app.http.prewarmed import PrewarmedResponse
 from app.http.response import StreamedResponse
 from app.http.routes.generate import Admitted, served_route
 from app.http.routes.replies import json_reply
@@ -55,7 +56,7 @@ def response_routes(gateway: Gateway) -> APIRouter:
             keep = functools.partial(_keep, gateway, job, conversation)
         headers = [(UNSTORED, unstored)] if unstored else []
         kept = KeepingResponse(response, job.format, headers=headers, keep=keep)
-        await gateway.relay.run(job, kept)
+        await gateway.relay.run(job, kept if job.prewarm is None else PrewarmedResponse(kept, job.prewarm))
         await kept.settle()
 
     routes.routes.append(

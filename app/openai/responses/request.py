@@ -95,6 +95,13 @@ def parse_response(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ResponseReq
         raise InvalidRequest(
             "'background' needs 'store': whoever asks for the response later finds it there.", param="background"
         )
+    is_prewarm = parse_prewarm(response.prompt_cache_options)
+    if is_background and is_prewarm:
+        raise InvalidRequest(
+            "'background' and 'prompt_cache_options.prewarm' do not go together: nothing is generated that could be "
+            "waited for; leave 'background' out.",
+            param="background",
+        )
     max_tokens = parse_max_tokens("max_output_tokens", response.max_output_tokens)
     items = ParsedItems((), ()) if response.input == NULL else parse_input(response.input, limits)
     use, unserved = response_tools(response, limits)
@@ -115,7 +122,7 @@ def parse_response(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ResponseReq
         is_streaming=bool(response.stream),
         bad_words=parse_bad_words(response.bad_words, limits),
         truncate_prompt_tokens=parse_truncation(response.truncate_prompt_tokens),
-        is_prewarm=parse_prewarm(response.prompt_cache_options),
+        is_prewarm=is_prewarm,
         priority=parse_priority(response.priority, response.service_tier),
         cache_salt=parse_cache_salt(response.cache_salt),
         user=response.user or "",
