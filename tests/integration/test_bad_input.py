@@ -68,6 +68,32 @@ async def test_a_field_that_nobody_knows_is_named_in_the_head_and_changes_nothin
     assert plain.json()["choices"] == response.json()["choices"]
 
 
+CONVERSATION = {"model": "sim", "messages": USER}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", CONVERSATION | {"max_tokens": 1}),
+        ("/v1/completions", {"model": "sim", "prompt": "hi", "max_tokens": 1}),
+        ("/v1/messages", CONVERSATION | {"max_tokens": 1}),
+        ("/v1/messages/count_tokens", CONVERSATION),
+        ("/v1/responses", {"model": "sim", "input": "hi", "max_output_tokens": 1}),
+        ("/v1/responses/input_tokens", {"model": "sim", "input": "hi"}),
+        ("/v1/routes", CONVERSATION),
+        ("/tokenize", CONVERSATION),
+        ("/tokenize", {"model": "sim", "prompt": "hi"}),
+        ("/detokenize", {"model": "sim", "tokens": [65]}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_whatever_is_asked_names_and_counts_the_fields_that_nobody_knows(api, path, body):
+    before = await api.metric("headrace_ignored_fields_total")
+    response = await api.post(path, json=body | {"mill": 1, "weir": None})
+    assert (response.status_code, response.headers.get("x-headrace-ignored")) == (200, "mill, weir"), response.text
+    assert await api.metric("headrace_ignored_fields_total") == before + 2
+
+
 async def _counts(api):
     """All that a worker counts of what it has seen."""
     fleet = await api.fleet()

@@ -34,9 +34,7 @@ def message_routes(gateway: Gateway) -> APIRouter:
             num_tokens, ignored = await _num_tokens(gateway, request, count)
         except HeadraceError as exc:
             return error_reply(exc, errors)
-        if ignored:
-            gateway.metrics.fields_ignored(len(ignored))
-        return with_ignored(json_reply({"input_tokens": num_tokens}), ignored)
+        return with_ignored(json_reply({"input_tokens": num_tokens}), ignored, gateway.metrics)
 
     return routes
 

@@ -1,6 +1,7 @@
 """What operators ask: health, metrics, the fleet, and why a request went where it went."""
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from app.fleet.routing_config import RoutingConfigFollower
 from app.gateway import Gateway
 from app.http.intake import read_request
-from app.http.routes.replies import json_reply
+from app.http.routes.replies import json_reply, with_ignored
 from app.openai.chat import parse_chat
 from planes.wire.errors import InvalidRequest
 from planes.wire.messages import RequestId
@@ -31,6 +32,7 @@ class UnknownRequest(InvalidRequest):
 def operation_routes(gateway: Gateway) -> APIRouter:
     """The routes for operators. Those below /v1 need an API key where one is needed at all."""
     routes = APIRouter()
+    parse = partial(parse_chat, limits=gateway.settings.body_limits)
 
     @routes.head("/live", response_model=None, include_in_schema=False)
     @routes.get("/live", response_model=None)
@@ -85,13 +87,12 @@ def operation_routes(gateway: Gateway) -> APIRouter:
                 headers=request.headers,
                 tenant=tenant,
                 request_id=gateway.new_request_id(),
-                parse=parse_chat,
+                parse=parse,
             )
         now = gateway.clock()
-        return json_reply(
-            _told(
-                gateway.router.preview(job.routable(num_tokens=0, excluded=frozenset(), is_retry=False), now=now), now
-            )
+        asked = job.routable(num_tokens=0, excluded=frozenset(), is_retry=False)
+        return with_ignored(
+            json_reply(_told(gateway.router.preview(asked, now=now), now)), job.ignored, gateway.metrics
         )
 
     return routes

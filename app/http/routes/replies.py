@@ -7,6 +7,7 @@ import msgspec
 from fastapi import Response
 
 from app.http.response import ErrorDialect
+from app.metrics import Metrics
 from app.openai import errors as openai_errors
 from app.openai.request_headers import IGNORED, ignored_header
 
@@ -22,8 +23,9 @@ def error_reply(exc: BaseException, errors: ErrorDialect = openai_errors) -> Res
     return Response(refusal.body, refusal.status, headers=refusal.headers)
 
 
-def with_ignored(reply: Response, names: Sequence[str]) -> Response:
-    """The same reply, naming the fields of the request that nobody knows."""
+def with_ignored(reply: Response, names: Sequence[str], metrics: Metrics) -> Response:
+    """The same reply, naming the fields of the request that nobody knows, which are counted."""
     if names:
+        metrics.fields_ignored(len(names))
         reply.headers[IGNORED] = ignored_header(names)
     return reply

@@ -14,7 +14,7 @@ from app.http.intake import read_parsed
 from app.http.prewarmed import PrewarmedResponse
 from app.http.response import StreamedResponse
 from app.http.routes.generate import Admitted, served_route
-from app.http.routes.replies import json_reply
+from app.http.routes.replies import json_reply, with_ignored
 from app.http.routes.stored_responses import JSON, send_stream
 from app.openai.responses.request import ResponseRequest, parse_response
 from app.responses.keeping import KeepingResponse
@@ -75,7 +75,8 @@ def response_routes(gateway: Gateway) -> APIRouter:
             model = gateway.models.entry(conversation.parsed.model)
             deadline = arrived_at + gateway.settings.request_timeout_s
             tokens = await gateway.preprocessor.tokenize(conversation.parsed, model, deadline=deadline)
-        return json_reply({"object": "response.input_tokens", "input_tokens": len(tokens)})
+        told = {"object": "response.input_tokens", "input_tokens": len(tokens)}
+        return with_ignored(json_reply(told), asked.parsed.ignored, gateway.metrics)
 
     return routes
 

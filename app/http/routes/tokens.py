@@ -27,7 +27,7 @@ def token_routes(gateway: Gateway) -> APIRouter:
             prepare = gateway.preprocessor
             tokens = await prepare.tokenize(asked.parsed, model, is_plain=asked.is_plain, deadline=deadline)
             body = await prepare.run(_told, model, tokens, asked.has_strings, num_bytes=4 * len(tokens))
-        return with_ignored(json_reply(body), asked.parsed.ignored)
+        return with_ignored(json_reply(body), asked.parsed.ignored, gateway.metrics)
 
     @routes.post("/detokenize", response_model=None)
     async def detokenize(request: Request) -> Response:
@@ -37,7 +37,7 @@ def token_routes(gateway: Gateway) -> APIRouter:
             text = await gateway.preprocessor.run(
                 _text, model, asked.tokens, num_bytes=asked.num_bytes, deadline=deadline
             )
-        return with_ignored(json_reply({"prompt": text}), asked.ignored)
+        return with_ignored(json_reply({"prompt": text}), asked.ignored, gateway.metrics)
 
     return routes
 
