@@ -11,6 +11,7 @@ from app.openai import tools
 from app.openai.decode import check_range, decode_known, missing, shown
 from app.openai.sampling import parse_cache_salt, parse_max_tokens, parse_priority, parse_seconds, parse_stop
 from app.openai.schema import Json, Kind, Limits, ParsedRequest
+from app.openai.structured import json_schema
 from app.openai.tools import Mode, Tool, ToolUse
 from planes.wire.errors import InvalidRequest
 from planes.wire.frames import Sampling, StructuredOutput
@@ -160,22 +161,22 @@ def _sampling(message: MessageBody, limits: Limits, used: ToolUse) -> Sampling:
         seed=message.seed,
         stop=parse_stop("stop_sequences", message.stop_sequences, limits) if message.stop_sequences else [],
         ignore_eos=bool(message.ignore_eos),
-        structured=_structured(message, used),
+        structured=_structured(message, limits, used),
         thinking_tokens=_thinking_tokens(message),
     )
 
 
-def _structured(message: MessageBody, used: ToolUse) -> StructuredOutput | None:
+def _structured(message: MessageBody, limits: Limits, used: ToolUse) -> StructuredOutput | None:
     """A tool that must be called comes before the answer's format, which holds for the turn after it."""
     wanted = message.output_config and message.output_config.format
     if used.structured is not None or not wanted:
         return used.structured
-    if wanted.type != "json_schema" or wanted.schema is None:
+    if wanted.type != "json_schema":
         raise InvalidRequest(
-            f"Invalid 'output_config.format': it must have the type json_schema and a schema, not {shown(wanted)}.",
-            param="output_config.format",
+            f"Invalid 'output_config.format.type': {shown(wanted.type)} is not json_schema.",
+            param="output_config.format.type",
         )
-    return StructuredOutput(json_schema=msgspec.json.encode(wanted.schema).decode())
+    return json_schema("output_config.format.schema", wanted.schema, limits)
 
 
 def _thinking_tokens(message: MessageBody) -> int | None:

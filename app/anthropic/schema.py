@@ -66,7 +66,7 @@ class OutputFormat(msgspec.Struct, frozen=True):
     """type: json_schema."""
 
     type: str
-    schema: dict[str, Json] | None = None
+    schema: msgspec.Raw = NULL
 
 
 class OutputConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -134,6 +134,14 @@ def _choices(name: str, choices: list[str]) -> list[str]:
     return choices
 
 
+def json_schema(name: str, raw: msgspec.Raw, limits: Limits) -> StructuredOutput:
+    """A schema that stands in a body by itself.  Raises:  InvalidRequest."""
+    if raw == NULL:
+        raise missing(name)
+    check_count(name, len(raw), limits.schema_bytes, "bytes")
+    return StructuredOutput(json_schema=schema_text(name, raw))
+
+
 def schema_text(name: str, raw: msgspec.Raw) -> str:
     """Of a JSON schema, which may be written as a string with JSON in it; word for word.  Raises:  InvalidRequest."""
     text = bytes(raw)

@@ -78,18 +78,18 @@ def use_of(
 ) -> ToolUse:
     """
     Args:  param: the dialect's name for the list, for errors.
-    Raises:  InvalidRequest for a choice that names no tool, too many tools, or a name that is none.
+    Raises:  InvalidRequest for a choice that names no tool, too many tools or schemas too long, or a name that is none.
     """
     _check(tools, choice, limits, param)
     if not tools or choice.mode is Mode.NONE:
         return NO_TOOLS
     try:
-        return _used(tools, choice, is_parallel=is_parallel)
+        return _used(tools, choice, limits, is_parallel=is_parallel, param=param)
     except RecursionError as exc:
         raise InvalidRequest(f"Invalid '{param}': a tool's parameters are nested too deeply.", param=param) from exc
 
 
-def _used(tools: Sequence[Tool], choice: ToolChoice, *, is_parallel: bool) -> ToolUse:
+def _used(tools: Sequence[Tool], choice: ToolChoice, limits: Limits, *, is_parallel: bool, param: str) -> ToolUse:
     callable_ = tools if choice.allowed is None else [tool for tool in tools if tool.name in choice.allowed]
     is_forced = bool(choice.named) or choice.mode is Mode.REQUIRED
     if not is_forced and not callable_:
@@ -107,8 +107,10 @@ def _used(tools: Sequence[Tool], choice: ToolChoice, *, is_parallel: bool) -> To
         schema = _parameters(next(tool for tool in tools if tool.name == choice.named))
     else:
         schema = _any_call(callable_, is_parallel=is_parallel)
+    encoded = _encode(schema)
+    check_count(param, len(encoded), limits.schema_bytes, "bytes of schemas for the calls to be made")
     every = forms if callable_ is tools else tuple([_form(tool) for tool in tools])
-    return ToolUse(every, parsing, StructuredOutput(json_schema=_encode(schema).decode()))
+    return ToolUse(every, parsing, StructuredOutput(json_schema=encoded.decode()))
 
 
 def chosen_mode(word: str) -> ToolChoice:

@@ -29,7 +29,7 @@ from app.openai.sampling import (
     parse_truncation,
 )
 from app.openai.schema import NULL, Json, Kind, Limits, ParsedRequest
-from app.openai.structured import ANY_OBJECT, parse_structured, schema_text
+from app.openai.structured import ANY_OBJECT, json_schema, parse_structured
 from planes.wire.errors import InvalidRequest
 from planes.wire.frames import StructuredOutput
 
@@ -190,10 +190,7 @@ def _structured(response: ResponseBody, limits: Limits) -> StructuredOutput | No
             f"Invalid 'text.format.type': {shown(wanted.type)} is not one of text, json_object, json_schema.",
             param="text.format.type",
         )
-    if wanted.schema == NULL:
-        raise missing("text.format.schema")
-    check_count("text.format.schema", len(wanted.schema), limits.schema_bytes, "bytes")
-    return StructuredOutput(json_schema=schema_text("text.format.schema", wanted.schema))
+    return json_schema("text.format.schema", wanted.schema, limits)
 
 
 def _repeated(response: ResponseBody) -> dict[str, Json]:

@@ -8,12 +8,13 @@ from app.openai.schema import Kind, Limits
 from planes.wire.errors import InvalidRequest
 
 RECORDED = Path(__file__).parents[3] / "integration" / "recorded" / "coding_agent_messages.json"
+LIMITS = Limits()
 TOOL = {"name": "weather", "description": "…", "input_schema": {"type": "object", "properties": {"at": {}}}}
 
 
-def parse(**changes):
+def parse(limits=LIMITS, **changes):
     body = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]} | changes
-    return parse_message(json.dumps(body).encode())
+    return parse_message(json.dumps(body).encode(), limits)
 
 
 def refused(**changes):
@@ -113,6 +114,14 @@ def test_a_format_binds_the_answer():
     assert json.loads(parsed.sampling.structured.json_schema) == schema
 
 
+def test_a_format_has_the_limit_of_every_schema():
+    config = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+    parse(Limits(schema_bytes=18), output_config=config)
+    with pytest.raises(InvalidRequest, match="the limit is 17") as caught:
+        parse(Limits(schema_bytes=17), output_config=config)
+    assert caught.value.param == "output_config.format.schema"
+
+
 def test_an_answer_that_the_client_has_begun_is_continued():
     parsed = parse(messages=[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "The answer is ("}])
     assert (parsed.is_continued, parsed.is_reply) == (True, False)
@@ -147,7 +156,9 @@ def test_a_document_that_brings_its_text_is_text():
         ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "b"}}, "tool_choice"),
         ({"tool_choice": {"type": "most"}}, "tool_choice.type"),
-        ({"output_config": {"format": {"type": "xml"}}}, "output_config.format"),
+        ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": 1}}}, "output_config.format.schema"),
         ({"model": 7}, "model"),
     ],
 )

@@ -177,3 +177,13 @@ def test_parameters_nested_beyond_what_can_be_searched_are_refused():
         deep = {"properties": {"a": deep}}
     with pytest.raises(InvalidRequest, match="too deeply"):
         use(Tool("t", parameters=deep), choice=ToolChoice(Mode.REQUIRED))
+
+
+@pytest.mark.parametrize("choice", [ToolChoice(Mode.REQUIRED), ToolChoice(named="weather")])
+def test_calls_that_must_be_made_have_the_limit_of_every_schema(choice):
+    schema = use(WEATHER, TIME, choice=choice).structured.json_schema
+    use(WEATHER, TIME, choice=choice, limits=Limits(schema_bytes=len(schema)))
+    with pytest.raises(InvalidRequest, match=f"the limit is {len(schema) - 1}") as refused:
+        use(WEATHER, TIME, choice=choice, limits=Limits(schema_bytes=len(schema) - 1))
+    assert refused.value.param == "tools"
+    use(WEATHER, TIME, limits=Limits(schema_bytes=1))
