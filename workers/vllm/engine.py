@@ -33,6 +33,7 @@ from workers.vllm.events import EventReader, EventTranslator
 from workers.vllm.failure import cause_of, expect_failure
 from workers.vllm.grammars import GrammarTrials, expect_tokenizer, grammar_of, libraries_for
 from workers.vllm.layout import vllm_layout
+from workers.vllm.leases import Leases
 from workers.vllm.output import NO_ARRIVAL, Arrival, translate
 from workers.vllm.request import (
     KvGroup,
@@ -84,8 +85,7 @@ class VllmEngine:
         self._options = options
         self._runs: dict[RequestId, _ActiveRequest] = {}
         self._ending: set[asyncio.Task[None]] = set()
-        self._leased: dict[RequestId, str] = {}
-        """Handed over: what the engine process calls them."""
+        self._leases = Leases(options.lease_s, self._abort_leased, call_later=self._call_later)
         self._latest = _Latest()
         self._has_reported = asyncio.Event()
         self._heard_at = 0.0
@@ -261,6 +261,7 @@ class VllmEngine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._leases.stop()
         if self._llm is None:
             for child in multiprocessing.active_children():  # `start` was cancelled or failed
                 child.kill()
@@ -288,7 +289,7 @@ class VllmEngine:
             raise InvalidRequest(f"the request {request.request} runs here already", param="request")
         if request.sampling.script:
             raise InvalidRequest("only the simulated engine says what it is told", param="x-headrace-script")
-        self._release(request.request)  # what an earlier attempt left
+        self._leases.release(request.request)  # what an earlier attempt left
         options = self._options
         try:
             handover = handover_params(request, options.handover, self._latest.groups, now=time.time())
@@ -384,27 +385,17 @@ class VllmEngine:
             return None
         if leg.mode is HandoverMode.PUSH:
             return Ticket(options.worker, leg.mode, len(run.request.prompt), float(options.lease_s), b"")
-        self._lease(run.request.request, params["remote_request_id"])
+        self._leases.keep(run.request.request, params["remote_request_id"])
         return write_ticket(
             options.worker, params, lease_s=options.lease_s, cached_tokens=output.num_cached_tokens, now=time.time()
         )
 
-    def _lease(self, request: RequestId, name: str) -> None:
-        self._leased[request] = name
-        asyncio.get_running_loop().call_later(self._options.lease_s, self._lease_ended, request, name)
+    async def _abort_leased(self, names: list[str]) -> None:
+        await self._llm.engine_core.abort_requests_async(names)
 
-    def _lease_ended(self, request: RequestId, name: str) -> None:
-        if self._leased.get(request) == name:
-            del self._leased[request]
-
-    def _release(self, request: RequestId) -> None:
-        """Nobody will fetch the KV cache (pull; one that is pushed may be on its way)."""
-        name = self._leased.pop(request, None)
-        if name is not None:
-            # By the engine's own name: for vLLM's front end the request has ended.
-            task = asyncio.create_task(self._llm.engine_core.abort_requests_async([name]))
-            self._ending.add(task)
-            task.add_done_callback(self._ending.discard)
+    @staticmethod
+    def _call_later(delay: float, callback: Callable[..., None], *args: Any) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(delay, callback, *args)
 
     def _fail(self, run: _ActiveRequest, error: str, *, refusal: InvalidRequest | None = None) -> None:
         self._runs.pop(run.request.request, None)
@@ -413,7 +404,7 @@ class VllmEngine:
         run.unfinished.clear()
 
     def abort(self, request: RequestId) -> None:
-        self._release(request)
+        self._leases.release(request)
         run = self._runs.pop(request, None)
         if run is not None:
             run.unfinished.clear()
