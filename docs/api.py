@@ -58,7 +58,15 @@ headers, and what our own fields mean, are in the [reference](reference.md).
 
 What stands in no table is left out and named in `x-headrace-ignored` (in messages: left out); `--strict-fields` refuses
 it. In the other columns *yes* means that the server has the route, or that the field is one of its request's type,
-whether or not each of its engines obeys it; an empty cell means that its source does not say."""
+whether or not each of its engines obeys it; an empty cell means that its source does not say.
+
+Where parameters meet:
+
+- Tools with `tool_choice` *auto* beside a `response_format` or `structured_outputs`: the schema binds the whole answer,
+  as in vLLM, so that no tool is called unless the schema lets its markup through. A call that must be made binds alone.
+- A thinking budget (`thinking_token_budget`, `thinking.budget_tokens`) is one answer's, wherever it goes on. A model
+  without thoughts keeps any. What a schema binds is what follows the thoughts.
+- Log probabilities of a prompt (`prompt_logprobs`, `echo` with `logprobs`) are one worker's: nothing is handed over."""
 
 
 def page() -> str:

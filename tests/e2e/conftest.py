@@ -15,6 +15,7 @@ import pytest_asyncio
 
 from planes.wire.frames import Sampling, Ticket
 from planes.wire.messages import HandoverEndpoint
+from tests.e2e.thinking_model import write_thinking_model
 from workers.demo_model.convert import ensure_demo_model
 
 DRIVER = Path(__file__).parent / "engine_driver.py"
@@ -27,6 +28,11 @@ PATIENCE_S = 600.0
 @pytest.fixture(scope="session")
 def demo_model():
     return ensure_demo_model()
+
+
+@pytest.fixture(scope="session")
+def thinking_model(demo_model, tmp_path_factory):
+    return write_thinking_model(demo_model, tmp_path_factory.mktemp("models") / "thinker")
 
 
 @dataclass
@@ -119,13 +125,14 @@ class EngineProcess:
     def send(self, kind, **fields):
         self.process.stdin.write(msgspec.json.encode({"type": kind} | fields) + b"\n")
 
-    def begin(self, prompt, sampling=None, leg=None, *, resume=(), salt="", name=None):
+    def begin(self, prompt, sampling=None, leg=None, *, resume=(), salt="", name=None, parsing=None):
         """Start a request; greedy unless `sampling` says otherwise."""
         name = name or f"r{next(self._ids)}"
         answer = self.answers[name] = Answer()
         sampling = Sampling(**({"max_tokens": 8, "temperature": 0.0} | (sampling or {})))
         leg = {"type": "local"} if leg is None else leg
-        self.send("run", id=name, prompt=prompt, sampling=sampling, leg=leg, resume=list(resume), salt=salt)
+        fields = {"prompt": prompt, "sampling": sampling, "leg": leg, "resume": list(resume), "salt": salt}
+        self.send("run", id=name, parsing=parsing, **fields)
         return name, answer
 
     async def run(self, *args, **kwargs):

@@ -11,7 +11,7 @@ import uvloop
 
 from planes.wire.blocks import unpack
 from planes.wire.errors import InvalidRequest
-from planes.wire.frames import Leg, Sampling
+from planes.wire.frames import Leg, Parsing, Sampling
 from planes.wire.messages import AllCleared, BlocksRemoved, BlocksStored, RequestId
 from workers.engine.base import EngineRequest, EngineStartError
 from workers.vllm.engine import VllmEngine, VllmOptions
@@ -24,6 +24,7 @@ class Run(msgspec.Struct, tag="run"):
     leg: Leg
     resume: list[int] = []
     salt: str = ""
+    parsing: Parsing | None = None
 
 
 class Abort(msgspec.Struct, tag="abort"):
@@ -89,6 +90,7 @@ def run(engine, command):
         command.leg,
         tuple(command.resume),
         command.salt,
+        parsing=command.parsing,
     )
     try:
         engine.submit(request, emit)

@@ -5,6 +5,7 @@ can be compared, and greedy or seeded.
 import asyncio
 import json
 import os
+from typing import Any
 
 import jsonschema
 import msgspec
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 
 from planes.wire.frames import DecodeLeg, PrefillLeg, StructuredOutput
 from planes.wire.messages import HandoverMode
+from tests.e2e.thinking_model import END_THINK, THINK
 from workers.vllm.config import eos_tokens
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
@@ -74,6 +76,7 @@ TAG = {
         "end": "</call>",
     },
 }
+THOUGHTS: Any = {"has_reasoning": True}
 QUESTIONS = ("Tell me of a person.", "JSON, please:", "Who is Ada?", "The weather in Rome?", "{", "A list of colours:")
 
 
@@ -82,37 +85,39 @@ def schema(value):
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=list(HandoverMode), ids=str)
-async def pair(request, start_engine):
-    """A prefill and a decode engine that hand over in one mode."""
+async def pair(request, start_engine, thinking_model):
+    """A prefill and a decode engine that hand over in one mode, of a model with thoughts."""
     mode, cores = request.param, sorted(os.sched_getaffinity(0))
+    model = {"model_path": str(thinking_model), "reasoning_parser": "deepseek_r1", "handover": mode}
     prefill, decode = await asyncio.gather(
-        start_engine(f"p-{mode}", role="prefill", handover=mode, cores=cores[:1]),
-        start_engine(f"d-{mode}", role="decode", handover=mode, cores=cores[-1:]),
+        start_engine(f"p-{mode}", role="prefill", cores=cores[:1], **model),
+        start_engine(f"d-{mode}", role="decode", cores=cores[-1:], **model),
     )
     return mode, prefill, decode
 
 
 @pytest.fixture(scope="module")
-def tokenizer(demo_model):
-    return Tokenizer.from_file(str(demo_model / "tokenizer.json"))
+def tokenizer(thinking_model):
+    return Tokenizer.from_file(str(thinking_model / "tokenizer.json"))
 
 
-async def hand_over(pair, prompt, sampling, *, name, is_first_early):
+async def hand_over(pair, prompt, sampling, *, name, is_first_early, parsing=None):
     """Both legs of one request. Returns all tokens, and the last leg's answer."""
     mode, prefill, decode = pair
     leg = msgspec.to_builtins(PrefillLeg(mode, emit_first=is_first_early))
     if mode is HandoverMode.PUSH:
         taking = msgspec.to_builtins(DecodeLeg(source=prefill.endpoint))
         _, answer = await asyncio.gather(
-            prefill.run(prompt, sampling, leg, name=name), decode.run(prompt, sampling, taking, name=name)
+            prefill.run(prompt, sampling, leg, name=name, parsing=parsing),
+            decode.run(prompt, sampling, taking, name=name, parsing=parsing),
         )
         return answer.tokens, answer
-    first = await prefill.run(prompt, sampling, leg, name=name)
+    first = await prefill.run(prompt, sampling, leg, name=name, parsing=parsing)
     if first.ticket is None:
         return first.tokens, first
     resume = first.tokens if is_first_early else []
     taking = msgspec.to_builtins(DecodeLeg(ticket=first.ticket))
-    answer = await decode.run(prompt, sampling, taking, resume=resume, name=name)
+    answer = await decode.run(prompt, sampling, taking, resume=resume, name=name, parsing=parsing)
     return resume + answer.tokens, answer
 
 
@@ -158,7 +163,17 @@ def variations(base, end):
     yield {"structured": schema(PERSON), "bad_words": [base[:1]], "logprobs": 1}
 
 
-async def test_what_requests_differ_in_gives_what_one_engine_gives(pair, demo_model):
+def thinking_variations():
+    """Budgets of thoughts, which end with a token that costs a sentence its full stop; some before the budget does."""
+    lasting = {"logit_bias": {END_THINK: -100.0}, "max_tokens": 16}
+    yield from (lasting | {"thinking_tokens": budget} for budget in (0, 1, 2, 7, 100))
+    yield from (lasting | {"thinking_tokens": n, "temperature": 1.0, "seed": 8} for n in (0, 3))
+    yield {"logit_bias": {END_THINK: 3.0}, "max_tokens": 16, "thinking_tokens": 14}
+    yield lasting | {"thinking_tokens": 3, "structured": schema(PERSON), "max_tokens": 24}
+    yield lasting | {"thinking_tokens": 3, "min_tokens": 9, "repetition_penalty": 1.2, "logprobs": 1}
+
+
+async def test_what_requests_differ_in_gives_what_one_engine_gives(pair, thinking_model, tokenizer):
     mode, prefill, _ = pair
     facts, rng = prefill.ready["facts"], np.random.default_rng(7)
     block_size, first_word = facts["block_size"], 1000
@@ -167,17 +182,22 @@ async def test_what_requests_differ_in_gives_what_one_engine_gives(pair, demo_mo
         return rng.integers(first_word, min(facts["vocab_size"], 40_000), num_tokens).tolist()
 
     base = await prefill.run(shared := prompt(45), {"ignore_eos": True}, salt="base")
-    cases = [(shared, fields) for fields in variations(base.tokens, eos_tokens(demo_model)[0])]
-    cases += [(prompt(num_tokens), {}) for num_tokens in (1, 2, block_size, 3 * block_size, 130)]
-    cases += [(prompt(num_tokens), {"temperature": 1.0, "seed": 3}) for num_tokens in (block_size, 130)]
-    assert len(cases) >= 60
+    cases = [(shared, fields, None) for fields in variations(base.tokens, eos_tokens(thinking_model)[0])]
+    cases += [(prompt(num_tokens), {}, None) for num_tokens in (1, 2, block_size, 3 * block_size, 130)]
+    cases += [(prompt(num_tokens), {"temperature": 1.0, "seed": 3}, None) for num_tokens in (block_size, 130)]
+    question = tokenizer.encode("Tell me about rivers.").ids
+    for opened in ([*question, THINK], question):  # without, it may begin thoughts itself
+        cases += [(opened, fields, THOUGHTS) for fields in thinking_variations()]
+    assert len(cases) >= 80
     room = asyncio.Semaphore(8)
 
-    async def compare(number, tokens, fields):
+    async def compare(number, tokens, fields, parsing):
         async with room:
-            alone = await prefill.run(tokens, fields, salt=f"alone {number}")
+            alone = await prefill.run(tokens, fields, salt=f"alone {number}", parsing=parsing)
             is_early = mode is HandoverMode.PULL and number % 4 != 0
-            said, last = await hand_over(pair, tokens, fields, name=f"case-{number}", is_first_early=is_early)
+            said, last = await hand_over(
+                pair, tokens, fields, name=f"case-{number}", is_first_early=is_early, parsing=parsing
+            )
         assert said == alone.tokens, fields
         assert last.last["finish"] == alone.last["finish"], fields
         told = [entry for output in last.outputs for entry in output["logprobs"]]
@@ -227,6 +247,28 @@ async def test_an_answer_that_goes_on_on_another_engine_amid_json_is_the_undistu
         alone.tokens for _ in places
     ]
     assert {rest.last["finish"] for rest in rests} == {alone.last["finish"]}
+
+
+@pytest.mark.parametrize("wanted", [{}, {"structured": schema(PERSON)}], ids=["text", "json"])
+@pytest.mark.parametrize("budget", [0, 1, 9])
+async def test_a_thinking_budget_is_one_answer_s_wherever_it_goes_on(pair, tokenizer, budget, wanted):
+    mode, prefill, decode = pair
+    if mode is HandoverMode.PUSH:
+        return  # a local leg: the same code
+    prompt = [*tokenizer.encode("Tell me about rivers.").ids, THINK]
+    fields = {"logit_bias": {END_THINK: -100.0}, "max_tokens": 30, "thinking_tokens": budget} | wanted
+    alone = await prefill.run(prompt, fields, parsing=THOUGHTS)
+    assert alone.tokens.index(END_THINK) == budget
+    assert alone.tokens.count(END_THINK) == 1
+    if wanted:
+        assert tokenizer.decode(alone.tokens[budget + 1 :]).lstrip().startswith("{")
+    places = range(1, len(alone.tokens), 3 if budget == 0 else 1)
+    rests = await asyncio.gather(
+        *(decode.run(prompt, fields, resume=alone.tokens[:place], parsing=THOUGHTS) for place in places)
+    )
+    assert [alone.tokens[:place] + rest.tokens for place, rest in zip(places, rests, strict=True)] == [
+        alone.tokens for _ in places
+    ]
 
 
 BORNE_WITH_A_SMALL_VOCABULARY = [
@@ -296,3 +338,18 @@ async def test_prompt_logprobs_are_told_once_for_each_token(pair):
     assert [entry["token"] for entry in first[1:]] == prompt[1:]
     assert all(len(entry["top"]) == 2 for entry in first[1:])
     assert not any(others)
+
+
+async def test_prompt_logprobs_of_several_steps_are_those_of_one_step(pair, tokenizer):
+    mode, prefill, decode = pair
+    if mode is HandoverMode.PUSH:
+        return  # the same code
+    prompt, fields = tokenizer.encode("Rivers carry water to the sea, and boats. " * 12).ids, {"prompt_logprobs": 2}
+    assert decode.ready["facts"]["max_step_tokens"] < len(prompt) < prefill.ready["facts"]["max_step_tokens"]
+    chunked, whole = await asyncio.gather(decode.run(prompt, fields), prefill.run(prompt, fields))
+    told, expected = chunked.outputs[0]["prompt_logprobs"], whole.outputs[0]["prompt_logprobs"]
+    assert told[0] is expected[0] is None
+    for entry, other in zip(told[1:], expected[1:], strict=True):
+        assert (entry["token"], entry["rank"]) == (other["token"], other["rank"])
+        assert entry["logprob"] == pytest.approx(other["logprob"], abs=1e-3)
+        assert entry["top"][0][0] == other["top"][0][0]
