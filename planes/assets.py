@@ -52,6 +52,8 @@ class ModelCard(msgspec.Struct, frozen=True):
     """Numbers in the vectors that its workers make of prompts; 0: they generate."""
     is_matryoshka: bool = False
     """Whether a vector's first numbers are one by themselves."""
+    matryoshka_dimensions: tuple[int, ...] = ()
+    """If so: how many of them; none: any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ def make_card(
     reasoning_parser: str = "",
     embedding_size: int = 0,
     is_matryoshka: bool = False,
+    matryoshka_dimensions: tuple[int, ...] = (),
 ) -> ModelCard:
     """Describe a model's files; the end-of-sequence tokens are its generation config's, else its config's.
 
@@ -110,6 +113,7 @@ def make_card(
         reasoning_parser,
         embedding_size,
         is_matryoshka,
+        matryoshka_dimensions,
     )
 
 

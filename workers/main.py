@@ -37,7 +37,7 @@ from workers.engine.base import Engine, EngineStartError
 from workers.engine.make import make_engine
 from workers.kv_events import Publisher
 from workers.model_card import CardPublisher, read_card, read_parser_names
-from workers.parsers import ParserNames, engine_reasoning, make_parsers
+from workers.parsers import NO_PARSERS, ParserNames, engine_reasoning, make_parsers
 from workers.prefill_queue import Puller
 from workers.rendering import rendering_of
 from workers.server import WorkerServer
@@ -114,13 +114,15 @@ async def serve(settings: WorkerSettings, ending: Ending, *, make_engine: Engine
         await check_id_is_free(Etcd(settings.etcd), settings.namespace, worker, is_running=greets)
     vocabulary = await asyncio.to_thread(load_vocabulary, settings.model_path / "tokenizer.json")
     epoch = time.time_ns()
-    names = await asyncio.to_thread(
-        read_parser_names,
-        settings.model_path,
-        settings.tool_parser,
-        settings.reasoning_parser,
-        engine=settings.engine,
-    )
+    names = NO_PARSERS
+    if not settings.is_embedding:
+        names = await asyncio.to_thread(
+            read_parser_names,
+            settings.model_path,
+            settings.tool_parser,
+            settings.reasoning_parser,
+            engine=settings.engine,
+        )
     engine = make_engine(
         settings,
         worker,
@@ -167,6 +169,7 @@ class _Worker:
             parsers=self.parsers,
             embedding_size=facts.embedding_size,
             is_matryoshka=facts.is_matryoshka,
+            matryoshka_dimensions=facts.matryoshka_dimensions,
         )
         cards = CardPublisher(settings.model_path, card, ObjectStore(self.plane), self.plane)
         server = WorkerServer(

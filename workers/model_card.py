@@ -109,6 +109,7 @@ async def read_card(
     parsers: ParserNames = NO_PARSERS,
     embedding_size: int = 0,
     is_matryoshka: bool = False,
+    matryoshka_dimensions: tuple[int, ...] = (),
 ) -> ModelCard:
     """Raises:  AssetsUnavailable."""
     files = await asyncio.to_thread(_files, directory)
@@ -120,6 +121,7 @@ async def read_card(
         reasoning_parser=parsers.reasoning,
         embedding_size=embedding_size,
         is_matryoshka=is_matryoshka,
+        matryoshka_dimensions=matryoshka_dimensions,
     )
 
 

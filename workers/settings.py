@@ -33,7 +33,7 @@ class WorkerSettings(ProcessSettings):
     role: Annotated[Literal["prefill", "decode", "both"], Parameter(help="What this worker is for.")] = "both"
     task: Annotated[
         Literal["generate", "embed"],
-        Parameter(help="Generate, or make vectors of prompts for /v1/embeddings (sim; needs --role both)."),
+        Parameter(help="Generate, or make vectors of prompts for /v1/embeddings (needs --role both)."),
     ] = "generate"
     engine: Annotated[Literal["vllm", "sim"], Parameter(help="What computes: a real model or simulated time.")] = "vllm"
     model: Annotated[
@@ -141,7 +141,12 @@ class WorkerSettings(ProcessSettings):
 
     @property
     def handover_mode(self) -> HandoverMode | None:
-        return None if self.handover == "none" or self.task == "embed" else HandoverMode(self.handover)
+        return None if self.handover == "none" or self.is_embedding else HandoverMode(self.handover)
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it makes vectors of prompts."""
+        return self.task == "embed"
 
     @property
     def is_pulling(self) -> bool:
@@ -227,9 +232,9 @@ def _check_model(settings: WorkerSettings) -> None:
 
 
 def _check_task(settings: WorkerSettings) -> None:
-    if settings.task == "generate":
+    if not settings.is_embedding:
         return
-    needed = {"role": "both", "prefill_dispatch": "direct", "engine": "sim"}
+    needed = {"role": "both", "prefill_dispatch": "direct"}
     for name, value in needed.items():
         if getattr(settings, name) != value:
             raise UnusableSetting(name, getattr(settings, name), f"with --task embed it must be {value}")

@@ -38,7 +38,8 @@ def admit(request: Generate, *, role: Role, facts: EngineFacts, endpoint: Handov
     resume = tuple(_tokens(request.resume, "resume", facts).tolist())
     _tokens(request.sampling.script, "script", facts)
     _check_sampling(request.sampling, facts)
-    _check_length(len(prompt), request.sampling.max_tokens, facts)
+    is_embedding = request.format.kind == EMBEDDING
+    _check_length(len(prompt), 0 if is_embedding else request.sampling.max_tokens, facts)
     _check_answer(request, num_resumed=len(resume))
     _check_task(request, facts)
     if not isinstance(request.leg, LocalLeg):
@@ -55,7 +56,7 @@ def admit(request: Generate, *, role: Role, facts: EngineFacts, endpoint: Handov
         resume=resume,
         cache_salt=request.cache_salt,
         priority=request.priority,
-        is_embedding=request.format.kind == EMBEDDING,
+        is_embedding=is_embedding,
         parsing=request.format.parsing,
     )
 
@@ -127,6 +128,13 @@ def _check_bad_words(bad_words: list[list[int]]) -> None:
 
 
 def _check_length(prompt_tokens: int, max_tokens: int, facts: EngineFacts) -> None:
+    """max_tokens: 0 for a vector, which takes none of the context."""
+    if not max_tokens and prompt_tokens > facts.context_length:
+        raise InvalidRequest(
+            f"the input has {prompt_tokens} tokens; the context holds {facts.context_length}",
+            param="input",
+            code="context_length_exceeded",
+        )
     if prompt_tokens + max_tokens > facts.context_length:
         raise InvalidRequest(
             f"the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, together "

@@ -13,6 +13,7 @@ from app.gateway import Gateway
 from app.http.body import BodyLease, read_body, useful_bytes
 from app.openai.request_headers import SCRIPT, parse_header_options
 from app.openai.schema import Kind, ParsedRequest
+from app.prompt.catalog import Models
 from app.prompt.prepare import ModelEntry
 from app.prompt.script import scripted
 from app.serving.request import GatewayRequest, Prewarm
@@ -115,7 +116,7 @@ async def _prepared_prompt(
     limit_s = gateway.settings.request_timeout_s
     deadline = arrived_at + min(limit_s, parsed.timeout_s or limit_s)
     model = gateway.models.entry(parsed.model)
-    _check_task(parsed, model)
+    _check_task(parsed, model, gateway.models)
     prepared = await gateway.preprocessor.prepare(
         parsed, model, cache_salt=tenant.salted(parsed.cache_salt), deadline=deadline
     )
@@ -172,12 +173,18 @@ def _prompt_alone(parsed: ParsedRequest) -> ParsedRequest:
     )
 
 
-def _check_task(parsed: ParsedRequest, model: ModelEntry) -> None:
+def _check_task(parsed: ParsedRequest, model: ModelEntry, models: Models) -> None:
     """Raises:  InvalidRequest."""
-    if (parsed.kind is Kind.EMBEDDING) == (model.embedding_size > 0):
+    is_embedding = parsed.kind is Kind.EMBEDDING
+    if is_embedding == (model.embedding_size > 0):
         return
-    does = "makes embeddings, which are at /v1/embeddings" if model.embedding_size else "generates and embeds nothing"
-    raise InvalidRequest(f"The model '{model.model}' {does}.", param="model", code="wrong_task")
+    does = "generates and embeds nothing" if is_embedding else "makes embeddings, which are at /v1/embeddings"
+    others = ", ".join(map(repr, models.for_task(is_embedding=is_embedding)))[:500] or "none"
+    raise InvalidRequest(
+        f"The model '{model.model}' {does}. Models here that {'embed' if is_embedding else 'generate'}: {others}.",
+        param="model",
+        code="wrong_task",
+    )
 
 
 def _parsing(parsed: ParsedRequest, model: ModelEntry) -> Parsing | None:

@@ -70,6 +70,7 @@ def _built(model: str, card: LoadedCard, facts: EngineFacts) -> ModelEntry:
         reasoning_parser=card.card.reasoning_parser,
         embedding_size=card.card.embedding_size,
         is_matryoshka=card.card.is_matryoshka,
+        matryoshka_dimensions=card.card.matryoshka_dimensions,
         digest=card.digest,
     )
 

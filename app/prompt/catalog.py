@@ -148,6 +148,10 @@ class Models:
         own = [served for served in self._workers.values() if served.registration.model == model]
         return _context_length(own) if own else None
 
+    def for_task(self, *, is_embedding: bool) -> list[str]:
+        """The names of those that make vectors, or of those that generate."""
+        return sorted(name for name, entry in self._current.items() if (entry.embedding_size > 0) == is_embedding)
+
     def only(self) -> str:
         """The name of the one model that there is.  Raises:  InvalidRequest if there are several; NoModelYet."""
         names = sorted({served.registration.model for served in self._workers.values()})

@@ -84,6 +84,8 @@ class ModelEntry:
     """Numbers in the vectors that its workers make of prompts; 0: they generate."""
     is_matryoshka: bool = False
     """Whether a vector's first numbers are one by themselves."""
+    matryoshka_dimensions: tuple[int, ...] = ()
+    """If so: how many of them; none: any number."""
     is_simulated: bool = False
     """Whether all its workers say what they are told (`app/prompt/script.py`)."""
     digest: str = ""
@@ -276,8 +278,13 @@ def _truncated(tokens: Tokens, parsed: ParsedRequest, model: ModelEntry) -> Toke
     """The prompt's last tokens."""
     keep = parsed.truncate_prompt_tokens or 0
     if keep == -1:
-        keep = max(1, model.context_length - (parsed.max_tokens or 1))
+        keep = max(1, model.context_length - _room_needed(parsed))
     return tokens[-keep:]
+
+
+def _room_needed(parsed: ParsedRequest) -> int:
+    """Tokens of the context that the prompt must leave; a vector takes none."""
+    return 0 if parsed.kind is Kind.EMBEDDING else parsed.max_tokens or 1
 
 
 def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
@@ -297,8 +304,8 @@ def _check_provable(num_chars: int, parsed: ParsedRequest, model: ModelEntry) ->
     """Refuse a text that has too many tokens however it is cut."""
     if parsed.truncate_prompt_tokens is not None:
         return
-    per_token = model.tokenizer.max_chars_per_token
-    if per_token is not None and (at_least := -(-num_chars // per_token)) >= model.context_length:
+    per_token, needed = model.tokenizer.max_chars_per_token, 0 if parsed.kind is Kind.EMBEDDING else 1
+    if per_token is not None and (at_least := -(-num_chars // per_token)) + needed > model.context_length:
         raise ContextExceeded(
             f"This model's maximum context length is {model.context_length} tokens. However, your prompt has "
             f"{num_chars} characters, which are at least {at_least} tokens. Please reduce its length.",
@@ -312,6 +319,14 @@ def _max_tokens(num_tokens: int, parsed: ParsedRequest, model: ModelEntry) -> in
     if not num_tokens:
         raise InvalidRequest(f"Invalid '{field}': it has no tokens; send at least one.", param=field)
     room = context - num_tokens
+    if parsed.kind is Kind.EMBEDDING:
+        if room < 0:
+            raise ContextExceeded(
+                f"This model's maximum context length is {context} tokens. However, your input has {num_tokens} "
+                "tokens. Please reduce its length.",
+                param=field,
+            )
+        return 1
     if room < 1:
         raise ContextExceeded(
             f"This model's maximum context length is {context} tokens. However, your prompt has {num_tokens} tokens, "

@@ -90,7 +90,7 @@ class GatewayRequest(Struct, frozen=True, eq=False):
             handover=handover,
             card_digest=self.card_digest,
             block_size=self.block_size,
-            max_context=len(self.prompt) + self.sampling.max_tokens,
+            max_context=len(self.prompt) + (0 if self.format.kind == "embedding" else self.sampling.max_tokens),
         )
 
     def generate(self, leg: Leg, name: RequestId, resume: Sequence[int], *, now: float) -> Generate:

@@ -109,6 +109,8 @@ class EngineFacts(msgspec.Struct, frozen=True):
     """Numbers in the vectors that it makes of prompts; 0: it generates."""
     is_matryoshka: bool = False
     """Whether a vector's first numbers are one by themselves."""
+    matryoshka_dimensions: tuple[Positive, ...] = ()
+    """If so: how many of them; none: any number."""
     is_shortest_first: bool = False
     """Whether a prompt shorter than what is left of those being computed is computed before them; else in turn."""
 

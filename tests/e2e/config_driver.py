@@ -66,25 +66,34 @@ if __name__ == "__main__":
         pretend_cuda()
     if sys.argv[1] == "none":
         vllm.platforms._current_platform = UnspecifiedPlatform()
-    for role in Role:
-        for handover in (*HandoverMode, None):
-            options = VllmOptions(
-                Path(sys.argv[2]), "demo", WorkerId("w"), role=role, handover=handover, max_model_len=1024, lease_s=12
-            )
-            try:
-                config = engine_config(options, {"endpoint": "tcp://*:0", "replay_endpoint": "tcp://*:0"})
-            except EngineStartError as exc:
-                say("refused", str(exc))
-                continue
-            transfer = config.kv_transfer_config
-            scheduler = config.scheduler_config.get_scheduler_cls()
-            told = {
-                "role": role,
-                "handover": handover,
-                "device": config.device_config.device_type,
-                "buffer": transfer and transfer.kv_buffer_device,
-                "connector": transfer and transfer.kv_connector,
-                "kv_role": transfer and transfer.kv_role,
-                "scheduler": f"{scheduler.__module__}.{scheduler.__name__}",
-            }
-            say("config", msgspec.json.encode(told).decode())
+    wanted = [(role, handover, False) for role in Role for handover in (*HandoverMode, None)]
+    for role, handover, is_embedding in [*wanted, (Role.BOTH, None, True)]:
+        options = VllmOptions(
+            Path(sys.argv[2]),
+            "demo",
+            WorkerId("w"),
+            role=role,
+            handover=handover,
+            is_embedding=is_embedding,
+            max_model_len=1024,
+            lease_s=12,
+        )
+        try:
+            config = engine_config(options, {"endpoint": "tcp://*:0", "replay_endpoint": "tcp://*:0"})
+        except EngineStartError as exc:
+            say("refused", str(exc))
+            continue
+        transfer = config.kv_transfer_config
+        scheduler = config.scheduler_config.get_scheduler_cls()
+        told = {
+            "role": role,
+            "handover": handover,
+            "runner": config.model_config.runner_type,
+            "is_prefix_cached": config.cache_config.enable_prefix_caching,
+            "device": config.device_config.device_type,
+            "buffer": transfer and transfer.kv_buffer_device,
+            "connector": transfer and transfer.kv_connector,
+            "kv_role": transfer and transfer.kv_role,
+            "scheduler": f"{scheduler.__module__}.{scheduler.__name__}",
+        }
+        say("config", msgspec.json.encode(told).decode())

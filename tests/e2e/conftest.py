@@ -125,14 +125,16 @@ class EngineProcess:
     def send(self, kind, **fields):
         self.process.stdin.write(msgspec.json.encode({"type": kind} | fields) + b"\n")
 
-    def begin(self, prompt, sampling=None, leg=None, *, resume=(), salt="", name=None, parsing=None):
+    def begin(
+        self, prompt, sampling=None, leg=None, *, resume=(), salt="", name=None, parsing=None, is_embedding=False
+    ):
         """Start a request; greedy unless `sampling` says otherwise."""
         name = name or f"r{next(self._ids)}"
         answer = self.answers[name] = Answer()
         sampling = Sampling(**({"max_tokens": 8, "temperature": 0.0} | (sampling or {})))
         leg = {"type": "local"} if leg is None else leg
         fields = {"prompt": prompt, "sampling": sampling, "leg": leg, "resume": list(resume), "salt": salt}
-        self.send("run", id=name, parsing=parsing, **fields)
+        self.send("run", id=name, parsing=parsing, is_embedding=is_embedding, **fields)
         return name, answer
 
     async def run(self, *args, **kwargs):

@@ -25,6 +25,7 @@ class Run(msgspec.Struct, tag="run"):
     resume: list[int] = []
     salt: str = ""
     parsing: Parsing | None = None
+    is_embedding: bool = False
 
 
 class Abort(msgspec.Struct, tag="abort"):
@@ -68,8 +69,8 @@ class Observer:
 class TellingEngine(VllmEngine):
     """Tells with which of the engine's reports a KV cache came: with that of a step, or of none."""
 
-    def _recorded(self, stats):
-        super()._recorded(stats)
+    def _recorded(self, stats, finished):
+        super()._recorded(stats, finished)
         report = (stats.kv_connector_stats or {}).get("headrace", {}) if stats is not None else {}
         for engine_request, *_ in report.get("handovers", ()):
             say("arrived", id=engine_request[:-9], is_between_steps="step" not in report)
@@ -91,6 +92,7 @@ def run(engine, command):
         tuple(command.resume),
         command.salt,
         parsing=command.parsing,
+        is_embedding=command.is_embedding,
     )
     try:
         engine.submit(request, emit)

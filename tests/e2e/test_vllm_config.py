@@ -40,7 +40,7 @@ def configurations(told):
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_vllm_takes_every_role_with_every_handover(configurations, platform):
-    made = configurations[platform]
+    made = [told for told in configurations[platform] if told["runner"] == "generate"]
     assert {(told["role"], told["handover"]) for told in made} == {
         (role, handover) for role in Role for handover in (*HandoverMode, None)
     }
@@ -51,16 +51,26 @@ def test_vllm_takes_every_role_with_every_handover(configurations, platform):
 
 
 def test_where_steps_are_scheduled_ahead_ours_does_so_too(configurations):
-    schedulers = {platform: {told["scheduler"] for told in made} for platform, made in configurations.items()}
+    schedulers = {
+        platform: {told["scheduler"] for told in made if told["runner"] == "generate"}
+        for platform, made in configurations.items()
+    }
     assert schedulers == {
         "cpu": {"workers.vllm.plugin.scheduler.Scheduler"},
         "cuda": {"workers.vllm.plugin.scheduler.AsyncScheduler"},
     }
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_vectors_are_pooled_without_a_handover_and_what_is_known_of_a_prompt_counts(configurations, platform):
+    (told,) = [told for told in configurations[platform] if told["runner"] == "pooling"]
+    assert (told["device"], told["connector"], told["is_prefix_cached"]) == (platform, None, True)
+    assert told["scheduler"] == "workers.vllm.plugin.scheduler.Scheduler"
+
+
 def test_without_what_vllm_was_built_for_every_start_says_that_no_gpu_is_visible(told):
     answers = told("none")
-    assert len(answers) == 9
+    assert len(answers) == 10
     for kind, message in answers:
         assert kind == "refused"
         assert message.startswith("no GPU is visible to vLLM")

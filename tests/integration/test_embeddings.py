@@ -48,9 +48,13 @@ async def test_each_of_two_models_is_served_by_its_own_workers(two_models, uniqu
 
     wrong = await api.chat(unique, model="vectors")
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "wrong_task")
-    assert "/v1/embeddings" in wrong.json()["error"]["message"]
+    told = "makes embeddings, which are at /v1/embeddings. Models here that generate: 'sim'."
+    assert wrong.json()["error"]["message"].endswith(told)
     wrong = await api.post("/v1/embeddings", json={"model": "sim", "input": "a"})
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "wrong_task")
+    assert wrong.json()["error"]["message"].endswith("Models here that embed: 'vectors'.")
+    longest = await api.post("/v1/embeddings", json={"model": "vectors", "input": "x" * 512})
+    assert longest.json()["usage"]["prompt_tokens"] == 512
     unnamed = await api.post("/tokenize", json={"prompt": "a"})
     assert (unnamed.status_code, unnamed.json()["error"]["param"]) == (400, "model")
 
@@ -74,7 +78,7 @@ async def test_each_of_two_models_is_served_by_its_own_workers(two_models, uniqu
     cut = np.array(alone[:8])
     assert short.data[0].embedding == pytest.approx((cut / np.linalg.norm(cut)).tolist(), abs=1e-6)
     for fields, param in (
-        ({"input": "x" * 600}, "input"),
+        ({"input": "x" * 513}, "input"),
         ({"input": [["x"]]}, "input"),
         ({"input": [300]}, "input"),
         ({"input": "a", "dimensions": 65}, "dimensions"),

@@ -89,7 +89,7 @@ class EngineOutput:
     refusal: InvalidRequest | None = None
     """With `finish=ERROR`: nothing went wrong, the client's request is at fault; only the engine could tell."""
     embedding: bytes = b""
-    """With `finish`, where a vector was wanted: its float32 numbers, little-endian, of length 1."""
+    """With `finish`, where a vector was wanted: its float32 numbers, little-endian; of length 1 if it may be cut."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     """On the first output of choice 0, where they were asked for: one for each prompt token, the first of them None."""
 

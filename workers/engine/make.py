@@ -42,6 +42,7 @@ def _vllm(settings: WorkerSettings, worker: WorkerId, reasoning_parser: str) -> 
             worker=worker,
             role=settings.worker_role,
             handover=settings.handover_mode,
+            is_embedding=settings.is_embedding,
             host=settings.public_host,
             dtype=settings.dtype if settings.dtype != "auto" else native_dtype(),
             load_format=settings.load_format,
@@ -87,8 +88,8 @@ def _sim(settings: WorkerSettings, worker: WorkerId, vocab_size: int) -> Engine:
         bytes_per_block=block_size * settings.sim_kv_bytes_per_token,
         vocab_size=vocab_size,
         latency=speed,
-        embedding_size=EMBEDDING_SIZE if settings.task == "embed" else 0,
-        is_matryoshka=settings.task == "embed",
+        embedding_size=EMBEDDING_SIZE if settings.is_embedding else 0,
+        is_matryoshka=settings.is_embedding,
     )
     return SimEngine(
         SimOptions(

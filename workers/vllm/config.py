@@ -17,6 +17,7 @@ from planes.wire.messages import HandoverMode, LatencyPrior, Role, WorkerId
 from workers.engine.base import EngineStartError
 from workers.nixl_wheel import WHEELS, installed_wheel
 from workers.vllm.memory import check_memory
+from workers.vllm.pooling import TASK
 
 VERSION = "0.32.0"
 """The plug-in reaches into vLLM: another version needs its tests run and this line changed."""
@@ -58,6 +59,8 @@ class VllmOptions:
     role: Role = Role.BOTH
     handover: HandoverMode | None = HandoverMode.PULL
     """None: this worker prefills what it decodes."""
+    is_embedding: bool = False
+    """Whether it makes vectors of prompts (`pooling.py`), and hands nothing over."""
     host: str = "127.0.0.1"
     """Where other workers reach this engine's handshake."""
     dtype: str = "auto"
@@ -66,7 +69,8 @@ class VllmOptions:
     block_size: int = 32
     max_num_seqs: int = 32
     max_num_batched_tokens: int | None = None
-    """None: 2048, and on CPU few for a decode worker (`CPU_DECODE_STEP_TOKENS`)."""
+    """None: 2048, on CPU few for a decode worker (`CPU_DECODE_STEP_TOKENS`), and for vectors at least a whole prompt
+    where one cannot be computed in pieces."""
     kv_cache_bytes: int | None = None
     """None: what is left of the accelerator's memory, 256 MiB on CPU."""
     threads: int = 1
@@ -133,13 +137,13 @@ def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
         block_size=options.block_size,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens or _step_tokens(options, is_cpu=is_cpu),
+        **_runner(options),
         tensor_parallel_size=options.tensor_parallel,
         enforce_eager=is_cpu,
         worker_extension_cls=f"{PLUGIN}.BeforeLoading",
         skip_tokenizer_init=not options.reasoning_parser,  # grammars have their own (`grammar_process.py`)
         reasoning_parser=options.reasoning_parser,
         scheduling_policy="priority",
-        enable_prefix_caching=True,
         prefix_caching_hash_algo="sha256_cbor",
         prefix_cache_retention_interval=None,
         kv_transfer_config=None if options.handover is None else KVTransferConfig(**_handover(options, is_cpu=is_cpu)),
@@ -153,7 +157,17 @@ def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
     return config
 
 
-def _step_tokens(options: VllmOptions, *, is_cpu: bool) -> int:
+def _runner(options: VllmOptions) -> dict[str, Any]:
+    """What of a prompt for a vector may be computed before, or in pieces, vLLM knows from the model's attention."""
+    if options.is_embedding:
+        return {"runner": "pooling", "convert": TASK}
+    return {"enable_prefix_caching": True}
+
+
+def _step_tokens(options: VllmOptions, *, is_cpu: bool) -> int | None:
+    """None: as many as vLLM takes by itself, at least a whole prompt where one cannot be computed in pieces."""
+    if options.is_embedding:
+        return None
     if is_cpu and options.role is Role.DECODE:
         return max(CPU_DECODE_STEP_TOKENS.get(options.dtype, CPU_DECODE_STEP_TOKENS["float32"]), options.max_num_seqs)
     return 2048

@@ -8,7 +8,7 @@ import asyncio
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +35,16 @@ from workers.vllm.grammars import GrammarTrials, expect_tokenizer, grammar_of, l
 from workers.vllm.layout import vllm_layout
 from workers.vllm.leases import Leases
 from workers.vllm.output import NO_ARRIVAL, Arrival, translate
+from workers.vllm.pooling import (
+    NO_VECTORS,
+    NOT_MEASURED,
+    TASK,
+    Pooled,
+    VectorFacts,
+    check_tasks,
+    vector_facts,
+    vector_output,
+)
 from workers.vllm.request import (
     KvGroup,
     TicketTooOld,
@@ -63,6 +73,7 @@ class _ActiveRequest:
     task: asyncio.Task[None] | None = None
     deadline: asyncio.TimerHandle | None = None
     arrival: Arrival = NO_ARRIVAL
+    pooled: Pooled = NOT_MEASURED
     is_unheard: bool = True
     """No output of choice 0 has come."""
 
@@ -100,6 +111,7 @@ class VllmEngine:
         self._endpoint: HandoverEndpoint | None = None
         self._layout = ""
         self._eos: list[int] = []
+        self._vectors: VectorFacts = NO_VECTORS
         self._reader: EventReader | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -137,13 +149,14 @@ class VllmEngine:
             self._heard_at = time.monotonic()
             self._watch_processes()
             self._keep(self._reader.run(observer.kv_changed))
-            progress("computing a first token")
+            progress("computing a first vector" if options.is_embedding else "computing a first token")
             await self._warm_up()
             if options.cores:
                 for pid in self.process_ids:
                     pin_threads(pid, options.cores)
             self._facts = self._read_facts(config)
-            self._grammars.start(options.model_path, self._facts.vocab_size, description)
+            if not options.is_embedding:
+                self._grammars.start(options.model_path, self._facts.vocab_size, description)
         except EngineStartError:
             raise
         except Exception as exc:  # vLLM raises whatever its parts raise
@@ -177,19 +190,26 @@ class VllmEngine:
                 os.environ["LD_PRELOAD"] = preloaded
 
     async def _warm_up(self) -> None:
-        """One token: pages the weights in, and the engine's first report tells its KV cache groups."""
-        from vllm import SamplingParams  # noqa: PLC0415
+        """One token or vector: pages the weights in, and the engine's first report tells its KV cache groups."""
+        from vllm import PoolingParams, SamplingParams  # noqa: PLC0415
         from vllm.inputs import tokens_input  # noqa: PLC0415
 
-        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-        async for _ in self._llm.generate(tokens_input([0]), params, "warm-up"):
+        prompt, name = tokens_input([0]), "warm-up"
+        if self._options.is_embedding:
+            check_tasks(self._options.model, await self._llm.get_supported_tasks())
+            self._vectors = vector_facts(self._llm.model_config)
+            outputs = self._llm.encode(prompt, PoolingParams(task=TASK), name)
+        else:
+            params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+            outputs = self._llm.generate(prompt, params, name)
+        async for _ in outputs:
             pass
         await self._has_reported.wait()  # the report follows the token in the same message
 
     def _read_facts(self, config: Any) -> EngineFacts:
         from vllm.platforms import current_platform  # noqa: PLC0415
 
-        options, cache = self._options, self._llm.vllm_config.cache_config
+        options = self._options
         if options.handover is not None:
             self._endpoint = HandoverEndpoint(
                 mode=options.handover,
@@ -200,8 +220,8 @@ class VllmEngine:
             )
             self._layout = self._read_layout(options.handover)
         return EngineFacts(
-            block_size=cache.block_size,
-            num_blocks=(cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size) // cache.block_size,
+            block_size=self._llm.vllm_config.cache_config.block_size,
+            num_blocks=self._num_blocks(),
             context_length=self._llm.model_config.max_model_len,
             max_batch=options.max_num_seqs,
             max_step_tokens=config.scheduler_config.max_num_batched_tokens,
@@ -210,7 +230,19 @@ class VllmEngine:
             vocab_size=self._llm.model_config.get_vocab_size(),
             latency=CPU_PRIOR if current_platform.is_cpu() else LatencyPrior(),
             is_shortest_first=True,
+            embedding_size=self._vectors.embedding_size,
+            is_matryoshka=self._vectors.is_matryoshka,
+            matryoshka_dimensions=self._vectors.matryoshka_dimensions,
         )
+
+    def _num_blocks(self) -> int:
+        """Where no layer keeps any, because prompts are computed in one piece: as many as all that run would fill."""
+        cache = self._llm.vllm_config.cache_config
+        if not self._latest.groups:
+            num_blocks = -(-self._llm.model_config.max_model_len // cache.block_size) * self._options.max_num_seqs
+        else:
+            num_blocks = (cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size) // cache.block_size
+        return int(num_blocks)
 
     def _read_layout(self, mode: HandoverMode) -> str:
         import vllm  # noqa: PLC0415
@@ -316,18 +348,13 @@ class VllmEngine:
 
     async def _generate(self, run: _ActiveRequest, handover: dict[str, Any] | None) -> None:
         from vllm.exceptions import VLLMValidationError  # noqa: PLC0415
-        from vllm.inputs import tokens_input  # noqa: PLC0415
         from vllm.v1.engine.exceptions import EngineDeadError  # noqa: PLC0415
 
         request = run.request
         try:
-            params = await self._sampling_params(request, handover)
-            prompt = tokens_input(request.prompt.tolist(), cache_salt=request.cache_salt or None)
-            outputs = self._llm.generate(
-                prompt, params, request.request, priority=request.priority, **reasoning_arguments(request)
-            )
-            async for output in outputs:
-                self._relay(run, output)
+            relay = self._relay_vector if request.is_embedding else self._relay
+            async for output in await self._outputs(request, handover):
+                relay(run, output)
             if run.unfinished:
                 self._fail(run, "vLLM ended the request without a reason")
         except InvalidRequest as exc:
@@ -342,6 +369,21 @@ class VllmEngine:
         finally:
             if self._runs.get(request.request) is run:
                 del self._runs[request.request]
+
+    async def _outputs(self, request: EngineRequest, handover: dict[str, Any] | None) -> AsyncIterator[Any]:
+        """What vLLM will say of the request."""
+        from vllm import PoolingParams  # noqa: PLC0415
+        from vllm.inputs import tokens_input  # noqa: PLC0415
+
+        name, priority = request.request, request.priority
+        prompt = tokens_input(request.prompt.tolist(), cache_salt=request.cache_salt or None)
+        outputs: AsyncIterator[Any]
+        if request.is_embedding:
+            outputs = self._llm.encode(prompt, PoolingParams(task=TASK), name, priority=priority)
+        else:
+            params = await self._sampling_params(request, handover)
+            outputs = self._llm.generate(prompt, params, name, priority=priority, **reasoning_arguments(request))
+        return outputs
 
     async def _sampling_params(self, request: EngineRequest, handover: dict[str, Any] | None) -> Any:
         """vLLM's SamplingParams.  Raises:  InvalidRequest; what vLLM raises for values that it does not take."""
@@ -370,6 +412,11 @@ class VllmEngine:
                 if engine_output.finish is not None:
                     run.unfinished.discard(index)
                 run.on_output(engine_output)
+
+    def _relay_vector(self, run: _ActiveRequest, output: Any) -> None:
+        run.waiting_tokens = 0
+        run.unfinished.clear()
+        run.on_output(vector_output(output, self._vectors, run.pooled))
 
     def _translate(self, run: _ActiveRequest, output: Any, choice: Any, index: int) -> EngineOutput:
         is_first = run.is_unheard and index == 0
@@ -421,9 +468,16 @@ class VllmEngine:
 
     # --- what the engine reports --------------------------------------------------------------------------------------
 
-    def _recorded(self, stats: Any) -> None:
-        """vLLM's output task calls this after it has passed on a step's tokens."""
+    def _recorded(self, stats: Any, finished: Iterable[Any]) -> None:
+        """vLLM's output task calls this after it has passed on a step's tokens, of which nobody has heard yet.
+
+        finished: what it measured of the requests that ended. Of a vector's it tells this way alone.
+        """
         self._heard_at = time.monotonic()
+        if self._options.is_embedding:
+            for measured in finished:
+                if (run := self._runs.get(measured.request_id)) is not None:
+                    run.pooled = Pooled(measured.queued_time, measured.prefill_time)
         report = (stats.kv_connector_stats or {}).get("headrace") if stats is not None else None
         if report is None:
             return
@@ -454,7 +508,7 @@ class VllmEngine:
         )
 
 
-def _stat_logger(record: Callable[[Any], None]) -> type:
+def _stat_logger(record: Callable[[Any, Iterable[Any]], None]) -> type:
     """A statistics logger class for vLLM. It is a Prometheus logger by descent, so that vLLM makes none of its own."""
     from vllm.v1.metrics.loggers import PrometheusStatLogger  # noqa: PLC0415
 
@@ -463,8 +517,8 @@ def _stat_logger(record: Callable[[Any], None]) -> type:
             del vllm_config
             self.engine_indexes = engine_indexes or [0]
 
-        def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
-            record(scheduler_stats)
+        def record(self, scheduler_stats: Any, iteration_stats: Any = None, *_: Any, **__: Any) -> None:
+            record(scheduler_stats, () if iteration_stats is None else iteration_stats.finished_requests)
 
         def log_engine_initialized(self) -> None:
             pass

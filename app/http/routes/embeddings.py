@@ -60,6 +60,13 @@ def _check_dimensions(asked: ToEmbed, model: ModelEntry) -> None:
             f"Invalid 'dimensions': the vectors of '{model.model}' have {model.embedding_size}, which cannot be cut.",
             param="dimensions",
         )
+    allowed = model.matryoshka_dimensions
+    if allowed and asked.dimensions not in allowed:
+        raise InvalidRequest(
+            f"Invalid 'dimensions': {asked.dimensions} is none of {', '.join(map(str, sorted(allowed)))}, to which the "
+            f"vectors of '{model.model}' can be cut.",
+            param="dimensions",
+        )
     if asked.dimensions > model.embedding_size:
         raise InvalidRequest(
             f"Invalid 'dimensions': {asked.dimensions} is out of range; the vectors of '{model.model}' have "

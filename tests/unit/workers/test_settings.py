@@ -150,11 +150,10 @@ def test_a_decode_worker_leaves_the_queue_alone():
     assert not WorkerSettings(role="prefill", engine="sim").is_pulling
 
 
-@pytest.mark.parametrize(
-    "changed", [{"role": "decode"}, {"prefill_dispatch": "queue"}, {"engine": "vllm", "model": None}]
-)
-def test_vectors_are_made_by_workers_that_do_all_of_it(changed):
+@pytest.mark.parametrize("engine", ["sim", "vllm"])
+@pytest.mark.parametrize("changed", [{"role": "decode"}, {"prefill_dispatch": "queue"}])
+def test_vectors_are_made_by_workers_that_do_all_of_it(changed, engine):
     name = next(iter(changed)).replace("_", "-")
     with pytest.raises(UnusableSetting, match=f"--{name} is .*: with --task embed it must be"):
-        WorkerSettings(**{"engine": "sim", "task": "embed", **changed})
-    assert WorkerSettings(engine="sim", task="embed").handover_mode is None
+        WorkerSettings(**{"engine": engine, "task": "embed", **changed})
+    assert WorkerSettings(engine=engine, task="embed").handover_mode is None

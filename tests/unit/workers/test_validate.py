@@ -136,6 +136,17 @@ def test_a_vector_is_asked_of_those_that_make_them_and_an_answer_of_the_others()
         admitted(vector)
 
 
+def test_a_vector_takes_nothing_of_the_context_beside_its_prompt():
+    def vector(num_tokens):
+        return generate([7] * num_tokens, Sampling(max_tokens=1), Format("embedding", "id", "m", 1))
+
+    longest = FACTS.context_length
+    assert len(admit(vector(longest), role=Role.BOTH, facts=EMBEDS, endpoint=None).prompt) == longest
+    with pytest.raises(InvalidRequest, match=f"has {longest + 1} tokens.*holds {longest}") as refused:
+        admit(vector(longest + 1), role=Role.BOTH, facts=EMBEDS, endpoint=None)
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "input")
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"resume": pack_tokens([7])}, {"sampling": Sampling(max_tokens=1, n=2)}, {"leg": PrefillLeg(HandoverMode.PULL)}],

@@ -32,8 +32,8 @@ class Store:
             raise AssetsUnavailable(name)
         return self.objects[name]
 
-    def publish(self, files, model="sim"):
-        encoded = msgspec.json.encode(make_card(files, model=model, block_size=16))
+    def publish(self, files, model="sim", **more):
+        encoded = msgspec.json.encode(make_card(files, model=model, block_size=16, **more))
         for data in (*files.values(), encoded):
             self.objects[sha256(data)] = data
         return sha256(encoded)
@@ -122,6 +122,17 @@ async def test_a_request_is_prepared_by_the_card_that_most_ready_workers_have(mo
     assert models.entry("sim").digest == new
     models.deregistered(WorkerId("new-1"))
     assert models.entry("sim").digest == old
+
+
+async def test_models_are_told_apart_by_what_they_do(models, store):
+    await join(models, worker("w1", store.publish(FILES)))
+    for model in ("vectors", "more"):
+        digest = store.publish(FILES, model, embedding_size=64, is_matryoshka=True, matryoshka_dimensions=(16, 32))
+        await join(models, worker(model, digest, model=model))
+    assert models.for_task(is_embedding=False) == ["sim"]
+    assert models.for_task(is_embedding=True) == ["more", "vectors"]
+    entry = models.entry("vectors")
+    assert (entry.embedding_size, entry.is_matryoshka, entry.matryoshka_dimensions) == (64, True, (16, 32))
 
 
 async def test_workers_that_cannot_decode_do_not_decide_which_card_serves(models, store):

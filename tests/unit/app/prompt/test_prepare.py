@@ -9,6 +9,7 @@ import pytest
 
 from app.openai.chat import parse_chat
 from app.openai.completions import parse_completion
+from app.openai.embeddings import parse_embedding
 from app.prompt.prepare import (
     ContextExceeded,
     ModelEntry,
@@ -173,6 +174,22 @@ async def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(preproce
     error = await refused(preprocessor, completion("x" * 17 * 512), model)
     assert "8704 characters, which are at least 512 tokens" in str(error)
     assert isinstance(error, ContextExceeded)
+
+
+def embedding(text, **fields):
+    return parse_embedding(json.dumps({"model": "sim", "input": text, **fields}).encode()).parsed
+
+
+async def test_a_vector_takes_the_whole_context_and_no_more(preprocessor, model):
+    for given in ([1] * 512, "x" * 512):
+        assert len((await preprocessor.prepare(embedding(given), model)).tokens) == 512
+    for given in ([1] * 513, "x" * 513):
+        error = await refused(preprocessor, embedding(given), model)
+        assert str(error).startswith("This model's maximum context length is 512 tokens. However, your input has 513")
+        assert (error.code, error.param) == ("context_length_exceeded", "input")
+    cut = await preprocessor.prepare(embedding("x" * 600, truncate_prompt_tokens=-1), model)
+    assert len(cut.tokens) == 512
+    assert "at least 513 tokens" in str(await refused(preprocessor, embedding("x" * (17 * 512 + 1)), model))
 
 
 async def test_min_tokens_beyond_the_room_are_refused(preprocessor, model):

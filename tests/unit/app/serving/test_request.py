@@ -26,6 +26,11 @@ def test_the_router_is_told_what_a_worker_must_have():
     assert (routable.card_digest, routable.block_size, routable.max_context) == ("c" * 64, 16, 150)
 
 
+def test_a_vector_takes_nothing_of_the_context_beside_its_prompt():
+    routable = request(1, kind="embedding").routable(num_tokens=0, excluded=frozenset(), is_retry=False)
+    assert routable.max_context == 100
+
+
 def test_a_request_that_goes_on_elsewhere_grows_no_further_than_it_would_have():
     routable = request().routable(num_tokens=20, excluded=frozenset(), is_retry=True)
     assert (routable.max_context, routable.expected_tokens, routable.is_local_only) == (150, 30, True)

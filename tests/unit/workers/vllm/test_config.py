@@ -5,7 +5,15 @@ import pytest
 
 from planes.wire.messages import HandoverMode, Role, WorkerId
 from workers.engine.base import EngineStartError
-from workers.vllm.config import VllmOptions, _handover, check_accelerator, check_library, check_nixl
+from workers.vllm.config import (
+    VllmOptions,
+    _handover,
+    _runner,
+    _step_tokens,
+    check_accelerator,
+    check_library,
+    check_nixl,
+)
 
 
 def platform(*, num_gpus, is_cpu=False):
@@ -21,6 +29,13 @@ def test_vllm_chooses_where_kv_caches_wait_unless_it_runs_on_cpu(mode, role):
     options = VllmOptions(Path("/model"), "m", WorkerId("w"), role=role, handover=mode)
     assert "kv_buffer_device" not in _handover(options, is_cpu=False)
     assert _handover(options, is_cpu=True)["kv_buffer_device"] == "cpu"
+
+
+@pytest.mark.parametrize("is_cpu", [True, False])
+def test_how_prompts_for_vectors_are_computed_is_left_to_vllm(is_cpu):
+    options = VllmOptions(Path("/model"), "m", WorkerId("w"), is_embedding=True)
+    assert _runner(options) == {"runner": "pooling", "convert": "embed"}
+    assert _step_tokens(options, is_cpu=is_cpu) is None
 
 
 def test_a_missing_library_is_named_with_the_package_that_has_it():
