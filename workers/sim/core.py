@@ -13,9 +13,10 @@ With `horizon` given, `begin_step` may run several decode steps as one (same tot
 the core meanwhile cuts that run to the whole steps that had begun: after calling any method, look at `busy_until`.
 
 Scheduling follows vLLM's V1 scheduler in spirit: running decodes first, one token each, then prefill chunks, oldest
-first, then waiting requests by (priority, arrival), all within `max_step_tokens`; a request is admitted when
-`max_batch` allows and the blocks of its whole prompt fit; when blocks run out the latest request is preempted and
-computed again later. Step seconds follow `LatencyPrior`, which for the simulated engine is no guess but the truth.
+first (with `facts.is_shortest_first` as our plug-in has it), then waiting requests by (priority, arrival), all within
+`max_step_tokens`; a request is admitted when `max_batch` allows and the blocks of its whole prompt fit; when blocks
+run out the latest request is preempted and computed again later. Step seconds follow `LatencyPrior`, which for the
+simulated engine is no guess but the truth.
 """
 
 import math

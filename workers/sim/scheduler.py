@@ -39,6 +39,11 @@ class Batch:
         return tokens
 
 
+def _left(sequence: Sequence) -> int:
+    """Prompt tokens still to be computed."""
+    return sequence.length - sequence.computed
+
+
 class SimScheduler:
     """Queues and blocks of one engine. `prefilling` and `decoding` are the running sequences, first admitted first."""
 
@@ -62,6 +67,7 @@ class SimScheduler:
         self._waiting: list[tuple[int, int, Sequence]] = []
         self._arrived: deque[Sequence] = deque()
         self._blocked: tuple[Sequence, int] | None = None
+        self._was_short = self._was_aside = False
 
     # --- continuous batching -------------------------------------------------------------------------------------
 
@@ -72,25 +78,58 @@ class SimScheduler:
         """
         batch = Batch(has_preempted=self._grow())
         budget = self._facts.max_step_tokens - len(self.decoding)
-        for sequence in self.prefilling:
+        most, is_aside = budget, False
+        if self._facts.is_shortest_first and not batch.has_preempted:
+            most, is_aside = self._shared(budget)
+        for sequence in () if is_aside else self.prefilling:
             if budget <= 0:
                 break
-            budget -= batch.add(sequence, budget)
+            budget -= batch.add(sequence, min(budget, most))
         if not batch.has_preempted:
-            self._admit(batch, budget)
+            self._admit(batch, budget, most)
+        if batch.chunks:
+            self._was_short, self._was_aside = most == 1, is_aside
         return batch
+
+    def _shared(self, budget: int) -> tuple[int, bool]:
+        """Of a step that goes to the shortest prompt first: most tokens for a prompt, and whether those that have begun
+        are left out of it.
+
+        They are, by a shorter one that waits, where all have a seat. A KV cache that has arrived gets a step next to
+        without prompts. Neither comes twice in a row; then prompts share what is left. As the scheduler of
+        `workers/vllm/plugin` does it (ADR 22).
+        """
+        self.prefilling.sort(key=_left)
+        first, num_prompts = self._first(), len(self.prefilling)
+        is_shorter = (
+            num_prompts > 0
+            and first is not None
+            and not first.needs_remote
+            and first.length < _left(self.prefilling[0])
+        )
+        if self._arrived and not self._was_short:
+            return 1, False
+        has_seats = len(self.decoding) + num_prompts + self.num_waiting <= self._facts.max_batch
+        if is_shorter and not self._arrived and not self._was_aside and has_seats:
+            return budget, True
+        if is_shorter or self._arrived:
+            return max(1, budget // (num_prompts + 1)), False
+        return budget, False
 
     def admit_remote(self) -> Batch:
         """Between two steps: give blocks to decode legs that are next in the queue."""
         batch = Batch()
-        self._admit(batch, budget=0)
+        self._admit(batch, budget=0, most=0)
         return batch
 
-    def _admit(self, batch: Batch, budget: int) -> None:
-        """As far as seats, blocks and `budget` tokens allow: first whose KV cache has arrived, then who waits."""
+    def _admit(self, batch: Batch, budget: int, most: int) -> None:
+        """As far as seats, blocks and `budget` tokens allow: first whose KV cache has arrived, then who waits.
+
+        most: tokens for each of them.
+        """
         seats = self._facts.max_batch - len(self.decoding) - len(self.prefilling)
         while self._arrived and seats > 0 and budget > 0:
-            budget -= batch.add(self._run(self._arrived.popleft()), budget)
+            budget -= batch.add(self._run(self._arrived.popleft()), min(budget, most))
             seats -= 1
         while (sequence := self._first()) is not None:
             is_remote = sequence.needs_remote  # it takes blocks, and neither a seat nor tokens yet
@@ -103,7 +142,7 @@ class SimScheduler:
                 sequence.needs_remote, sequence.state = False, State.REMOTE
                 batch.remote.append(sequence)
             else:
-                budget -= batch.add(self._run(sequence), budget)
+                budget -= batch.add(self._run(sequence), min(budget, most))
                 seats -= 1
 
     def _run(self, sequence: Sequence) -> Sequence:

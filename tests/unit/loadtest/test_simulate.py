@@ -9,8 +9,9 @@ import msgspec
 import pytest
 from cyclopts import CycloptsError
 
+from loadtest.progress import Progress
 from loadtest.report import Slo
-from loadtest.simulate import MATRIX, QUICK, Case, Comparison, Progress, app, write_docs
+from loadtest.simulate import MATRIX, QUICK, Case, Comparison, app, write_docs
 from loadtest.simulator.scenario import engine_facts
 from planes.wire.errors import UnusableSetting
 from router.policies import POLICIES

@@ -88,3 +88,78 @@ def test_nobody_is_admitted_in_a_step_that_preempts():
     assert batch.has_preempted
     assert batch.chunks == []
     assert [sequence.request.request for sequence in world.scheduler.decoding] == ["first"]
+
+
+def shortest_first(**changes):
+    return World(**({"max_step_tokens": 10, "is_shortest_first": True, "context_length": 128} | changes))
+
+
+def test_in_turn_a_short_prompt_waits_for_a_long_one():
+    world = World(max_step_tokens=10, context_length=128)
+    world.add("long", 30)
+    assert world.step() == [("long", 10)]
+    world.add("short", 4)
+    assert world.step() == [("long", 10)]
+    assert world.step() == [("long", 10)]
+
+
+def test_a_shorter_prompt_passes_those_that_have_begun_and_has_the_step_to_itself():
+    world = shortest_first()
+    world.add("long", 30)
+    assert world.step() == [("long", 10)]
+    world.add("short", 4)
+    assert world.step() == [("short", 4)]
+    assert world.step() == [("long", 9)]  # the short one decodes
+
+
+def test_nobody_is_passed_in_two_steps_in_a_row():
+    world = shortest_first()
+    world.add("long", 60)
+    world.step()
+    world.add("short", 12)
+    assert world.step() == [("short", 10)]
+    world.add("shorter", 1)
+    assert world.step() == [("short", 2), ("long", 3), ("shorter", 1)]  # 10 // 3 for each
+
+
+def test_of_prompts_that_have_begun_the_one_with_least_left_is_first():
+    world = shortest_first(max_step_tokens=24)
+    world.add("long", 40)
+    world.add("middle", 30)
+    assert world.step() == [("long", 24)]
+    assert world.step() == [("long", 16), ("middle", 8)]
+    world = shortest_first()
+    world.add("long", 60)
+    world.step()
+    world.add("middle", 20)
+    assert world.step() == [("middle", 10)]
+    assert world.step() == [("middle", 10)]  # though it came later
+    assert world.step() == [("long", 9)]
+
+
+def test_a_longer_prompt_does_not_pass():
+    world = shortest_first()
+    world.add("long", 30)
+    world.step()
+    world.add("longer", 40)
+    assert world.step() == [("long", 10)]
+
+
+def test_without_a_seat_for_all_prompts_share_the_step():
+    world = shortest_first(max_batch=2)
+    world.add("long", 60)
+    world.step()
+    world.add("short", 8)
+    world.add("other", 8)
+    assert world.step() == [("long", 5), ("short", 5)]
+
+
+def test_an_arrived_kv_cache_has_a_step_next_to_without_prompts():
+    world = shortest_first()
+    world.add("long", 60)
+    world.step()
+    world.arrived("decode")
+    assert world.step() == [("long", 1), ("decode", 1)]
+    world.arrived("another")
+    assert world.step() == [("long", 4), ("another", 1)]  # not in two steps in a row: 9 // 2
+    assert world.step() == [("long", 8)]
