@@ -73,6 +73,8 @@ class SimCore:
         _check_facts(facts)
         self.facts = facts
         self._size = facts.block_size
+        # A vector stands for a token here, of which nothing is kept.
+        self._most_tokens = facts.context_length + (1 if facts.embedding_size else 0)
         self._key = key_of(model, seed)
         self._memory = memory
         self._cache = SimCache(facts.num_blocks, on_events=on_events)
@@ -94,7 +96,7 @@ class SimCore:
         length = request.prompt_tokens + request.resume_tokens
         self._check(request, length)
         left = 1 if request.leg is SimLeg.PREFILL else request.max_tokens - request.resume_tokens
-        left = min(left, self.facts.context_length - length)
+        left = min(left, self._most_tokens - length)
         self._scheduler.add(Sequence(request, self._order, left=left, key=request.key ^ self._key, now=now))
         self._order += 1
         self._cut(now)
@@ -103,7 +105,7 @@ class SimCore:
             self._cache.flush()
 
     def _check(self, request: SimRequest, length: int) -> None:
-        limit = self.facts.context_length
+        limit = self._most_tokens
         if request.prompt_tokens < 1 or length >= limit:
             raise ValueError(f"the input has {length} tokens; 1 to {limit - 1} and one to complete fit the context")
         if request.max_tokens <= request.resume_tokens:

@@ -217,6 +217,16 @@ def test_the_context_length_ends_an_answer():
     assert h.finish["r"] is FinishReason.LENGTH
 
 
+def test_a_prompt_for_a_vector_takes_the_whole_context_and_all_blocks():
+    h = Harness(num_blocks=64 // SIZE, embedding_size=8)
+    h.submit("r", [97] * 64, 1)
+    h.drain()
+    assert (len(h.tokens["r"]), h.finish["r"]) == (1, FinishReason.LENGTH)
+    with pytest.raises(ValueError, match=r"65 tokens.*1 to 64"):
+        h.submit("s", [97] * 65, 1)
+    h.assert_empty()
+
+
 # --- scheduling ------------------------------------------------------------------------------------------------
 
 
