@@ -25,7 +25,7 @@ from planes.wire.errors import UnusableSetting
 from process.settings import run
 from router.policies import load_policy
 
-COMPARED: Final = (OURS, "least_loaded", "dynamo", "infera", "llmd", "mooncake", "power_of_two")
+COMPARED: Final = (OURS, "least_loaded", "dynamo", "infera", "llmd", "mooncake", "llmd_predicted", "power_of_two")
 QUICK: Final = (OURS, "least_loaded", "dynamo", "mooncake")
 _QUICK_CELLS: Final = 40
 
@@ -100,7 +100,7 @@ def main(
     """Serve a sample of cells, and the named regimes, with several policies; print where headrace is behind.
 
     Args:
-        policies: which to compare; headrace and six others if not given
+        policies: which to compare; headrace and seven others if not given
         num_cells: of the sample; a smaller one is the beginning of a larger one
         cells: only these, numbers and names separated by commas, each with all its figures
         only: of the sample the cells with this value of an axis, axis=value; several must all hold

@@ -16,6 +16,7 @@ POLICIES: Final[Mapping[str, str]] = {
     "infera": "router.policies.infera:Infera",
     "sglang_cache_aware": "router.policies.sglang_cache_aware:SglangCacheAware",
     "llmd": "router.policies.llmd:Llmd",
+    "llmd_predicted": "router.policies.llmd_predicted:LlmdPredicted",
     "mooncake": "router.policies.mooncake:Mooncake",
     "ray_prefix": "router.policies.ray_prefix:RayPrefix",
     "aibrix": "router.policies.aibrix:Aibrix",
