@@ -88,12 +88,14 @@ MATRIX: Final[Sequence[Case]] = (
     Case("documents", 1.0, 0, 0, 12),
     Case("bursts", 1.0, 6, 4),
     Case("bursts", 1.0, 0, 0, 10),
+    Case("azure_2023_conversation", 10.5, 8, 4, label="Azure conversation, near saturation (x10.5)"),
+    Case("azure_2023_conversation", 10.5, 0, 0, 12, label="Azure conversation, near saturation (x10.5)"),
     Case("conversation", 0.8, 8, 4, label="conversation, light (x0.8)", kill_every_s=60.0),
     Case("conversation", 0.8, 0, 0, 12, label="conversation, light (x0.8)", kill_every_s=60.0),
 )
-"""What `docs/routing.md` compares: four loads of the trace, generated loads, disaggregated and aggregated at equal
-workers, a slow worker, two gateways, and workers that are killed. The first 1,500 sessions of each: about 25 minutes on
-two cores.
+"""What `docs/routing.md` compares: four loads of the trace, generated loads, another trace, prefill and decode workers
+beside workers that do both, a slow worker, two gateways, and workers that are killed. The first 1,500 sessions of each:
+about 25 minutes on two cores.
 """
 
 QUICK: Final[Sequence[Case]] = (
@@ -214,6 +216,11 @@ def main(
     slow_worker: Annotated[float, _POSITIVE] = 1.0,
     kill_every: Annotated[float | None, _POSITIVE] = None,
     restart: Annotated[float, _POSITIVE] = 30.0,
+    prefill_tokens_per_s: Annotated[float, _POSITIVE] = 8000.0,
+    step_ms: Annotated[float, _POSITIVE] = 8.0,
+    max_step_tokens: Annotated[int, _AT_LEAST_1] = 2048,
+    max_batch: Annotated[int, _AT_LEAST_1] = 128,
+    shortest_first: bool = False,
     link_gbps: Annotated[float, _POSITIVE] = 100.0,
     blocks: Annotated[int, _AT_LEAST_1] = 1000,
     block_size: Annotated[int, _AT_LEAST_1] = 512,
@@ -240,6 +247,11 @@ def main(
         slow_worker: the first worker takes this many times as long, and nobody tells the router
         kill_every: seconds between two kills of a random worker; beside the same without kills
         restart: seconds until a killed worker is back, with an empty cache
+        prefill_tokens_per_s: prompt tokens that an engine computes in a second, attention left out
+        step_ms: a decode step without sequences; what sequences and their context take is longer in proportion
+        max_step_tokens: most tokens that one step computes
+        max_batch: most sequences running at once
+        shortest_first: engines compute the shortest prompt first, as vLLM with our plug-in does; else in turn
         link_gbps: each worker's network, Gbit/s
         blocks: KV blocks per worker
         block_size: tokens per block; for a trace it must divide 512
@@ -256,7 +268,18 @@ def main(
         raise UnusableSetting(
             "policies", policies, f"at least one is needed, of {', '.join(POLICIES)} or a module:Class"
         )
-    facts = engine_facts(block_size=block_size, num_blocks=blocks, link_gbps=link_gbps)
+    if max_step_tokens < max_batch:
+        raise UnusableSetting("max_step_tokens", max_step_tokens, f"it must be at least --max-batch, {max_batch}")
+    facts = engine_facts(
+        block_size=block_size,
+        num_blocks=blocks,
+        link_gbps=link_gbps,
+        prefill_tokens_per_s=prefill_tokens_per_s,
+        step_s=step_ms / 1000,
+        max_batch=max_batch,
+        max_step_tokens=max_step_tokens,
+        is_shortest_first=shortest_first,
+    )
     comparison = Comparison(names, facts, seed, Slo(slo_ttft, slo_itl))
     if prefill + decode + both == 0:
         prefill, decode = 8, 4

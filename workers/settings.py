@@ -110,6 +110,9 @@ class WorkerSettings(ProcessSettings):
     speedup: Annotated[float, Parameter(help="How many times faster than real time to simulate (sim).")] = 1.0
     sim_prefill_tokens_per_s: Annotated[float, Parameter(help="Prompt tokens computed in a second (sim).")] = 8000.0
     sim_step_s: Annotated[float, Parameter(help="Seconds for a decode step, whatever the batch (sim).")] = 0.008
+    sim_shortest_first: Annotated[
+        bool, Parameter(help="Compute the shortest prompt first, as with vLLM, rather than in turn (sim).")
+    ] = False
     sim_handover_bytes_per_s: Annotated[float, Parameter(help="Speed of handovers (sim).")] = 4e9
     sim_kv_bytes_per_token: Annotated[
         int, Parameter(help="Size of the KV cache that handovers move, a multiple of 8 (sim).")

@@ -15,7 +15,6 @@ from loadtest.grid.capacity import Capacity, capacity, slo
 from loadtest.report import Slo
 from loadtest.simulator.scenario import Scenario, engine_facts
 from loadtest.workloads import Session, Turn, Workload, lognormal, segment_names
-from planes.wire.messages import EngineFacts, LatencyPrior
 
 GROUPS: Final = 12
 """Prefixes that requests share, where they do."""
@@ -108,46 +107,22 @@ def _turns(conversations: Sequence[Conversation]) -> list[Turn]:
 # --- engine and fleet ------------------------------------------------------------------------------------------------
 
 
-def engine(
-    prefill_tokens_per_s: float, step_s: float, *, block_size: int, kv_tokens: int, max_batch: int, order: str = ""
-) -> EngineFacts:
-    """An 8B model on hardware that is slower or faster than the simulator's standard one.
-
-    Attention takes the standard's share of a prompt's time, sequences and their context the standard's share of a
-    step's; a step that computes prompts costs what any step costs. Fast engines take more tokens a step, and have the
-    faster network.
-    """
-    standard, is_fast = LatencyPrior(), prefill_tokens_per_s > 10_000
-    facts = engine_facts(block_size=block_size, num_blocks=kv_tokens // block_size, link_gbps=400 if is_fast else 100)
-    per_token_s, longer = 1 / prefill_tokens_per_s, step_s / standard.step_fixed_s
-    speed = msgspec.structs.replace(
-        facts.latency,
-        prefill_fixed_s=step_s,
-        prefill_per_token_s=per_token_s,
-        prefill_per_pair_s=standard.prefill_per_pair_s * per_token_s / standard.prefill_per_token_s,
-        step_fixed_s=step_s,
-        step_per_sequence_s=standard.step_per_sequence_s * longer,
-        step_per_kv_token_s=standard.step_per_kv_token_s * longer,
-    )
-    return msgspec.structs.replace(
-        facts,
-        latency=speed,
-        max_batch=max_batch,
-        max_step_tokens=8192 if is_fast else 2048,
-        is_shortest_first=order == "shortest first",
-    )
-
-
 def _scenario(cell: Cell, seed: int) -> Scenario:
+    """Fast engines take more tokens a step, and have the faster network. A step costs the same, whatever it does."""
     longest = _LONGEST[cell.prompts] + TURNS * _MOST_ANSWERS * cell.answers
-    facts = engine(
-        cell.prefill,
-        cell.step_ms / 1000,
-        block_size=16 if cell.prompts in {"100", "1k"} else 64,
-        kv_tokens=max(_KV_TOKENS, 16 * longest),
+    block_size, is_fast = 16 if cell.prompts in {"100", "1k"} else 64, cell.prefill > 10_000
+    facts = engine_facts(
+        block_size=block_size,
+        num_blocks=max(_KV_TOKENS, 16 * longest) // block_size,
+        link_gbps=400 if is_fast else 100,
+        prefill_tokens_per_s=cell.prefill,
+        step_s=cell.step_ms / 1000,
         max_batch={300: 32, 2_000: 16}.get(cell.answers, 128),
-        order=cell.order,
+        max_step_tokens=8192 if is_fast else 2048,
+        is_shortest_first=cell.order == "shortest first",
     )
+    speed = msgspec.structs.replace(facts.latency, prefill_fixed_s=facts.latency.step_fixed_s)
+    facts = msgspec.structs.replace(facts, latency=speed)
     what, _, roles = cell.fleet.rpartition(" ")
     scenario = Scenario("", *_ROLES[roles], facts=facts, seed=seed)
     if what == "slow":

@@ -12,17 +12,43 @@ from planes.wire.messages import EngineFacts, LatencyPrior, Role, WorkerId
 MODEL: Final = "simulated"
 
 
-def engine_facts(*, block_size: int, num_blocks: int, link_gbps: float) -> EngineFacts:
-    """A worker of the simulated fleet: an 8B model (128 KiB of KV cache per token) that prefills 8000 tokens/s."""
+def engine_facts(
+    *,
+    block_size: int,
+    num_blocks: int,
+    link_gbps: float,
+    prefill_tokens_per_s: float = 8000.0,
+    step_s: float = 0.008,
+    max_batch: int = 128,
+    max_step_tokens: int = 2048,
+    is_shortest_first: bool = False,
+) -> EngineFacts:
+    """A worker of the simulated fleet: an 8B model (128 KiB of KV cache per token) on hardware of this speed.
+
+    A faster one is faster in everything: attention takes as large a part of a prompt's time, sequences and their
+    context as large a part of a step's.
+    """
+    standard = LatencyPrior()
+    per_token_s, longer = 1 / prefill_tokens_per_s, step_s / standard.step_fixed_s
+    speed = LatencyPrior(
+        prefill_fixed_s=standard.prefill_fixed_s * longer,
+        prefill_per_token_s=per_token_s,
+        prefill_per_pair_s=standard.prefill_per_pair_s * (per_token_s / standard.prefill_per_token_s),
+        step_fixed_s=step_s,
+        step_per_sequence_s=standard.step_per_sequence_s * longer,
+        step_per_kv_token_s=standard.step_per_kv_token_s * longer,
+        handover_bytes_per_s=link_gbps * 1e9 / 8,
+    )
     return EngineFacts(
         block_size=block_size,
         num_blocks=num_blocks,
         context_length=min(200_000, num_blocks * block_size - 1),
-        max_batch=128,
-        max_step_tokens=2048,
+        max_batch=max_batch,
+        max_step_tokens=max_step_tokens,
         bytes_per_block=block_size * 128 * 1024,
         vocab_size=256,
-        latency=LatencyPrior(handover_bytes_per_s=link_gbps * 1e9 / 8),
+        latency=speed,
+        is_shortest_first=is_shortest_first,
     )
 
 

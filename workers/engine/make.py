@@ -88,6 +88,7 @@ def _sim(settings: WorkerSettings, worker: WorkerId, vocab_size: int) -> Engine:
         bytes_per_block=block_size * settings.sim_kv_bytes_per_token,
         vocab_size=vocab_size,
         latency=speed,
+        is_shortest_first=settings.sim_shortest_first,
         embedding_size=EMBEDDING_SIZE if settings.is_embedding else 0,
         is_matryoshka=settings.is_embedding,
     )

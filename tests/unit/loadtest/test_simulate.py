@@ -14,6 +14,7 @@ from loadtest.report import Slo
 from loadtest.simulate import MATRIX, QUICK, Case, Comparison, app, write_docs
 from loadtest.simulator.scenario import engine_facts
 from planes.wire.errors import UnusableSetting
+from planes.wire.messages import LatencyPrior
 from router.policies import POLICIES
 
 FACTS = engine_facts(block_size=512, num_blocks=1000, link_gbps=100)
@@ -72,6 +73,22 @@ def test_the_command_writes_json_and_a_page(tmp_path, capsys):
     assert (tmp_path / "page" / "index.html").stat().st_size > 10_000
 
 
+def test_an_engines_speed_comes_from_flags(tmp_path):
+    flags = "--prefill-tokens-per-s 60000 --step-ms 4 --max-step-tokens 8192 --max-batch 64 --shortest-first"
+    arguments = f"--trace uniform --both 1 --policies random --limit 3 {flags} --json {tmp_path}/out.json"
+    app(shlex.split(arguments), result_action="return_value")
+    engine = msgspec.json.decode((tmp_path / "out.json").read_bytes())["settings"]["engine"]
+    assert (engine["max_step_tokens"], engine["max_batch"], engine["is_shortest_first"]) == (8192, 64, True)
+    speed = engine["latency"]
+    assert speed["prefill_per_token_s"] == pytest.approx(1 / 60_000)
+    assert speed["prefill_per_pair_s"] / speed["prefill_per_token_s"] == pytest.approx(2e-9 * 8000)
+    assert (speed["step_fixed_s"], speed["step_per_sequence_s"]) == (pytest.approx(0.004), pytest.approx(2.5e-5))
+
+
+def test_without_flags_the_engine_is_the_standard_one():
+    assert FACTS.latency == LatencyPrior(handover_bytes_per_s=12.5e9)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -86,6 +103,8 @@ def test_the_command_writes_json_and_a_page(tmp_path, capsys):
         (["--rate-scale", "1", "0"], '"?--rate-scale"?. Must be > 0'),
         (["--rate-scale", "inf"], '"?--rate-scale"?. Must be < inf'),
         (["--limit", "-3"], '"-3" for "?--limit"?. Must be >= 1'),
+        (["--max-step-tokens", "64"], "--max-step-tokens is 64: it must be at least --max-batch, 128"),
+        (["--step-ms", "0"], '"?--step-ms"?. Must be > 0'),
         (["--gateways", "0"], '"0" for "?--gateways"?. Must be >= 1'),
         (["--jobs", "0"], '"0" for "?--jobs"?. Must be >= 1'),
         (["--slow-worker", "0"], '"?--slow-worker"?. Must be > 0'),

@@ -1,4 +1,5 @@
 import json
+import random
 from collections import Counter
 
 import numpy as np
@@ -90,6 +91,15 @@ def test_the_conversation_trace_is_whole():
     assert sum(session.turns[0].prompt_tokens for session in workload.sessions) / 12_031 == pytest.approx(12_035, abs=1)
 
 
+def test_azures_conversation_trace_is_whole():
+    workload = workloads.load("azure_2023_conversation", block_size=512, seed=0)
+    assert workload.num_requests == 19_366
+    prompts = sorted(session.turns[0].prompt_tokens for session in workload.sessions)
+    assert prompts[len(prompts) // 2] == 1_020
+    names = np.concatenate([session.turns[0].blocks for session in workload.sessions])
+    assert len(np.unique(names)) == len(names)
+
+
 @pytest.mark.parametrize("name", workloads.GENERATORS)
 def test_the_same_seed_draws_the_same_load(name):
     first, second, other = (workloads.load(name, block_size=512, seed=seed) for seed in (1, 1, 2))
@@ -161,3 +171,30 @@ def test_bursts_come_once_a_minute():
     wave = sum(session.start_s % 60 < 15 for session in sessions)
     assert wave / 75 == pytest.approx(14, rel=0.15)
     assert (len(sessions) - wave) / 225 == pytest.approx(2.5, rel=0.15)
+
+
+def test_code_completion_has_long_prompts_short_answers_and_bursts():
+    drawn = [workloads.load("code", block_size=64, seed=seed).sessions for seed in range(3)]
+    assert all(len(sessions) == 1500 for sessions in drawn)
+    turns = [session.turns[0] for sessions in drawn for session in sessions]
+    prompts, answers = (
+        np.array([getattr(turn, of) for turn in turns]) for of in ("prompt_tokens", "completion_tokens")
+    )
+    assert np.quantile(prompts, [0.5, 0.9]) == pytest.approx([1450, 5100], rel=0.1)
+    assert prompts.max() == 7400
+    assert np.quantile(answers, [0.5, 0.9]) == pytest.approx([13, 54], rel=0.15)
+    names = np.concatenate([session.turns[0].blocks for session in drawn[0]])
+    assert len(np.unique(names)) == len(names)
+    assert drawn[0][-1].start_s == pytest.approx(1500 / 2.2)
+
+
+def test_bursty_gaps_have_the_coefficient_of_variation_asked_for():
+    gaps = np.array(list(workloads.bursty_gaps(random.Random(1), 400_000, cv=14.0, pauses=1 / 133)))
+    assert gaps.mean() == pytest.approx(1, rel=0.05)
+    assert gaps.std() / gaps.mean() == pytest.approx(14, rel=0.05)
+    assert np.median(gaps) < 0.15
+
+
+def test_gaps_that_cannot_be_had_are_refused():
+    with pytest.raises(ValueError, match=r"a share of 0.5 of long gaps cannot give .* 14.0"):
+        next(workloads.bursty_gaps(random.Random(1), 1, cv=14.0, pauses=0.5))

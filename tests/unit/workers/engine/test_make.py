@@ -1,8 +1,10 @@
-"""Choosing a number format."""
+"""Engines as the settings ask for them."""
 
 import pytest
 
-from workers.engine.make import native_dtype
+from planes.wire.messages import WorkerId
+from workers.engine.make import make_engine, native_dtype
+from workers.settings import WorkerSettings
 
 
 @pytest.mark.parametrize(
@@ -15,3 +17,9 @@ def test_a_cpu_without_native_bfloat16_computes_in_float32(tmp_path, flags, dtyp
 
 def test_other_builds_take_the_model_s_own_format():
     assert native_dtype(cpu_build="no-such-distribution") == "auto"
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_simulated_engine_tells_in_which_order_it_computes(is_asked):
+    settings = WorkerSettings(engine="sim", sim_shortest_first=is_asked)
+    assert make_engine(settings, WorkerId("w"), vocab_size=256).facts.is_shortest_first is is_asked
