@@ -121,10 +121,12 @@ def main(
         _picked(picked, seed) if picked else _sampled(_QUICK_CELLS if quick else num_cells, seed, only, quick=quick)
     )
     results = Grid(names, seed).run(chosen, jobs)
-    if picked:
+    is_compared = OURS in names and len(names) > 1
+    if picked or not is_compared:
         print(report.table([row for result in results for row in result.rows]))
-    text = table(results) if OURS in names and len(names) > 1 else ""
-    print(f"\n{text}")
+    text = table(results) if is_compared else ""
+    if text:
+        print(f"\n{text}")
     if out is not None:
         settings = {"seed": seed, "policies": names, "axes": dict(AXES)}
         _write(out, GridReport(settings, versions(), results), text)

@@ -10,8 +10,10 @@ from loadtest.report import OURS, Row, Slo
 
 NEAR: Final = 0.02
 """As good as the best: goodput, or throughput of a closed loop, at most this share below it."""
+FAR: Final = 0.05
+"""Further behind than this is never all right."""
 STALLS: Final = 1.5
-"""ITL p99 may be this many times the best rule's; more only where goodput is higher for it."""
+"""ITL p99 may be this many times another rule's; more only where goodput is higher for it."""
 FEW: Final = 0.005
 """Share of all requests that decides nothing, whatever share of the best rule's goodput it is."""
 
@@ -49,7 +51,7 @@ class Verdict(msgspec.Struct, frozen=True):
     throughput_lead: float | None
     """In a closed loop; elsewhere arrivals set it."""
     itl_ratio: float | None
-    """ITL p99 over the least of another rule."""
+    """ITL p99 over the least of the rules with as much goodput; None if there is none."""
     losses: list[str]
     """Of `goodput`, `throughput` and `ITL`: in which it is behind by more than it may."""
 
@@ -69,11 +71,17 @@ def verdict(cell: CellResult) -> Verdict:
         losses.append("goodput")
     if cell.is_closed and throughput < -NEAR:
         losses.append("throughput")
-    itls = [row.itl_p99_s for row in others if row.itl_p99_s]
-    ratio = ours.itl_p99_s / min(itls) if ours.itl_p99_s and itls else None
-    if ratio is not None and ratio > STALLS and goodput <= 0:
+    calmest = _calmest(ours, others)
+    ratio = (ours.itl_p99_s or 0.0) / calmest.itl_p99_s if calmest is not None and calmest.itl_p99_s else None
+    if ratio is not None and ratio > STALLS:
         losses.append("ITL")
     return Verdict(cell.name, goodput, throughput if cell.is_closed else None, ratio, losses)
+
+
+def _calmest(ours: Row, others: Sequence[Row]) -> Row | None:
+    """Of the rules with as much goodput the one with the least ITL p99."""
+    level = [row for row in others if row.itl_p99_s and row.goodput_share >= ours.goodput_share - FEW]
+    return min(level, key=lambda row: row.itl_p99_s or 0.0, default=None)
 
 
 def _goodput(row: Row) -> float:
@@ -110,8 +118,8 @@ def _loss(cell: CellResult, found: Verdict) -> list[str]:
     shown = [ours, by_goodput]
     if cell.is_closed:
         shown.append(max(others, key=_throughput))
-    if "ITL" in found.losses:
-        shown.append(min((row for row in others if row.itl_p99_s), key=lambda row: row.itl_p99_s or 0.0))
+    if "ITL" in found.losses and (calmest := _calmest(ours, others)) is not None:
+        shown.append(calmest)
     head = f"{', '.join(found.losses)}: cell {cell.name}" + (f" ({cell.title})" if cell.values else "")
     slo = f"  SLO {cell.slo.ttft_s:.2f} s, {cell.slo.tpot_s * 1e3:.0f} ms; {ours.num_requests} requests"
     return [head, slo, *(f"  {_figures(row)}" for row in {row.policy: row for row in shown}.values())]
@@ -141,7 +149,7 @@ def _summary(cells: Sequence[CellResult], verdicts: Sequence[Verdict]) -> list[s
     if judged:
         kept = sum("ITL" not in found.losses for found in judged)
         lines.append(
-            f"ITL p99 within {STALLS:g} x the least, or goodput higher for it: {kept} of {len(judged)} cells "
+            f"ITL p99 within {STALLS:g} x the least of a rule with as much goodput: {kept} of {len(judged)} cells "
             f"({kept / len(judged):.1%})"
         )
     lines += ["", *_by_policy(cells)]
@@ -153,7 +161,8 @@ def _share(what: str, leads: Sequence[tuple[float, str]], loss: str, verdicts: S
     worst, where = min(leads)
     return (
         f"{what}: first or within {NEAR:.0%} of the best other rule in {near} of {len(leads)} cells "
-        f"({near / len(leads):.1%}); ahead by more than that in {sum(lead > NEAR for lead, _ in leads)}; "
+        f"({near / len(leads):.1%}); ahead by more than that in {sum(lead > NEAR for lead, _ in leads)}, "
+        f"behind by more than {FAR:.0%} in {sum(lead < -FAR for lead, _ in leads)}; "
         f"worst {worst:+.1%} (cell {where})"
     )
 

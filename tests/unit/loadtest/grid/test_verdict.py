@@ -50,8 +50,13 @@ def test_throughput_counts_where_clients_wait_for_answers():
 def test_longer_gaps_are_a_loss_unless_goodput_is_higher_for_them():
     assert losses(row("headrace", itl=0.015), row("random", itl=0.01)) == []
     assert losses(row("headrace", itl=0.016), row("random", itl=0.01)) == ["ITL"]
+    assert losses(row("headrace", 0.904, itl=0.016), row("random", itl=0.01)) == ["ITL"]  # by a few requests
     assert losses(row("headrace", 0.91, itl=0.016), row("random", itl=0.01)) == []
     assert losses(row("headrace", itl=None), row("random", itl=None)) == []
+
+
+def test_short_gaps_of_a_rule_with_less_goodput_are_nothing_to_be_measured_by():
+    assert losses(row("headrace", itl=0.05), row("random", 0.5, itl=0.01), row("dynamo", itl=0.04)) == []
 
 
 def test_a_cell_without_headrace_has_no_verdict():
