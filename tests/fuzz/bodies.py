@@ -27,12 +27,15 @@ from app.anthropic.message import parse_count, parse_message
 from app.anthropic.schema import MessageBody
 from app.auth import Tenant
 from app.http.intake import prepared_request
+from app.http.routes.tokens import text_of, tokenized_body
 from app.openai.bodies import ChatBody, CompletionBody
 from app.openai.chat import parse_chat
 from app.openai.completions import parse_completion
+from app.openai.embeddings import EmbeddingBody, parse_embedding
 from app.openai.responses.bodies import ResponseBody
 from app.openai.responses.request import parse_response
-from app.openai.schema import Limits
+from app.openai.schema import Limits, ParsedRequest
+from app.openai.tokenize import DetokenizeBody, TokenizeBody, parse_detokenize, parse_tokenize
 from app.prompt.prepare import ModelEntry, Preprocessor
 from app.prompt.template import ChatTemplate
 from app.prompt.tokenizer import Tokenizer
@@ -53,6 +56,9 @@ PATHS = {
     "response": "/v1/responses",
     "message": "/v1/messages",
     "count": "/v1/messages/count_tokens",
+    "embedding": "/v1/embeddings",
+    "tokenize": "/tokenize",
+    "detokenize": "/detokenize",
 }
 PARSERS: dict[str, Callable[..., Any]] = {
     "chat": parse_chat,
@@ -60,10 +66,12 @@ PARSERS: dict[str, Callable[..., Any]] = {
     "response": parse_response,
     "message": parse_message,
     "count": parse_count,
+    "embedding": parse_embedding,
+    "tokenize": parse_tokenize,
+    "detokenize": parse_detokenize,
 }
-FIELDS = sorted(
-    {name for kind in (ChatBody, CompletionBody, ResponseBody, MessageBody) for name in kind.__struct_fields__}
-)
+BODIES = (ChatBody, CompletionBody, ResponseBody, MessageBody, EmbeddingBody, TokenizeBody, DetokenizeBody)
+FIELDS = sorted({name for kind in BODIES for name in kind.__struct_fields__})
 DIALECTS = list(PATHS)
 PLAUSIBLE: dict[str, list[Any]] = {}
 """Values that a field has somewhere in a valid body."""
@@ -221,6 +229,7 @@ class Gateway:
             "sim": ModelEntry("sim", tokenizer, template, **shape, **told),
             "plain": ModelEntry("plain", tokenizer, template, **shape),
             "bare": ModelEntry("bare", tokenizer, None, **shape),
+            "embed": ModelEntry("embed", tokenizer, template, **shape, embedding_size=8, is_matryoshka=True),
         }
         self.models = self
         self.settings = SimpleNamespace(request_timeout_s=60.0)
@@ -236,10 +245,10 @@ class Gateway:
     async def take(self, one: Input) -> str:
         """What becomes of a body.  Raises:  whatever is no error of ours."""
         try:
-            parsed = self._parsed(one)
-            if one.dialect == "count":
-                await self.preprocessor.tokenize(parsed, self.entry(parsed.model))
-                return "counted"
+            asked = PARSERS[one.dialect](one.body, Limits(has_strict_fields=one.is_strict))
+            if one.dialect in ("count", "tokenize", "detokenize"):
+                return await self._counted(one.dialect, asked)
+            parsed = _completed(one.dialect, asked)
             job = await prepared_request(
                 self,
                 parsed,
@@ -255,12 +264,24 @@ class Gateway:
             msgspec.msgpack.encode((each.sampling, each.format, each.cache_salt))
         return "taken"
 
-    @staticmethod
-    def _parsed(one: Input) -> Any:
-        if one.dialect in ("message", "count"):
-            return PARSERS[one.dialect](one.body)
-        parsed = PARSERS[one.dialect](one.body, Limits(has_strict_fields=one.is_strict))
-        return parsed.completed([], {}, is_stored=False, num_bytes=0) if one.dialect == "response" else parsed
+    async def _counted(self, dialect: str, asked: Any) -> str:
+        """What the routes do that generate nothing."""
+        model = self.entry(asked.parsed.model if dialect == "tokenize" else asked.model)
+        if dialect == "detokenize":
+            text_of(model, asked.tokens).encode()
+            return "counted"
+        is_plain = dialect == "tokenize" and asked.is_plain
+        parsed = asked.parsed if dialect == "tokenize" else asked
+        tokens = await self.preprocessor.tokenize(parsed, model, is_plain=is_plain)
+        if dialect == "tokenize":
+            msgspec.json.encode(tokenized_body(model, tokens, asked.has_strings))
+        return "counted"
+
+
+def _completed(dialect: str, asked: Any) -> ParsedRequest:
+    if dialect == "response":
+        return asked.completed([], {}, is_stored=False, num_bytes=0)
+    return asked.parsed if dialect == "embedding" else asked
 
 
 class Taker(Protocol):

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from app.anthropic.schema import ConversationBody
+
 _SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string"}, "days": {"type": "integer", "minimum": 1}},
@@ -173,7 +175,39 @@ SEEDS: dict[str, list[dict[str, Any]]] = {
         },
     ],
 }
-SEEDS["count"] = [{k: v for k, v in body.items() if k != "max_tokens"} for body in SEEDS["message"]]
+SEEDS["embedding"] = [
+    {"model": "embed", "input": "Once"},
+    {
+        "model": "embed",
+        "input": [[1, 2, 3], [4]],
+        "encoding_format": "base64",
+        "dimensions": 4,
+        "truncate_prompt_tokens": 2,
+        "cache_salt": "s",
+        "priority": 3,
+        "timeout_ms": 1000,
+        "user": "u",
+    },
+    {"model": "embed", "input": ["Once", "upon"], "encoding_format": "float"},
+]
+SEEDS["tokenize"] = [
+    {"model": "sim", "prompt": "Once <|end_of_turn|>", "add_special_tokens": False, "return_token_strs": True},
+    {
+        "model": "sim",
+        "messages": _HISTORY,
+        "tools": [{"type": "function", "function": _FUNCTION}],
+        "documents": [{"title": "Tale", "text": "Once"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+    },
+    {"prompt": "a"},
+]
+SEEDS["detokenize"] = [{"model": "sim", "tokens": [72, 105, 256]}, {"tokens": []}, {"tokens": list(range(200))}]
+SEEDS["count"] = [
+    {name: value for name, value in body.items() if name in ConversationBody.__struct_fields__}
+    for body in SEEDS["message"]
+]
 
 _LOOP: dict[str, Any] = {"$ref": "#"}
 HOSTILE: list[Any] = [

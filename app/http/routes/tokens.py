@@ -26,7 +26,7 @@ def token_routes(gateway: Gateway) -> APIRouter:
             model = gateway.models.entry(asked.parsed.model or gateway.models.only())
             prepare = gateway.preprocessor
             tokens = await prepare.tokenize(asked.parsed, model, is_plain=asked.is_plain, deadline=deadline)
-            body = await prepare.run(_told, model, tokens, asked.has_strings, num_bytes=4 * len(tokens))
+            body = await prepare.run(tokenized_body, model, tokens, asked.has_strings, num_bytes=4 * len(tokens))
         return with_ignored(json_reply(body), asked.parsed.ignored, gateway.metrics)
 
     @routes.post("/detokenize", response_model=None)
@@ -35,14 +35,15 @@ def token_routes(gateway: Gateway) -> APIRouter:
         async with parsed_body(gateway, request, parse_tokens) as (asked, deadline):
             model = gateway.models.entry(asked.model or gateway.models.only())
             text = await gateway.preprocessor.run(
-                _text, model, asked.tokens, num_bytes=asked.num_bytes, deadline=deadline
+                text_of, model, asked.tokens, num_bytes=asked.num_bytes, deadline=deadline
             )
         return with_ignored(json_reply({"prompt": text}), asked.ignored, gateway.metrics)
 
     return routes
 
 
-def _told(model: ModelEntry, tokens: Tokens, has_strings: bool) -> dict[str, object]:
+def tokenized_body(model: ModelEntry, tokens: Tokens, has_strings: bool) -> dict[str, object]:
+    """What is answered."""
     return {
         "count": len(tokens),
         "max_model_len": model.context_length,
@@ -51,7 +52,8 @@ def _told(model: ModelEntry, tokens: Tokens, has_strings: bool) -> dict[str, obj
     }
 
 
-def _text(model: ModelEntry, tokens: Tokens) -> str:
+def text_of(model: ModelEntry, tokens: Tokens) -> str:
+    """Raises:  InvalidRequest for a token outside the vocabulary."""
     if len(tokens):
         check_vocabulary("tokens", int(tokens.max()), model)
     return model.tokenizer.decode(tokens)
