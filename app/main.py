@@ -222,7 +222,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
     )
     await events.subscribe_kv(fleet.kv_changed)
     await events.subscribe_load(fleet.load_reported)
-    server = _Server(_uvicorn_config(settings, streams_first(create_app(gateway))))
+    server = _Server(_uvicorn_config(settings, streams_first(create_app(gateway)), gateway.metrics))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop)
@@ -280,14 +280,15 @@ async def _watch_loop(metrics: Metrics) -> None:
         metrics.loop_lagged(max(0.0, loop.time() - due))
 
 
-def _uvicorn_config(settings: GatewaySettings, app: ASGIApp) -> uvicorn.Config:
+def _uvicorn_config(settings: GatewaySettings, app: ASGIApp, metrics: Metrics) -> uvicorn.Config:
     limits = ConnectionLimits(
         read_timeout_s=min(settings.read_timeout_s, settings.request_timeout_s),
         num_connections=settings.max_connections,
     )
+    protocol = functools.partial(StreamingProtocol, limits=limits, on_refused=metrics.connection_refused)
     return uvicorn.Config(
         app,
-        http=functools.partial(StreamingProtocol, limits=limits),  # type: ignore[arg-type] # all that uvicorn does is call it
+        http=protocol,  # type: ignore[arg-type] # all that uvicorn does is call it
         ws="none",
         lifespan="off",
         log_config=None,

@@ -100,6 +100,12 @@ class Metrics:
         self._cut_off = Counter(
             "headrace_clients_cut_off", "Clients that read too slowly to be waited for.", registry=self._registry
         )
+        self._connections_refused = Counter(
+            "headrace_connections_refused",
+            "Connections ended before a route had their request whole, by why: no time, no room, no HTTP.",
+            ("code",),
+            registry=self._registry,
+        )
         self._loop_lag = Histogram(
             "headrace_loop_lag_seconds",
             "How late the event loop runs what is due.",
@@ -151,6 +157,9 @@ class Metrics:
 
     def client_cut_off(self) -> None:
         self._cut_off.inc()
+
+    def connection_refused(self, code: str) -> None:
+        self._connections_refused.labels(code).inc()
 
     def loop_lagged(self, seconds: float) -> None:
         self._loop_lag.observe(seconds)

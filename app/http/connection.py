@@ -79,9 +79,13 @@ class StreamingProtocol(HttpToolsProtocol):
     on_gone: Callable[[], object] | None = None
     is_gone = False
 
-    def __init__(self, *args: Any, limits: ConnectionLimits = ConnectionLimits(), **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, limits: ConnectionLimits, on_refused: Callable[[str], object], **kwargs: Any
+    ) -> None:
+        """Args:  on_refused: told the code of each refusal."""
         super().__init__(*args, **kwargs)
         self._limits = limits
+        self._on_refused = on_refused
         self._num_kept = 0
         """Bytes that the parser has taken without giving anything back."""
         self._num_hosts = 0
@@ -231,6 +235,7 @@ class StreamingProtocol(HttpToolsProtocol):
         """End the connection with `exc` as the answer to the request that is coming."""
         self._is_refused = True
         self._stop_deadline()
+        self._on_refused(exc.code)
         _log.info("connection.refused", code=exc.code)
         is_halfway = self._is_receiving and self._has_head
         if is_halfway and self.pipeline:

@@ -241,3 +241,10 @@ async def test_the_fleet_serves_on_after_all_of_it(api, unique):
         assert (await api.post("/v1/chat/completions", content=body)).status_code < 500
     usage = (await api.chat(unique, max_tokens=LIMIT - 200, timeout_ms=60_000, ignore_eos=False)).json()["usage"]
     assert usage["completion_tokens"] > 0
+
+
+async def test_a_head_that_is_too_large_is_counted_though_no_route_sees_it(api):
+    before = await api.metric("headrace_connections_refused_total", code="head_too_large")
+    response = await api.get("/live", headers={"x-mill": "x" * 70_000})
+    assert response.status_code == 431
+    assert await api.metric("headrace_connections_refused_total", code="head_too_large") == before + 1

@@ -116,7 +116,7 @@ async def reach():
     served = []
 
     async def start(gateway):
-        config = _uvicorn_config(gateway.settings, streams_first(create_app(gateway)))
+        config = _uvicorn_config(gateway.settings, streams_first(create_app(gateway)), gateway.metrics)
         config.load()
         protocol: Any = config.http_protocol_class
         state, loop = uvicorn.server.ServerState(), asyncio.get_running_loop()

@@ -26,11 +26,14 @@ def test_retries_and_migrations_are_told_apart():
     metrics.retried("worker_busy", is_migration=False)
     metrics.fell_back("worker_lost")
     metrics.client_cut_off()
+    metrics.connection_refused("head_too_large")
     metrics.loop_lagged(0.02)
     assert exposed(metrics, "headrace_migrations_total") == ['headrace_migrations_total{code="worker_lost"} 1.0']
     assert exposed(metrics, "headrace_retries_total") == ['headrace_retries_total{code="worker_busy"} 1.0']
     assert exposed(metrics, "headrace_fallbacks_total") == ['headrace_fallbacks_total{code="worker_lost"} 1.0']
     assert exposed(metrics, "headrace_clients_cut_off_total") == ["headrace_clients_cut_off_total 1.0"]
+    refused = ['headrace_connections_refused_total{code="head_too_large"} 1.0']
+    assert exposed(metrics, "headrace_connections_refused_total") == refused
 
 
 def test_gauges_are_asked_at_each_scrape():

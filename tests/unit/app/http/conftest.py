@@ -16,6 +16,7 @@ class Recorder:
     def __init__(self):
         self.ended: asyncio.Queue[str] = asyncio.Queue()
         self.cut_off = 0
+        self.refusals: list[str] = []
         self.produce = None
 
     def count_cut_off(self):
@@ -55,7 +56,9 @@ async def connect(recorder, limits, server_state):
     config.load()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
-        lambda: StreamingProtocol(config, server_state, {}, limits=limits), "127.0.0.1", 0
+        lambda: StreamingProtocol(config, server_state, {}, limits=limits, on_refused=recorder.refusals.append),
+        "127.0.0.1",
+        0,
     )
     port = server.sockets[0].getsockname()[1]
 

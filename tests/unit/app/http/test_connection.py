@@ -56,6 +56,7 @@ async def test_one_connection_more_than_the_limit_is_refused_and_the_others_go_o
         reader, writer = held[0]
         writer.write(post(body=b"again"))
         assert await whole(reader) == ("200", b"again")
+    assert recorder.refusals == ["too_many_connections"]
 
 
 @pytest.mark.parametrize("size", [1, 1_000, 10**9])
@@ -68,6 +69,7 @@ async def test_a_head_without_end_is_refused_at_the_limit(recorder, connect, siz
         for _ in range(200_000 // len(line)):
             writer.write(line)
         assert await refused(reader) == ("431", "head_too_large")
+        assert recorder.refusals == ["head_too_large"]
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert peak < 4_000_000
@@ -137,6 +139,7 @@ async def test_a_request_that_does_not_come_whole_in_time_is_refused(recorder, c
     async with connect() as (reader, writer):
         writer.write(part)
         assert await refused(reader) == (answered, "request_timeout")
+        assert recorder.refusals == ["request_timeout"]
 
 
 @soon
