@@ -316,3 +316,51 @@ async def test_a_prewarmed_response_says_nothing_and_is_kept(one, other, unique)
     assert (await made(one, input=unique * 4))["usage"]["input_tokens_details"]["cached_tokens"] > len(unique)
     refused = await one.post("/v1/responses", json=BODY | asked | {"background": True})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "background")
+
+
+CONTEXT = 32_768
+"""Tokens, and so characters, of the simulated engine."""
+
+
+async def counted(client, **fields):
+    response = await client.post("/v1/responses/input_tokens", json=BODY | fields)
+    assert response.status_code == 200, response.text
+    return response.json()["input_tokens"]
+
+
+def said(role, text):
+    return {"role": role, "content": text}
+
+
+async def test_a_conversation_that_is_too_long_loses_its_first_turns_if_that_is_allowed(one):
+    turns = [[said("user", f"{n}: " + "why " * 200), said("assistant", f"{n}: " + "so " * 100)] for n in range(40)]
+    items = [item for turn in turns for item in turn] + [said("user", "And the mill?")]
+    asked = {"instructions": "Answer in short.", "input": items}
+    for refused in ({}, {"truncation": "disabled"}):
+        answer = await one.post("/v1/responses", json=BODY | asked | refused)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "input")
+    kept = len(items) - 1
+    while await counted(one, **asked | {"input": items[kept - 2 :]}) + BODY["max_output_tokens"] <= CONTEXT:
+        kept -= 2
+    assert 0 < kept < len(items) - 1
+    cut = await made(one, **asked, truncation="auto")
+    same = await made(one, **asked | {"input": items[kept:]})
+    assert cut["truncation"] == "auto"
+    assert (text_of(cut), cut["usage"]["input_tokens"]) == (text_of(same), same["usage"]["input_tokens"])
+    assert [event["type"] for event in await events(one, **asked, truncation="auto")][-1] == "response.incomplete"
+
+
+async def test_what_came_before_is_cut_like_what_is_sent(one):
+    first = await made(one, input="why " * 5_000)
+    going_on = {"previous_response_id": first["id"], "input": "so " * 5_000}
+    assert (await one.post("/v1/responses", json=BODY | going_on)).status_code == 400
+    cut = await made(one, **going_on, truncation="auto")
+    assert cut["usage"]["input_tokens"] == await counted(one, input="so " * 5_000)
+
+
+async def test_one_turn_that_is_too_long_cannot_be_cut(one):
+    answer = await one.post("/v1/responses", json=BODY | {"input": "x" * CONTEXT, "truncation": "auto"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    answer = await one.post("/v1/responses", json=BODY | {"truncation": "some"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "truncation")
