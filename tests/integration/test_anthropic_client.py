@@ -1,12 +1,19 @@
 """Anthropic's own Python client, unchanged, against the gateway."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import anthropic
 import pytest
+from anthropic.types import RawMessageStreamEvent
+
+from tests.openai_types import checked, sse
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
+RECORDED = Path(__file__).parent / "recorded" / "coding_agent_messages.json"
+CALL = '<tool_call>{"name": "Read", "arguments": {"file_path": "README.md"}}</tool_call>'
 MESSAGES = [{"role": "user", "content": "What drives a mill?"}]
 MESSAGE: dict[str, Any] = {
     "model": "sim",
@@ -103,3 +110,48 @@ async def test_a_line_for_billing_does_not_keep_a_prompt_from_being_cached(site,
                 message = await client.messages.create(**MESSAGE | {"system": system})
                 cached.append(message.usage.cache_read_input_tokens > len(unique))
     assert cached == [False, True, False, False]
+
+
+async def test_a_recorded_request_of_a_coding_agent_replays(site, reach):
+    await site.worker("both-1", "--reasoning-parser", "think", "--context-length", "65536")
+    headers = {
+        "anthropic-version": "2023-06-01",
+        "anthropic-beta": "interleaved-thinking-2025-05-14,context-management-2025-06-27,effort-2025-11-24",
+        "anthropic-dangerous-direct-browser-access": "true",
+        "x-app": "cli",
+        "x-stainless-retry-count": "0",
+        "authorization": "Bearer any",
+        "x-headrace-script": json.dumps(["", "", f"<think>I know.</think>It has 160.\n{CALL}"]),
+    }
+    async with reach(await site.gateway(num_workers=1)) as api:
+        recorded = json.loads(RECORDED.read_text())
+        response = await api.post("/v1/messages?beta=true", json=recorded, headers=headers)
+        assert response.status_code == 200, response.text
+        prompt = {
+            name: recorded[name] for name in ("model", "messages", "system", "tools", "thinking", "output_config")
+        }
+        counted = (await api.post("/v1/messages/count_tokens?beta=true", json=prompt, headers=headers)).json()
+    assert response.headers["x-headrace-ignored"] == "fallback_credit_token"
+    told_all = sse(response.content)
+    assert {"type": "ping"} in told_all  # the package's type has none, though its client expects them
+    events = [checked(RawMessageStreamEvent, event) for event in told_all if event["type"] != "ping"]
+    start, end = "content_block_start", "content_block_stop"
+    assert [event.type for event in events if event.type != "content_block_delta"] == [
+        "message_start",
+        *(start, end, start, end, start, end),
+        "message_delta",
+        "message_stop",
+    ]
+    opened = [event.content_block for event in events if event.type == start]
+    assert [block.type for block in opened] == ["thinking", "text", "tool_use"]
+    assert opened[2].name == "Read"
+    told: dict[str, str] = {}
+    for delta in [event.delta for event in events if event.type == "content_block_delta"]:
+        for name, text in delta.model_dump(exclude={"type"}).items():
+            told[name] = told.get(name, "") + text
+    assert told.pop("signature")
+    assert json.loads(told.pop("partial_json")) == {"file_path": "README.md"}
+    assert told == {"thinking": "I know.", "text": "It has 160."}
+    (last,) = (event for event in events if event.type == "message_delta")
+    assert last.delta.stop_reason == "tool_use"
+    assert last.usage.input_tokens + last.usage.cache_read_input_tokens == counted["input_tokens"]

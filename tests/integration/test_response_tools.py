@@ -12,7 +12,7 @@ from tests.openai_types import checked_event, sse
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
-RECORDED = Path(__file__).parent / "recorded" / "coding_agent.json"
+RECORDED = Path(__file__).parent / "recorded"
 WIDTH = {
     "type": "function",
     "name": "width",
@@ -105,8 +105,9 @@ async def test_a_tool_that_must_be_called_is(client):
     assert isinstance(json.loads(call.arguments)["of"], str)
 
 
-async def test_a_recorded_request_of_a_coding_agent_gets_its_call(client, stack):
-    recorded = json.loads(RECORDED.read_text())
+@pytest.mark.parametrize("name", ["coding_agent.json", "codex.json"])
+async def test_a_recorded_request_of_a_coding_agent_gets_its_call(client, name):
+    recorded = json.loads((RECORDED / name).read_text())
     patch = '<tool_call>{"name": "apply_patch", "arguments": {"input": "*** Begin Patch\\n*** End Patch"}}</tool_call>'
     script = {"x-headrace-script": json.dumps([patch] * 4)}
     response = await client.post("/responses", body=recorded, options={"headers": script}, cast_to=httpx.Response)

@@ -207,8 +207,19 @@ def test_a_recorded_request_of_a_coding_agent_is_read_whole():
     recorded = json.loads(RECORDED.read_text())
     parsed = parse_message(RECORDED.read_bytes())
     assert parsed.ignored == ("fallback_credit_token",)
-    assert [message["role"] for message in parsed.messages] == ["system", "user", "assistant", "tool"]
+    roles = ["system", "user", "assistant", "tool", "assistant", "tool", "tool", "tool", "user"]
+    assert [message["role"] for message in parsed.messages] == roles
     assert parsed.messages[2]["reasoning_content"] == "I count them."
-    assert [tool["function"]["name"] for tool in parsed.tools] == ["Bash", "Read"]
+    called = [call["function"]["name"] for call in parsed.messages[4]["tool_calls"]]
+    assert called == ["Read", "Grep", "TodoWrite"]
+    assert parsed.messages[4]["tool_calls"][1]["function"]["arguments"] == {"pattern": "wheel", "-n": True}
+    assert [message["content"] for message in parsed.messages[5:]] == [
+        "     1\t# Mill\n     2\tA wheel.\n<system-reminder>\nThe file goes on.\n</system-reminder>",
+        "Error: <tool_use_error>Error: ripgrep exited with code 2</tool_use_error>",
+        "",
+        "[Request interrupted by user]\nHow many lines, in one word?",
+    ]
+    offered = [tool["name"] for tool in recorded["tools"] if "type" not in tool]
+    assert [tool["function"]["name"] for tool in parsed.tools] == offered
     assert parsed.is_streaming
     assert (parsed.user, parsed.template_kwargs["reasoning_effort"]) == (recorded["metadata"]["user_id"], "high")

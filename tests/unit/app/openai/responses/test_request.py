@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import msgspec
 import pytest
 from openai.types.responses import Response
@@ -9,6 +11,7 @@ from app.openai.schema import Limits
 from planes.wire.errors import InvalidRequest
 from tests.openai_types import checked_response
 
+RECORDED = Path(__file__).parents[4] / "integration" / "recorded"
 FUNCTION = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}, "strict": False}
 
 
@@ -157,3 +160,37 @@ def test_nothing_to_answer_is_refused():
 @pytest.mark.parametrize("metadata", [{str(i): "" for i in range(17)}, {"k" * 65: ""}, {"k": "v" * 513}])
 def test_metadata_has_openais_limits(metadata):
     assert refused(metadata=metadata).param.startswith("metadata")
+
+
+def test_what_codex_sends_is_read_whole():
+    found = parse_response((RECORDED / "codex.json").read_bytes())
+    assert found.parsed.ignored == ("client_metadata", "tools[8] (tool_search)", "tools[9] (web_search)")
+    assert found.parsed.parsing.custom == ["apply_patch"]
+    messages = found.completed([], {}, is_stored=False, num_bytes=0).messages
+    roles = ["system", "user", "user", "assistant", "tool", "tool", "assistant", "tool"]
+    assert [message["role"] for message in messages] == roles
+    assert [message["reasoning_content"] for message in messages if message["role"] == "assistant"] == [
+        "I must look at the wheel.",
+        "I turn it.",
+    ]
+    called = [call["function"] for message in messages for call in message.get("tool_calls", ())]
+    assert [call["arguments"] for call in called[:2]] == [{"cmd": "cat wheel.py"}, {"cmd": "echo mill"}]
+    assert called[2]["name"] == "apply_patch"
+    assert called[2]["arguments"]["input"].startswith("*** Begin Patch\n")
+
+
+def test_what_an_older_coding_agent_sends_is_read_whole():
+    found = parse_response((RECORDED / "coding_agent.json").read_bytes())
+    assert found.parsed.ignored == (
+        "client_metadata",
+        "input[9] (web_search_call)",
+        "input[10] (local_shell_call)",
+        "tools[2] (namespace)",
+        "tools[3] (web_search)",
+        "tools[4] (local_shell)",
+    )
+    messages = found.completed([], {}, is_stored=False, num_bytes=0).messages
+    roles = ["system", "user", "user", "assistant", "tool", "assistant", "tool", "user"]
+    assert [message["role"] for message in messages] == roles
+    assert messages[3]["reasoning_content"] == "**Looking for the wheel**"
+    assert messages[3]["content"] == "I look at the wheel first."
