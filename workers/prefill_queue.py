@@ -19,6 +19,7 @@ import msgspec
 import structlog
 
 from planes.events import EventPlaneUnavailable, Messenger
+from planes.wire.errors import ROLE_CHANGED
 from planes.wire.frames import Delta, Done, Failed, FailureKind, Generate, StreamId
 from planes.wire.messages import RequestId, WorkerId
 from planes.wire.prefill_queue import OVERTRIED, PrefillNews, PrefillUnwanted, QueuedPrefill
@@ -32,7 +33,7 @@ _PULL_TIMEOUT_S = 30.0
 _RETRY_S = 0.5
 _MAX_UNWANTED = 4096
 _STREAM = StreamId(0)
-_ANOTHERS = frozenset({"worker_busy", "worker_draining", "worker_stopping", "engine_died"})
+_ANOTHERS = frozenset({ROLE_CHANGED, "worker_busy", "worker_draining", "worker_stopping", "engine_died"})
 """Failures that say nothing about the job: another worker shall have it."""
 
 

@@ -10,8 +10,8 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from planes.wire.errors import InvalidRequest, Rejected
-from planes.wire.frames import DecodeLeg, Generate, LocalLeg, PrefillLeg, Sampling
+from planes.wire.errors import ROLE_CHANGED, InvalidRequest, Rejected
+from planes.wire.frames import DecodeLeg, Generate, Leg, LocalLeg, PrefillLeg, Sampling
 from planes.wire.messages import EngineFacts, HandoverEndpoint, HandoverMode, Role
 from workers.answer.dialects import KINDS
 from workers.engine.base import EngineRequest
@@ -23,6 +23,15 @@ MAX_BAD_WORDS = 1000
 """vLLM looks at each of them for each token."""
 
 
+class RoleRefused(Rejected):
+    """This worker's role does not do what it was asked for: the gateway has not heard of a change yet."""
+
+    code = ROLE_CHANGED
+
+    def __init__(self, leg: Leg, role: Role) -> None:
+        super().__init__(f"a {type(leg).__name__} came to a worker whose role is {role}")
+
+
 class HandoverRefused(Rejected):
     """This worker cannot play the part in a handover that the gateway gave it; another route may do."""
 
@@ -32,8 +41,10 @@ class HandoverRefused(Rejected):
 def admit(request: Generate, *, role: Role, facts: EngineFacts, endpoint: HandoverEndpoint | None) -> EngineRequest:
     """What the engine may be given for `request`.
 
-    Raises:  InvalidRequest for a request that no engine like this one can run; HandoverRefused.
+    Raises:  InvalidRequest for a request that no engine like this one can run; RoleRefused, HandoverRefused.
     """
+    if not is_for(role, request.leg):
+        raise RoleRefused(request.leg, role)
     prompt = _prompt(request.prompt, facts)
     resume = tuple(_tokens(request.resume, "resume", facts).tolist())
     _tokens(request.sampling.script, "script", facts)
@@ -43,7 +54,7 @@ def admit(request: Generate, *, role: Role, facts: EngineFacts, endpoint: Handov
     _check_answer(request, num_resumed=len(resume))
     _check_task(request, facts)
     if not isinstance(request.leg, LocalLeg):
-        _check_leg(request.leg, role, endpoint, num_tokens=len(prompt) + len(resume))
+        _check_leg(request.leg, endpoint, num_tokens=len(prompt) + len(resume))
         if request.sampling.n > 1:
             raise InvalidRequest(f"n is {request.sampling.n}: a handover serves one choice", param="n")
         if request.sampling.prompt_logprobs is not None:
@@ -167,10 +178,12 @@ def _check_task(request: Generate, facts: EngineFacts) -> None:
         raise InvalidRequest("a vector is made by one worker, once, from a prompt alone")
 
 
-def _check_leg(leg: PrefillLeg | DecodeLeg, role: Role, endpoint: HandoverEndpoint | None, *, num_tokens: int) -> None:
-    is_able = role.can_prefill if isinstance(leg, PrefillLeg) else role.can_decode
-    if not is_able:
-        raise HandoverRefused(f"a {type(leg).__name__} came to a worker whose role is {role}")
+def is_for(role: Role, leg: Leg) -> bool:
+    """Whether a worker of this role runs such legs."""
+    return role.can_prefill if isinstance(leg, PrefillLeg) else role.can_decode
+
+
+def _check_leg(leg: PrefillLeg | DecodeLeg, endpoint: HandoverEndpoint | None, *, num_tokens: int) -> None:
     if endpoint is None:
         raise HandoverRefused("this worker's engine hands no KV cache over")
     mode = _mode(leg)

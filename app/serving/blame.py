@@ -3,7 +3,7 @@
 | what failed                                            | blamed | suspected        | avoided for now |
 |--------------------------------------------------------|--------|------------------|-----------------|
 | any leg: its worker was lost, left or could not go on  | it     |                  |                 |
-| any leg: its worker has no room                        |        |                  | it              |
+| any leg: its worker has no room, or another role now   |        |                  | it              |
 | a handover: either leg, before the decode leg's token   |        | both of the pair |                 |
 | … two of them, with one worker in common               | it     | none of these    |                 |
 | a ticket that was too old                              |        |                  |                 |
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from app.serving.errors import Retriable, TicketExpired, WorkerBusy, WorkerDisagrees, WorkerFailed
+from app.serving.errors import Retriable, RoleChanged, TicketExpired, WorkerBusy, WorkerDisagrees, WorkerFailed
 from planes.wire.messages import WorkerId
 
 Pair = tuple[WorkerId, WorkerId]
@@ -31,10 +31,16 @@ class Cause(StrEnum):
     """One worker is lost, leaves, or could not go on."""
     BUSY = "busy"
     """It is well, and has no room now."""
+    ROLE = "role"
+    """It is well, and does something else now, which the router is about to hear."""
     HANDOVER = "handover"
     """A KV cache did not arrive: one of two workers."""
     EXPIRED = "expired"
     """Nobody's fault: time."""
+
+
+WELL = frozenset({Cause.BUSY, Cause.ROLE})
+"""Causes for which a worker is left out for now and may be asked again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,8 @@ def failure_of(error: Retriable, *, pair: Pair | None = None) -> LegFailure:
     match error:
         case WorkerBusy():
             return LegFailure(Cause.BUSY, error.worker)
+        case RoleChanged():
+            return LegFailure(Cause.ROLE, error.worker)
         case TicketExpired():
             return LegFailure(Cause.EXPIRED, error.worker)
         case WorkerFailed() | WorkerDisagrees() if pair is not None:
@@ -78,7 +86,7 @@ def failure_of(error: Retriable, *, pair: Pair | None = None) -> LegFailure:
 def suspects(failures: Sequence[LegFailure]) -> Suspects:
     """The table above."""
     blamed = {each.worker for each in failures if each.kind is Cause.WORKER}
-    busy = {each.worker for each in failures if each.kind is Cause.BUSY}
+    busy = {each.worker for each in failures if each.kind in WELL}
     pairs = {each.pair for each in failures if each.pair is not None}
     partners: dict[WorkerId, set[WorkerId]] = {}
     for prefill, decode in pairs:

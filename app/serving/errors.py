@@ -1,7 +1,17 @@
 """How serving a request can fail: what a worker's words stand for, and what only the gateway can tell."""
 
+from typing import Final
+
 from planes.streams.client import WorkerLost, WorkerUnreachable
-from planes.wire.errors import UNUSABLE_GRAMMAR, Expired, HeadraceError, Interrupted, InvalidRequest, Rejected
+from planes.wire.errors import (
+    ROLE_CHANGED,
+    UNUSABLE_GRAMMAR,
+    Expired,
+    HeadraceError,
+    Interrupted,
+    InvalidRequest,
+    Rejected,
+)
 from planes.wire.frames import Failed, FailureKind
 from planes.wire.messages import WorkerId
 
@@ -32,6 +42,19 @@ class WorkerBusy(Rejected):
 
     def for_client(self) -> str:
         return f"worker {self.worker} has no room; try again in a second"
+
+
+class RoleChanged(Rejected):
+    """The worker does not do this any more. It is well, and this gateway is about to hear of its new role."""
+
+    code = ROLE_CHANGED
+
+    def __init__(self, worker: WorkerId, reason: str) -> None:
+        super().__init__(f"worker {worker} has another role now: {reason}; try again in a second", retry_after_s=1.0)
+        self.worker = worker
+
+    def for_client(self) -> str:
+        return f"worker {self.worker} has another role now; try again in a second"
 
 
 class WorkerFailed(Interrupted):
@@ -81,7 +104,10 @@ class TicketExpired(Interrupted):
         return f"the KV cache kept by worker {self.worker} was not taken in time"
 
 
-Retriable = WorkerUnreachable | WorkerLost | WorkerRefused | WorkerBusy | WorkerFailed | WorkerDisagrees | TicketExpired
+WorkerSaid = WorkerRefused | WorkerBusy | RoleChanged | WorkerFailed | WorkerDisagrees | TicketExpired
+"""What a worker's Failed stands for, where the leg may be run elsewhere."""
+
+Retriable = WorkerUnreachable | WorkerLost | WorkerSaid
 """How a leg can end that may be run elsewhere. Each names its `worker`."""
 
 LegError = Retriable | GrammarRefused
@@ -119,21 +145,26 @@ class NotResumable(Interrupted):
         return f"an answer of n = {self.n} choices cannot be continued on another worker"
 
 
-def leg_error(
-    failed: Failed, worker: WorkerId
-) -> WorkerRefused | WorkerBusy | WorkerFailed | WorkerDisagrees | TicketExpired | GrammarRefused:
+_BY_CODE: Final[dict[tuple[FailureKind, str], type[WorkerBusy | RoleChanged | TicketExpired]]] = {
+    (FailureKind.REJECTED, _BUSY_CODE): WorkerBusy,
+    (FailureKind.REJECTED, ROLE_CHANGED): RoleChanged,
+    (FailureKind.INTERRUPTED, ROLE_CHANGED): RoleChanged,
+    (FailureKind.INTERRUPTED, _EXPIRED_CODE): TicketExpired,
+}
+
+
+def leg_error(failed: Failed, worker: WorkerId) -> WorkerSaid | GrammarRefused:
     """What a worker says went wrong, as one of our errors."""
+    known = _BY_CODE.get((failed.kind, failed.code))
+    if known is not None:
+        return known(worker, failed.message)
     match failed.kind:
         case FailureKind.INVALID if failed.code == UNUSABLE_GRAMMAR:
             return GrammarRefused(worker, failed.message, failed.param)
         case FailureKind.INVALID:
             return WorkerDisagrees(worker, failed.code, failed.message)
-        case FailureKind.REJECTED if failed.code == _BUSY_CODE:
-            return WorkerBusy(worker, failed.message)
         case FailureKind.REJECTED:
             return WorkerRefused(worker, failed.code, failed.message)
-        case FailureKind.INTERRUPTED if failed.code == _EXPIRED_CODE:
-            return TicketExpired(worker, failed.message)
         case FailureKind.INTERRUPTED:
             return WorkerFailed(worker, failed.code, failed.message)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from app.serving.blame import Cause, LegFailure, suspects
+from app.serving.blame import WELL, Cause, LegFailure, suspects
 from planes.wire.messages import WorkerId
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.0
@@ -51,23 +51,25 @@ class Retries:
 
     @property
     def has_busy(self) -> bool:
-        """Some worker is left out only because it had no room."""
-        return any(each.kind is Cause.BUSY for each in self._failures)
+        """Some worker is left out only because it had no room, or another role."""
+        return any(each.kind in WELL for each in self._failures)
 
     def failed(self, failure: LegFailure, *, num_tokens: int, now: float) -> bool:
         """Count a failure. Returns whether it was the last.
 
-        That a worker is busy says nothing about a begun answer: it goes on asking for `replacement_s`.
+        That a worker is busy says nothing about a begun answer: it goes on asking for `replacement_s`. So does any that
+        came to a worker with another role, which says nothing about the request.
         """
         self._failures.append(failure)
         self._judge()
         if num_tokens > self._num_tokens:
             self._num_in_row, self._busy_until, self._pause_s = 0, None, _FIRST_PAUSE_S
         self._num_tokens = num_tokens
-        if failure.kind is Cause.BUSY and num_tokens:
+        if failure.kind is Cause.ROLE or (failure.kind is Cause.BUSY and num_tokens):
             if self._busy_until is None:
                 self._busy_until = now + self._limits.replacement_s
-            return now >= self._busy_until
+            if failure.kind is Cause.BUSY or now < self._busy_until:
+                return now >= self._busy_until
         self._num_in_row += 1
         return self._num_in_row >= self._limits.max_attempts
 
@@ -86,8 +88,8 @@ class Retries:
         self._judge()
 
     def back_off(self, now: float) -> float:
-        """When to look again. Whoever was busy may have room by then."""
-        self._failures = [each for each in self._failures if each.kind is not Cause.BUSY]
+        """When to look again. Whoever was busy may have room by then, and roles will be known."""
+        self._failures = [each for each in self._failures if each.kind not in WELL]
         self._judge()
         pause_s, self._pause_s = self._pause_s, min(_LONGEST_PAUSE_S, 2 * self._pause_s)
         instant = now + pause_s

@@ -4,6 +4,8 @@ from planes.wire.urls import redacted
 
 UNUSABLE_GRAMMAR = "unusable_grammar"
 """Code of an InvalidRequest that only a worker can tell: what the answer must match cannot be compiled."""
+ROLE_CHANGED = "role_changed"
+"""Code of what a worker will not do, or not go on with, because of its role: it is well, and others do it."""
 
 
 class HeadraceError(Exception):

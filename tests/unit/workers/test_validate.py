@@ -5,9 +5,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planes.wire.errors import InvalidRequest
-from planes.wire.frames import DecodeLeg, Format, Generate, PrefillLeg, Sampling, StructuredOutput, Ticket, pack_tokens
+from planes.wire.frames import (
+    DecodeLeg,
+    Format,
+    Generate,
+    LocalLeg,
+    PrefillLeg,
+    Sampling,
+    StructuredOutput,
+    Ticket,
+    pack_tokens,
+)
 from planes.wire.messages import EngineFacts, HandoverEndpoint, HandoverMode, RequestId, Role, WorkerId
-from workers.validate import HandoverRefused, admit
+from workers.validate import HandoverRefused, RoleRefused, admit
 
 FACTS = EngineFacts(
     block_size=16, num_blocks=8, context_length=32, max_batch=4, max_step_tokens=64, bytes_per_block=1, vocab_size=260
@@ -76,8 +86,6 @@ def test_what_no_engine_could_run_is_invalid_and_names_value_and_limit(request_,
 @pytest.mark.parametrize(
     ("leg", "role", "endpoint", "message"),
     [
-        (PrefillLeg(HandoverMode.PULL), Role.DECODE, PULL, "PrefillLeg came to a worker whose role is decode"),
-        (DecodeLeg(ticket=TICKET), Role.PREFILL, PULL, "DecodeLeg came to a worker whose role is prefill"),
         (PrefillLeg(HandoverMode.PULL), Role.BOTH, None, "hands no KV cache over"),
         (PrefillLeg(HandoverMode.PUSH), Role.BOTH, PULL, "mode is push; this worker's is pull"),
         (DecodeLeg(ticket=TICKET), Role.BOTH, PUSH, "mode is pull; this worker's is push"),
@@ -91,6 +99,24 @@ def test_what_no_engine_could_run_is_invalid_and_names_value_and_limit(request_,
 def test_a_part_in_a_handover_that_this_worker_cannot_play_is_refused(leg, role, endpoint, message):
     with pytest.raises(HandoverRefused, match=message):
         admitted(generate(leg=leg), role, endpoint)
+
+
+@pytest.mark.parametrize(
+    ("leg", "able"),
+    [
+        (PrefillLeg(HandoverMode.PULL), {Role.PREFILL, Role.BOTH}),
+        (DecodeLeg(ticket=TICKET), {Role.DECODE, Role.BOTH}),
+        (LocalLeg(), {Role.DECODE, Role.BOTH}),
+    ],
+)
+@pytest.mark.parametrize("role", Role)
+def test_a_worker_does_what_its_role_says_and_nothing_else(leg, able, role):
+    request = generate(leg=leg)
+    if role in able:
+        assert admitted(request, role).leg == leg
+    else:
+        with pytest.raises(RoleRefused, match=f"a {type(leg).__name__} came to a worker whose role is {role}"):
+            admitted(request, role)
 
 
 def test_a_ticket_for_more_tokens_than_the_prompt_has_is_refused():

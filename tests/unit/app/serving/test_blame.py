@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.serving.blame import Cause, LegFailure, Suspects, failure_of, suspects
-from app.serving.errors import TicketExpired, WorkerBusy, WorkerDisagrees, WorkerFailed, WorkerRefused
+from app.serving.errors import RoleChanged, TicketExpired, WorkerBusy, WorkerDisagrees, WorkerFailed, WorkerRefused
 from planes.streams.client import WorkerLost, WorkerUnreachable
 from planes.wire.messages import WorkerId
 
@@ -18,8 +18,8 @@ def worker(name):
     return LegFailure(Cause.WORKER, WorkerId(name))
 
 
-def busy(name):
-    return LegFailure(Cause.BUSY, WorkerId(name))
+def well(name, cause):
+    return LegFailure(cause, WorkerId(name))
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,9 @@ def test_who_explains_most_is_blamed_and_clears_the_others(failures, blamed, sus
     assert (found.blamed, found.suspected) == (blamed, suspected)
 
 
-def test_a_busy_worker_is_avoided_and_not_blamed():
-    assert suspects([busy("d0"), worker("d1")]) == Suspects(
+@pytest.mark.parametrize("cause", [Cause.BUSY, Cause.ROLE])
+def test_a_worker_that_is_well_is_avoided_and_not_blamed(cause):
+    assert suspects([well("d0", cause), worker("d1")]) == Suspects(
         blamed=frozenset({WorkerId("d1")}), busy=frozenset({WorkerId("d0")})
     )
 
@@ -62,6 +63,7 @@ def test_suspects_are_left_out_while_anybody_else_is_there_the_prefill_worker_la
         (WorkerUnreachable(PAIR[1], "gone"), Cause.WORKER),
         (WorkerRefused(PAIR[1], "worker_draining", "it leaves"), Cause.WORKER),
         (WorkerBusy(PAIR[1], "1056 requests"), Cause.BUSY),
+        (RoleChanged(PAIR[1], "a DecodeLeg came to a worker whose role is prefill"), Cause.ROLE),
         (TicketExpired(PAIR[1], "30 s"), Cause.EXPIRED),
         (WorkerFailed(PAIR[1], "engine_error", "no KV cache"), Cause.HANDOVER),
         (WorkerDisagrees(PAIR[1], "invalid_request", "the ticket's blocks have 16384 bytes"), Cause.HANDOVER),

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from app.serving import effects as do
 from app.serving import events as on
-from app.serving.errors import TicketExpired, WorkerBusy, WorkerDisagrees, WorkerFailed, WorkerRefused
+from app.serving.errors import RoleChanged, TicketExpired, WorkerBusy, WorkerDisagrees, WorkerFailed, WorkerRefused
 from app.serving.exchange import Exchange, State
 from app.serving.request import GatewayRequest
 from app.serving.retries import ExchangeLimits
@@ -287,7 +287,7 @@ class EveryOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.has_legs)
     @rule(
         data=st.data(),
-        error=st.sampled_from(["lost", "unreachable", "refused", "busy", "failed", "disagrees", "expired"]),
+        error=st.sampled_from(["lost", "unreachable", "refused", "busy", "role", "failed", "disagrees", "expired"]),
     )
     def a_leg_fails(self, data, error):
         leg = data.draw(st.sampled_from(list(self.owed.legs.values())))
@@ -397,6 +397,7 @@ def failure(error, worker):
         "unreachable": WorkerUnreachable(worker, "gone"),
         "refused": WorkerRefused(worker, "worker_draining", "it leaves"),
         "busy": WorkerBusy(worker, "8 requests run"),
+        "role": RoleChanged(worker, "it only prefills"),
         "failed": WorkerFailed(worker, "engine_error", "broken"),
         "disagrees": WorkerDisagrees(worker, "invalid_request", "odd"),
         "expired": TicketExpired(worker, "late"),

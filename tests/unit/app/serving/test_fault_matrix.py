@@ -100,6 +100,8 @@ class World:
         failed = {
             "refused": Failed(StreamId(0), FailureKind.REJECTED, "worker_draining", "it leaves"),
             "busy": Failed(StreamId(0), FailureKind.REJECTED, "worker_busy", "8 requests run"),
+            "other role": Failed(StreamId(0), FailureKind.REJECTED, "role_changed", "it only prefills"),
+            "moved": Failed(StreamId(0), FailureKind.INTERRUPTED, "role_changed", "it shall only prefill"),
             "failed": Failed(StreamId(0), FailureKind.INTERRUPTED, "engine_error", "broken"),
             "invalid": Failed(StreamId(0), FailureKind.INVALID, "invalid_request", "odd"),
             "expired": Failed(StreamId(0), FailureKind.INTERRUPTED, "ticket_expired", "31 s old"),
@@ -277,7 +279,7 @@ class Scene:
         self.dispatcher.stop()
 
 
-HOWS = ["refused", "busy", "failed", "invalid", "lost", "silent", "expired"]
+HOWS = ["refused", "busy", "other role", "moved", "failed", "invalid", "lost", "silent", "expired"]
 SAMPLINGS = {"early": {}, "drawn again": {"temperature": 1.0, "seed": 1}}
 
 
@@ -329,6 +331,15 @@ async def test_a_worker_that_stays_busy_is_asked_a_few_times_and_the_client_told
     assert (response.status, response.headers["retry-after"]) == (429, "1")
     assert b'"code":"worker_busy"' in response.body
     assert len(scene.world.legs) == 3
+    scene.assert_nothing_is_left()
+
+
+async def test_workers_that_change_their_roles_cost_a_request_none_of_its_attempts():
+    """Each time the gateway hears of it too late."""
+    scene = Scene(HandoverMode.PULL, Fault("local", "other role", left=7), workers=("d0",))
+    response = await scene.serve()
+    assert b"".join(response.payloads) == WHOLE
+    assert len(scene.world.legs) == 8
     scene.assert_nothing_is_left()
 
 
