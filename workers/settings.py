@@ -61,7 +61,10 @@ class WorkerSettings(ProcessSettings):
     ] = "pull"
     context_length: Annotated[
         int | None,
-        Parameter(help="Most prompt plus completion tokens of a request. Default: 2048 (vllm), 32768 (sim)."),
+        Parameter(
+            help="Most prompt plus completion tokens of a request. Default: 2048, or as many as the model can (vllm); "
+            "32768 (sim)."
+        ),
     ] = None
     block_size: Annotated[int | None, Parameter(help="Tokens per KV block. Default: 32 (vllm), 16 (sim).")] = None
     num_blocks: Annotated[int | None, Parameter(help="KV blocks (sim). Default: 8192.")] = None

@@ -75,7 +75,6 @@ if __name__ == "__main__":
             role=role,
             handover=handover,
             is_embedding=is_embedding,
-            max_model_len=1024,
             lease_s=12,
         )
         try:
@@ -89,6 +88,7 @@ if __name__ == "__main__":
             "role": role,
             "handover": handover,
             "runner": config.model_config.runner_type,
+            "context": config.model_config.max_model_len,
             "is_prefix_cached": config.cache_config.enable_prefix_caching,
             "device": config.device_config.device_type,
             "buffer": transfer and transfer.kv_buffer_device,

@@ -19,10 +19,10 @@ BLOCK, STEP_TOKENS, CONTEXT = 32, 64, 512
 async def engines(start_engine, tmp_path_factory):
     """The demo model, in steps of few tokens, and the encoder."""
     encoder = write_encoder_model(tmp_path_factory.mktemp("encoder") / "model")
-    embeds = {"is_embedding": True, "handover": None, "max_model_len": CONTEXT}
+    embeds = {"is_embedding": True, "handover": None}
     return await asyncio.gather(
-        start_engine("v-1", **embeds, max_num_batched_tokens=STEP_TOKENS),
-        start_engine("v-2", **embeds, model_path=str(encoder)),
+        start_engine("v-1", **embeds, max_model_len=CONTEXT, max_num_batched_tokens=STEP_TOKENS),
+        start_engine("v-2", **embeds, max_model_len=None, model_path=str(encoder)),
     )
 
 
@@ -84,6 +84,7 @@ async def test_what_nobody_waits_for_any_more_is_not_computed(engines):
 async def test_a_model_without_a_kv_cache_has_room_for_all_that_may_run(engines):
     _, engine = engines
     facts = engine.ready["facts"]
+    assert facts["context_length"] == MOST_TOKENS  # nobody said so: it has positions for no more
     assert facts["bytes_per_block"] == 0
     assert facts["num_blocks"] == facts["max_batch"] * MOST_TOKENS // facts["block_size"]
     assert (facts["embedding_size"], facts["is_matryoshka"], facts["matryoshka_dimensions"]) == (HIDDEN, True, [16, 32])

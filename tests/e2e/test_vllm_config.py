@@ -45,6 +45,7 @@ def test_vllm_takes_every_role_with_every_handover(configurations, platform):
         (role, handover) for role in Role for handover in (*HandoverMode, None)
     }
     assert {told["device"] for told in made} == {platform}
+    assert {told["context"] for told in made} == {2048}
     assert {told["buffer"] for told in made if told["handover"]} == {platform}
     connectors = {"pull": "NixlPullConnector", "push": "NixlPushConnector", None: None}
     assert all(told["connector"] == connectors[told["handover"]] for told in made)

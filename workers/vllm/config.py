@@ -27,6 +27,8 @@ PLUGIN = "workers.vllm.plugin"
 
 NIXL_VERSION = "1.5.1"
 
+DEFAULT_CONTEXT = 2048
+
 CPU_KV_CACHE_BYTES = 256 << 20
 
 CPU_DECODE_STEP_TOKENS = {"bfloat16": 48, "float32": 40}
@@ -65,7 +67,8 @@ class VllmOptions:
     """Where other workers reach this engine's handshake."""
     dtype: str = "auto"
     """auto: what the model was made in."""
-    max_model_len: int = 2048
+    max_model_len: int | None = None
+    """None: `DEFAULT_CONTEXT` tokens, or all that the model knows positions for, if they are fewer."""
     block_size: int = 32
     max_num_seqs: int = 32
     max_num_batched_tokens: int | None = None
@@ -128,7 +131,7 @@ def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
     if kv_cache_bytes is not None and not is_cpu:
         # vLLM would still ask for 0.92 of the whole device to be free, and refuse a second worker on one GPU.
         more["gpu_memory_utilization"] = 0.01
-    config = AsyncEngineArgs(
+    args = AsyncEngineArgs(
         model=str(options.model_path.resolve()),
         served_model_name=options.model,
         dtype=options.dtype,
@@ -151,7 +154,10 @@ def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
         shutdown_timeout=options.drain_s,
         disable_log_stats=True,
         **more,
-    ).create_engine_config()
+    )
+    if options.max_model_len is None:
+        args.max_model_len = min(DEFAULT_CONTEXT, args.create_model_config().max_model_len)
+    config = args.create_engine_config()
     scheduler = "AsyncScheduler" if config.scheduler_config.async_scheduling else "Scheduler"
     config.scheduler_config.scheduler_cls = f"{PLUGIN}.{scheduler}"
     return config
