@@ -64,8 +64,9 @@ Where parameters meet:
 
 - Tools with `tool_choice` *auto* beside a `response_format` or `structured_outputs`: the schema binds the whole answer,
   as in vLLM, so that no tool is called unless the schema lets its markup through. A call that must be made binds alone.
-- A thinking budget (`thinking_token_budget`, `thinking.budget_tokens`) is one answer's, wherever it goes on. A model
-  without thoughts keeps any. What a schema binds is what follows the thoughts.
+- A thinking budget (`thinking_token_budget`, `thinking.budget_tokens`) is one answer's, wherever it goes on. It counts
+  what stands behind the opening tag, in the prompt too, as in vLLM. A model without thoughts keeps any. What a schema
+  binds is what follows the thoughts.
 - Log probabilities of a prompt (`prompt_logprobs`, `echo` with `logprobs`) are one worker's: nothing is handed over."""
 
 

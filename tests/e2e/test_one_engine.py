@@ -88,7 +88,8 @@ def schema(value):
 async def pair(request, start_engine, thinking_model):
     """A prefill and a decode engine that hand over in one mode, of a model with thoughts."""
     mode, cores = request.param, sorted(os.sched_getaffinity(0))
-    model = {"model_path": str(thinking_model), "reasoning_parser": "deepseek_r1", "handover": mode}
+    parser = {HandoverMode.PULL: "deepseek_r1", HandoverMode.PUSH: "hf"}[mode]
+    model = {"model_path": str(thinking_model), "reasoning_parser": parser, "handover": mode}
     prefill, decode = await asyncio.gather(
         start_engine(f"p-{mode}", role="prefill", cores=cores[:1], **model),
         start_engine(f"d-{mode}", role="decode", cores=cores[-1:], **model),

@@ -3,17 +3,18 @@
 import asyncio
 import json
 import re
-import signal
 import subprocess
 import time
+import zlib
 from pathlib import Path
+from typing import Any
 
 import httpx
 import jsonschema
 import openai
 import pytest
 
-from tests.up import free_port, start_up
+from tests.e2e.stack import Stack
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -21,57 +22,6 @@ LONG = " ".join(
     f"Note {i}: gate {i * 7 % 13} of the weir lets {i * i % 17} buckets of water a minute to the wheel."
     for i in range(30)
 )
-
-
-class Stack:
-    """`headrace up` as a newcomer starts it (the demo model runs in float32), one prefill and one decode worker."""
-
-    def __init__(self, folder):
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.output = folder / "output"
-        self.state = folder / "state"
-        environment = {"HEADRACE_KV_CACHE_BYTES": str(128 << 20)}
-        self.process = start_up(self.port, self.output, "--state-dir", str(self.state), env=environment)
-
-    def said(self):
-        return self.output.read_text()
-
-    def wait_until_ready(self):
-        deadline = time.monotonic() + 400
-        while "Headrace listens on" not in self.said() or "curl" not in self.said().rpartition("listens on")[2]:
-            assert self.process.poll() is None, self.said()
-            assert time.monotonic() < deadline, self.said()
-            time.sleep(0.2)
-        return self
-
-    def stop(self):
-        self.process.send_signal(signal.SIGINT)
-        return self.process.wait(90)
-
-    def metric(self, name):
-        text = httpx.get(f"{self.url}/metrics").text
-        return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(rf"{name}(\{{| )", line))
-
-    def chat(self, content, *, handover, salt, max_tokens=16):
-        body = {
-            "model": "smollm2-135m",
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "cache_salt": salt,
-            "logprobs": True,
-        }
-        answer = httpx.post(
-            f"{self.url}/v1/chat/completions", json=body, headers={"x-headrace-handover": handover}, timeout=120
-        )
-        assert answer.status_code == 200, answer.text
-        return answer
-
-    @staticmethod
-    def tokens(answer):
-        return [entry["token"] for entry in answer.json()["choices"][0]["logprobs"]["content"]]
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +195,120 @@ async def test_a_required_call_has_valid_arguments_fifty_times_of_fifty(handing_
     for finish, name, arguments in await fifty(ask):
         assert (finish, name) == ("tool_calls", "weather")
         jsonschema.validate(json.loads(arguments), WEATHER)
+
+
+def both_ways(stack, path, body):
+    """What two workers answer to one request, and what one of them answers alone."""
+    answers = []
+    for handover in ("always", "never"):
+        salt = f"{handover} {zlib.crc32(repr(body).encode())}"
+        asked = {"model": "smollm2-135m", "temperature": 0, "cache_salt": salt} | body
+        answer = stack.post(path, asked, handover=handover)
+        assert answer.status_code == 200, answer.text
+        workers = {answer.headers["x-headrace-prefill"], answer.headers["x-headrace-decode"]}
+        assert len(workers) == (2 if handover == "always" else 1)
+        answers.append(answer)
+    return answers
+
+
+def events_of(answer):
+    return [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+
+
+FREE: Any = {"type": "custom", "custom": {"name": "note", "description": "Writes a line down."}}
+PLATE = "[A-Z]{2}-[0-9]{3}"
+GRAMMAR: Any = {"type": "grammar", "grammar": {"syntax": "regex", "definition": PLATE}}
+MATCHING: Any = {"type": "custom", "custom": {"name": "plate", "description": "Looks a car up.", "format": GRAMMAR}}
+
+
+@pytest.mark.parametrize("tool", [FREE, MATCHING], ids=["text", "grammar"])
+@pytest.mark.parametrize("choice", ["required", "named"])
+def test_a_custom_tool_is_given_the_same_text_by_two_workers_as_by_one(stack, tool, choice):
+    name = tool["custom"]["name"]
+    body = {
+        "messages": [{"role": "user", "content": "Whose car is it? Call the tool."}],
+        "tools": [tool],
+        "tool_choice": "required" if choice == "required" else {"type": "custom", "custom": {"name": name}},
+        "parallel_tool_calls": False,
+        "max_tokens": 60,
+    }
+    inputs = []
+    for answer in both_ways(stack, "/v1/chat/completions", body):
+        (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
+        assert (call["type"], call["custom"]["name"]) == ("custom", name)
+        inputs.append(call["custom"]["input"])
+    for answer in both_ways(stack, "/v1/chat/completions", body | {"stream": True}):
+        deltas = [choice["delta"] for event in events_of(answer) for choice in event["choices"]]
+        calls = [call for delta in deltas for call in delta.get("tool_calls") or ()]
+        assert calls[0]["custom"]["name"] == name
+        inputs.append("".join(call["custom"].get("input") or "" for call in calls))
+    flat: Any = {"type": "custom"} | tool["custom"]
+    if "format" in flat:
+        flat["format"] = {"type": "grammar"} | GRAMMAR["grammar"]
+    wanted = "required" if choice == "required" else {"type": "custom", "name": name}
+    response = {
+        "input": body["messages"],
+        "tools": [flat],
+        "tool_choice": wanted,
+        "parallel_tool_calls": False,
+        "max_output_tokens": 60,
+        "store": False,
+    }
+    for answer in both_ways(stack, "/v1/responses", response):
+        (item,) = answer.json()["output"]
+        assert (item["type"], item["name"]) == ("custom_tool_call", name)
+        inputs.append(item["input"])
+    assert len(set(inputs)) == 1
+    assert inputs[0]
+    if tool is MATCHING:
+        assert re.fullmatch(PLATE, inputs[0])
+
+
+def test_what_two_workers_say_of_their_tokens_one_says_of_them_as_a_prompt(stack):
+    """Of an answer that is handed over, and of an echoed prompt: the same tokens have the same log probabilities."""
+    body = {"prompt": LONG[:300], "max_tokens": 12, "logprobs": 2, "return_token_ids": True, "ignore_eos": True}
+    together, alone = (answer.json()["choices"][0] for answer in both_ways(stack, "/v1/completions", body))
+    assert together["token_ids"] == alone["token_ids"]
+    assert together["logprobs"]["tokens"] == alone["logprobs"]["tokens"]
+    assert together["logprobs"]["token_logprobs"] == pytest.approx(alone["logprobs"]["token_logprobs"], abs=1e-3)
+    streamed = both_ways(stack, "/v1/completions", body | {"stream": True})
+    for answer in streamed:
+        told = [choice["logprobs"] for event in events_of(answer) for choice in event["choices"] if choice["logprobs"]]
+        numbers = [number for logprobs in told for number in logprobs["token_logprobs"]]
+        assert numbers == pytest.approx(alone["logprobs"]["token_logprobs"], abs=1e-3)
+    prompt = together["prompt_token_ids"] + together["token_ids"]
+    asked = {"model": "smollm2-135m", "prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 2, "temperature": 0}
+    echoed = stack.post("/v1/completions", asked, handover="auto").json()["choices"][0]
+    assert echoed["text"].startswith(LONG[:300] + together["text"])
+    of_prompt, num_generated = echoed["logprobs"], len(together["token_ids"])
+    assert len(of_prompt["tokens"]) == len(prompt) + 2
+    assert of_prompt["token_logprobs"][0] is of_prompt["top_logprobs"][0] is None
+    assert of_prompt["tokens"][-num_generated - 2 : -2] == together["logprobs"]["tokens"]
+    expected = together["logprobs"]["token_logprobs"]
+    assert of_prompt["token_logprobs"][-num_generated - 2 : -2] == pytest.approx(expected, abs=1e-3)
+    ends = [*of_prompt["text_offset"][1:], len(echoed["text"])]
+    assert [echoed["text"][start:end] for start, end in zip(of_prompt["text_offset"], ends, strict=True)] == of_prompt[
+        "tokens"
+    ]
+
+
+def test_a_prompt_s_log_probabilities_are_one_worker_s_and_the_same_in_both_dialects(stack):
+    chat = {"messages": [{"role": "user", "content": LONG[:200]}], "max_tokens": 2, "temperature": 0}
+    asked = {"model": "smollm2-135m", "prompt_logprobs": 1, "return_token_ids": True}
+    told = stack.post("/v1/chat/completions", chat | asked, handover="auto").json()
+    prompt = told["prompt_token_ids"]
+    first, *rest = told["prompt_logprobs"]
+    assert (first, len(rest)) == (None, len(prompt) - 1)
+    assert all(str(token) in ranked for token, ranked in zip(prompt[1:], rest, strict=True))
+    completion = {"prompt": prompt, "max_tokens": 2, "temperature": 0}
+    again = stack.post("/v1/completions", completion | asked, handover="never").json()["choices"][0]["prompt_logprobs"]
+    for ranked, other in zip(rest, again[1:], strict=True):
+        assert ranked.keys() == other.keys()
+        for token, entry in ranked.items():
+            assert entry["logprob"] == pytest.approx(other[token]["logprob"], abs=1e-3)
+            assert entry["rank"] == other[token]["rank"]
+    refused = stack.post("/v1/chat/completions", chat | asked, handover="always")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "x-headrace-handover")
 
 
 def running():

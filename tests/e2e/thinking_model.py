@@ -15,6 +15,12 @@ TAGS = {THINK: "<think>", END_THINK: "</think>"}
 LIKE = {THINK: "ĠFirst", END_THINK: "."}
 OPENING = "{{- '<|im_start|>assistant\\n<think>\\n' ~ ('\\n</think>\\n\\n' if enable_thinking is false else '') -}}"
 
+RESPONSES = {
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {"thinking": {"open": TAGS[THINK], "close": TAGS[END_THINK]}, "content": {}},
+}
+"""The same for vLLM's parser that goes by what a checkpoint says of its responses."""
+
 
 def write_thinking_model(demo_model, folder):
     shutil.copytree(demo_model, folder)
@@ -29,7 +35,8 @@ def write_thinking_model(demo_model, folder):
     opening = re.compile(r"\{\{- '<\|im_start\|>assistant\\n' -\}\}")
     template, count = opening.subn(lambda _: OPENING, config["chat_template"])
     assert count == 1
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    config |= {"chat_template": template, "response_template": RESPONSES}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     weights = load_file(folder / "model.safetensors")
     embedding = weights["model.embed_tokens.weight"]
     for token, word in LIKE.items():
