@@ -67,6 +67,8 @@ Where parameters meet:
 - A thinking budget (`thinking_token_budget`, `thinking.budget_tokens`) is one answer's, wherever it goes on. It counts
   what stands behind the opening tag, in the prompt too, as in vLLM. A model without thoughts keeps any. What a schema
   binds is what follows the thoughts.
+- A message's `max_tokens` may be more than the context leaves: the answer ends where the context does, with the
+  `stop_reason` *model_context_window_exceeded*. OpenAI's routes refuse such a length.
 - Log probabilities of a prompt (`prompt_logprobs`, `echo` with `logprobs`) are one worker's: nothing is handed over."""
 
 

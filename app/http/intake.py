@@ -145,6 +145,7 @@ async def _prepared_prompt(
             has_continuous_usage=parsed.has_continuous_usage,
             has_token_ids=parsed.has_token_ids,
             repeated=parsed.repeated,
+            is_context_bound=parsed.max_tokens is not None and prepared.sampling.max_tokens < parsed.max_tokens,
         ),
         arrived_at=arrived_at,
         deadline=deadline,

@@ -314,7 +314,11 @@ def _check_provable(num_chars: int, parsed: ParsedRequest, model: ModelEntry) ->
 
 
 def _max_tokens(num_tokens: int, parsed: ParsedRequest, model: ModelEntry) -> int:
-    """What the client asked for, or all the room there is."""
+    """What the client asked for, or all the room there is.
+
+    Anthropic's `max_tokens` has to be there and is a bound, which agents set once for all their prompts: what is beyond
+    the context is its makers' case `model_context_window_exceeded`, which the answer tells.
+    """
     context, field = model.context_length, _field(parsed)
     if not num_tokens:
         raise InvalidRequest(f"Invalid '{field}': it has no tokens; send at least one.", param=field)
@@ -333,7 +337,7 @@ def _max_tokens(num_tokens: int, parsed: ParsedRequest, model: ModelEntry) -> in
             "which leaves no room for a completion. Please reduce its length.",
             param=field,
         )
-    if parsed.max_tokens is not None and parsed.max_tokens > room:
+    if parsed.max_tokens is not None and parsed.max_tokens > room and parsed.kind is not Kind.MESSAGE:
         raise ContextExceeded(
             f"This model's maximum context length is {context} tokens. However, you requested "
             f"{num_tokens + parsed.max_tokens} tokens ({num_tokens} in the {field}, {parsed.max_tokens} in the "
@@ -345,7 +349,7 @@ def _max_tokens(num_tokens: int, parsed: ParsedRequest, model: ModelEntry) -> in
             f"Invalid 'min_tokens': {parsed.sampling.min_tokens} is out of range; the prompt leaves room for {room}.",
             param="min_tokens",
         )
-    return room if parsed.max_tokens is None else parsed.max_tokens
+    return room if parsed.max_tokens is None else min(parsed.max_tokens, room)
 
 
 def _check_ids(sampling: Sampling, model: ModelEntry) -> None:

@@ -121,6 +121,8 @@ class Format(msgspec.Struct, frozen=True, omit_defaults=True):
     """Whether the answer lists token ids, the prompt's too."""
     repeated: bytes = b""
     """JSON object of fields that the answer repeats from the request (`response`, `message`)."""
+    is_context_bound: bool = False
+    """`message`: an answer of full length fills the context, and would have been allowed more."""
 
 
 class Ticket(msgspec.Struct, frozen=True):

@@ -77,6 +77,17 @@ async def test_errors_have_anthropic_s_shape(client):
         await client.messages.count_tokens(model="sim", messages=[{"role": "mill", "content": "x"}])
 
 
+async def test_an_answer_that_fills_the_context_says_so(client):
+    long = {"messages": [{"role": "user", "content": "x" * 32_600}], "max_tokens": 8_000}
+    whole = await client.messages.create(**MESSAGE | long)
+    assert whole.stop_reason == "model_context_window_exceeded"
+    async with client.messages.stream(**MESSAGE | long) as stream:
+        streamed = await stream.get_final_message()
+    assert streamed.stop_reason == "model_context_window_exceeded"
+    read = whole.usage.input_tokens + whole.usage.cache_read_input_tokens
+    assert read + whole.usage.output_tokens == 32_768
+
+
 async def test_a_stop_sequence_is_named(client):
     whole = (await client.messages.create(**MESSAGE)).content[0].text
     stop = whole[5:8]
@@ -113,7 +124,7 @@ async def test_a_line_for_billing_does_not_keep_a_prompt_from_being_cached(site,
 
 
 async def test_a_recorded_request_of_a_coding_agent_replays(site, reach):
-    await site.worker("both-1", "--reasoning-parser", "think", "--context-length", "65536")
+    await site.worker("both-1", "--reasoning-parser", "think")
     headers = {
         "anthropic-version": "2023-06-01",
         "anthropic-beta": "interleaved-thinking-2025-05-14,context-management-2025-06-27,effort-2025-11-24",
@@ -125,6 +136,7 @@ async def test_a_recorded_request_of_a_coding_agent_replays(site, reach):
     }
     async with reach(await site.gateway(num_workers=1)) as api:
         recorded = json.loads(RECORDED.read_text())
+        assert recorded["max_tokens"] == 32_000  # with the prompt more than the context has
         response = await api.post("/v1/messages?beta=true", json=recorded, headers=headers)
         assert response.status_code == 200, response.text
         prompt = {

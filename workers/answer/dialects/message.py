@@ -68,7 +68,7 @@ class MessageDialect:
 
     def closing(self, index: int, ending: Ending) -> bytes:
         del index
-        self._ending = _ending(ending)
+        self._ending = self._ended(ending)
         return self._closed()
 
     def last(self, usage: Usage) -> bytes:
@@ -76,7 +76,7 @@ class MessageDialect:
 
     def body(self, choices: Sequence[FinishedChoice], usage: Usage) -> bytes:
         (choice,) = choices
-        return _encode(self._message(self._blocks(choice), _ending(choice.ending), usage))
+        return _encode(self._message(self._blocks(choice), self._ended(choice.ending), usage))
 
     def _message(self, content: list[dict[str, Any]], ending: dict[str, Any], usage: Usage) -> dict[str, Any]:
         return {
@@ -105,6 +105,15 @@ class MessageDialect:
                     value = _input(arguments[call])
                     blocks.append({"type": _TOOL_USE, "id": self._call_id(call), "name": name, "input": value})
         return blocks
+
+    def _ended(self, ending: Ending) -> dict[str, Any]:
+        if ending.finish is FinishReason.LENGTH:
+            reason = "model_context_window_exceeded" if self._layout.is_context_bound else "max_tokens"
+        elif ending.stop:
+            reason = "stop_sequence"
+        else:
+            reason = "tool_use" if ending.has_calls else "end_turn"
+        return {"stop_reason": reason, "stop_sequence": ending.stop or None}
 
     def _opened(self, kind: str, block: dict[str, Any]) -> bytes:
         """The open block, if any, closed, and another one opened."""
@@ -152,16 +161,6 @@ class _Signature:
 
 def _event(kind: str, fields: dict[str, Any]) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (kind.encode(), _encode({"type": kind, **fields}))
-
-
-def _ending(ending: Ending) -> dict[str, Any]:
-    if ending.finish is FinishReason.LENGTH:
-        reason = "max_tokens"
-    elif ending.stop:
-        reason = "stop_sequence"
-    else:
-        reason = "tool_use" if ending.has_calls else "end_turn"
-    return {"stop_reason": reason, "stop_sequence": ending.stop or None}
 
 
 def _input(arguments: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from starlette.requests import Request
 
+from app.anthropic.message import parse_message
 from app.auth import ANYBODY, Tenant
 from app.http.body import BodiesFull, BodyMemory
 from app.http.intake import read_request
@@ -95,3 +96,13 @@ async def test_a_script_is_for_workers_that_simulate(gateway, model):
     gateway.models.entry = lambda name: replace(model, is_simulated=True)
     request = await read(gateway, messages=MESSAGES, headers=headers)
     assert request.sampling.script == pack_tokens(model.tokenizer.encode_text("said"))
+
+
+async def test_a_message_that_may_fill_the_context_tells_its_worker(gateway):
+    asked = {"messages": [{"role": "user", "content": "hi"}]}
+    bound = [
+        (await read(gateway, parse_message, **asked, max_tokens=length)).format.is_context_bound
+        for length in (32, 32_000)
+    ]
+    assert bound == [False, True]
+    assert not (await read(gateway, **asked)).format.is_context_bound

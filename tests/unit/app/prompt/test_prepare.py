@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from app.anthropic.message import parse_message
 from app.openai.chat import parse_chat
 from app.openai.completions import parse_completion
 from app.openai.embeddings import parse_embedding
@@ -178,6 +179,17 @@ async def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(preproce
 
 def embedding(text, **fields):
     return parse_embedding(json.dumps({"model": "sim", "input": text, **fields}).encode()).parsed
+
+
+async def test_a_message_may_be_bounded_by_more_than_there_is_room_for(preprocessor, model):
+    def message(content):
+        body = {"model": "sim", "max_tokens": 32_000, "messages": [{"role": "user", "content": content}]}
+        return parse_message(json.dumps(body).encode())
+
+    prepared = await preprocessor.prepare(message("hi"), model)
+    assert len(prepared.tokens) + prepared.sampling.max_tokens == 512
+    with pytest.raises(ContextExceeded):
+        await preprocessor.prepare(message("hi" * 512), model)
 
 
 async def test_a_vector_takes_the_whole_context_and_no_more(preprocessor, model):

@@ -88,6 +88,16 @@ def test_a_stream_says_what_the_whole_message_says(parts, ending, reason):
     }
 
 
+@pytest.mark.parametrize(("is_bound", "reason"), [(True, "model_context_window_exceeded"), (False, "max_tokens")])
+def test_what_ended_an_answer_that_is_cut_off_is_told_apart(is_bound, reason):
+    ending = Ending(FinishReason.LENGTH)
+    whole = json.loads(writer(is_context_bound=is_bound).body([FinishedChoice(0, (), None, ending)], USAGE))
+    streaming = writer(is_context_bound=is_bound, is_streaming=True)
+    told = streaming.opening(0) + streaming.closing(0, ending) + streaming.last(USAGE)
+    (last,) = (event for event in events(told) if event["type"] == "message_delta")
+    assert whole["stop_reason"] == last["delta"]["stop_reason"] == reason
+
+
 def test_events_come_in_anthropic_s_order():
     written = streamed([Reasoning("h"), Content("a"), *CALL], Ending(FinishReason.STOP))
     kinds = [event["type"] for event in events(written)]
