@@ -54,11 +54,16 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Sessions by start; all block names are for `block_size`."""
+    """Sessions by start; all block names are for `block_size`.
+
+    num_clients: a closed loop: so many clients begin together, and each takes the next session when it has ended one,
+    whenever that should have started; None: sessions start when they say.
+    """
 
     name: str
     block_size: int
     sessions: tuple[Session, ...]
+    num_clients: int | None = None
 
     @property
     def num_requests(self) -> int:

@@ -59,7 +59,7 @@ class Grid:
             name=drawn.name,
             title=drawn.title,
             values=drawn.values,
-            is_closed=drawn.is_closed,
+            is_closed=drawn.workload.num_clients is not None,
             slo=drawn.slo,
             capacity_per_s=None if drawn.estimate is None else drawn.estimate.requests_per_s,
             rows=rows,

@@ -25,8 +25,11 @@ TOOL_S: Final = 2.0
 BURST_CV: Final = 10.0
 _LONGEST: Final = {"100": 125, "1k": 1_250, "8k": 10_000, "60k": 75_000, "mixed": 32_000}
 _KV_TOKENS: Final = 512_000
-_LONGEST_RUN_S: Final = 600.0
-_FEWEST: Final = 60
+_LONGEST_RUN_S: Final = 900.0
+_FEWEST: Final = 100
+_ROUNDS: Final = 3
+_PATIENCE_S: Final = 14_400.0
+"""After the last start, and in a closed loop in all."""
 _MOST_ANSWERS: Final = 4  # times the mean
 _ROLES: Final[Mapping[str, tuple[int, int, int]]] = {
     "both": (0, 0, 4),
@@ -50,7 +53,6 @@ class Setup:
     scenario: Scenario
     workload: Workload
     slo: Slo
-    is_closed: bool
     estimate: Capacity | None = None
 
 
@@ -58,43 +60,51 @@ def setup(cell: Cell, seed: int) -> Setup:
     """Draw a cell. Equal seeds draw equal cells."""
     scenario = _scenario(cell, seed)
     block_size, rng = scenario.facts.block_size, random.Random(f"{seed}/cell {cell.number}")
-    conversations = list(itertools.islice(_conversations(cell, block_size, rng), _num_conversations(cell)))
+    draw, count = _conversations(cell, block_size, rng), _num_conversations(cell)
+    conversations = list(itertools.islice(draw, count))
     estimate = capacity(_turns(conversations), scenario)
-    conversations = _shortened(conversations, cell.load * estimate.requests_per_s)
+    per_s, rounds = cell.load * estimate.requests_per_s, 0
+    if cell.arrivals == "closed":  # more than one conversation each, as far as that is not too many
+        rounds = _ROUNDS * _num_clients(cell, estimate, conversations)
+        conversations += itertools.islice(draw, max(0, min(rounds, _ROUNDS * count) - count))
+    conversations = _shortened(conversations, per_s, fewest=rounds)
     turns = _turns(conversations)
+    num_clients, starts = None, [0.0] * len(conversations)
     if cell.arrivals == "closed":
-        think_s = sum(turn.think_s for turn in turns) / len(turns)
-        sessions = _closed(conversations, estimate.clients(cell.load, think_s))
+        num_clients = _num_clients(cell, estimate, conversations)
     else:
-        per_s = cell.load * estimate.requests_per_s * len(conversations) / len(turns)
-        starts = ARRIVALS[cell.arrivals](len(conversations), per_s, rng)
-        sessions = tuple(Session(at, each) for at, each in zip(starts, conversations, strict=True))
+        starts = ARRIVALS[cell.arrivals](len(conversations), per_s * len(conversations) / len(turns), rng)
+    sessions = tuple(Session(at, each) for at, each in zip(starts, conversations, strict=True))
     return Setup(
         name=str(cell.number),
         title=str(cell),
         values=cell.values,
         scenario=scenario,
-        workload=Workload(str(cell), block_size, sessions),
+        workload=Workload(str(cell), block_size, sessions, num_clients),
         slo=slo(turns, scenario),
-        is_closed=cell.arrivals == "closed",
         estimate=estimate,
     )
 
 
 def _num_conversations(cell: Cell) -> int:
     """As many as show a queue build up, and as few as are served in a second or two."""
-    requests = {1: 800, 16: 800, 300: 500, 2_000: 300}[cell.answers]
+    requests = {1: 1200, 16: 1200, 300: 800, 2_000: 450}[cell.answers]
     if cell.prompts == "60k":
-        requests //= 4
+        requests //= 3
     return requests * 3 // 2 // TURNS if cell.sharing == "sessions" else requests
 
 
-def _shortened(conversations: list[Conversation], per_s: float) -> list[Conversation]:
+def _num_clients(cell: Cell, estimate: Capacity, conversations: Sequence[Conversation]) -> int:
+    turns = _turns(conversations)
+    return estimate.clients(cell.load, sum(turn.think_s for turn in turns) / len(turns))
+
+
+def _shortened(conversations: list[Conversation], per_s: float, *, fewest: int) -> list[Conversation]:
     """So many that they come within `_LONGEST_RUN_S`; and where all come in a few seconds, with shorter pauses, so that
     the load is there before it is over.
     """
     per_conversation = len(conversations[0])
-    most = max(_FEWEST // per_conversation, int(_LONGEST_RUN_S * per_s / per_conversation))
+    most = max(fewest, _FEWEST // per_conversation, int(_LONGEST_RUN_S * per_s / per_conversation))
     kept = conversations[:most]
     hurry = min(1.0, len(kept) * per_conversation / per_s / (10 * TOOL_S))
     return [tuple(replace(turn, think_s=turn.think_s * hurry) for turn in conversation) for conversation in kept]
@@ -124,7 +134,7 @@ def _scenario(cell: Cell, seed: int) -> Scenario:
     speed = msgspec.structs.replace(facts.latency, prefill_fixed_s=facts.latency.step_fixed_s)
     facts = msgspec.structs.replace(facts, latency=speed)
     what, _, roles = cell.fleet.rpartition(" ")
-    scenario = Scenario("", *_ROLES[roles], facts=facts, seed=seed)
+    scenario = Scenario("", *_ROLES[roles], facts=facts, seed=seed, drain_s=_PATIENCE_S)
     if what == "slow":
         return replace(scenario, slow_worker=2.0)
     return replace(scenario, num_gateways=2) if what else scenario
@@ -183,13 +193,6 @@ def _answer(cell: Cell, rng: random.Random) -> int:
 
 
 # --- arrivals --------------------------------------------------------------------------------------------------------
-
-
-def _closed(conversations: Sequence[Conversation], num_clients: int) -> tuple[Session, ...]:
-    """Clients that begin together and ask on as soon as they have their answer, or after a tool's pause."""
-    clients = min(num_clients, len(conversations))
-    dealt = [conversations[client::clients] for client in range(clients)]
-    return tuple(Session(0.0, tuple(turn for conversation in own for turn in conversation)) for own in dealt)
 
 
 def poisson_starts(count: int, per_s: float, rng: random.Random) -> list[float]:

@@ -15,13 +15,11 @@ from planes.wire.messages import LatencyPrior
 _BLOCK_SIZE: Final = 16
 
 
-def _clients(name: str, clients: int, turns: int, prompt_tokens: int, answer: int) -> Workload:
-    """Clients that begin together and ask on at once; nothing is shared."""
-    sessions = []
-    for client in range(clients):
-        names = (segment_names([(client * turns + turn, prompt_tokens)], _BLOCK_SIZE) for turn in range(turns))
-        sessions.append(Session(0.0, tuple(Turn(0.0, prompt_tokens, answer, each) for each in names)))
-    return Workload(name, _BLOCK_SIZE, tuple(sessions))
+def _clients(name: str, num_clients: int, num_requests: int, prompt_tokens: int, answer: int) -> Workload:
+    """Nothing is shared."""
+    names = [segment_names([(number, prompt_tokens)], _BLOCK_SIZE) for number in range(num_requests)]
+    sessions = tuple(Session(0.0, (Turn(0.0, prompt_tokens, answer, each),)) for each in names)
+    return Workload(name, _BLOCK_SIZE, sessions, num_clients)
 
 
 def _fast(name: str, seed: int, prefill: float, step_s: float, slo: Slo, workload: Workload) -> Setup:
@@ -33,25 +31,25 @@ def _fast(name: str, seed: int, prefill: float, step_s: float, slo: Slo, workloa
         max_step_tokens=8192,
     )
     scenario = Scenario("", num_prefill=0, num_decode=0, num_both=2, facts=facts, seed=seed)
-    return Setup(name, name, {}, scenario, workload, slo, is_closed=True)
+    return Setup(name, name, {}, scenario, workload, slo)
 
 
 def _fast_both_170(seed: int) -> Setup:
     """About an H100 with an 8B model."""
     name = "fast-both-170"
-    workload = _clients(name, 256, 8, prompt_tokens=170, answer=1)
+    workload = _clients(name, 256, 2048, prompt_tokens=170, answer=1)
     return _fast(name, seed, 60_000, 0.01, Slo(ttft_s=0.5), workload)
 
 
 def _fast_both_nearly_free(seed: int) -> Setup:
     name = "fast-both-nearly-free"
-    workload = _clients(name, 256, 16, prompt_tokens=170, answer=1)
+    workload = _clients(name, 256, 4096, prompt_tokens=170, answer=1)
     return _fast(name, seed, 1e7, 0.005, Slo(ttft_s=0.5), workload)
 
 
 def _burst_3000(seed: int) -> Setup:
     name = "burst-3000"
-    workload = _clients(name, 3000, 1, prompt_tokens=100, answer=100)
+    workload = _clients(name, 3000, 3000, prompt_tokens=100, answer=100)
     return _fast(name, seed, 60_000, 0.05, Slo(ttft_s=5.0, tpot_s=0.2), workload)
 
 
@@ -60,7 +58,7 @@ def _code(rate: int, seed: int) -> Setup:
     scenario = Scenario("", num_prefill=8, num_decode=4, num_both=0, facts=facts, seed=seed)
     workload = load("code", block_size=512, seed=seed).scaled(rate)
     name = f"code-x{rate}"
-    return Setup(name, name, {}, scenario, workload, Slo(), False)
+    return Setup(name, name, {}, scenario, workload, Slo())
 
 
 NAMED: Final[Mapping[str, Callable[[int], Setup]]] = {

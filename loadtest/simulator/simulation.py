@@ -45,19 +45,14 @@ class Simulation:
         self._gaps = Gaps()
         self._records: list[Record] = []
         self._totals = {worker: WorkerTotals(worker, role) for worker, role in scenario.workers()}
-        self._num_ended = 0
+        self._num_ended = self._num_started = 0
         self._faults_rng = scenario.rng("faults")
 
     def run(self) -> Result:
         """Serve it all, or as much as ends within `drain_s`."""
         self.start_workers()
         self._plan_kills()
-        sessions = self._workload.sessions
-        for number, session in enumerate(sessions):
-            gateway = self.gateways[number % len(self.gateways)]
-            self.clock.call_at(session.start_s, self._send, gateway, session, 0)
-        last = max((session.start_s for session in sessions), default=0.0)
-        num_requests = self._workload.num_requests
+        last, num_requests = self._plan_sessions(), self._workload.num_requests
         self.clock.run(until=last + self.scenario.drain_s, is_over=lambda: self._num_ended == num_requests)
         for record in self._records:
             record.ending = record.ending or Ending.UNFINISHED
@@ -120,6 +115,28 @@ class Simulation:
 
     # --- sessions ------------------------------------------------------------------------------------------------
 
+    def _plan_sessions(self) -> float:
+        """Let them start when they should. Returns the instant of the last start that is known."""
+        sessions, num_clients = self._workload.sessions, self._workload.num_clients
+        if num_clients is None:
+            for number, session in enumerate(sessions):
+                self.clock.call_at(session.start_s, self._send, self._gateway(number), session, 0)
+            return max((session.start_s for session in sessions), default=0.0)
+        for _ in range(min(num_clients, len(sessions))):
+            self.clock.call_at(0.0, self._start_next)
+        return 0.0
+
+    def _start_next(self) -> None:
+        """A client of a closed loop is free."""
+        number, sessions = self._num_started, self._workload.sessions
+        if number < len(sessions):
+            self._num_started += 1
+            self._send(self._gateway(number), sessions[number], 0)
+
+    def _gateway(self, number: int) -> SimulatedGateway:
+        """Sessions take turns."""
+        return self.gateways[number % len(self.gateways)]
+
     def _send(self, gateway: SimulatedGateway, session: Session, number: int) -> None:
         turn = session.turns[number]
         record = Record(self.clock.now, turn.prompt_tokens, turn.completion_tokens)
@@ -132,11 +149,11 @@ class Simulation:
             self._num_ended += 1
             self._on_progress(self._num_ended, self._workload.num_requests)
             num_left = len(session.turns) - number - 1
-            if not num_left:
-                return
-            if record.ending is Ending.FINISHED:
+            if num_left and record.ending is Ending.FINISHED:
                 self.clock.call_later(session.turns[number + 1].think_s, self._send, gateway, session, number + 1)
-            else:
-                self._num_ended += num_left  # nobody asks on without an answer
+                return
+            self._num_ended += num_left  # nobody asks on without an answer
+            if self._workload.num_clients is not None:
+                self.clock.call_soon(self._start_next)
 
         SimulatedDriver(gateway, request, turn, record, ended).start()

@@ -63,12 +63,17 @@ def test_arrivals_have_the_share_of_the_capacity_that_the_cell_names():
     assert rate == pytest.approx(0.9 * drawn.estimate.requests_per_s, rel=0.01)
 
 
-def test_a_closed_loop_begins_at_once_and_asks_on():
+def test_a_closed_loop_has_the_clients_that_the_load_asks_for():
     drawn = setup(cell(arrivals="closed"), 0)
-    assert {session.start_s for session in drawn.workload.sessions} == {0.0}
-    assert len(drawn.workload.sessions) == drawn.estimate.clients(0.9)
+    assert drawn.workload.num_clients == drawn.estimate.clients(0.9)
     assert {turn.think_s for turn in turns(drawn)} == {0.0}
-    assert drawn.is_closed
+    assert setup(cell(), 0).workload.num_clients is None
+
+
+def test_every_client_of_a_closed_loop_has_more_than_one_session():
+    few = cell(arrivals="closed", prompts="60k", answers=2_000, sharing="sessions", prefill=100_000, step_ms=30)
+    drawn = setup(few, 0)
+    assert len(drawn.workload.sessions) > 1.5 * drawn.workload.num_clients
 
 
 @pytest.mark.parametrize(("sharing", "share"), [("none", 0), ("half", 0.5), ("95%", 0.95)])

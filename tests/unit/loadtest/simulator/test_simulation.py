@@ -98,6 +98,28 @@ def test_a_turn_follows_the_answer_after_its_think_time():
     assert second.cached_tokens == 1024
 
 
+def test_clients_of_a_closed_loop_begin_together_and_go_on_as_they_are_answered():
+    sessions = [Session(0.0, (alone(length, 1, segment),)) for segment, length in enumerate((4000, 1000, 1000, 1000))]
+    result = Simulation(scenario("least_loaded", both=2), Workload("small", 512, tuple(sessions), num_clients=2)).run()
+    long, *short = result.records
+    assert [record.sent_at for record in result.records] == [
+        0.0,
+        0.0,
+        short[0].last_at,
+        pytest.approx(short[1].last_at),
+    ]
+    assert all(record.ending is Ending.FINISHED for record in result.records)
+    assert long.last_at > short[1].sent_at
+
+
+def test_a_session_of_a_closed_loop_keeps_its_pauses_and_the_next_begins_when_it_has_ended():
+    first = Session(0.0, (alone(1000, 1), replace(alone(1500, 1), think_s=3.0)))
+    sessions = (first, Session(0.0, (alone(1000, 1, 7),)))
+    one, two, three = Simulation(scenario(both=1), Workload("small", 512, sessions, num_clients=1)).run().records
+    assert two.sent_at == pytest.approx(one.last_at + 3.0)
+    assert three.sent_at == pytest.approx(two.last_at)
+
+
 def test_the_queue_waits_as_an_m_d_1_queue_does():
     # A prompt of 2048 tokens fills a step, so service is one step long; one token is all that is asked for.
     service_s, utilisation, count = prefill_step_s(2048, 0), 0.6, 3000
