@@ -10,6 +10,7 @@ from app.http.body import BodyMemory
 from app.metrics import Metrics
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
+from app.recording import Recorder
 from app.responses.background import Background
 from app.responses.store import ResponseStore
 from app.serving.binding import Clock, Dispatcher
@@ -42,3 +43,5 @@ class Gateway:
     new_request_id: Callable[[], RequestId]
     prefills: QueuedPrefills | None = None
     """The queue for prompts; None: they are sent to the worker chosen."""
+    recorder: Recorder | None = None
+    """Where served requests are written down; None: nowhere."""

@@ -40,6 +40,7 @@ from app.http.routes.tokens import token_routes
 from app.metrics import Metrics, router_gauges
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
+from app.recording import Recorder
 from app.responses.background import Background
 from app.responses.store import ResponseStore
 from app.serving.binding import Dispatcher
@@ -148,6 +149,15 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
     if settings.prefill_dispatch == "queue":
         prefills = QueuedPrefills(PrefillQueue(events), events, fleet, gateway=secrets.token_hex(8))
         metrics.watch(prefills.gauges)
+    recorder = None
+    if settings.record is not None:
+        recorder = Recorder(
+            settings.record.expanduser(),
+            file_bytes=settings.record_file_bytes,
+            num_files=settings.record_files,
+            wall_clock=time.time,
+        )
+        metrics.watch(recorder.gauges)
     relay = Relay(
         dispatcher,
         fleet,
@@ -156,6 +166,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         limits=ExchangeLimits(settings.max_attempts, settings.replacement_s),
         prefills=prefills,
         keepalive_s=settings.sse_keepalive_s,
+        recorder=recorder,
     )
     values = KeyedStore(
         events,
@@ -181,6 +192,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         fleet=fleet,
         relay=relay,
         prefills=prefills,
+        recorder=recorder,
         responses=responses,
         background=background,
         metrics=metrics,
@@ -242,6 +254,8 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
             background = tasks.create_task(gateway.background.run())
             if gateway.prefills is not None:
                 forever.append(tasks.create_task(gateway.prefills.run()))
+            if gateway.recorder is not None:
+                forever.append(tasks.create_task(gateway.recorder.run()))
             host, port = listener.getsockname()[:2]
             if fallback := gateway.router.stats(now=gateway.clock()).index_fallback:
                 _log.warning("index.pure_python", reason=fallback)

@@ -87,6 +87,17 @@ class GatewaySettings(ProcessSettings):
         Path | None,
         Parameter(help="TOML file with the API keys that may ask, read anew on SIGHUP. Default: everybody may."),
     ] = None
+    record: Annotated[
+        Path | None,
+        Parameter(
+            help="Write a line for each request served into this folder, in Mooncake's trace format: lengths and "
+            "salted hashes, no text. One gateway a folder. Default: nothing is written."
+        ),
+    ] = None
+    record_file_bytes: Annotated[int, Parameter(help="Bytes of a recorded file after which the next one begins.")] = (
+        64 << 20
+    )
+    record_files: Annotated[int, Parameter(help="Most recorded files in the folder; the oldest make room.")] = 16
     cache_dir: Annotated[
         Path | None,
         Parameter(
@@ -106,6 +117,8 @@ class GatewaySettings(ProcessSettings):
             "body_memory_bytes",
             "slow_client_bytes",
             "response_store_bytes",
+            "record_file_bytes",
+            "record_files",
         ):
             if getattr(self, name) < 1:
                 raise UnusableSetting(name, getattr(self, name), "it must be 1 or more")

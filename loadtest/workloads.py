@@ -98,7 +98,9 @@ def load(name: str, *, block_size: int, seed: int) -> Workload:
 
 
 def find_trace(name: str) -> Path:
-    """A path as it is; a name is looked for beside this file, in `$HEADRACE_TRACES` and in `../shared/traces`."""
+    """A path as it is, of a folder too; a name is looked for beside this file, in `$HEADRACE_TRACES` and in
+    `../shared/traces`.
+    """
     here = Path(__file__).parent
     folders = [here / "traces", here.parent.parent / "shared" / "traces"]
     if folder := os.environ.get("HEADRACE_TRACES"):
@@ -109,7 +111,7 @@ def find_trace(name: str) -> Path:
         for folder, stem, ending in itertools.product(folders, stems, (".jsonl.gz", ".jsonl", ""))
         if (path := folder / f"{stem}{ending}").is_file()
     ]
-    if Path(name).is_file():
+    if Path(name).exists():
         return Path(name)
     if not found:
         synthetic = ", ".join(GENERATORS)
@@ -118,15 +120,15 @@ def find_trace(name: str) -> Path:
 
 
 def read_trace(path: Path, *, block_size: int, seed: int) -> Workload:
-    """A trace in Mooncake's format. Arrivals with one timestamp are spread uniformly until the next timestamp.
+    """A trace in Mooncake's format: a file, or a folder of them as a gateway records it (`--record`).
 
+    Arrivals with one timestamp are spread uniformly until the next, at most over twice the trace's smallest step.
     A block smaller than the trace's gets the id of the trace's block around it, so `block_size` must divide 512.
     Raises:  ValueError that names the line; FileNotFoundError.
     """
     if TRACE_BLOCK_SIZE % block_size:
         raise ValueError(f"block size {block_size} does not divide the {TRACE_BLOCK_SIZE} tokens of a trace's block")
-    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    records = [_record(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    records = [record for file in _files(path) for record in _records(file)]
     if not records:
         raise ValueError(f"{path} holds no request: a trace has one JSON object a line")
     records.sort(key=lambda record: record.timestamp)
@@ -134,14 +136,27 @@ def read_trace(path: Path, *, block_size: int, seed: int) -> Workload:
     batches = [list(batch) for _, batch in itertools.groupby(records, key=lambda record: record.timestamp)]
     instants = [batch[0].timestamp / 1000 for batch in batches]
     gaps = [later - sooner for sooner, later in itertools.pairwise(instants)]
+    step = min(gaps, default=0.0)
     sessions = []
-    for start, gap, batch in zip(instants, [*gaps, min(gaps, default=0.0)], batches, strict=True):
+    for start, gap, batch in zip(instants, [*(min(gap, 2 * step) for gap in gaps), step], batches, strict=True):
         arrivals = sorted(start + rng.random() * gap for _ in batch)
         sessions += [
             Session(at - instants[0], (_trace_turn(record, block_size),))
             for at, record in zip(arrivals, batch, strict=True)
         ]
     return Workload(path.name.split(".")[0], block_size, tuple(sessions))
+
+
+def _files(path: Path) -> list[Path]:
+    """By name."""
+    return sorted(each for each in path.glob("*.jsonl*") if each.is_file()) if path.is_dir() else [path]
+
+
+def _records(path: Path) -> "Iterator[_Record]":
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield _record(line, f"{path}:{number}")
 
 
 class _Record(msgspec.Struct):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 import structlog
 
-from app.metrics import Metrics
+from app.metrics import Metrics, RequestSummary
 from app.serving import driver, summary
 from app.serving import effects as do
 from app.serving import events as on
@@ -24,6 +24,7 @@ from app.serving.request import GatewayRequest
 from app.serving.retries import ExchangeLimits
 from app.serving.worker_stream import WorkerStream
 from planes.streams.client import WorkerConnection, WorkerUnreachable
+from planes.wire.blocks import Tokens
 from planes.wire.errors import HeadraceError
 from planes.wire.frames import Generate
 from planes.wire.messages import RequestId, WorkerId
@@ -63,11 +64,17 @@ class Prefills(Protocol):
     def release(self, model: str, job: RequestId, worker: WorkerId) -> None: ...
 
 
+class Recorder(Protocol):
+    """What `app.recording.Recorder` does."""
+
+    def ended(self, prompt: Tokens, root: str, *, completion_tokens: int, ago_s: float) -> None: ...
+
+
 class Relay:
     """Serves requests. One for each gateway process.
 
     clock: the event loop's.  prefills: the queue for prompts; None: they are sent to the worker chosen.
-    keepalive_s: longest silence of a stream; 0: it may be silent.
+    keepalive_s: longest silence of a stream; 0: it may be silent.  recorder: told of every request that was served.
     """
 
     def __init__(
@@ -80,6 +87,7 @@ class Relay:
         limits: ExchangeLimits,
         prefills: Prefills | None = None,
         keepalive_s: float = 0.0,
+        recorder: Recorder | None = None,
     ) -> None:
         self.dispatcher = dispatcher
         self.workers = workers
@@ -88,6 +96,7 @@ class Relay:
         self.limits = limits
         self.prefills = prefills
         self.keepalive_s = keepalive_s
+        self.recorder = recorder
 
     async def run(self, request: GatewayRequest, response: Response) -> None:
         """Answer `request`, whatever happens. Raises nothing but CancelledError."""
@@ -166,10 +175,23 @@ class _Serving(ExchangeDriver):
             ended_at=ended_at,
         )
         self._relay.metrics.ended(told)
+        if self._relay.recorder is not None:
+            self._record(self._relay.recorder, told, ended_at)
         record = summary.log_record(
             self._request, attempt, told, num_attempts=len(exchange.attempts), ended_at=ended_at
         )
         _log.info("request.finished", **record)
+
+    def _record(self, recorder: Recorder, told: RequestSummary, ended_at: float) -> None:
+        """What no worker has computed is left out. Choices count as one answer as long as their mean."""
+        request = self._request
+        if told.completion_tokens or told.code == "ok":
+            recorder.ended(
+                request.prompt,
+                f"{request.model}\0{request.cache_salt}",
+                completion_tokens=max(1, round(told.completion_tokens / request.sampling.n)),
+                ago_s=ended_at - request.arrived_at,
+            )
 
     # --- to workers ----------------------------------------------------------------------------------------------
 

@@ -1,3 +1,4 @@
+import gzip
 import json
 import random
 from collections import Counter
@@ -52,6 +53,28 @@ def test_arrivals_of_a_batch_are_spread_until_the_next(trace):
     starts = [session.start_s for session in workloads.read_trace(trace, block_size=512, seed=1).sessions]
     assert starts == sorted(starts)
     assert 0 <= starts[0] < starts[1] < 3 <= starts[2] < 6
+
+
+def test_arrivals_of_one_instant_before_a_pause_stay_together(tmp_path):
+    path = tmp_path / "pause.jsonl"
+    stamps = [1000, 1001, 1001, 60_000]
+    lines = ({"timestamp": at, "input_length": 1, "output_length": 1, "hash_ids": [0]} for at in stamps)
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    starts = [session.start_s for session in workloads.read_trace(path, block_size=512, seed=1).sessions]
+    assert starts[0] <= starts[1] <= starts[2] < 0.004
+    assert starts[3] >= 59
+
+
+def test_a_folder_of_traces_is_one_trace(trace, tmp_path):
+    folder = tmp_path / "recorded"
+    folder.mkdir()
+    first, second, third = trace.read_text().splitlines()
+    (folder / "b.jsonl").write_text(f"{first}\n{second}\n")
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(third.encode()))
+    (folder / "notes.txt").write_text("no trace")
+    whole = workloads.read_trace(workloads.find_trace(str(folder)), block_size=512, seed=1)
+    assert whole.name == "recorded"
+    assert [each.turns[0].prompt_tokens for each in whole.sessions] == [1025, 1024, 600]
 
 
 @pytest.mark.parametrize(

@@ -765,3 +765,39 @@ async def test_several_choices_that_were_only_kept_alive_start_over(impatient):
     _, sink = impatient.leg("d1")
     sink.on_done(done(b"all", [1, 2]))
     assert (await impatient.finished()).payloads[-1] == b"all"
+
+
+class Recording:
+    def __init__(self):
+        self.lines = []
+
+    def ended(self, prompt, root, *, completion_tokens, ago_s):
+        assert ago_s >= 0
+        self.lines.append((prompt.tolist(), root, completion_tokens))
+
+
+async def test_a_served_request_is_recorded_with_its_prompt_and_the_length_of_its_answer(scene):
+    scene.relay.recorder = Recording()
+    await scene.start((None, "d0"))
+    _, sink = scene.leg("d0")
+    sink.on_delta(b"one", [7])
+    sink.on_done(done(b"two", [8, 9]))
+    await scene.finished()
+    assert scene.relay.recorder.lines == [(PROMPT.tolist(), "sim\0", 3)]
+
+
+async def test_choices_are_recorded_as_one_answer_of_their_mean_length(scene):
+    scene.relay.recorder = Recording()
+    await scene.start((None, "d0"), n=2)
+    _, sink = scene.leg("d0")
+    sink.on_done(done(b"all", [7, 8, 9, 10]))
+    await scene.finished()
+    assert scene.relay.recorder.lines == [(PROMPT.tolist(), "sim\0", 2)]
+
+
+async def test_a_request_that_no_worker_began_is_not_recorded(scene):
+    scene.relay.recorder = Recording()
+    scene.router.refuses = NoWorker("sim", num_workers=0)
+    scene.task = asyncio.create_task(scene.relay.run(scene.request(), scene.response))
+    await scene.finished()
+    assert scene.relay.recorder.lines == []
