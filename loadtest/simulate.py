@@ -18,13 +18,14 @@ import msgspec
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
+from loadtest.like import LiveFleet, live_fleet
 from loadtest.progress import Progress, each
 from loadtest.report import Report, Row, Slo, markdown, summarise, table, write
 from loadtest.simulator.scenario import Faults, Scenario, engine_facts
 from loadtest.simulator.simulation import Simulation
 from loadtest.workloads import GENERATORS, TRACE_BLOCK_SIZE, Workload, load
 from planes.wire.errors import UnusableSetting
-from planes.wire.messages import EngineFacts
+from planes.wire.messages import EngineFacts, Role
 from process.settings import run
 from router.policies import POLICIES, load_policy
 
@@ -115,6 +116,8 @@ class Comparison:
     facts: EngineFacts
     seed: int
     slo: Slo
+    like: LiveFleet | None = None
+    """Whose workers to take; without it all are as `facts` says."""
 
     def run(self, cases: Sequence[Case], jobs: int = 1) -> list[Row]:
         progress = Progress(len(cases) * len(self.policies))
@@ -168,6 +171,8 @@ class Comparison:
             slow_worker=case.slow_worker,
             faults=Faults(kill_every_s=case.kill_every_s, restart_s=case.restart_s),
         )
+        if self.like is not None:
+            scenario = self.like.scenario(scenario)
         result = Simulation(scenario, workload, on_progress).run()
         calm_fleet = "" if case.kill_every_s is None else replace(case, kill_every_s=None).fleet
         return summarise(result, load=case.load, fleet=case.fleet, policy=policy, slo=self.slo, calm_fleet=calm_fleet)
@@ -177,6 +182,7 @@ class Comparison:
             "seed": self.seed,
             "policies": list(self.policies),
             "engine": msgspec.to_builtins(self.facts),
+            "like": None if self.like is None else [msgspec.to_builtins(worker) for worker in self.like.workers],
             "cases": [msgspec.to_builtins(case) for case in cases],
         }
         return Report(settings, versions(), self.slo, rows)
@@ -222,6 +228,8 @@ def main(
     max_batch: Annotated[int, _AT_LEAST_1] = 128,
     shortest_first: bool = False,
     link_gbps: Annotated[float, _POSITIVE] = 100.0,
+    like: str | None = None,
+    like_model: str = "",
     blocks: Annotated[int, _AT_LEAST_1] = 1000,
     block_size: Annotated[int, _AT_LEAST_1] = 512,
     slo_ttft: Annotated[float, _POSITIVE] = 5.0,
@@ -253,6 +261,9 @@ def main(
         max_batch: most sequences running at once
         shortest_first: engines compute the shortest prompt first, as vLLM with our plug-in does; else in turn
         link_gbps: each worker's network, Gbit/s
+        like: URL of a gateway: workers and links as fast as it has learned that its own are, and as many if no number
+            is given; replaces the seven flags before and the two after. An API key for it is in HEADRACE_API_KEY
+        like_model: whose workers, where that gateway serves several models
         blocks: KV blocks per worker
         block_size: tokens per block; for a trace it must divide 512
         slo_ttft: seconds until the first token that count as good
@@ -263,11 +274,7 @@ def main(
         quick: with --matrix: a small one, in seconds; writes nothing unless --json or --html is given
         jobs: processes to share the runs
     """
-    names = [name.strip() for name in policies.split(",") if name.strip()]
-    if not names:
-        raise UnusableSetting(
-            "policies", policies, f"at least one is needed, of {', '.join(POLICIES)} or a module:Class"
-        )
+    names = _names(policies)
     if max_step_tokens < max_batch:
         raise UnusableSetting("max_step_tokens", max_step_tokens, f"it must be at least --max-batch, {max_batch}")
     facts = engine_facts(
@@ -280,11 +287,11 @@ def main(
         max_step_tokens=max_step_tokens,
         is_shortest_first=shortest_first,
     )
-    comparison = Comparison(names, facts, seed, Slo(slo_ttft, slo_itl))
-    if prefill + decode + both == 0:
-        prefill, decode = 8, 4
-    if not decode + both:
-        raise UnusableSetting("prefill", prefill, "prefill workers alone cannot decode; add --decode or --both")
+    live = None if like is None else live_fleet(like, like_model)
+    if live is not None:
+        facts, block_size = live.facts, live.facts.block_size
+    comparison = Comparison(names, facts, seed, Slo(slo_ttft, slo_itl), live)
+    prefill, decode, both = _numbers(prefill, decode, both, live)
     if matrix is not None:
         cases: Sequence[Case] = [_limited(case, limit) for case in (QUICK if quick else MATRIX)]
     else:
@@ -319,6 +326,27 @@ def main(
             write_docs(report, matrix)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
+
+
+def _names(policies: str) -> list[str]:
+    """Raises:  UnusableSetting."""
+    names = [name.strip() for name in policies.split(",") if name.strip()]
+    if not names:
+        raise UnusableSetting(
+            "policies", policies, f"at least one is needed, of {', '.join(POLICIES)} or a module:Class"
+        )
+    return names
+
+
+def _numbers(prefill: int, decode: int, both: int, live: LiveFleet | None) -> tuple[int, int, int]:
+    """Workers of each role: those asked for, else the live fleet's, else the usual.  Raises:  UnusableSetting."""
+    if prefill + decode + both == 0:
+        if live is None:
+            return 8, 4, 0
+        return live.count(Role.PREFILL), live.count(Role.DECODE), live.count(Role.BOTH)
+    if not decode + both:
+        raise UnusableSetting("prefill", prefill, "prefill workers alone cannot decode; add --decode or --both")
+    return prefill, decode, both
 
 
 def check_plots(**folders: Path | None) -> None:

@@ -3,15 +3,16 @@
 import random
 from collections.abc import Iterable, Mapping
 
+import msgspec
 import numpy as np
 
-from planes.wire.messages import LoadReport, Registration, RequestId, WorkerId, WorkerState
+from planes.wire.messages import LatencyPrior, LoadReport, Registration, RequestId, WorkerId, WorkerState
 from router.errors import ContextTooLong, NoPair, NoWorker
 from router.index.index import BlockIndex
 from router.links import LinkTable
 from router.policy import FleetView, HandoverGroup, WorkerView
 from router.request import Candidate, HandoverPreference, Observed, RoutableRequest
-from router.stats import WorkerStatus
+from router.stats import LinkStatus, WorkerStatus
 from router.worker import Reservation, Worker
 
 _MAX_SHARING = 64  # prompts under way with the same first block that a new one is compared with
@@ -256,9 +257,20 @@ class Fleet:
                 utilisation=worker.utilisation.computing,
                 speed=worker.latency.speed,
                 reported_s=None if worker.reported_at is None else now - worker.reported_at,
+                latency=self._learned(worker),
+                num_samples=worker.latency.num_samples,
             )
             for name, worker in self.workers.items()
         ]
+
+    def _learned(self, worker: Worker) -> LatencyPrior:
+        link = self.links.sender(worker.worker)
+        return msgspec.structs.replace(
+            worker.latency.learned, handover_fixed_s=link.fixed_s, handover_bytes_per_s=link.bytes_per_s
+        )
+
+    def link_statuses(self) -> list[LinkStatus]:
+        return self.links.statuses()
 
 
 def _pairable(workers: Iterable[Worker]) -> list[Worker]:

@@ -33,6 +33,7 @@ _SWEEPS = 4
 _ERROR_GAIN = 0.05
 _MAX_SECONDS = 3600.0
 _MAX_COUNT = 1 << 48  # tokens, pairs, bytes: beyond any engine, and safe to turn into a float
+_MAX_BYTES_PER_S = 1e18
 _LEAST_PRIOR = 1e-3  # of the default prior: what a prior of zero stands for, there must be a scale to learn against
 
 
@@ -125,6 +126,20 @@ class LatencyModel:
         """Recent slowdown against what the coefficients say; 1 is none."""
         return math.exp(self._log_speed)
 
+    @property
+    def learned(self) -> LatencyPrior:
+        """What it predicts with now, in the shape of a prior; of handovers it knows nothing but the default."""
+        prefill_fixed_s, per_token_s, per_pair_s = self._prefill
+        step_fixed_s, per_sequence_s, per_kv_token_s = self._step
+        return LatencyPrior(
+            prefill_fixed_s=prefill_fixed_s,
+            prefill_per_token_s=per_token_s,
+            prefill_per_pair_s=per_pair_s,
+            step_fixed_s=step_fixed_s,
+            step_per_sequence_s=per_sequence_s,
+            step_per_kv_token_s=per_kv_token_s,
+        )
+
     def prefill_s(self, uncached_tokens: int, prompt_tokens: int) -> float:
         """Seconds to compute the last `uncached_tokens` of `prompt_tokens`, 0 <= uncached_tokens <= prompt_tokens."""
         fixed, per_token, per_pair = self._prefill
@@ -163,6 +178,7 @@ class LatencyModel:
         """Take in a whole prefill, for engines that report no steps."""
         if not is_plausible(seconds) or not 0 < uncached_tokens <= prompt_tokens < _MAX_COUNT:
             return
+        self.num_samples += 1
         steps = -(-uncached_tokens // self._max_step_tokens) if self._max_step_tokens else 1
         fixed, per_token, per_pair = self._prefill_prior
         pairs = uncached_tokens * (prompt_tokens - uncached_tokens / 2)
@@ -222,6 +238,16 @@ class LinkModel:
         self.error_ratio = 0.0
         """Mean of |predicted - measured| / measured over the last handovers."""
         self._fixed, self._per_byte = self._prior
+
+    @property
+    def fixed_s(self) -> float:
+        """Seconds of a handover whatever its size."""
+        return self._fixed
+
+    @property
+    def bytes_per_s(self) -> float:
+        """At most 1e18, which stands for any number."""
+        return min(_MAX_BYTES_PER_S, 1 / self._per_byte) if self._per_byte > 0 else _MAX_BYTES_PER_S
 
     def handover_s(self, num_bytes: int) -> float:
         """Seconds to move `num_bytes`, 0 or more."""

@@ -2,6 +2,7 @@
 
 from planes.wire.messages import LatencyPrior, WorkerId
 from router.latency import LinkModel
+from router.stats import LinkStatus
 
 
 class LinkTable:
@@ -39,6 +40,17 @@ class LinkTable:
             if pair is None:
                 pair = self._pairs[prefill, decode] = LinkModel(prior)
             pair.learn(num_bytes, seconds)
+
+    def sender(self, prefill: WorkerId) -> LinkModel:
+        """Of all that a worker gives, to whomever."""
+        return self._senders.get(prefill) or LinkModel(LatencyPrior())
+
+    def statuses(self) -> list[LinkStatus]:
+        """Every pair that has handed over, in order."""
+        return [
+            LinkStatus(prefill, decode, model.fixed_s, model.bytes_per_s, model.error_ratio)
+            for (prefill, decode), model in sorted(self._pairs.items())
+        ]
 
     def __len__(self) -> int:
         """Pairs that are remembered."""

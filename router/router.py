@@ -30,7 +30,7 @@ from router.policy import FleetView, Policy
 from router.queue import Queue, Waiting
 from router.request import Candidate, Explanation, Observed, Outcome, RoutableRequest, Route
 from router.settings import RouterSettings
-from router.stats import Counts, RouterStats, ShadowStats, WorkerStatus
+from router.stats import Counts, LinkStatus, RouterStats, ShadowStats, WorkerStatus
 from router.worker import Reservation
 
 _LENGTH_GAIN = 0.02
@@ -382,6 +382,10 @@ class Router:
     def workers(self, *, now: float) -> list[WorkerStatus]:
         """Every registered worker as the router sees it."""
         return self._fleet.statuses(now)
+
+    def links(self) -> list[LinkStatus]:
+        """Every pair of workers that has handed over, and how fast."""
+        return self._fleet.link_statuses()
 
 
 class BindRate:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from planes.wire.messages import Role, WorkerId, WorkerState
+from planes.wire.messages import LatencyPrior, Role, WorkerId, WorkerState
 from router.request import Candidate, Observed
 
 _ERROR_GAIN = 0.05
@@ -77,6 +77,22 @@ class WorkerStatus:
     """Recent slowdown against the learned coefficients; 1 is none."""
     reported_s: float | None
     """Age of the last load report; None: there was none."""
+    latency: LatencyPrior
+    """What has been learned of its speed, `speed` included; handovers: of all it has given."""
+    num_samples: int
+    """Engine steps or prefills that this was learned from; 0: it is the worker's own guess."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStatus:
+    """What has been learned of handovers between two workers, for `GET /v1/fleet`."""
+
+    prefill: WorkerId
+    decode: WorkerId
+    fixed_s: float
+    bytes_per_s: float
+    error_ratio: float
+    """Mean of |predicted - measured| / measured over the last ones."""
 
 
 @dataclass(slots=True)

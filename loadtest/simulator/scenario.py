@@ -1,7 +1,7 @@
 """What a simulation is run with: fleet, wiring and faults."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -76,6 +76,14 @@ class Faults:
 
 
 @dataclass(frozen=True, slots=True)
+class Link:
+    """A handover takes `fixed_s`, after its turn at the giver's network and bytes / `bytes_per_s` there."""
+
+    fixed_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Scenario:
     """A fleet and its router."""
 
@@ -102,6 +110,18 @@ class Scenario:
     faults: Faults = field(default_factory=Faults)
     drain_s: float = 3600.0
     """The run ends this long after the last session's start; what is not finished by then counts as unfinished."""
+
+    own_facts: Mapping[WorkerId, EngineFacts] = field(default_factory=dict)
+    """Of workers that are not as `facts` says; blocks are equal everywhere."""
+    own_links: Mapping[tuple[WorkerId, WorkerId], Link] = field(default_factory=dict)
+    """Giver and taker → their link, where it is not as the giver's facts say."""
+
+    def facts_of(self, worker: WorkerId) -> EngineFacts:
+        return self.own_facts.get(worker, self.facts)
+
+    def link(self, giver: WorkerId, taker: WorkerId) -> Link:
+        speed = self.facts_of(giver).latency
+        return self.own_links.get((giver, taker)) or Link(speed.handover_fixed_s, speed.handover_bytes_per_s)
 
     def workers(self) -> list[tuple[WorkerId, Role]]:
         roles = [Role.PREFILL] * self.num_prefill + [Role.DECODE] * self.num_decode + [Role.BOTH] * self.num_both

@@ -55,13 +55,14 @@ class SimulatedWorker:
         self.totals = totals
         self.killed_at: float | None = None
         self._scenario, self._clock, self._gaps, self._rng = scenario, clock, gaps, rng
+        self._facts = scenario.facts_of(self.id)
         self._lives = lives
         self._legs: dict[RequestId, SimulatedLeg] = {}
         self._nic_free_at = 0.0
         self._wake_at: float | None = None
         self._begun_at = 0.0
         self.publisher = SimulatedPublisher(self.id, epoch, clock, scenario.publish_s, listeners)
-        self.core = SimCore(scenario.facts, scenario.facts.latency, model=MODEL, on_events=self.publisher.kv_changed)
+        self.core = SimCore(self._facts, self._facts.latency, model=MODEL, on_events=self.publisher.kv_changed)
         self._leases = Leases(clock, scenario.lease_s, free=self._free, on_expired=self._lease_expired)
 
     @property
@@ -78,7 +79,7 @@ class SimulatedWorker:
             model=MODEL,
             address="127.0.0.1:1",
             engine="sim",
-            facts=self._scenario.facts,
+            facts=self._facts,
             card_digest="",
             handover=endpoint,
         )
@@ -115,7 +116,7 @@ class SimulatedWorker:
         self._legs[leg.name] = leg
         if not isinstance(leg.kind, DecodeLeg):
             self.totals.prompts += 1
-        self.core.submit(leg.sim_request(self._scenario.facts.block_size), now=self._clock.now)
+        self.core.submit(leg.sim_request(self._facts.block_size), now=self._clock.now)
         self._advance()
         self.publisher.wake()
 
@@ -243,7 +244,7 @@ class SimulatedWorker:
             queue_s=report.queue_s,
             prefill_s=report.prefill_s,
             handover_s=report.handover_s,
-            handover_bytes=report.handover_blocks * self._scenario.facts.bytes_per_block,
+            handover_bytes=report.handover_blocks * self._facts.bytes_per_block,
             decode_s=report.decode_s,
         )
 
@@ -277,18 +278,18 @@ class SimulatedWorker:
                 reason = f"its lease of {ticket.lease_s:g} s was over"
                 self._clock.call_soon(self._not_taken, leg, "ticket_expired", reason)
             else:
-                self._clock.call_at(giver.send(name, blocks), self._handover_ended, leg, giver)
+                self._clock.call_at(giver.send(name, blocks, self.id), self._handover_ended, leg, giver)
         return has_ready
 
-    def send(self, name: RequestId, num_blocks: int) -> float:
+    def send(self, name: RequestId, num_blocks: int, taker: WorkerId) -> float:
         """Put a transfer in the line of this worker's NIC; the instant at which it arrives."""
-        facts = self._scenario.facts
-        num_bytes = num_blocks * facts.bytes_per_block
+        link = self._scenario.link(self.id, taker)
+        num_bytes = num_blocks * self._facts.bytes_per_block
         self.totals.sent_bytes += num_bytes
         start = max(self._clock.now, self._nic_free_at)
-        self._nic_free_at = start + num_bytes / facts.latency.handover_bytes_per_s
+        self._nic_free_at = start + num_bytes / link.bytes_per_s
         self._leases.begin_read(name)
-        return self._nic_free_at + facts.latency.handover_fixed_s
+        return self._nic_free_at + link.fixed_s
 
     def _handover_ended(self, leg: SimulatedLeg, giver: "SimulatedWorker") -> None:
         is_wanted = self.is_alive and self._legs.get(leg.name) is leg

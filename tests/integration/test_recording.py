@@ -1,12 +1,13 @@
 """What a gateway records can be simulated: `--record`."""
 
+import asyncio
 import signal
 
 import pytest
 
+from loadtest.like import live_fleet
 from loadtest.report import Slo
 from loadtest.simulate import Case, Comparison
-from loadtest.simulator.scenario import engine_facts
 from loadtest.workloads import read_trace
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
@@ -30,6 +31,7 @@ async def test_a_recorded_load_is_served_again_by_the_simulator(site, reach, uni
             lengths.append((answer.json()["usage"]["prompt_tokens"], max_tokens))
         async with api.stream(unique, max_tokens=3) as stream:
             await stream.read()
+        live = await asyncio.to_thread(live_fleet, gateway.url)
         refused = await api.chat(unique, max_tokens=0)
         assert refused.status_code == 400
         gateway.process.send(signal.SIGTERM)
@@ -45,7 +47,9 @@ async def test_a_recorded_load_is_served_again_by_the_simulator(site, reach, uni
     assert turns[3].blocks[:1].tolist() != turns[0].blocks[:1].tolist()
     assert all(unique not in text for text in texts(folder))
 
-    facts = engine_facts(block_size=64, num_blocks=1000, link_gbps=100)
-    (row,) = Comparison(["headrace"], facts, 0, Slo()).run([Case(str(folder), 1.0, 1, 1)])
+    roles = {worker.worker: worker.role for worker in live.workers}
+    assert roles == {"decode-1": "decode", "prefill-1": "prefill"}
+    assert any(worker.num_samples for worker in live.workers)
+    (row,) = Comparison(["headrace"], live.facts, 0, Slo(), live).run([Case(str(folder), 1.0, 1, 1)])
     assert (row.num_requests, row.num_finished) == (4, 4)
     assert row.hit_rate > 0.3

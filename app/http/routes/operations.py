@@ -54,7 +54,7 @@ def operation_routes(gateway: Gateway) -> APIRouter:
 
     @routes.get("/v1/fleet", response_model=None)
     async def fleet(request: Request) -> Response:
-        """The workers (with keys: not where they are), models, what they disagree on; how the router sees them."""
+        """The workers (with keys: not where they are), models, what they disagree on; the router's view, speeds too."""
         gateway.keys.authenticate(request.headers)
         return json_reply(
             {
@@ -63,6 +63,7 @@ def operation_routes(gateway: Gateway) -> APIRouter:
                 "models": gateway.models.statuses(),
                 "warnings": list(gateway.fleet.splits.values()),
                 "router": gateway.router.workers(now=gateway.clock()),
+                "links": gateway.router.links(),
                 "routing": _routing(gateway.routing_config),
             }
         )

@@ -209,7 +209,7 @@ async def test_the_fleet_lists_what_is_registered(gateway, client):
     (worker,) = listed["workers"]
     assert (worker["worker"], worker["role"], worker["is_connected"], worker["load"]) == ("d0", "both", False, None)
     assert worker["facts"]["block_size"] == 16
-    assert listed["router"] == []
+    assert (listed["router"], listed["links"]) == ([], [])
     followed = listed["routing"]
     assert set(followed) == {*RoutingConfig.__struct_fields__, "refused_because"}
     assert (followed["policy"], followed["shadow_policy"], followed["queue_limit"]) == ("headrace", None, 4096)

@@ -135,3 +135,16 @@ def test_a_prior_of_zeros_can_still_be_learned_against():
         model.learn([StepSample(0, 0, 4, 100, 0.05), StepSample(100, 5000, 0, 0, 0.2)] * 4)
     assert model.step_s(4, 100) == pytest.approx(0.05, rel=0.1)
     assert model.prefill_s(100, 100) == pytest.approx(0.2, rel=0.1)
+
+
+def test_what_was_learned_is_told_as_a_prior_that_predicts_the_same():
+    model = LatencyModel(LatencyPrior(), 1000)
+    for number in range(200):
+        tokens = 100 + number % 7 * 100
+        model.learn(
+            [StepSample(tokens, tokens * tokens // 2, 0, 0, 0.1 + tokens / 2000), StepSample(0, 0, 4, 4000, 0.03)]
+        )
+    copy = LatencyModel(model.learned, 1000)
+    assert copy.prefill_s(700, 900) == pytest.approx(model.prefill_s(700, 900), rel=1e-3)
+    assert copy.step_s(5, 5000) == pytest.approx(model.step_s(5, 5000), rel=1e-3)
+    assert model.num_samples == 400

@@ -1,3 +1,5 @@
+import pytest
+
 from planes.wire.messages import LatencyPrior, WorkerId
 from router.links import LinkTable
 
@@ -36,3 +38,15 @@ def test_a_sender_that_left_is_forgotten():
     links.drop(P)
     links.learn(P, D, 1000, 2.0)
     assert (len(links), links.link(P, D).handover_s(0)) == (0, LatencyPrior().handover_fixed_s)
+
+
+def test_what_a_pair_has_learned_is_told():
+    links = table(P, D)
+    assert links.statuses() == []
+    for megabytes in (1, 10, 100) * 40:
+        links.learn(P, D, megabytes << 20, 0.02 + (megabytes << 20) / 1e9)
+    (status,) = links.statuses()
+    assert (status.prefill, status.decode) == (P, D)
+    assert status.fixed_s == pytest.approx(0.02, rel=0.05)
+    assert status.bytes_per_s == pytest.approx(1e9, rel=0.05)
+    assert links.sender(P).bytes_per_s == pytest.approx(1e9, rel=0.05)
