@@ -517,10 +517,10 @@ def workloads(draw_):
     return sorted(requests), sorted(aborts)
 
 
-def simulate(workload, horizon):
+def simulate(workload, horizon, *, is_shortest_first):
     """A discrete-event loop as the simulator's: arrivals and aborts cut what is in progress."""
     requests, aborts = workload
-    h = Harness(num_blocks=16, max_batch=3)
+    h = Harness(num_blocks=16, max_batch=3, is_shortest_first=is_shortest_first)
     events: list[tuple[float, int, Any]] = [(at, 0, (name, prompt, count)) for at, name, prompt, count in requests]
     events += [(at, 1, f"r{i}") for at, i in aborts]
     loads = []
@@ -547,10 +547,10 @@ def simulate(workload, horizon):
 
 
 @settings(max_examples=200, deadline=None)
-@given(workloads())
-def test_runs_of_steps_give_exactly_what_single_steps_give(workload):
-    single, single_loads = simulate(workload, None)
-    runs, run_loads = simulate(workload, math.inf)
+@given(workloads(), st.booleans())
+def test_runs_of_steps_give_exactly_what_single_steps_give(workload, is_shortest_first):
+    single, single_loads = simulate(workload, None, is_shortest_first=is_shortest_first)
+    runs, run_loads = simulate(workload, math.inf, is_shortest_first=is_shortest_first)
     aborted = {f"r{i}" for _, i in workload[1]}  # a run in progress drops what it gave a request aborted meanwhile
     assert {n: t for n, t in runs.times.items() if n not in aborted} == {
         n: t for n, t in single.times.items() if n not in aborted
@@ -588,9 +588,11 @@ def test_a_run_ends_with_the_step_that_begins_before_the_horizon():
 class Story(RuleBasedStateMachine):
     """Any order of calls. Holds after each: counts are right. At the end: everybody ended once, nothing leaked."""
 
+    is_shortest_first = False
+
     def __init__(self):
         super().__init__()
-        self.h = Harness(num_blocks=16, max_batch=3, max_step_tokens=8)
+        self.h = Harness(num_blocks=16, max_batch=3, max_step_tokens=8, is_shortest_first=self.is_shortest_first)
         self.prompts, self.remote, self.aborted, self.prefills = {}, set(), set(), set()
 
     @rule(
@@ -667,5 +669,10 @@ class Story(RuleBasedStateMachine):
         self.h.assert_empty()
 
 
+class ShortestFirstStory(Story):
+    is_shortest_first = True
+
+
 TestStory = Story.TestCase
-TestStory.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestShortestFirstStory = ShortestFirstStory.TestCase
+TestStory.settings = TestShortestFirstStory.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
