@@ -9,10 +9,12 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from loadtest.grid.axes import AXES
 from loadtest.grid.verdict import CellResult, verdict
+from loadtest.plan.report import Plan
+from loadtest.plan.trial import Trial
 from loadtest.report import OURS, QUANTILES, Row, by_load, slug
 
 
@@ -119,3 +121,39 @@ def _square(axes: Any, cell: CellResult, x: float, y: int, width: float, colour:
     if found.losses:
         size = 7 if cell.values else 5
         axes.text(x + width / 2, y + 0.5, cell.name, ha="center", va="center", fontsize=size, rotation=0)
+
+
+def plan_picture(plan: Plan) -> bytes:
+    """How many times the SLO the best fleet of each size takes at p99; below the line it holds."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, kind, colour in (("both", plan.both, "tab:blue"), ("prefill + decode", plan.split, "tab:orange")):
+        best: dict[int, Trial] = {}
+        for trial in kind:
+            number = trial.fleet.workers
+            best[number] = min(best.get(number, trial), trial, key=lambda each: each.miss)
+        line = [best[number] for number in sorted(best)]
+        workers = [trial.fleet.workers for trial in line]
+        ttfts, itls = (
+            [min(each.ttft_miss, _FARTHEST) for each in line],
+            [min(each.itl_miss, _FARTHEST) for each in line],
+        )
+        axes.plot(workers, ttfts, "o-", color=colour, label=f"TTFT, {name}")
+        axes.plot(workers, itls, "s--", color=colour, label=f"ITL, {name}")
+        for trial in line:
+            place = (trial.fleet.workers, min(trial.miss, _FARTHEST))
+            roles = f"{trial.fleet.num_prefill}+{trial.fleet.num_decode}"
+            axes.annotate(roles if trial.fleet.num_prefill else "", place, xytext=(3, 5), textcoords="offset points")
+    axes.axhline(1.0, color="tab:red", linewidth=1)
+    if plan.best is not None:
+        axes.axvline(plan.best.fleet.workers, color="tab:green", linewidth=1)
+        axes.set_title(f"{plan.best.fleet} hold p99 within {plan.slo.ttft_s:g} s and {plan.slo.tpot_s * 1e3:g} ms")
+    axes.set(yscale="log", xlabel="workers", ylabel="p99 over its SLO")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _png(figure)
+
+
+_FARTHEST = 100.0
+"""Farther misses, endless ones among them, are drawn here."""

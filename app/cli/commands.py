@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.metadata
+import importlib.util
 import os
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from app.cli.config import ConfigSettings, change_config, live_settings
 from app.cli.fleet import FleetTableSettings, show
 from app.cli.up import UpSettings, run_everything
 from app.settings import GatewaySettings
+from planes.wire.errors import HeadraceError
 from process.environment import strangers
 from process.programs import program
 from process.settings import command_line
@@ -73,6 +75,14 @@ def worker(*flags: Annotated[str, Parameter(allow_leading_hyphen=True, show=Fals
     os.execv(sys.executable, program("workers", *flags))  # noqa: S606 - no shell is the point
 
 
+@app.command(help_flags=[])
+def plan(*flags: Annotated[str, Parameter(allow_leading_hyphen=True, show=False, show_env_var=False)]) -> None:
+    """Find the cheapest fleet for a load and an SLO, by simulation; `headrace plan --help` lists its settings."""
+    if importlib.util.find_spec("loadtest") is None:
+        raise NotInstalled("headrace plan", "the simulator in loadtest/, which comes with the source alone")
+    os.execv(sys.executable, program("loadtest.plan", *flags))  # noqa: S606 - no shell is the point
+
+
 @app.command
 def etcd(*, host: _Host = "127.0.0.1", port: _Port = 2379, data_dir: _DataDir = None) -> None:
     """Run a single etcd, for one machine and for tests; production has a cluster of its own."""
@@ -106,6 +116,15 @@ def config(*changes: _Changes, settings: Annotated[ConfigSettings | None, _FLAGS
     settings = settings or ConfigSettings()
     _tell_strangers(*_EVERYTHING)
     print(asyncio.run(change_config(changes, settings)))
+
+
+class NotInstalled(HeadraceError):  # noqa: N818 - names what is wrong
+    """A command needs what is not here."""
+
+    code = "not_installed"
+
+    def __init__(self, command: str, needs: str) -> None:
+        super().__init__(f"{command} needs {needs}: pip install -e . in a checkout")
 
 
 def _scratch(name: str) -> Path:

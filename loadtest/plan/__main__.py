@@ -1,0 +1,217 @@
+"""Find the cheapest fleet for a load: `headrace plan --help`."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+from cyclopts import App, Parameter
+from cyclopts.validators import Number
+
+from loadtest.like import live_fleet
+from loadtest.plan import sample
+from loadtest.plan.report import Plan, explained, in_order, missed, table
+from loadtest.plan.search import search_both, search_split
+from loadtest.plan.trial import Bench, Fleet, Need, Trial, need
+from loadtest.progress import each
+from loadtest.report import Slo
+from loadtest.simulate import check_plots, versions
+from loadtest.simulator.scenario import engine_facts
+from loadtest.workloads import GENERATORS, TRACE_BLOCK_SIZE, Workload, load
+from planes.wire.errors import UnusableSetting
+from planes.wire.messages import EngineFacts
+from process.settings import run
+
+_STAYS: Final = 3.0
+"""The sample lasts at least so many times as long as a request stays …"""
+_MOST_REQUESTS: Final = 4
+"""… but has at most so many times the requests asked for."""
+
+app = App(name="headrace plan", help="Find the cheapest fleet that holds an SLO.", version_flags=[])
+_AT_LEAST_1: Final = Parameter(validator=Number(gte=1))
+_POSITIVE: Final = Parameter(validator=Number(gt=0, lt=math.inf))
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """One kind of fleet after the other, each in a process of its own if there are two."""
+
+    bench: Bench
+    need: Need
+    most: int
+
+    def trials(self, kind: str) -> list[Trial]:
+        found = Trials(self.bench)
+        (search_both if kind == "both" else search_split)(found.trial, self.need, self.most)
+        return list(found.made.values())
+
+
+@dataclass(slots=True)
+class Trials:
+    """Every fleet is tried once; each is told on standard error."""
+
+    bench: Bench
+    made: dict[Fleet, Trial] = field(default_factory=dict)
+
+    def trial(self, fleet: Fleet) -> Trial:
+        if fleet not in self.made:
+            begun = time.monotonic()
+            found = self.made[fleet] = self.bench.trial(fleet)
+            outcome = "holds" if found.holds else f"misses by {missed(found)}"
+            print(f"{fleet}: {outcome} ({time.monotonic() - begun:.1f} s)", file=sys.stderr, flush=True)
+        return self.made[fleet]
+
+
+def plan(bench: Bench, *, most: int, jobs: int) -> Plan:
+    """Search both kinds. `settings` is left to the caller."""
+    rate = sample.requests_per_s(bench.workload)
+    needed = need(bench, rate)
+    search = Search(bench, needed, most)
+    trials = [trial for found in each(search.trials, ("both", "split"), min(jobs, 2)) for trial in found]
+    return Plan(
+        load=bench.workload.name,
+        requests_per_s=rate,
+        num_requests=bench.workload.num_requests,
+        slo=bench.slo,
+        alone_p99_s=needed.alone_p99_s,
+        trials=in_order(trials),
+        settings={"seed": bench.seed, "policy": bench.policy, "engine": msgspec.to_builtins(bench.facts)},
+        versions=versions(),
+    )
+
+
+@app.default
+def main(
+    *,
+    trace: str | None = None,
+    rate: Annotated[float | None, _POSITIVE] = None,
+    prompt_tokens: Annotated[int, _AT_LEAST_1] = 1500,
+    answer_tokens: Annotated[int, _AT_LEAST_1] = 200,
+    rate_scale: Annotated[float, _POSITIVE] = 1.0,
+    slo_ttft_s: Annotated[float, _POSITIVE] = 2.0,
+    slo_itl_ms: Annotated[float, _POSITIVE] = 50.0,
+    like: str | None = None,
+    like_model: str = "",
+    prefill_tokens_per_s: Annotated[float, _POSITIVE] = 8000.0,
+    step_ms: Annotated[float, _POSITIVE] = 8.0,
+    max_step_tokens: Annotated[int, _AT_LEAST_1] = 2048,
+    max_batch: Annotated[int, _AT_LEAST_1] = 128,
+    shortest_first: bool = False,
+    link_gbps: Annotated[float, _POSITIVE] = 100.0,
+    blocks: Annotated[int, _AT_LEAST_1] = 1000,
+    block_size: Annotated[int, _AT_LEAST_1] = 512,
+    max_workers: Annotated[int, _AT_LEAST_1] = 64,
+    requests: Annotated[int, Parameter(validator=Number(gte=50))] = 1000,
+    seed: int = 0,
+    policy: str = "headrace",
+    explain: bool = False,
+    json: Path | None = None,
+    png: Path | None = None,
+    jobs: Annotated[int, _AT_LEAST_1] = 2,
+) -> None:
+    """Try fleets with the simulator and the production router; print those that hold the SLO and those that miss it.
+
+    Args:
+        trace: yesterday's load: a folder that `headrace gateway --record` wrote, or a file in Mooncake's format
+        rate: requests a second, if there is no trace; then lengths are lognormal about the two means
+        prompt_tokens: mean tokens of a prompt, without a trace
+        answer_tokens: mean tokens of an answer, without a trace
+        rate_scale: the trace so many times as fast
+        slo_ttft_s: seconds until the first token, at p99
+        slo_itl_ms: mean milliseconds between a request's tokens, at p99
+        like: URL of a gateway: workers and links as fast as it has learned that its own are; in place of the engine's
+            flags. An API key for it is in HEADRACE_API_KEY
+        like_model: whose workers, where that gateway serves several models
+        prefill_tokens_per_s: prompt tokens that an engine computes in a second, attention left out
+        step_ms: a decode step without sequences; what sequences and their context take is longer in proportion
+        max_step_tokens: most tokens that one step computes
+        max_batch: most sequences running at once
+        shortest_first: engines compute the shortest prompt first, as vLLM with our plug-in does; else in turn
+        link_gbps: each worker's network, Gbit/s
+        blocks: KV blocks per worker
+        block_size: tokens per block; for a trace it must divide 512
+        max_workers: of a fleet
+        requests: of the sample that each fleet serves; a trace's busiest so many. More where requests stay long
+        seed: of arrivals, lengths and ties
+        policy: which the router follows
+        explain: say why, in sentences
+        json: write everything there
+        png: write a picture there
+        jobs: 2: search both kinds of fleets at once
+    """
+    if (trace is None) == (rate is None):
+        raise UnusableSetting("trace", trace, "either --trace or --rate says what the load is")
+    if max_step_tokens < max_batch:
+        raise UnusableSetting("max_step_tokens", max_step_tokens, f"it must be at least --max-batch, {max_batch}")
+    check_plots(png=png)
+    facts = engine_facts(
+        block_size=block_size,
+        num_blocks=blocks,
+        link_gbps=link_gbps,
+        prefill_tokens_per_s=prefill_tokens_per_s,
+        step_s=step_ms / 1000,
+        max_batch=max_batch,
+        max_step_tokens=max_step_tokens,
+        is_shortest_first=shortest_first,
+    )
+    live = None if like is None else live_fleet(like, like_model)
+    facts = facts if live is None else live.facts
+    slo = Slo(slo_ttft_s, slo_itl_ms / 1000)
+
+    def sampled(count: int) -> Workload:
+        if rate is not None:
+            return sample.generated(
+                rate, prompt_tokens, answer_tokens, block_size=facts.block_size, num_requests=count, seed=seed
+            )
+        return sample.busiest(_trace(trace or "", facts, seed).scaled(rate_scale), count)
+
+    with _one_line():
+        bench = _settled(Bench(sampled(requests), facts, slo, seed, policy, live), sampled, requests)
+        found = plan(bench, most=max_workers, jobs=jobs)
+    print(table(found))
+    if explain:
+        print("\n" + "\n".join(explained(found)))
+    if json is not None:
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+    if png is not None:
+        from loadtest.plots import plan_picture  # noqa: PLC0415 - matplotlib, which the table does without
+
+        png.write_bytes(plan_picture(found))
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """What cannot be planned is told in one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def _trace(name: str, facts: EngineFacts, seed: int) -> Workload:
+    """Raises:  UnusableSetting, ValueError, FileNotFoundError."""
+    if TRACE_BLOCK_SIZE % facts.block_size and name not in GENERATORS:
+        raise UnusableSetting("block_size", facts.block_size, f"for a trace it must divide {TRACE_BLOCK_SIZE}")
+    workload = load(name, block_size=facts.block_size, seed=seed)
+    longest, most = workload.longest_prompt_tokens, facts.context_length - 2
+    if longest > most:
+        raise ValueError(f"a worker takes at most {most} tokens of prompt, and {workload.name} has one of {longest}")
+    return workload
+
+
+def _settled(bench: Bench, sampled: Callable[[int], Workload], count: int) -> Bench:
+    """With a sample that is long enough for requests to come and go several times."""
+    rate = sample.requests_per_s(bench.workload)
+    wanted = math.ceil(rate * _STAYS * need(bench, rate).stay_s)
+    if wanted <= count:
+        return bench
+    return replace(bench, workload=sampled(min(wanted, _MOST_REQUESTS * count)))
+
+
+if __name__ == "__main__":
+    sys.exit(run(app))

@@ -1,0 +1,99 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loadtest.plan import __main__ as command
+from loadtest.plan.trial import Fleet
+from process.settings import run
+
+ROOT = Path(__file__).parents[4]
+SMALL = ["--requests", "120", "--rate", "6", "--jobs", "1"]
+
+
+def ran(*flags):
+    """Exit status: a command line's own end is an exception, ours is not."""
+    try:
+        return run(command.app, [*flags])
+    except SystemExit as end:
+        return end.code or 0
+
+
+def test_a_plan_is_printed_explained_drawn_and_written(tmp_path, capsys):
+    out, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    assert ran(*SMALL, "--explain", "--json", str(out), "--png", str(picture)) == 0
+    printed = capsys.readouterr()
+    assert "*" in printed.out
+    assert "hold the SLO" in printed.out
+    assert "The next bottleneck" in printed.out
+    assert "both: " in printed.err
+    found = json.loads(out.read_text())
+    assert {tuple(trial["fleet"].values()) for trial in found["trials"]} >= {(0, 0, 2)}
+    assert found["settings"]["engine"]["block_size"] == 512
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_equal_seeds_give_equal_plans(tmp_path, capsys):
+    for name in ("one", "two"):
+        assert ran(*SMALL, "--json", str(tmp_path / name)) == 0
+    assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
+
+
+def test_a_trace_is_planned_for(capsys):
+    assert ran("--trace", "uniform", "--requests", "80", "--rate-scale", "0.5", "--jobs", "1") == 0
+    assert "uniform: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "--trace is None: either --trace or --rate says what the load is"),
+        (["--trace", "uniform", "--rate", "3"], "either --trace or --rate"),
+        (["--trace", "nothing"], "no trace 'nothing'"),
+        (["--trace", "conversation", "--block-size", "48"], "--block-size is 48: for a trace it must divide 512"),
+        (["--trace", "conversation", "--blocks", "100"], "a worker takes at most .* tokens of prompt, and"),
+        (["--rate", "1", "--max-batch", "9000"], "--max-step-tokens is 2048: it must be at least --max-batch, 9000"),
+        (["--rate", "0"], "rate"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_one_line(flags, words, capsys):
+    status = ran(*flags)
+    assert status != 0
+    assert re.search(words, f"{status} {capsys.readouterr().err}")
+
+
+def test_a_long_stay_makes_a_long_sample(capsys):
+    assert ran("--rate", "4", "--answer-tokens", "2000", "--requests", "60", "--jobs", "1", "--max-workers", "1") == 0
+    assert ", 240 requests; SLO" in capsys.readouterr().out
+
+
+def test_each_fleet_is_tried_once():
+    asked = []
+
+    class Bench:
+        def trial(self, fleet):
+            asked.append(fleet)
+            return type("Found", (), {"holds": True})()
+
+    trials = command.Trials(Bench())
+    assert trials.trial(Fleet(num_both=1)) is trials.trial(Fleet(num_both=1))
+    assert asked == [Fleet(num_both=1)]
+
+
+def headrace(*flags, code="from app.cli.main import main; main()"):
+    argv = [sys.executable, "-c", f"import sys; sys.argv[1:] = {list(flags)!r}\n{code}"]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_headrace_plan_explains_itself():
+    done = headrace("plan", "--help")
+    assert (done.returncode, "--slo-itl-ms" in done.stdout) == (0, True), done.stderr
+
+
+def test_headrace_plan_says_what_is_missing_where_only_the_package_is_installed():
+    done = headrace("plan", "--rate", "3", code="sys.modules['loadtest'] = None\nfrom app.cli.main import main; main()")
+    assert done.returncode == 2
+    assert "headrace plan needs the simulator in loadtest/" in done.stderr

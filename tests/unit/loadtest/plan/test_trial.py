@@ -1,0 +1,121 @@
+import math
+
+import pytest
+
+from loadtest.plan import sample
+from loadtest.plan.trial import Bench, Fleet, Pressure, after_warm_up, judged, largest_batch, need, pressure
+from loadtest.report import Slo
+from loadtest.simulator.records import Ending, Gaps, Record, Result
+from loadtest.simulator.scenario import Scenario, engine_facts
+
+FACTS = engine_facts(block_size=512, num_blocks=1000, link_gbps=100)
+SLO = Slo(2.0, 0.05)
+
+
+def record(sent_at, *, ttft_s=1.0, itl_s=0.02, prompt_tokens=1000, completion_tokens=11, **fields):
+    first_at = sent_at + ttft_s
+    return Record(
+        sent_at,
+        prompt_tokens,
+        completion_tokens,
+        Ending.FINISHED,
+        first_at=first_at,
+        last_at=first_at + itl_s * (completion_tokens - 1),
+        **fields,
+    )
+
+
+def scenario(fleet, facts=FACTS):
+    return Scenario("headrace", fleet.num_prefill, fleet.num_decode, fleet.num_both, facts)
+
+
+def of(records, fleet=Fleet(num_both=2)):  # noqa: B008 - frozen
+    return judged(Result(records, Gaps(), [], 100.0), fleet, scenario(fleet), SLO)
+
+
+def test_the_first_fifth_of_the_time_is_not_judged():
+    records = [record(float(at), ttft_s=50.0 if at < 20 else 1.0) for at in range(101)]
+    assert len(after_warm_up(records)) == 81
+    found = of(records)
+    assert (found.num_requests, found.ttft_p99_s, found.attainment) == (81, pytest.approx(1.0), 1.0)
+
+
+def test_p99_of_first_tokens_and_of_mean_gaps_are_held_against_the_slo():
+    found = of([record(float(at), ttft_s=1.0 + at / 50, itl_s=0.06) for at in range(101)])
+    assert found.ttft_p99_s == pytest.approx(3.0)
+    assert (found.ttft_miss, found.itl_miss) == (pytest.approx(1.5), pytest.approx(1.2))
+    assert (found.miss, found.holds, found.attainment) == (pytest.approx(1.5), False, 0.0)
+
+
+def test_a_request_that_was_never_served_counts_as_the_slowest():
+    records = [record(float(at)) for at in range(101)]
+    for lost in records[-3:]:
+        lost.ending, lost.first_at, lost.last_at = Ending.REJECTED, None, None
+    found = of(records)
+    assert (found.num_unserved, found.ttft_p99_s, found.holds) == (3, math.inf, False)
+
+
+def test_prompts_press_on_prefill_by_what_was_not_cached():
+    fleet = Fleet(num_prefill=2, num_decode=1)
+    whole, half = (
+        pressure([record(float(at), cached_tokens=cached) for at in range(11)], fleet, scenario(fleet), SLO)
+        for cached in (0, 500)
+    )
+    assert whole.prefill == pytest.approx(11 * (0.125 + 0.01 * 1000 / 2048 + 0.001) / (10 * 2), rel=0.01)
+    assert half.prefill == pytest.approx(whole.prefill / 2, rel=0.02)
+    assert half.decode == whole.decode
+    assert whole.bottleneck == "prefill"
+
+
+def test_answers_press_on_decode_by_the_batch_that_keeps_the_slo():
+    fleet = Fleet(num_prefill=2, num_decode=1)
+    records = [record(float(at), prompt_tokens=1, completion_tokens=2001) for at in range(11)]
+    loose = pressure(records, fleet, scenario(fleet), SLO)
+    tight = pressure(records, fleet, scenario(fleet), Slo(2.0, 0.0085))
+    assert loose.bottleneck == tight.bottleneck == "decode"
+    assert tight.decode > 5 * loose.decode
+
+
+def test_memory_is_short_where_answers_were_preempted():
+    fleet = Fleet(num_prefill=2, num_decode=1)
+    calm = pressure([record(float(at)) for at in range(11)], fleet, scenario(fleet), SLO)
+    full = pressure([record(float(at), num_preemptions=1) for at in range(11)], fleet, scenario(fleet), SLO)
+    assert (calm.bottleneck, full.bottleneck, full.kv_memory) == ("prefill", "KV memory", 1.0)
+
+
+def test_a_slow_link_is_what_is_short():
+    fleet = Fleet(num_prefill=2, num_decode=1)
+    slow = scenario(fleet, engine_facts(block_size=512, num_blocks=1000, link_gbps=0.5))
+    found = pressure([record(float(at), handover_blocks=2) for at in range(11)], fleet, slow, SLO)
+    assert found.handover == pytest.approx(11 * 2 * 2**26 / (0.5e9 / 8) / 20)
+    assert found.bottleneck == "handover link"
+
+
+def test_the_largest_batch_is_bounded_by_slo_memory_and_engine():
+    assert largest_batch(FACTS, 100, Slo(2.0, 10.0)) == 128
+    assert largest_batch(FACTS, 100_000, Slo(2.0, 10.0)) == 5
+    assert largest_batch(FACTS, 1000, Slo(2.0, 0.0087)) == 9
+    assert largest_batch(FACTS, 1000, Slo(2.0, 0.001)) == 1
+
+
+def test_a_load_twice_as_fast_needs_twice_the_workers():
+    slow, fast = (
+        need(Bench(sample.generated(rate, 1000, 100, block_size=512, num_requests=300, seed=1), FACTS, SLO), rate)
+        for rate in (2.0, 4.0)
+    )
+    assert fast.prefill == pytest.approx(2 * slow.prefill, rel=0.1)
+    assert fast.decode == pytest.approx(2 * slow.decode, rel=0.1)
+    assert fast.alone_p99_s == pytest.approx(slow.alone_p99_s, rel=0.3)
+
+
+def test_a_fleet_with_more_workers_serves_a_load_better():
+    bench = Bench(sample.generated(8.0, 1500, 50, block_size=512, num_requests=150, seed=1), FACTS, SLO)
+    few, many = (bench.trial(Fleet(num_both=count)) for count in (1, 4))
+    assert many.ttft_p99_s < few.ttft_p99_s
+    assert many.pressure.prefill == pytest.approx(few.pressure.prefill / 4, rel=0.01)
+    assert (few.holds, many.num_unserved) == (False, 0)
+
+
+def test_the_most_wanted_is_the_bottleneck():
+    found = Pressure(0.2, 0.9, 0.1, 0.3)
+    assert (found.most, found.bottleneck) == (0.9, "decode")
