@@ -1,6 +1,7 @@
 """Measurements on live fleets.
 
     python -m loadtest.live agree     # the simulator against a live simulated fleet, and predictions against outcomes
+    python -m loadtest.live planned   # `headrace plan` against the fleet that it plans, live and simulated
     python -m loadtest.live mix       # real vLLM on two cores: long prompts among chats, disaggregated and plain
 
 Arrivals are drawn from a seed before the run and do not wait for answers (open loop); variants are compared in one run,
@@ -9,10 +10,11 @@ on one machine, alternating, with the same arrivals.
 
 import asyncio
 import json
+import math
 import random
 import statistics
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,12 @@ import uvloop
 from cyclopts import App, Parameter
 
 from loadtest.client import Client, Sample
+from loadtest.like import read_fleet
+from loadtest.plan import sample
+from loadtest.plan.__main__ import plan as make_plan
+from loadtest.plan.report import table
+from loadtest.plan.trial import P99, WARM_UP, Bench, Fleet
+from loadtest.report import Slo, quantile
 from loadtest.simulator.scenario import Scenario
 from loadtest.simulator.simulation import Simulation
 from loadtest.stack import Stack, stack
@@ -100,10 +108,9 @@ def agree(
 
 
 async def _agree(trace: str, rate: float, limit: int, prefill: int, decode: int, seed: int) -> dict[str, Any]:
-    environment = {"HEADRACE_BLOCK_SIZE": "512", "HEADRACE_NUM_BLOCKS": "1000", "HEADRACE_CONTEXT_LENGTH": "200000"}
     flags = ("--engine", "sim", "--prefill", str(prefill), "--decode", str(decode))
     print("starting the live fleet …", flush=True)
-    async with stack(*flags, environment=environment) as running:
+    async with stack(*flags, environment=_ENGINE) as running:
         listed = (await asyncio.to_thread(ask, running, "/v1/fleet"))["workers"]
         facts = msgspec.convert(listed[0]["facts"], EngineFacts)
         workload = load(trace, block_size=facts.block_size, seed=seed).scaled(rate).limited(limit)
@@ -149,6 +156,97 @@ def _simulate(workload: Workload, facts: EngineFacts, prefill: int, decode: int,
 
 def _ttft(candidate: dict[str, float]) -> float:
     return sum(candidate[part] for part in ("queue_s", "prefill_s", "handover_s", "first_step_s"))
+
+
+# --- a plan against the fleet that it plans -------------------------------------------------------------------------
+
+
+@app.command
+def planned(
+    *,
+    trace: str | None = None,
+    rate: float = 6.0,
+    prompt_tokens: int = 1500,
+    answer_tokens: int = 200,
+    slo_ttft_s: float = 2.0,
+    slo_itl_ms: float = 50.0,
+    requests: int = 300,
+    seed: int = 0,
+    out: _Out = None,
+) -> None:
+    """Plan for a load, start the fleet that comes out with simulated engines, and send it that load.
+
+    Args:
+        trace: in place of lengths: a synthetic load or a trace, `rate` times as fast
+    """
+    slo = Slo(slo_ttft_s, slo_itl_ms / 1000)
+
+    def sampled(facts: EngineFacts) -> Workload:
+        if trace is not None:
+            whole = load(trace, block_size=facts.block_size, seed=seed).scaled(rate)
+            return sample.busiest(whole, requests)
+        lengths = (prompt_tokens, answer_tokens)
+        return sample.generated(rate, *lengths, block_size=facts.block_size, num_requests=requests, seed=seed)
+
+    _write(uvloop.run(_planned(sampled, slo, seed)), out)
+
+
+_ENGINE = {"HEADRACE_BLOCK_SIZE": "512", "HEADRACE_NUM_BLOCKS": "1000", "HEADRACE_CONTEXT_LENGTH": "200000"}
+
+
+async def _planned(sampled: Callable[[EngineFacts], Workload], slo: Slo, seed: int) -> dict[str, Any]:
+    print("asking a worker how fast it is …", flush=True)
+    async with stack(*_fleet_flags(Fleet(num_both=1)), environment=_ENGINE) as running:
+        live = read_fleet(await asyncio.to_thread(ask, running, "/v1/fleet"))
+    bench = Bench(sampled(live.facts), live.facts, slo, seed)
+    found = make_plan(bench, most=8, jobs=1)
+    print(table(found))
+    if found.best is None:
+        raise SystemExit("no fleet of up to 8 workers holds the SLO: nothing to compare")
+    fleet = found.best.fleet
+    print(f"starting {fleet} …", flush=True)
+    async with stack(*_fleet_flags(fleet), environment=_ENGINE) as running:
+        rng = random.Random(seed)
+        arrivals = [
+            Arrival(session.start_s, "", "/v1/completions", completion_of(turn, running.model, live.facts, rng))
+            for session in bench.workload.sessions
+            for turn in session.turns[:1]
+        ]
+        print(f"{len(arrivals)} requests within {arrivals[-1].at_s:.0f} s …", flush=True)
+        samples = await replay(running, arrivals)
+    from_s = WARM_UP * arrivals[-1].at_s
+    judged = [each for arrival, each in zip(arrivals, samples, strict=True) if arrival.at_s >= from_s]
+    result: dict[str, Any] = {
+        "fleet": str(fleet),
+        "planned": {"ttft_p99_s": found.best.ttft_p99_s, "itl_p99_s": found.best.itl_p99_s},
+        "live": {"ttft_p99_s": _p99(_ttft_of(each) for each in judged), "itl_p99_s": _p99(map(_itl_of, judged))},
+        "failed": sum(bool(each.error) for each in samples),
+    }
+    for name in ("ttft_p99_s", "itl_p99_s"):
+        planned_s, live_s = result["planned"][name], result["live"][name]
+        print(f"{name}: planned {planned_s:.4f}, live {live_s:.4f}, {planned_s / live_s - 1:+.1%} (aim: within 20 %)")
+    return result
+
+
+def _fleet_flags(fleet: Fleet) -> list[str]:
+    """Of `headrace up`."""
+    roles = {"--prefill": fleet.num_prefill, "--decode": fleet.num_decode, "--both": fleet.num_both}
+    return ["--engine", "sim", *(text for role, count in roles.items() for text in (role, str(count)))]
+
+
+def _ttft_of(each: Sample) -> float:
+    return math.inf if each.error else each.ttft_s
+
+
+def _itl_of(each: Sample) -> float:
+    """Mean, as its SLO has it."""
+    if each.first_token_at is None or each.last_token_at is None or each.completion_tokens < 2:
+        return 0.0
+    return (each.last_token_at - each.first_token_at) / (each.completion_tokens - 1)
+
+
+def _p99(values: Iterable[float]) -> float:
+    return quantile(sorted(values), P99) or 0.0
 
 
 # --- long prompts among chats, real vLLM -----------------------------------------------------------------------------

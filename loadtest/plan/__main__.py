@@ -79,6 +79,7 @@ def plan(bench: Bench, *, most: int, jobs: int) -> Plan:
         num_requests=bench.workload.num_requests,
         slo=bench.slo,
         alone_p99_s=needed.alone_p99_s,
+        empty_step_s=bench.facts.latency.step_fixed_s,
         trials=in_order(trials),
         settings={"seed": bench.seed, "policy": bench.policy, "engine": msgspec.to_builtins(bench.facts)},
         versions=versions(),

@@ -22,7 +22,9 @@ class Plan(msgspec.Struct, frozen=True):
     num_requests: int
     slo: Slo
     alone_p99_s: float
-    """What a prompt of p99's length takes on an idle worker, nothing cached."""
+    """What a prompt of p99's length takes on an idle worker, nothing cached …"""
+    empty_step_s: float
+    """… and a decode step without sequences."""
     trials: list[Trial]
     settings: dict[str, Any]
     versions: dict[str, str]
@@ -81,7 +83,7 @@ def table(plan: Plan) -> str:
 def missed(trial: Trial) -> str:
     """`TTFT x1.8`: by which of the two, and how many times the SLO it takes."""
     what = "TTFT" if trial.ttft_miss >= trial.itl_miss else "ITL"
-    return f"{what} x{_number(trial.miss, '.2f')}"
+    return f"{what} x{_number(math.ceil(trial.miss * 100) / 100 if math.isfinite(trial.miss) else math.inf, '.2f')}"
 
 
 def _number(value: float, form: str) -> str:
@@ -144,7 +146,7 @@ def _why(trial: Trial) -> str:
         if not trial.fleet.num_both and shares.prefill > 1:
             return f"{what}; prompts are {shares.prefill:.0%} of what its prefill workers compute, decode workers help."
     if shares.most < _SHORT:
-        single = "a handover is one of a request's gaps, and short answers have few" if trial.fleet.num_decode else ""
+        single = "one of a request's gaps is its handover, and short answers have few" if trial.fleet.num_decode else ""
         return f"{what}, though nothing is short ({shares.most:.0%} at most){f': {single}' if single else ''}."
     demand = f"prefill {shares.prefill:.0%}, decode {shares.decode:.0%}, KV memory {shares.kv_memory:.0%}"
     return f"{what}; it is short of {shares.bottleneck} ({demand}, handover link {shares.handover:.0%})."
@@ -153,10 +155,14 @@ def _why(trial: Trial) -> str:
 def _unreachable(plan: Plan) -> Iterator[str]:
     most = max(plan.trials, key=lambda each: each.fleet.workers)
     least = min(plan.trials, key=lambda each: each.miss)
-    yield f"No fleet of up to {most.fleet.workers} workers holds the SLO. The nearest is {least.fleet}: "
-    yield _why(least)
+    yield (f"No fleet of up to {most.fleet.workers} workers holds the SLO. The nearest is {least.fleet}: {_why(least)}")
     if plan.alone_p99_s > plan.slo.ttft_s:
         yield (
             f"More workers cannot help: a prompt of p99's length takes {plan.alone_p99_s:.2f} s on an idle worker, and "
             f"the SLO is {plan.slo.ttft_s:g} s."
+        )
+    if plan.empty_step_s > plan.slo.tpot_s:
+        yield (
+            f"More workers cannot help: the shortest decode step takes {plan.empty_step_s * 1e3:.1f} ms, and the SLO "
+            f"is {plan.slo.tpot_s * 1e3:g} ms."
         )

@@ -23,8 +23,8 @@ def split(prefill, decode, **figures):
     return made(Fleet(num_prefill=prefill, num_decode=decode), **figures)
 
 
-def plan(*trials, alone_p99_s=0.5):
-    return Plan("load", 5.0, 1000, SLO, alone_p99_s, in_order(trials), {}, {})
+def plan(*trials, alone_p99_s=0.5, empty_step_s=0.008):
+    return Plan("load", 5.0, 1000, SLO, alone_p99_s, empty_step_s, in_order(trials), {}, {})
 
 
 def said(*trials, **fields):
@@ -75,7 +75,7 @@ def test_streams_that_prompts_stall_are_told_apart():
 
 
 def test_short_answers_that_no_number_of_workers_speeds_up_are_told_apart():
-    assert "though nothing is short (33% at most): a handover" in said(
+    assert "though nothing is short (33% at most): one of a request's gaps is its handover" in said(
         both(3), split(9, 9, itl_s=0.1, shares=(0.33, 0.1, 0.1, 0.1))
     )
 
@@ -84,3 +84,12 @@ def test_an_slo_that_no_fleet_holds_says_so_and_why():
     text = said(both(3, ttft_s=9.0), both(64, ttft_s=4.5), split(60, 4, ttft_s=5.0), alone_p99_s=4.4)
     assert "No fleet of up to 64 workers holds the SLO. The nearest is 64 both" in text
     assert "More workers cannot help: a prompt of p99's length takes 4.40 s on an idle worker" in text
+
+
+def test_a_narrow_miss_is_not_rounded_away():
+    assert "ITL x1.01" in table(plan(both(1, itl_s=0.05001), both(2)))
+
+
+def test_a_step_longer_than_the_slo_is_why_no_fleet_holds_it():
+    text = said(both(3, itl_s=0.08), both(64, itl_s=0.07), empty_step_s=0.06)
+    assert "More workers cannot help: the shortest decode step takes 60.0 ms, and the SLO is 50 ms." in text

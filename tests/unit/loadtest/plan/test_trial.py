@@ -1,12 +1,15 @@
 import math
 
+import msgspec
 import pytest
 
+from loadtest.like import LiveFleet, LiveWorker
 from loadtest.plan import sample
 from loadtest.plan.trial import Bench, Fleet, Pressure, after_warm_up, judged, largest_batch, need, pressure
 from loadtest.report import Slo
 from loadtest.simulator.records import Ending, Gaps, Record, Result
 from loadtest.simulator.scenario import Scenario, engine_facts
+from planes.wire.messages import LatencyPrior, Role, WorkerId
 
 FACTS = engine_facts(block_size=512, num_blocks=1000, link_gbps=100)
 SLO = Slo(2.0, 0.05)
@@ -119,3 +122,11 @@ def test_a_fleet_with_more_workers_serves_a_load_better():
 def test_the_most_wanted_is_the_bottleneck():
     found = Pressure(0.2, 0.9, 0.1, 0.3)
     assert (found.most, found.bottleneck) == (0.9, "decode")
+
+
+def test_a_plan_like_a_live_fleet_tries_workers_of_its_speed():
+    slow = msgspec.structs.replace(FACTS, latency=LatencyPrior(prefill_per_token_s=1e-3))
+    live = LiveFleet("m", [LiveWorker(WorkerId("w"), Role.BOTH, slow, 1)], {})
+    bench = Bench(sample.generated(0.1, 1500, 5, block_size=512, num_requests=20, seed=1), slow, SLO, like=live)
+    found = bench.trial(Fleet(num_prefill=1, num_decode=1))
+    assert found.ttft_p99_s > 1.5
