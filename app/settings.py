@@ -32,8 +32,15 @@ class GatewaySettings(ProcessSettings):
     ] = "direct"
     queue_limit: Annotated[int, Parameter(help="Most requests that wait in this gateway.")] = 4096
     slo_ttft_s: Annotated[
-        float | None, Parameter(help="Refuse requests predicted to wait longer for their first token, in seconds.")
+        float | None, Parameter(help="By when a first token shall come, in seconds: routing keeps to it where it can.")
     ] = None
+    slo_itl_ms: Annotated[
+        float | None,
+        Parameter(help="Mean time between a stream's tokens, in milliseconds, that routing keeps to before all else."),
+    ] = None
+    refuse_late: Annotated[
+        bool, Parameter(help="Refuse requests whose first token is predicted to come later than their SLO.")
+    ] = True
     request_timeout_s: Annotated[float, Parameter(help="Longest time for one request, in seconds.")] = 600.0
     max_attempts: Annotated[
         int, Parameter(help="Most workers tried in a row without a new token before a request ends with an error.")
@@ -128,6 +135,7 @@ class GatewaySettings(ProcessSettings):
             "heartbeat_s",
             "dead_after_s",
             "slo_ttft_s",
+            "slo_itl_ms",
             "response_ttl_s",
         ):
             value = getattr(self, name)

@@ -166,6 +166,8 @@ class Comparison:
             num_decode=case.num_decode,
             num_both=case.num_both,
             facts=self.facts,
+            slo_ttft_s=self.slo.ttft_s,
+            slo_itl_s=self.slo.tpot_s,
             seed=self.seed,
             num_gateways=case.num_gateways,
             slow_worker=case.slow_worker,
@@ -266,8 +268,8 @@ def main(
         like_model: whose workers, where that gateway serves several models
         blocks: KV blocks per worker
         block_size: tokens per block; for a trace it must divide 512
-        slo_ttft: seconds until the first token that count as good
-        slo_itl: mean seconds between a request's tokens that count as good
+        slo_ttft: seconds until the first token that count as good; the routers are told
+        slo_itl: mean seconds between a request's tokens that count as good; the routers are told
         json: write everything there
         html: write plots and one page (index.html) into this folder
         matrix: run the comparison of docs/routing.md and write it into this folder

@@ -12,7 +12,8 @@ from router.errors import PolicyFailed
 from router.handover_preference import enforced
 from router.policies.headrace import Headrace
 from router.policy import Choice, FleetView, Policy
-from router.request import Candidate, RoutableRequest
+from router.prices import MEASURED
+from router.request import Candidate, RoutableRequest, Sacrifice
 
 _MOST = 1e15  # seconds, or a rule's own unit: beyond any prediction, and thousands of them still add up exactly enough
 
@@ -23,12 +24,13 @@ class Decision:
 
     chosen: Candidate
     candidates: tuple[Candidate, ...]
-    """All that the policy weighed. Only what a queue adds up is checked in all of them: total, queue, prefill."""
+    """All that the policy weighed. Only what a queue adds up or orders by is checked in all."""
     kept: tuple[Candidate, ...]
     """The cheapest of them, for explain: every field is checked."""
     is_held: bool
     held_because: str
     max_backlog_s: float
+    lacks_room: bool
 
 
 def decide(policy: Policy, name: str, request: RoutableRequest, view: FleetView) -> Decision:
@@ -52,18 +54,20 @@ def decide(policy: Policy, name: str, request: RoutableRequest, view: FleetView)
         is_held=obeyed.is_held,
         held_because=obeyed.held_because,
         max_backlog_s=float(obeyed.max_backlog_s),
+        lacks_room=obeyed.lacks_room,
     )
 
 
 def _is_ours(policy: Policy) -> bool:
     """Our own rule answers with the router's own seconds, and a total that is a number has parts that are."""
-    return type(policy) is Headrace and policy.model is cost.MEASURED
+    return type(policy) is Headrace and policy.model is MEASURED
 
 
 def _check(choice: Choice, view: FleetView) -> None:
     """Raises:  TypeError or ValueError, or whatever comparing strange values raises."""
     _expect("the answer", choice, Choice)
     _expect("is_held", choice.is_held, bool)
+    _expect("lacks_room", choice.lacks_room, bool)
     _expect("held_because", choice.held_because, str)
     _expect("candidates", choice.candidates, tuple)
     _expect_number("max_backlog_s", choice.max_backlog_s, 0, _MOST)
@@ -78,6 +82,10 @@ def _check(choice: Choice, view: FleetView) -> None:
             raise ValueError(f"prefill on {option.prefill!r} and decode on {option.decode!r} were not offered")
         if not (0.0 <= option.queue_s <= _MOST and 0.0 <= option.prefill_s <= _MOST >= option.total_s >= -_MOST):
             raise ValueError(f"seconds must be 0 to {_MOST:g}, and are: {option!r}")
+        if not 0.0 <= option.work_s <= _MOST:
+            raise ValueError(f"work_s must be 0 to {_MOST:g}, and is {option.work_s!r}")
+        if type(option.gives_up) is not Sacrifice:
+            _expect("gives_up", option.gives_up, Sacrifice)
 
 
 def _check_fields(option: Candidate, request: RoutableRequest) -> None:

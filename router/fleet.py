@@ -28,6 +28,7 @@ class _Serving:
 
 
 _NONE = _Serving([])
+_NOBODY: Mapping[WorkerId, int] = {}
 
 
 class Fleet:
@@ -87,17 +88,21 @@ class Fleet:
     def reserve(self, request: RoutableRequest, candidate: Candidate, now: float) -> Reservation:
         decoding = self.workers[candidate.decode]
         computing = decoding if candidate.prefill is None else self.workers[candidate.prefill]
+        uncached_tokens = max(0, request.prompt_tokens - candidate.cached_tokens)
         reservation = Reservation(
             request=request.request,
             computing=computing,
             decoding=decoding,
             blocks=request.blocks,
-            uncached_tokens=max(0, request.prompt_tokens - candidate.cached_tokens),
+            uncached_tokens=uncached_tokens,
             prompt_tokens=request.prompt_tokens,
             expected_tokens=request.expected_tokens,
-            prefill_s=candidate.prefill_s,
+            work_s=computing.latency.work_s(
+                max(0, request.prompt_tokens - candidate.cached_tokens), request.prompt_tokens
+            ),
             bound_at=now,
             decode_cached_tokens=candidate.decode_cached_tokens,
+            slo_itl_s=request.slo_itl_s,
         )
         computing.reserve_prefill(reservation, now)
         decoding.reserve_decode(reservation)
@@ -113,6 +118,7 @@ class Fleet:
         reservation.is_prefilled = True
         reservation.computing.release_prefill(reservation, now)
         reservation.decoding.arrived(reservation, now)
+        reservation.decoding.prefilled(reservation)
         if len(reservation.blocks):
             first = int(reservation.blocks[0])
             sharing = self._computing.get(first)
@@ -194,10 +200,14 @@ class Fleet:
         now: float,
         rng: random.Random,
         num_waiting: int = 0,
+        *,
+        waited_s: float = 0.0,
+        without_room: Mapping[WorkerId, int] = _NOBODY,
     ) -> FleetView | None:
         """The workers that may serve a request; None if `can_serve` says no. A `both` worker is one view in both lists.
 
-        ahead: seconds of work per worker that the gateway's queue holds before this request.
+        ahead: seconds of work per worker that the gateway's queue holds before this request; without_room: requests
+        there that wait for room to decode.
         """
         cached = self.cached_blocks(request)
         prefill: list[WorkerView] = []
@@ -212,7 +222,12 @@ class Fleet:
             if name in cached and request.block_size in (0, size):
                 cached_tokens = min(cached[name], (request.prompt_tokens - 1) // size) * size
             view = worker.view(
-                cached_tokens, request.prompt_tokens, self.index.num_cached(name), ahead.get(name, 0.0), now
+                cached_tokens,
+                request.prompt_tokens,
+                self.index.num_cached(name),
+                ahead.get(name, 0.0),
+                now,
+                without_room.get(name, 0),
             )
             if role.can_prefill and not is_local:
                 prefill.append(view)
@@ -221,7 +236,13 @@ class Fleet:
         if not decode:
             return None
         return FleetView(
-            prefill=tuple(prefill), decode=tuple(decode), links=self.links, now=now, rng=rng, num_waiting=num_waiting
+            prefill=tuple(prefill),
+            decode=tuple(decode),
+            links=self.links,
+            now=now,
+            rng=rng,
+            num_waiting=num_waiting,
+            waited_s=waited_s,
         )
 
     def learn(self, reservation: Reservation, observed: Observed) -> None:

@@ -24,7 +24,7 @@ def enforced(request: RoutableRequest, choice: Choice, view: FleetView) -> Choic
     if choice.chosen in pairs:
         return replace(choice, candidates=pairs)
     chosen = min(pairs, key=_total)
-    held_because = _held_because(request, chosen, view, choice.max_backlog_s)
+    held_because = _held_because(chosen, view, choice.max_backlog_s)
     return Choice(
         chosen=chosen,
         candidates=pairs,
@@ -44,15 +44,14 @@ def _pairs(choice: Choice, view: FleetView) -> tuple[Candidate, ...]:
     )
 
 
-def _held_because(request: RoutableRequest, chosen: Candidate, view: FleetView, max_backlog_s: float) -> str:
+def _held_because(chosen: Candidate, view: FleetView, max_backlog_s: float) -> str:
     """Policies that hold requests back give a `max_backlog_s`; by that measure this pair is held back, too."""
     if not max_backlog_s:
         return ""
     sender = next(worker for worker in view.prefill if worker.worker == chosen.prefill)
     if because := sender.busy_because(max_backlog_s):
         return because
-    receiver = next(worker for worker in view.decode if worker.worker == chosen.decode)
-    return "" if cost.decode_cost(request, receiver).has_room else f"{chosen.decode} has no room to decode"
+    return f"{chosen.decode} has no room to decode" if chosen.waits_for_room else ""
 
 
 def _total(option: Candidate) -> float:

@@ -13,6 +13,7 @@ So a hot worker's line grows, for those at its end, until an idle worker is chea
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
@@ -28,7 +29,7 @@ from router.worker import Worker
 _MAX_WALK = 256
 _MAX_ASKED_WORKERS = 256  # a walk asks about as many requests as give this many workers to weigh, and about 4
 _MAX_REFRESHED = 4
-_MAX_BLOCKED = 16
+_MAX_BLOCKED = 64
 _WIDE = 16  # from so many workers on, an array is quicker than a loop
 _STALE_S = 0.5
 _POLL_S = 0.5
@@ -90,14 +91,14 @@ class LateBinding:
             seconds = worker.latency.prefill_s(tokens, tokens) if worker is not None else 0.0
         return tokens, seconds
 
-    def wait_s(self, request: RoutableRequest, now: float, *, aging: float) -> float:
+    def wait_s(self, request: RoutableRequest, now: float) -> float:
         """Predicted wait in the gateway's queue of a request that came now."""
         if not len(self.queue):
             return 0.0
         _, seconds = self.shortest(request)
         workers = self.fleet.eligible(request)
         computing = sum(worker.registration.role.can_prefill for worker in workers) or len(workers) or 1
-        return self.queue.work_before_s(request, seconds + aging * now) / computing
+        return self.queue.work_before_s(request, seconds, now) / computing
 
 
 class Walk:
@@ -105,6 +106,8 @@ class Walk:
 
     def __init__(self, binding: LateBinding, now: float) -> None:
         self.ahead: dict[WorkerId, float] = {}
+        self.without_room: Counter[WorkerId] = Counter()
+        """Requests that it has passed because they wait for room to decode there."""
         self._binding = binding
         self._now = now
         queue_s = [worker.backlog_s(now) for worker in binding.fleet.workers.values()]
@@ -160,15 +163,16 @@ class Walk:
         known_s = 0.0 if binding.max_backlog_s == math.inf else 0.99 * binding.max_backlog_s
         binding.max_backlog_s = max(limit_s, known_s)
         waiting.bids = self._bids(decision)
-        best = min(decision.candidates, key=_prefill_s)
+        best = min(decision.candidates, key=_work_s)
         uncached_tokens = max(0, waiting.request.prompt_tokens - best.cached_tokens)
-        binding.queue.update(waiting, uncached_tokens, best.prefill_s)
+        binding.queue.update(waiting, uncached_tokens, _work_s(best))
         row = binding.rows[chosen.prefill or chosen.decode]
-        if self._queue_s[row] > limit_s and not chosen.num_passed:
-            self._pass(row, chosen.prefill_s, limit_s)
+        if not decision.lacks_room and not chosen.num_passed:
+            self._pass(row, _work_s(chosen), limit_s)
+            self._room.discard(row)
         else:
-            waiting.blocked = binding.room_changes
-            self._num_blocked += 1
+            waiting.blocked, waiting.blocked_by = binding.room_changes, chosen.decode
+            self._blocked(waiting)
 
     def _is_to_ask(self, waiting: Waiting) -> bool:
         bids = waiting.bids
@@ -184,9 +188,14 @@ class Walk:
             self._pass(row, bids.work_s[cheapest], bids.max_backlog_s)
             return False
         if waiting.blocked == self._binding.room_changes:
-            self._num_blocked += 1
+            self._blocked(waiting)
             return False
         return True
+
+    def _blocked(self, waiting: Waiting) -> None:
+        self._num_blocked += 1
+        if waiting.blocked_by is not None:
+            self.without_room[waiting.blocked_by] += 1
 
     def _cheapest(self, bids: Bids, tokens: int) -> tuple[int, float]:
         """Which bid is least with its worker's queue, and that queue. Runs for each request of each walk."""
@@ -218,7 +227,7 @@ class Walk:
         cheapest: dict[int, tuple[float, float]] = {}
         for option in decision.candidates:
             row = self._binding.rows[option.prefill or option.decode]
-            bid = option.total_s - option.queue_s, option.prefill_s
+            bid = option.order_s - option.queue_s, _work_s(option)
             if row not in cheapest or bid < cheapest[row]:
                 cheapest[row] = bid
         cost_s, work_s = zip(*cheapest.values(), strict=True)
@@ -228,10 +237,12 @@ class Walk:
 
     def _next_room(self) -> float:
         """When the first busy worker will have room, by prediction."""
-        limit_s = self._binding.max_backlog_s
-        waits = [worker.busy_until - limit_s for worker in self._binding.fleet.workers.values()]
-        return min((instant for instant in waits if instant > self._now), default=math.inf)
+        limit_s, rows = self._binding.max_backlog_s, self._binding.rows
+        waits = [(name, self._queue_s[row]) for name, row in rows.items() if self._queue_s[row] > limit_s]
+        rooms = [self._now + queue_s - self.ahead.get(name, 0.0) - limit_s for name, queue_s in waits]
+        return min((instant for instant in rooms if instant > self._now), default=math.inf)
 
 
-def _prefill_s(option: Candidate) -> float:
-    return option.prefill_s
+def _work_s(option: Candidate) -> float:
+    """A policy of somebody's own may know of prefills only."""
+    return option.work_s or option.prefill_s

@@ -147,6 +147,19 @@ class LatencyModel:
             fixed *= -(-uncached_tokens // self._max_step_tokens)
         return fixed + uncached_tokens * (per_token + per_pair * (prompt_tokens - uncached_tokens / 2))
 
+    def work_s(self, uncached_tokens: int, prompt_tokens: int) -> float:
+        """The same without what each step costs: what a prompt adds to steps that are taken anyway."""
+        _, per_token, per_pair = self._prefill
+        return uncached_tokens * (per_token + per_pair * (prompt_tokens - uncached_tokens / 2))
+
+    def fixed_s(self, batch: int, kv_tokens: int) -> float:
+        """Seconds of a step that computes prompts, beside their work: with `batch` sequences that decode in it."""
+        fixed = self._prefill[0]
+        if not batch:
+            return fixed
+        decoding, per_sequence, per_kv_token = self._step
+        return (max(decoding, fixed)) + per_sequence * batch + per_kv_token * kv_tokens
+
     def step_s(self, batch: int, kv_tokens: int) -> float:
         """Seconds of one decode step for `batch` sequences with `kv_tokens` of context in all."""
         fixed, per_sequence, per_kv_token = self._step

@@ -1,5 +1,6 @@
 """What a routing policy sees and answers. A policy is a class with `choose`; `router/policies/` has one a file."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +55,20 @@ class WorkerView(msgspec.Struct, frozen=True, gc=False):
     """Where `num_passed` is not 0: predicted seconds until this prompt would begin, less than `queue_s`."""
     num_cached: int = 0
     """Blocks held here in all, of whichever prompts."""
+    without_room: int = 0
+    """Requests in the gateway, before this one, that wait for room to decode here."""
+    num_streams: int = 0
+    """Of `num_running`, those that decode now."""
+    mean_expected: float = 0.0
+    """Tokens that the streams here are expected to have in the end, on average; 0: there are none."""
+    stall_left_s: float = math.inf
+    """For so long the streams here may still stand still, until one of them misses its time between tokens."""
+    shared_tokens: int = 0
+    """Prompt tokens that are in the step already in which this one would begin …"""
+    shared_s: float = 0.0
+    """… their work …"""
+    num_sharing: int = 0
+    """… and the prompts that they belong to."""
 
     def busy_because(self, max_backlog_s: float) -> str:
         """Why a prompt bound now would start no sooner than one bound later; empty: no more lies before it than may."""
@@ -73,6 +88,8 @@ class FleetView:
     rng: random.Random
     num_waiting: int = 0
     """Requests in this gateway's queue, this one included."""
+    waited_s: float = 0.0
+    """How long this one has been there."""
 
 
 class Links(Protocol):
@@ -95,6 +112,8 @@ class Choice:
     is_held: bool = False
     held_because: str = ""
     max_backlog_s: float = 0.0
+    lacks_room: bool = False
+    """It is held for room to decode, which comes when a request ends."""
 
 
 class Policy(Protocol):

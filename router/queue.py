@@ -7,8 +7,10 @@ Order of service, first rule first:
 2. Within a class, deficit round robin between tenants (Shreedhar, Varghese: Efficient fair queueing using deficit round
    robin, SIGCOMM 1995), in uncached prompt tokens: each round gives every tenant `quantum_tokens`; a request is due in
    the first round in which its tenant has saved enough for it and for all before it.
-3. Within a tenant's round, the shortest predicted prefill first, less `aging` seconds per second waited. Everybody
-   ages alike, so `predicted + aging * submitted_at` is a key that never changes by itself.
+3. Within a tenant's round, who is due first, a second of predicted prefill counting like `1 / aging` seconds: so
+   `predicted + aging * due_at` is a key that never changes by itself. A request is due when its SLO says
+   (`slo_ttft_s`), without one after `promote_after_s`. One that can no longer be in time makes way for those that can,
+   as if it were due `late_s` later; then it is its turn whatever comes.
 
 A request leaves by being bound, withdrawn or expired. Everything here is O(log n) in requests or O(1), the walk apart.
 """
@@ -22,7 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from planes.wire.messages import RequestId
+from planes.wire.messages import RequestId, WorkerId
 from router.request import Explanation, RoutableRequest
 from router.settings import RouterSettings
 
@@ -62,11 +64,15 @@ class Waiting:
     """Its class now: `request.priority`, less one for each promotion."""
     level_since: float
     """When it came into that class."""
+    due_at: float = 0.0
+    """By when it should have its first token."""
     is_rising: bool = False
     """A promotion is planned."""
     bids: Bids | None = None
     blocked: int = -1
-    """Number of room changes there had been when it last lacked room to decode."""
+    """Number of room changes there had been when it last lacked room to decode …"""
+    blocked_by: WorkerId | None = None
+    """… at this worker."""
     key: float = 0.0
 
 
@@ -96,6 +102,8 @@ class Queue:
         self._levels: dict[int, _Level] = {}
         self._deadlines: list[tuple[float, int, Waiting]] = []
         self._promotions: list[tuple[float, int, Waiting]] = []
+        self._hopes: list[tuple[float, int, Waiting]] = []
+        """When each must be computed at the latest to be in time."""
         self._number = 0
 
     def __len__(self) -> int:
@@ -114,7 +122,9 @@ class Queue:
             for tenant in level.tenants.values():  # what it has saved or owes in tokens stays what it is
                 tenant.spent += (level.round - tenant.joined) * (settings.quantum_tokens - before.quantum_tokens)
                 for waiting in tenant.line:
-                    waiting.key = self._key(waiting.prefill_s, waiting.submitted_at)
+                    if waiting.request.slo_ttft_s is None:
+                        waiting.due_at += settings.promote_after_s - before.promote_after_s
+                    waiting.key = self._key(waiting)
                 tenant.line.sort(key=_sort_key)
         self._promotions = [
             (waiting.level_since + settings.promote_after_s, waiting.number, waiting)
@@ -129,10 +139,14 @@ class Queue:
         self._number += 1
         number, level, first = self._number, request.priority, self._first_class()
         waiting = Waiting(request, now, uncached_tokens, prefill_s, explanation, number, level, now)
-        waiting.key = self._key(prefill_s, now)
+        slo_s = request.slo_ttft_s
+        waiting.due_at = now + (self._settings.promote_after_s if slo_s is None else slo_s)
+        waiting.key = self._key(waiting)
         self._waiting[request.request] = waiting
         self._enter(waiting)
         heapq.heappush(self._deadlines, (request.deadline, number, waiting))
+        if slo_s is not None:
+            heapq.heappush(self._hopes, (waiting.due_at - prefill_s, number, waiting))
         if level < first:  # those that were first are so no longer
             for other in self._waiting.values():
                 self._plan_promotion(other)
@@ -157,13 +171,16 @@ class Queue:
 
     def update(self, waiting: Waiting, uncached_tokens: int, prefill_s: float) -> None:
         """What is cached has changed, and with it the request's place."""
-        key = self._key(prefill_s, waiting.submitted_at)
-        if key != waiting.key:
-            tenant = self._levels[waiting.level].tenants[waiting.request.tenant]
-            del tenant.line[_place(tenant.line, waiting)]
-            waiting.key, waiting.prefill_s = key, prefill_s
-            insort(tenant.line, waiting, key=_sort_key)
+        if prefill_s != waiting.prefill_s:
+            self._place_anew(waiting, prefill_s, waiting.due_at)
         waiting.uncached_tokens = uncached_tokens
+
+    def _place_anew(self, waiting: Waiting, prefill_s: float, due_at: float) -> None:
+        tenant = self._levels[waiting.level].tenants[waiting.request.tenant]
+        del tenant.line[_place(tenant.line, waiting)]
+        waiting.prefill_s, waiting.due_at = prefill_s, due_at
+        waiting.key = self._key(waiting)
+        insort(tenant.line, waiting, key=_sort_key)
 
     def expired(self, now: float) -> list[Waiting]:
         """Requests whose deadline has passed; they are still in the queue."""
@@ -188,6 +205,13 @@ class Queue:
                 self._enter(waiting)
                 self._plan_promotion(waiting)
 
+    def let_go(self, now: float) -> None:
+        """Move those that can no longer be in time behind those that can."""
+        while self._hopes and self._hopes[0][0] <= now:
+            waiting = heapq.heappop(self._hopes)[2]
+            if self._waiting.get(waiting.request.request) is waiting:
+                self._place_anew(waiting, waiting.prefill_s, waiting.due_at + self._settings.late_s)
+
     def _plan_promotion(self, waiting: Waiting) -> None:
         if not waiting.is_rising and waiting.level > self._first_class():
             waiting.is_rising = True
@@ -198,8 +222,8 @@ class Queue:
         """Class 0, or the first one in which anybody waits."""
         return min(0, *self._levels) if self._levels else 0
 
-    def _key(self, prefill_s: float, submitted_at: float) -> float:
-        return prefill_s + self._settings.aging * submitted_at
+    def _key(self, waiting: Waiting) -> float:
+        return waiting.prefill_s + self._settings.aging * waiting.due_at
 
     def wakeup(self) -> float:
         """The next deadline or promotion; infinity if there is none."""
@@ -253,7 +277,7 @@ class Queue:
 
     def _tidy(self) -> None:
         """Drop what the heaps still keep of requests that left: they stay in proportion to the queue."""
-        for heap in (self._deadlines, self._promotions):
+        for heap in (self._deadlines, self._promotions, self._hopes):
             heap[:] = [entry for entry in heap if self._waiting.get(entry[2].request.request) is entry[2]]
             heapq.heapify(heap)
 
@@ -263,9 +287,14 @@ class Queue:
         """Everybody, oldest first."""
         return iter(self._waiting.values())
 
-    def work_before_s(self, request: RoutableRequest, key: float) -> float:
-        """Predicted prefill seconds of all that would be served before a new request; tenants' rounds left out."""
-        level = request.priority
+    def work_before_s(self, request: RoutableRequest, prefill_s: float, now: float) -> float:
+        """Predicted prefill seconds of all that would be served before a request of so many, were it to come now.
+
+        Tenants' rounds are left out.
+        """
+        level, settings = request.priority, self._settings
+        slo_s = settings.promote_after_s if request.slo_ttft_s is None else request.slo_ttft_s
+        key = prefill_s + settings.aging * (now + slo_s)
         return sum(
             waiting.prefill_s
             for waiting in self._waiting.values()

@@ -9,6 +9,22 @@ from planes.wire.blocks import Hashes
 from planes.wire.messages import RequestId, WorkerId
 
 
+class Sacrifice(StrEnum):
+    """What a way to serve a request gives up, each worse than all before it."""
+
+    NOTHING = ""
+    PAUSE = "streams stand still for long"
+    TTFT = "its time to first token"
+    TTFT_AND_PAUSE = "its time to first token, and streams stand still for long"
+    ITL = "a stream's time between tokens"
+    ITL_AND_PAUSE = "a stream's time between tokens, and streams stand still for long"
+    ITL_AND_TTFT = "a stream's time between tokens, and its time to first token"
+    EVERYTHING = "a stream's time between tokens, and its time to first token, and streams stand still for long"
+
+
+_SACRIFICE_S = {sacrifice: number * 1e6 for number, sacrifice in enumerate(Sacrifice)}
+
+
 class HandoverPreference(StrEnum):
     """What a client asks for in place of the cheapest way; enforced whatever the policy."""
 
@@ -36,7 +52,9 @@ class RoutableRequest(msgspec.Struct, frozen=True, eq=False):
     """Class: the lower the sooner, negative ones before 0."""
     tenant: str = ""
     slo_ttft_s: float | None = None
-    """Refuse at once when no worker is predicted to give the first token in time."""
+    """First token by then; refused at once when no worker is predicted to give it in time, where that is wanted."""
+    slo_itl_s: float | None = None
+    """Mean time between its tokens at most, seconds."""
     excluded: frozenset[WorkerId] = frozenset()
     """Workers that were just lost to this request (migration, retry)."""
     is_local_only: bool = False
@@ -76,8 +94,19 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Its own decoding after the first step. The seconds above and this, less the discount below, are `total_s`."""
     num_passed: int = 0
     """Prompts on the computing worker that this one would be computed before: its queue is without them."""
+    gives_up: Sacrifice = Sacrifice.NOTHING
+    """Goes before all seconds."""
+    waits_for_room: bool = False
+    """It should be bound only when there is room for it to decode."""
+    work_s: float = 0.0
+    """Of the computing worker's time: its own work, and its share of the steps."""
     early_token_discount_s: float = 0.0
     """Where the first token is early, handover and first step only interrupt the stream: so much less they count."""
+
+    @property
+    def order_s(self) -> float:
+        """Seconds, after what is given up."""
+        return self.total_s + _SACRIFICE_S[self.gives_up]
 
     @property
     def ttft_s(self) -> float:

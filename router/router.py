@@ -15,6 +15,7 @@ import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -124,8 +125,16 @@ class Router:
         if request.request in self._queue or request.request in self._bound:
             raise DuplicateRequest(request.request)
         share = self._length_shares.get(request.model, 1.0)
+        settings = self._settings
+        changes: dict[str, Any] = {}
         if share < 1.0:
-            request = msgspec.structs.replace(request, expected_tokens=max(1, round(request.expected_tokens * share)))
+            changes["expected_tokens"] = max(1, round(request.expected_tokens * share))
+        if request.slo_ttft_s is None and settings.slo_ttft_s is not None:
+            changes["slo_ttft_s"] = settings.slo_ttft_s
+        if request.slo_itl_s is None and settings.slo_itl_s is not None:
+            changes["slo_itl_s"] = settings.slo_itl_s
+        if changes:
+            request = msgspec.structs.replace(request, **changes)
         explanation = self._explanation(request, now)
         try:
             self._check(request, now)
@@ -162,6 +171,7 @@ class Router:
         if len(self._queue):
             answers += self._refuse_unservable()
             self._queue.promote(now)
+            self._queue.let_go(now)
             walk = self._late_binding.walk(now)
             for waiting in walk:
                 answer = self._answer(waiting, walk, now)
@@ -180,7 +190,15 @@ class Router:
     def _answer(self, waiting: Waiting, walk: Walk, now: float) -> Route | Refusal | None:
         """Ask the policy about one request, and bind or refuse it. None: it is held back."""
         request, explanation = waiting.request, waiting.explanation
-        view = self._fleet.view(request, walk.ahead, now, self._rng, len(self._queue))
+        view = self._fleet.view(
+            request,
+            walk.ahead,
+            now,
+            self._rng,
+            len(self._queue),
+            waited_s=now - waiting.submitted_at,
+            without_room=walk.without_room,
+        )
         if view is None:
             return self._turn_away(waiting, self._fleet.refusal(request))
         try:
@@ -247,11 +265,11 @@ class Router:
         self._counts.refusals[error.code] += 1
 
     def _slo(self, request: RoutableRequest) -> float | None:
-        return request.slo_ttft_s if request.slo_ttft_s is not None else self._settings.slo_ttft_s
+        return request.slo_ttft_s if self._settings.refuse_late else None
 
     def _wait_s(self, request: RoutableRequest, chosen: Candidate, now: float) -> float:
         """Predicted wait in the queue; who passes those that are computed need not wait for room."""
-        return 0.0 if chosen.num_passed else self._late_binding.wait_s(request, now, aging=self._settings.aging)
+        return 0.0 if chosen.num_passed else self._late_binding.wait_s(request, now)
 
     def _check_slo(self, chosen: Candidate, waiting_s: float, slo_s: float) -> None:
         ttft_s = waiting_s + chosen.ttft_s

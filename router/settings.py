@@ -14,8 +14,22 @@ class RouterSettings:
     queue_limit: Annotated[int, "Most requests that wait in the gateway, 1 or more."] = 4096
     slo_ttft_s: Annotated[
         float | None,
-        "Refuse a request whose predicted time to first token is longer; none: never. A request's own limit wins.",
+        "By when, in seconds, a first token shall come: routing keeps to it where it can. None: no such limit. "
+        "A request's own wins.",
     ] = None
+    slo_itl_s: Annotated[
+        float | None,
+        "Mean seconds between a stream's tokens that routing keeps to, before all else. None: streams on workers kept "
+        "for decoding never stand still for long. A request's own wins.",
+    ] = None
+    refuse_late: Annotated[
+        bool, "Refuse a request whose first token is predicted to come later than its `slo_ttft_s`; else serve it late."
+    ] = True
+    late_s: Annotated[
+        float,
+        "A request that can no longer be in time counts as if it were due so much later, 0 or more: those that can be "
+        "in time go first.",
+    ] = 60.0
     aging: Annotated[
         float,
         "Seconds of predicted prefill that one second of waiting makes up for, more than 0. Less lets short prompts "
@@ -40,7 +54,10 @@ class RouterSettings:
         for name in ("aging", "promote_after_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)} and must be more than 0")
-        if not self.report_delay_s >= 0:
-            raise ValueError(f"report_delay_s is {self.report_delay_s} and must be at least 0")
-        if self.slo_ttft_s is not None and not self.slo_ttft_s > 0:
-            raise ValueError(f"slo_ttft_s is {self.slo_ttft_s} and must be more than 0, or absent")
+        for name in ("report_delay_s", "late_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)} and must be at least 0")
+        for name in ("slo_ttft_s", "slo_itl_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value} and must be more than 0, or absent")

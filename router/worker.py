@@ -8,13 +8,13 @@ more than `report_delay_s` before as counted (*seen*) and add the others (*unsee
     sequences, KV = reported + unseen decode legs                    a decode leg can be seen once it has arrived:
                                                                      at dispatch (local), after the prefill (pair)
 
-Whatever we took for seen and was not yet in the report is missing until the next one (100 ms while busy); the delay is
-chosen so that the other mistake, counting twice for one report, is the likelier: it holds back, and herds nobody.
+Whatever we took for seen and was not yet in the report is missing until the next one (100 ms while busy). Prompt tokens
+in a report beyond what we have seen are our unseen ones as far as those go, and only then another gateway's.
 
-Between reports prompt work drains like a fluid: a worker is busy until the instant `busy_until`, each prompt we send
-moves it on by its predicted seconds, each report sets it anew.
+Between reports prompt work is done in steps as `router/steps.py` plans them; each report sets the plan right.
 """
 
+import heapq
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from planes.wire.blocks import Hashes
 from planes.wire.messages import LoadReport, Registration, RequestId, WorkerState
 from router.latency import LatencyModel, is_plausible
 from router.policy import HandoverGroup, WorkerView
+from router.steps import Pace, StepPlan
 
 _WINDOW_S = 60.0  # over which utilisation is averaged
 _LATE_SHARE = 0.1  # of outstanding prompt work still to come when it has taken longer than predicted
@@ -39,15 +40,18 @@ class Reservation:
     uncached_tokens: int
     prompt_tokens: int
     expected_tokens: int
-    prefill_s: float
+    work_s: float
+    """Predicted: what the prompt adds to the steps that compute it."""
     bound_at: float
     decode_cached_tokens: int = 0
     """Prompt tokens whose blocks the decode worker held already; it shares them."""
     is_prefilled: bool = False
     prefill_seen: bool = False
     decode_seen: bool = False
+    is_stream: bool = False
     overtaken_s: float = 0.0
-    """Predicted prefills of shorter prompts that were bound after it and go before it."""
+    """Predicted work of shorter prompts that were bound after it and go before it."""
+    slo_itl_s: float | None = None
     arrived_at: float = math.inf
     """When its decode leg reached the decode worker."""
 
@@ -65,12 +69,19 @@ class Worker:
         self.waiting_prefill_tokens = 0
         self.kv_tokens = 0
         self.free_blocks = registration.facts.num_blocks
-        self.busy_until = 0.0
+        self.plan = StepPlan()
         self.utilisation = Utilisation()
         self.has_steps = False
         """Its reports tell of engine steps; if not, whole prefills have to teach the latency model."""
         self.computing: dict[RequestId, Reservation] = {}
         self.decoding: dict[RequestId, Reservation] = {}
+        self.expected_tokens = 0
+        """Of all of `decoding`."""
+        self._own_streams = self._to_stream = self._other_streams = 0
+        self.stalled_s = 0.0
+        """How long streams here have stood still for prompts, in all its reports."""
+        self._stall_limits: list[tuple[float, RequestId, Reservation]] = []
+        """A heap: what `stalled_s` must not reach, for each stream with an SLO."""
         self._sent: deque[Reservation] = deque()
         self._arrived: deque[Reservation] = deque()
         self.unseen_prefills = self.unseen_prefill_tokens = 0
@@ -100,18 +111,30 @@ class Worker:
         if self.facts.is_shortest_first:
             for other in self.computing.values():
                 if reservation.prompt_tokens < other.uncached_tokens:
-                    other.overtaken_s += reservation.prefill_s
+                    other.overtaken_s += reservation.work_s
         self.computing[reservation.request] = reservation
         self._sent.append(reservation)
         self.unseen_prefills += 1
         self.unseen_prefill_tokens += reservation.uncached_tokens
-        self.busy_until = max(self.busy_until, now) + reservation.prefill_s
+        self.plan.add(reservation.uncached_tokens, reservation.work_s, now, self.pace())
 
     def reserve_decode(self, reservation: Reservation) -> None:
         self.decoding[reservation.request] = reservation
+        self.expected_tokens += reservation.expected_tokens
+        self._to_stream += reservation.expected_tokens > 1
+        if reservation.slo_itl_s is not None and reservation.expected_tokens > 1:
+            step_s = self.latency.step_s(len(self.decoding), self.kv_tokens + self.unseen_kv_tokens)
+            spare_s = (reservation.slo_itl_s - step_s) * (reservation.expected_tokens - 1)
+            heapq.heappush(self._stall_limits, (self.stalled_s + spare_s, reservation.request, reservation))
         self.unseen_decodes += 1
         self.unseen_kv_tokens += reservation.prompt_tokens
         self.unseen_blocks += self._blocks(reservation)
+
+    def prefilled(self, reservation: Reservation) -> None:
+        """Its prompt is computed: it decodes from now on, or in a moment."""
+        if reservation.expected_tokens > 1 and reservation.request in self.decoding:
+            reservation.is_stream = True
+            self._own_streams += 1
 
     def arrived(self, reservation: Reservation, now: float) -> None:
         """The decode leg is with the worker and will be in its reports."""
@@ -126,16 +149,21 @@ class Worker:
             self.waiting_prefill_tokens = max(0, self.waiting_prefill_tokens - reservation.uncached_tokens)
             self.seen_tokens -= reservation.uncached_tokens
             self.seen_prompt_tokens -= reservation.prompt_tokens
-            self.seen_s = self.seen_s - reservation.prefill_s if self.seen_tokens else 0.0
+            self.seen_s = self.seen_s - reservation.work_s if self.seen_tokens else 0.0
         else:
             self.unseen_prefills -= 1
             self.unseen_prefill_tokens -= reservation.uncached_tokens
-        if not self.computing and not self.waiting_prefill_tokens:
-            self.busy_until = min(self.busy_until, now)
+        if self.computing or self.waiting_prefill_tokens:
+            self.plan.done(self.waiting_prefill_tokens + self.unseen_prefill_tokens, now, self.pace())
+        else:
+            self.plan.clear(now)
 
     def release_decode(self, reservation: Reservation, completion_tokens: int) -> None:
         if self.decoding.pop(reservation.request, None) is None:
             return
+        self.expected_tokens -= reservation.expected_tokens
+        self._own_streams -= reservation.is_stream
+        self._to_stream -= reservation.expected_tokens > 1
         if reservation.decode_seen:
             self.num_running = max(0, self.num_running - 1)
             self.kv_tokens = max(0, self.kv_tokens - reservation.prompt_tokens - completion_tokens)
@@ -161,10 +189,25 @@ class Worker:
         self.has_steps = self.has_steps or bool(report.steps)
         self.state = report.state
         self.num_running, self.num_waiting = report.num_running, report.num_waiting
-        self.waiting_prefill_tokens = report.waiting_prefill_tokens
+        self.waiting_prefill_tokens = self._not_ours_again(report.waiting_prefill_tokens)
         self.kv_tokens, self.free_blocks = report.kv_tokens, report.free_blocks
-        unseen_s = sum(sent.prefill_s for sent in self._sent if sent.request in self.computing)
-        self.busy_until = now + self._reported_work_s(report) + unseen_s
+        unseen_s = sum(sent.work_s for sent in self._sent if sent.request in self.computing)
+        self.plan.report(
+            self.waiting_prefill_tokens,
+            self._reported_work_s(report),
+            self.unseen_prefill_tokens,
+            unseen_s,
+            report.num_waiting + self.unseen_prefills,
+            now,
+            self.pace(),
+        )
+        if report.steps:
+            self._other_streams = max(0, report.steps[-1].batch - len(self.decoding))
+        elif not (self.has_steps and report.num_running):
+            self._other_streams = max(0, report.num_running - len(self.decoding.keys() | self.computing.keys()))
+        for step in report.steps:
+            if step.prefill_tokens and step.batch and is_plausible(step.duration_s):
+                self.stalled_s += max(0.0, step.duration_s - self.latency.step_s(step.batch, step.kv_tokens))
         self.utilisation.add(report, self.latency, now - self.reported_at if self.reported_at is not None else 0.0)
         self.reported_at = now
 
@@ -175,7 +218,7 @@ class Worker:
             self.unseen_prefill_tokens -= reservation.uncached_tokens
             self.seen_tokens += reservation.uncached_tokens
             self.seen_prompt_tokens += reservation.prompt_tokens
-            self.seen_s += reservation.prefill_s
+            self.seen_s += reservation.work_s
 
     def _see_decode(self, reservation: Reservation) -> None:
         if self.decoding.get(reservation.request) is reservation:
@@ -184,29 +227,63 @@ class Worker:
             self.unseen_kv_tokens -= reservation.prompt_tokens
             self.unseen_blocks -= self._blocks(reservation)
 
+    def _not_ours_again(self, tokens: int) -> int:
+        """Prompt tokens of a report without those of ours that it counts though we take them for unseen."""
+        surplus = tokens - max(self.seen_prompt_tokens, self.seen_tokens)
+        return tokens - max(0, min(surplus, self.unseen_prefill_tokens))
+
     def _reported_work_s(self, report: LoadReport) -> float:
-        """Seconds of prompt work in a report: our own part of it at its predicted cost, the rest by the token.
+        """Work of the prompts in a report: our own part of it as predicted, the rest by the token.
 
         An engine that has not looked a prompt up in its cache yet reports all of it, so our part is anything between
         our uncached tokens and our prompts' tokens.
         """
-        tokens = report.waiting_prefill_tokens
+        tokens = self.waiting_prefill_tokens
         own_s = self.seen_s * min(1.0, tokens / self.seen_tokens) if self.seen_tokens else 0.0
         others = tokens - max(self.seen_prompt_tokens, self.seen_tokens)
         self._others_s = 0.0
         if others > 0:
             mean = others // max(1, report.num_waiting - len(self.computing)) or 1
-            self._others_s = self.latency.prefill_s(mean, mean) * others / mean
+            self._others_s = self.latency.work_s(mean, mean) * others / mean
         return own_s + self._others_s
 
     # --- answers -------------------------------------------------------------------------------------------------
 
-    def backlog_s(self, now: float) -> float:
+    @property
+    def num_streams(self) -> int:
+        """Sequences that decode here now."""
+        return self._own_streams + self._other_streams
+
+    def pace(self) -> Pace:
+        """Of its steps at present."""
+        batch = self.num_streams
+        budget = self.facts.max_step_tokens - batch
+        return Pace(self.latency.fixed_s(batch, self.kv_tokens + self.unseen_kv_tokens), budget if budget > 0 else 1)
+
+    def backlog_s(self, now: float, pace: Pace | None = None) -> float:
         """Predicted seconds until a prompt sent now would begin to be computed."""
-        backlog = self.busy_until - now
-        if backlog <= 0 and self.computing:  # it is late: something is left, nobody knows how much
-            return _LATE_SHARE * max(reservation.prefill_s for reservation in self.computing.values())
-        return max(0.0, backlog)
+        plan = self.plan
+        if plan.ends_at <= now and not (plan.ready_tokens or self.computing):
+            return 0.0
+        pace = pace or self.pace()
+        plan.advance(now, pace)
+        if plan.ends_at <= now and self.computing:  # it is late: something is left, nobody knows how much
+            return _LATE_SHARE * (pace.fixed_s + max(each.work_s for each in self.computing.values()))
+        return plan.starts_in_s(now, pace)
+
+    def stall_left_s(self, now: float, pace: Pace) -> float:
+        """How long the streams here may stand still beyond what is to come, until one misses its SLO.
+
+        Streams that have missed it already, and those without one, do not count.
+        """
+        limits = self._stall_limits
+        if not limits:
+            return math.inf
+        step_s = self.latency.step_s(self.num_streams, self.kv_tokens + self.unseen_kv_tokens)
+        coming_s = self.stalled_s + self.plan.stall_s(now, pace, step_s)
+        while limits and (limits[0][0] < coming_s or self.decoding.get(limits[0][1]) is not limits[0][2]):
+            heapq.heappop(limits)
+        return limits[0][0] - coming_s if limits else math.inf
 
     def passing(self, backlog_s: float) -> tuple[int, float]:
         """A prompt of fewer tokens than the first of these begins before all of ours, after the second, in seconds.
@@ -226,12 +303,23 @@ class Worker:
         tokens = self.waiting_prefill_tokens + self.unseen_prefill_tokens
         for reservation in self.computing.values():
             tokens = min(tokens, reservation.uncached_tokens)
-            if reservation.overtaken_s > reservation.prefill_s:
+            if reservation.overtaken_s > reservation.work_s:
                 return 0, backlog_s
         return tokens, starts_in_s
 
-    def view(self, cached_tokens: int, prompt_tokens: int, num_cached: int, ahead_s: float, now: float) -> WorkerView:
-        used, backlog_s = self.utilisation, self.backlog_s(now)
+    def view(
+        self, cached_tokens: int, prompt_tokens: int, num_cached: int, ahead_s: float, now: float, without_room: int = 0
+    ) -> WorkerView:
+        used, plan = self.utilisation, self.plan
+        backlog_s, stall_left_s, shared_tokens, shared_s, num_sharing = 0.0, math.inf, 0, 0.0, 0
+        # Most workers of a large fleet have no prompts at most times.
+        if plan.ready_tokens or plan.ends_at > now or self.computing or self._stall_limits:
+            pace = self.pace()
+            backlog_s = self.backlog_s(now, pace)
+            if plan.ready_tokens:
+                shared_tokens, shared_s, num_sharing = plan.shared(pace)
+            if self._stall_limits:
+                stall_left_s = self.stall_left_s(now, pace)
         passed_tokens, starts_in_s = 0, 0.0
         if self.facts.is_shortest_first:  # asked here, too: the call costs a decision among 256 workers 7 %
             passed_tokens, starts_in_s = self.passing(backlog_s)
@@ -255,6 +343,13 @@ class Worker:
             num_passed=len(self.computing) if prompt_tokens < passed_tokens else 0,
             starts_in_s=starts_in_s,
             num_cached=num_cached,
+            without_room=without_room,
+            num_streams=self._to_stream + self._other_streams,
+            mean_expected=self.expected_tokens / len(self.decoding) if self.decoding else 0.0,
+            stall_left_s=stall_left_s,
+            shared_tokens=shared_tokens,
+            shared_s=shared_s,
+            num_sharing=num_sharing,
         )
 
 
@@ -279,7 +374,7 @@ class Utilisation:
 
     def __init__(self) -> None:
         self.running = 0.0
-        """Mean number of sequences."""
+        """Mean number of sequences that decode."""
         self._computing = self._prefilling = 0.0
         self._weight = 1 - math.exp(-10 / _WINDOW_S)
         self._unreported_s = 0.0
@@ -311,6 +406,7 @@ class Utilisation:
         self._weight = weight
         self._computing += new * (min(computing, self._unreported_s) / elapsed_s - self._computing)
         self._prefilling += new * (min(prefilling, self._unreported_s) / elapsed_s - self._prefilling)
-        self.running += new * (min(report.num_running, 1 << 20) - self.running)
+        batch = min(report.steps[-1].batch if report.steps else 0, 1 << 20)
+        self.running += new * (batch - self.running)
         if report.steps or not (report.num_running or report.waiting_prefill_tokens):
             self._unreported_s = 0.0

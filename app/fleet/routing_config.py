@@ -27,6 +27,9 @@ _log = structlog.get_logger()
 _RANGES: Final = {
     "queue_limit": (1, 10**9),
     "slo_ttft_s": (1e-3, 1e9),
+    "slo_itl_s": (1e-6, 1e6),
+    "refuse_late": (False, True),
+    "late_s": (0.0, 1e9),
     "aging": (1e-6, 1e6),
     "promote_after_s": (1e-3, 1e9),
     "quantum_tokens": (1, 10**9),
@@ -43,6 +46,9 @@ class RoutingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     shadow_policy: str | None = None
     queue_limit: int | None = None
     slo_ttft_s: float | None = None
+    slo_itl_s: float | None = None
+    refuse_late: bool | None = None
+    late_s: float | None = None
     aging: float | None = None
     promote_after_s: float | None = None
     quantum_tokens: int | None = None
@@ -76,7 +82,15 @@ def routing_setup(started: GatewaySettings, config: RoutingConfig) -> RoutingSet
             raise ValueError(f"{name} is {value} and must be {least:g} to {most:g}")
     shadow = started.shadow_policy if config.shadow_policy is None else config.shadow_policy
     return RoutingSetup(
-        settings=replace(RouterSettings(queue_limit=started.queue_limit, slo_ttft_s=started.slo_ttft_s), **changed),
+        settings=replace(
+            RouterSettings(
+                queue_limit=started.queue_limit,
+                slo_ttft_s=started.slo_ttft_s,
+                slo_itl_s=None if started.slo_itl_ms is None else started.slo_itl_ms / 1000,
+                refuse_late=started.refuse_late,
+            ),
+            **changed,
+        ),
         policy=load_policy(started.policy if config.policy is None else config.policy),
         shadow=load_policy(shadow) if shadow else None,
     )

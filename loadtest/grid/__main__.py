@@ -67,8 +67,10 @@ class Grid:
         )
 
     def _row(self, drawn: Setup, policy: str) -> report.Row:
-        result = Simulation(replace(drawn.scenario, policy=policy), drawn.workload).run()
-        row = summarise(result, load=f"cell {drawn.name}", fleet=drawn.title, policy=policy, slo=drawn.slo)
+        slo = drawn.slo
+        scenario = replace(drawn.scenario, policy=policy, slo_ttft_s=slo.ttft_s, slo_itl_s=slo.tpot_s)
+        result = Simulation(scenario, drawn.workload).run()
+        row = summarise(result, load=f"cell {drawn.name}", fleet=drawn.title, policy=policy, slo=slo)
         return msgspec.structs.replace(row, ttft_quantiles_s=[])
 
 

@@ -21,7 +21,9 @@ from router.settings import RouterSettings
 
 def default_router(scenario: Scenario, number: int) -> Router:
     """A gateway's router; its queue has no limit, so that all policies serve the same requests."""
-    settings = RouterSettings(queue_limit=10**6, history=1)
+    settings = RouterSettings(
+        queue_limit=10**6, history=1, slo_ttft_s=scenario.slo_ttft_s, slo_itl_s=scenario.slo_itl_s, refuse_late=False
+    )
     return Router(settings, load_policy(scenario.policy), rng=random.Random(f"{scenario.seed}/{number}"))
 
 

@@ -92,6 +92,9 @@ class Scenario:
     num_decode: int
     num_both: int
     facts: EngineFacts
+    slo_ttft_s: float | None = None
+    slo_itl_s: float | None = None
+    """What the routers are told to keep; nobody is refused for it."""
     seed: int = 0
     num_gateways: int = 1
     slow_worker: float = 1.0

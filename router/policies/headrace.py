@@ -1,25 +1,27 @@
-"""Headrace: serve a request in the way that costs everybody the least, in predicted seconds; bind it late.
+"""Headrace: serve a request in the way that gives up least and then costs everybody the least, in predicted seconds;
+bind it late.
 
 `router/cost.py` has the cost of one way; there are no weights to set. Conditional disaggregation falls out: a short
-or cached prompt costs less where it decodes than a handover would, unless many sequences would have to stand still.
+or cached prompt costs less where it decodes than a handover would, unless streams would have to stand still.
 
 The cheapest of P x D pairs is found in O(P + D): for the cheapest prefill worker take the best decode worker, for that
 one the best prefill worker, and so on until nothing changes; then the same from the best single worker on. Where links
 are equally fast, and decode workers have no prompts to compute, that is exact; otherwise what is found is a way that no
 exchange of a single worker improves.
 
-A request whose cheapest worker has more to do than the next round trip and step need is held in the gateway: binding
-it now could not start it sooner, and by the time it can start another worker may be cheaper. Prompts that are computed
-in the same step start together, so a short one may come as soon as the next step has a place for it. Held, too, is a
-request whose decode worker has no room for it: its KV cache would only wait in the prefill worker's memory.
+A request is held in the gateway as long as its worker's next step with a place for it is further away than a round trip
+and a decode step: binding it now could not start it sooner, and by the time it can start another worker may be cheaper.
+It joins the prompts of that step unless they would lose more by it than a step of its own costs those who wait. Held,
+too, is a request whose decode worker has no room for it: its KV cache would only wait in the prefill worker's memory.
 """
 
 from collections.abc import Sequence
 from operator import attrgetter
 
 from planes.wire.messages import WorkerId
-from router.cost import MEASURED, CostModel, DecodeCost, PrefillCost, congestion, decode_cost, local, pair, prefill_cost
+from router.cost import DecodeCost, PrefillCost, decode_cost, local, pair, prefill_cost
 from router.policy import Choice, FleetView, Links, WorkerView
+from router.prices import MEASURED, CostModel, Goals, congestion
 from router.request import Candidate, RoutableRequest
 
 
@@ -32,10 +34,12 @@ class Headrace:
         self.model = model
 
     def choose(self, request: RoutableRequest, view: FleetView) -> Choice:
-        model, congested = self.model, congestion(view)
+        model, congested, goals = self.model, congestion(view), Goals.of(request, view)
         decodes = [decode_cost(request, worker, model) for worker in view.decode]
         locals_ = [prefill_cost(request, worker, congested, model) for worker in view.decode]
-        options = [local(prefill, decode) for prefill, decode in zip(locals_, decodes, strict=True)]
+        options = [
+            local(request, prefill, decode, goals, model) for prefill, decode in zip(locals_, decodes, strict=True)
+        ]
         if not request.is_local_only:
             known = {leg.worker.worker: leg for leg in locals_}
             prefills = [
@@ -45,12 +49,13 @@ class Headrace:
                 if group is not None:
                     senders = [leg for leg in prefills if leg.worker.handover == group]
                     receivers = [leg for leg in decodes if leg.worker.handover == group]
-                    nearest = min(options[: len(decodes)], key=_total).decode
-                    options += _Pairs(request, senders, receivers, view.links, model).weighed(nearest)
-        least = min([option.total_s for option in options])
-        near = [option for option in options if option.total_s <= least * model.near]
+                    nearest = min(options[: len(decodes)], key=_order).decode
+                    options += _Pairs(request, senders, receivers, view.links, goals, model).weighed(nearest)
+        best = min(options, key=_order)
+        most_s, given_up = best.total_s * model.near, best.gives_up
+        near = [option for option in options if option.gives_up is given_up and option.total_s <= most_s]
         chosen = near[0] if len(near) == 1 else view.rng.choice(near)
-        return _bound_or_held(request, chosen, tuple(options), view, decodes, model)
+        return _bound_or_held(request, chosen, tuple(options), view, model)
 
 
 class _Pairs:
@@ -62,9 +67,10 @@ class _Pairs:
         prefills: Sequence[PrefillCost],
         decodes: Sequence[DecodeCost],
         links: Links,
+        goals: Goals,
         model: CostModel,
     ) -> None:
-        self._request, self._links, self._model = request, links, model
+        self._request, self._links, self._goals, self._model = request, links, goals, model
         self._prefills: dict[WorkerId | None, PrefillCost] = {leg.worker.worker: leg for leg in prefills}
         self._decodes = {leg.worker.worker: leg for leg in decodes}
         self._found: dict[tuple[WorkerId, WorkerId], Candidate] = {}
@@ -82,7 +88,7 @@ class _Pairs:
         while prefill is not None:
             best = self._best_decode(prefill)
             better = self._best_prefill(self._decodes[best.decode])
-            prefill = self._prefills.get(better.prefill) if better.total_s < best.total_s else None
+            prefill = self._prefills.get(better.prefill) if better.order_s < best.order_s else None
 
     def _cheapest(self) -> PrefillCost | None:
         """The prefill worker that costs least of those with another worker to hand over to."""
@@ -91,21 +97,23 @@ class _Pairs:
 
     def _best_decode(self, prefill: PrefillCost) -> Candidate:
         name = prefill.worker.worker
-        return min([self._pair(prefill, leg) for other, leg in self._decodes.items() if other != name], key=_total)
+        return min([self._pair(prefill, leg) for other, leg in self._decodes.items() if other != name], key=_order)
 
     def _best_prefill(self, decode: DecodeCost) -> Candidate:
         name = decode.worker.worker
-        return min([self._pair(leg, decode) for other, leg in self._prefills.items() if other != name], key=_total)
+        return min([self._pair(leg, decode) for other, leg in self._prefills.items() if other != name], key=_order)
 
     def _pair(self, prefill: PrefillCost, decode: DecodeCost) -> Candidate:
         names = prefill.worker.worker, decode.worker.worker
         found = self._found.get(names)
         if found is None:
-            found = self._found[names] = pair(self._request, prefill, decode, self._links.link(*names), self._model)
+            found = self._found[names] = pair(
+                self._request, prefill, decode, self._links.link(*names), self._goals, self._model
+            )
         return found
 
 
-_cost, _total = attrgetter("cost_s"), attrgetter("total_s")
+_cost, _order = attrgetter("cost_s"), attrgetter("order_s")
 
 
 def _bound_or_held(
@@ -113,38 +121,37 @@ def _bound_or_held(
     chosen: Candidate,
     options: tuple[Candidate, ...],
     view: FleetView,
-    decodes: Sequence[DecodeCost],
     model: CostModel,
 ) -> Choice:
-    decode = next(leg for leg in decodes if leg.worker.worker == chosen.decode)
-    computing = decode.worker
-    if chosen.prefill is not None:
-        computing = next(worker for worker in view.prefill if worker.worker == chosen.prefill)
-    max_backlog_s = _max_backlog_s(computing, request.prompt_tokens - computing.cached_tokens, model)
-    if because := computing.busy_because(max_backlog_s):
-        return Choice(
-            chosen=chosen, candidates=options, is_held=True, held_because=because, max_backlog_s=max_backlog_s
-        )
-    computing_s = chosen.prefill_s + chosen.handover_s
-    if not decode.has_room and decode.decode_s > model.patience * decode.worker.num_running * computing_s:
-        because = f"{chosen.decode} has no room to decode"
-        return Choice(
-            chosen=chosen, candidates=options, is_held=True, held_because=because, max_backlog_s=max_backlog_s
-        )
-    return Choice(chosen=chosen, candidates=options, max_backlog_s=max_backlog_s)
+    name, workers = (chosen.decode, view.decode) if chosen.prefill is None else (chosen.prefill, view.prefill)
+    computing = next(worker for worker in workers if worker.worker == name)
+    max_backlog_s = model.round_trip_s + computing.latency.step_s(computing.num_streams, computing.kv_tokens)
+    because, lacks_room = computing.busy_because(max_backlog_s) or _shares_badly(request, computing, view), False
+    if not because and chosen.waits_for_room:
+        because, lacks_room = f"{chosen.decode} has no room to decode", True
+    return Choice(
+        chosen=chosen,
+        candidates=options,
+        is_held=bool(because),
+        held_because=because,
+        max_backlog_s=max_backlog_s,
+        lacks_room=lacks_room,
+    )
 
 
-def _max_backlog_s(worker: WorkerView, uncached_tokens: int, model: CostModel) -> float:
-    """Prompt work that must lie ready at a worker so that it never idles, a round trip and a step; and what a prompt
-    can share a step with, where steps are dear: prompts in one step start together, and end together, too. A long one
-    would keep the others: where nobody decodes it waits until they are done. Beside streams they are done in chunks.
+def _shares_badly(request: RoutableRequest, worker: WorkerView, view: FleetView) -> str:
+    """Why the step that begins next should begin without it; empty: it should not.
+
+    In that step it keeps those that are in it for as long as its work there takes. In a step of its own it costs
+    everybody who waits, itself first, what a step costs beside the work.
     """
-    latency = worker.latency
-    max_backlog_s = model.round_trip_s + latency.step_s(worker.num_running, worker.kv_tokens)
-    beside = worker.facts.max_step_tokens - uncached_tokens
-    if beside <= 0:
-        return max_backlog_s
-    shared_s = model.shared_steps * latency.prefill_s(0, 0)
-    if not worker.role.can_decode:
-        shared_s -= latency.prefill_s(uncached_tokens, uncached_tokens)
-    return max_backlog_s + max(0.0, min(latency.prefill_s(beside, beside), shared_s))
+    if not worker.num_sharing or worker.num_passed:
+        return ""
+    uncached = request.prompt_tokens - worker.cached_tokens
+    free = worker.facts.max_step_tokens - worker.num_streams - worker.shared_tokens
+    longer_s = worker.latency.work_s(uncached, request.prompt_tokens) * min(1.0, free / uncached)
+    num_waiting = max(1.0, view.num_waiting / max(1, len(view.prefill) or len(view.decode)))
+    saved_s = worker.latency.fixed_s(worker.num_streams, worker.kv_tokens)
+    if worker.num_sharing * longer_s <= num_waiting * saved_s:
+        return ""
+    return f"{worker.worker} begins a step that {worker.num_sharing} prompts would wait {longer_s:.2f} s longer for"

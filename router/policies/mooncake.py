@@ -26,6 +26,7 @@ class Mooncake(LegPolicy):
         del rng
         return [
             worker.queue_s
+            + worker.shared_s
             + worker.latency.prefill_s(request.prompt_tokens - worker.cached_tokens, request.prompt_tokens)
             for worker in workers
         ]

@@ -2,9 +2,10 @@ import random
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from planes.wire.messages import HandoverMode, LatencyPrior, RequestId, Role, WorkerId
-from router import cost
+from router import cost, prices
 from router.latency import LatencyModel, LinkModel
 from router.policy import FleetView, WorkerView
 from router.request import RoutableRequest
@@ -42,17 +43,17 @@ def request(tokens=1000, expected=100):
 def test_a_second_of_prompt_work_costs_each_waiting_request_a_second():
     """Of five requests that wait, one is this one; two workers serve the other four."""
     workers = [worker("p0", Role.PREFILL), worker("p1", Role.PREFILL), worker("d")]
-    priced = cost.prefill_cost(request(), workers[0], cost.congestion(view(*workers, num_waiting=5)))
-    assert priced.inflicted_s == pytest.approx(2 * priced.prefill_s)
-    alone = cost.prefill_cost(request(), workers[0], cost.congestion(view(*workers, num_waiting=1)))
+    priced = cost.prefill_cost(request(), workers[0], prices.congestion(view(*workers, num_waiting=5)))
+    assert priced.inflicted_s == pytest.approx(2 * priced.work_s)
+    alone = cost.prefill_cost(request(), workers[0], prices.congestion(view(*workers, num_waiting=1)))
     assert alone.inflicted_s == 0.0
-    assert priced.cost_s - alone.cost_s == pytest.approx(2 * priced.prefill_s)
+    assert priced.cost_s - alone.cost_s == pytest.approx(2 * priced.work_s)
 
 
 def test_where_few_wait_the_busy_price_is_the_higher_one():
     busy = worker("p0", Role.PREFILL, prefill_utilisation=0.8)
     for num_waiting, price in ((1, 4.0), (4, 4.0), (10, 9.0)):
-        found = cost.congestion(view(busy, worker("d"), num_waiting=num_waiting))
+        found = prices.congestion(view(busy, worker("d"), num_waiting=num_waiting))
         assert found.price(0.8) == pytest.approx(price)
 
 
@@ -61,14 +62,50 @@ def test_on_a_full_worker_the_first_step_waits_until_one_of_those_that_run_has_e
     room = cost.decode_cost(request(), worker("d", **full | {"num_running": 4, "free_blocks": 1000}))
     filled = cost.decode_cost(request(), worker("d", **full))
     assert (room.has_room, filled.has_room) == (True, False)
-    step_s = worker("d").latency.step_s(full["num_running"] + 1, 1000)
-    assert filled.first_step_s == pytest.approx(step_s + 100 * step_s / full["num_running"])
+    beside = min(full["num_running"], FACTS.max_batch - 1)  # when it has room
+    step_s = worker("d").latency.step_s(beside + 1, 1000)
+    assert filled.first_step_s == pytest.approx(step_s + 100 * step_s / beside)
     assert filled.cost_s == pytest.approx(filled.first_step_s + filled.decode_s + filled.inflicted_s)
 
 
 def test_a_request_served_where_it_is_prefilled_waits_for_room_to_decode_too():
     full, free = worker("b", Role.BOTH, num_running=8), worker("b", Role.BOTH, num_running=7)
     for each, is_waiting in ((full, True), (free, False)):
-        served = cost.local(cost.prefill_cost(request(), each), cost.decode_cost(request(), each))
+        served = cost.local(request(), cost.prefill_cost(request(), each), cost.decode_cost(request(), each))
         assert (served.first_step_s > 0.05) is is_waiting
         assert served.ttft_s == pytest.approx(served.queue_s + served.prefill_s + served.first_step_s)
+
+
+def test_each_that_waits_for_room_before_it_takes_the_place_of_one_that_ends():
+    full = worker("d", num_running=8)
+    alone, third = (
+        cost.decode_cost(request(), full),
+        cost.decode_cost(request(), worker("d", num_running=8, without_room=2)),
+    )
+    assert third.room_s == pytest.approx(3 * alone.room_s)
+    assert not cost.decode_cost(request(), worker("d", num_running=6, without_room=2)).has_room
+    assert cost.decode_cost(request(), worker("d", num_running=5, without_room=2)).has_room
+
+
+def test_those_that_are_bound_to_a_worker_take_its_room_though_its_reports_do_not_count_them_as_running():
+    assert not cost.decode_cost(request(), worker("d", num_running=3, num_streams=8)).has_room
+
+
+@pytest.mark.parametrize(
+    ("expected", "slo", "is_held"),
+    [
+        (2000, {"slo_ttft_s": 1.0, "slo_itl_s": 0.05}, False),  # a pause that its mean bears
+        (2000, {"slo_ttft_s": 1.0}, True),
+        (2000, {"slo_ttft_s": 1.0, "slo_itl_s": 0.0095}, True),
+    ],
+)
+def test_a_first_token_need_not_wait_for_room_where_its_stream_bears_the_pause(expected, slo, is_held):
+    wanted = replace(request(10, expected), **slo)
+    full = worker("d", num_running=8, num_streams=8)
+    way = cost.pair(
+        wanted,
+        cost.prefill_cost(wanted, worker("p", Role.PREFILL)),
+        cost.decode_cost(wanted, full),
+        LinkModel(LatencyPrior()),
+    )
+    assert way.waits_for_room is is_held

@@ -22,6 +22,7 @@ from planes.wire.messages import (
     WorkerState,
 )
 from router.fleet import Fleet
+from router.latency import LatencyModel
 from router.request import Observed, RoutableRequest
 from tests import fakes
 
@@ -51,8 +52,13 @@ def request(name="r", *, blocks=(), tokens=100, expected=20, **fields):
     return RoutableRequest(RequestId(name), "m", names, tokens, expected, 1e9, **fields)
 
 
-def candidate(prefill, decode, *, cached=0, seconds=1.0):
-    return fakes.candidate(decode, prefill, cached_tokens=cached, prefill_s=seconds)
+def candidate(prefill, decode, *, cached=0):
+    return fakes.candidate(decode, prefill, cached_tokens=cached)
+
+
+def alone_s(tokens):
+    """Seconds that a worker takes for a prompt that has it to itself."""
+    return LatencyModel(FACTS.latency, FACTS.max_step_tokens).prefill_s(tokens, tokens)
 
 
 def fleet_of(*registrations):
@@ -70,7 +76,11 @@ def view(fleet, name, *, now=0.0, routable=None, ahead=None):
 def test_dispatches_count_at_once_and_are_gone_after_the_release():
     fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
     reservation = fleet.reserve(request(), candidate(P, D), 0.0)
-    assert (view(fleet, P).num_waiting, view(fleet, P).waiting_prefill_tokens, view(fleet, P).queue_s) == (1, 100, 1.0)
+    assert (view(fleet, P).num_waiting, view(fleet, P).waiting_prefill_tokens, view(fleet, P).queue_s) == (
+        1,
+        100,
+        alone_s(100),
+    )
     assert (view(fleet, D).num_running, view(fleet, D).kv_tokens, view(fleet, D).free_blocks) == (1, 100, 988)
     fleet.prefilled(reservation, 0.5)
     assert (view(fleet, P, now=0.5).num_waiting, view(fleet, P, now=0.5).queue_s) == (0, 0.0)
@@ -91,7 +101,8 @@ def test_a_report_that_counts_a_dispatch_does_not_count_it_twice():
     fleet.apply_load(report("p", waiting=1, tokens=100), now=1.0, report_delay_s=0.02)
     assert view(fleet, P, now=1.0).num_waiting == 2
     assert view(fleet, P, now=1.0).waiting_prefill_tokens == 200
-    assert view(fleet, P, now=1.0).queue_s == pytest.approx(2.0)
+    assert view(fleet, P, now=1.0).queue_s == pytest.approx(alone_s(100) - 0.01)  # one is in the step, one is ready
+    assert view(fleet, P, now=1.0).shared_tokens == 100
     fleet.apply_load(report("p", waiting=2, tokens=200), now=1.1, report_delay_s=0.02)
     assert view(fleet, P, now=1.1).num_waiting == 2
     assert view(fleet, P, now=1.1).waiting_prefill_tokens == 200
@@ -115,7 +126,17 @@ def test_other_gateways_requests_are_in_the_reports():
     fleet.reserve(request(), candidate(None, D), 1.0)
     seen = view(fleet, D, now=1.0)
     assert (seen.num_running, seen.num_waiting, seen.waiting_prefill_tokens) == (4, 2, 900)
-    assert seen.queue_s == pytest.approx(0.01 + 800 / 8000 + 2e-9 * 800 * 400 + 1.0)
+    assert seen.queue_s == pytest.approx(alone_s(800) / 2)  # nobody knows when their step began
+    assert (seen.shared_tokens, seen.num_sharing) == (100, 1)
+
+
+def test_a_dispatch_that_a_report_counts_though_it_is_new_is_not_another_gateways():
+    fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
+    reservation = fleet.reserve(request(), candidate(P, D), 0.99)
+    fleet.apply_load(report("p", waiting=1, tokens=100), now=1.0, report_delay_s=0.02)
+    assert view(fleet, P, now=1.0).waiting_prefill_tokens == 100
+    fleet.prefilled(reservation, 1.01)
+    assert (view(fleet, P, now=1.01).waiting_prefill_tokens, view(fleet, P, now=1.01).queue_s) == (0, 0.0)
 
 
 def test_prompt_work_drains_between_reports():
@@ -128,14 +149,45 @@ def test_prompt_work_drains_between_reports():
 
 def test_a_worker_that_is_late_is_not_taken_for_idle():
     fleet = fleet_of(registration("d"))
-    fleet.reserve(request(), candidate(None, D, seconds=2.0), 0.0)
-    assert view(fleet, D, now=10.0).queue_s == pytest.approx(0.2)
+    fleet.reserve(request(), candidate(None, D), 0.0)
+    assert view(fleet, D, now=10.0).queue_s == pytest.approx(alone_s(100) / 10)
+
+
+def test_prompts_that_are_sent_together_share_a_step_and_its_fixed_cost():
+    """The first begins at once, alone; the others are ready when it is done, and need one step."""
+    fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
+    for number in range(5):
+        fleet.reserve(request(f"r{number}"), candidate(P, D), 0.0)
+    work_s = alone_s(100) - LatencyPrior().prefill_fixed_s
+    seen = view(fleet, P)
+    assert (seen.queue_s, seen.shared_tokens, seen.num_sharing) == (pytest.approx(alone_s(100)), 400, 4)
+    assert seen.shared_s == pytest.approx(4 * work_s)
+    full = [fleet.reserve(request(f"s{number}"), candidate(P, D), 0.0) for number in range(16)]
+    seen = view(fleet, P)  # 2,000 tokens fill a step
+    assert seen.queue_s == pytest.approx(alone_s(100) + LatencyPrior().prefill_fixed_s + 20 * work_s)
+    assert (seen.shared_tokens, len(full)) == (0, 16)
+
+
+def test_a_stream_tells_how_long_it_may_still_stand_still():
+    fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
+    assert view(fleet, D).stall_left_s == math.inf
+    reservation = fleet.reserve(request(expected=21, slo_itl_s=0.05), candidate(P, D), 0.0)
+    step_s = fleet.workers[D].latency.step_s(1, 0)
+    assert view(fleet, D).stall_left_s == pytest.approx(20 * (0.05 - step_s), rel=0.01)
+    steps = [StepSample(1000, 500_000, 1, 100, 0.3)]
+    fleet.apply_load(report("d", running=1, steps=steps), now=1.0, report_delay_s=0.02)
+    assert view(fleet, D).stall_left_s == pytest.approx(20 * (0.05 - step_s) - (0.3 - step_s), rel=0.05)
+    steps = [StepSample(1000, 500_000, 1, 100, 0.6)]
+    fleet.apply_load(report("d", running=1, steps=steps), now=2.0, report_delay_s=0.02)
+    assert view(fleet, D).stall_left_s == math.inf  # it has missed its SLO, and cannot miss it again
+    fleet.release(reservation, 21, 3.0)
+    assert view(fleet, D).num_streams == 0
 
 
 def shortest_first(computing):
-    """A worker that computes 64 tokens a step and the shortest prompt first, with two seconds of one to compute."""
+    """A worker that computes 64 tokens a step and the shortest prompt first, with one to compute."""
     fleet = fleet_of(registration("d", facts=replace(FACTS, max_step_tokens=64, is_shortest_first=True)))
-    fleet.reserve(computing, candidate(None, D, seconds=2.0), 0.0)
+    fleet.reserve(computing, candidate(None, D), 0.0)
     return fleet
 
 
@@ -143,9 +195,10 @@ def test_a_prompt_that_would_pass_those_before_it_waits_for_a_step():
     fleet = shortest_first(request("long", tokens=900))
     step_s = fleet.workers[D].latency.prefill_s(64, 64)
     shorter, longer = view(fleet, D, routable=request(tokens=899)), view(fleet, D, routable=request(tokens=900))
-    assert (shorter.num_passed, shorter.starts_in_s, shorter.queue_s) == (1, step_s, 2.0)
-    assert (longer.num_passed, longer.queue_s) == (0, 2.0)
-    assert view(fleet, D, now=1.99, routable=request(tokens=100)).num_passed == 0  # it is in the step
+    assert (shorter.num_passed, shorter.starts_in_s) == (1, step_s)
+    assert longer.num_passed == 0
+    assert shorter.queue_s == longer.queue_s > 13 * step_s
+    assert view(fleet, D, now=0.26, routable=request(tokens=100)).num_passed == 0  # it is in the step
 
 
 def test_a_prompt_is_compared_with_what_is_left_of_those_before_it():
@@ -165,8 +218,8 @@ def test_nobody_is_passed_for_longer_than_it_takes_itself():
     fleet = shortest_first(request("long", tokens=900))
     for number in range(3):
         assert view(fleet, D, routable=request(tokens=100)).num_passed == 1
-        short = fleet.reserve(request(f"short-{number}"), candidate(None, D, seconds=0.7), 0.0)
-        assert view(fleet, D, routable=request(tokens=100)).num_passed == 0  # not shorter than the short one
+        short = fleet.reserve(request(f"short-{number}", tokens=400), candidate(None, D), 0.0)
+        assert view(fleet, D, routable=request(tokens=400)).num_passed == 0  # not shorter than the short one
         fleet.prefilled(short, 0.0)
     assert view(fleet, D, routable=request(tokens=100)).num_passed == 0
 
@@ -255,11 +308,11 @@ def test_utilisation_follows_the_steps_reported():
     fleet = fleet_of(registration("d"))
     fleet.apply_load(report("d"), now=0.0, report_delay_s=0.02)
     for k in range(1, 1200):
-        steps = [StepSample(400, 80_000, 0, 0, 0.06)]
-        fleet.apply_load(report("d", running=2, steps=steps), now=k / 10, report_delay_s=0.02)
+        steps = [StepSample(400, 80_000, 2, 0, 0.06)]
+        fleet.apply_load(report("d", running=5, steps=steps), now=k / 10, report_delay_s=0.02)
     seen = view(fleet, D)
     assert seen.utilisation == pytest.approx(0.6, abs=0.08)
-    assert seen.prefill_utilisation == pytest.approx(0.6, abs=0.08)
+    assert seen.prefill_utilisation == pytest.approx(0.5, abs=0.08)  # what decoding takes of a step is not a prompt's
     assert seen.mean_running == pytest.approx(2.0, abs=0.3)
 
 

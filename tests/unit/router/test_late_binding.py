@@ -33,18 +33,18 @@ def walked(backlog, waiting, *, num_others):
         fleet.up(replace(registration(name, Role.BOTH), facts=facts))
     for number in range(num_others):
         fleet.up(registration(f"other{number}", model="other"))
-        fleet.workers[WorkerId(f"other{number}")].busy_until = 1e9
+        fleet.workers[WorkerId(f"other{number}")].plan.ends_at = 1e9
     for name, (busy_s, tokens) in backlog.items():
         if tokens:
-            fleet.reserve(routable(f"bound to {name}", tokens), candidate(name, prefill_s=busy_s), 0.0)
-        fleet.workers[WorkerId(name)].busy_until = busy_s
+            fleet.reserve(routable(f"bound to {name}", tokens), candidate(name), 0.0)
+        fleet.workers[WorkerId(name)].plan.ends_at = busy_s
     queue = Queue(RouterSettings())
     binding = LateBinding(fleet, queue)
     options_of = {}
     for number, (tokens, costs) in enumerate(waiting):
         request = routable(f"r{number}", tokens)
         queue.add(request, tokens, 0.1, Explanation(request.request, "p", tokens, 0.0), now=0.0)
-        options = tuple(candidate(name, prefill_s=work_s, total_s=cost_s) for name, (cost_s, work_s) in costs.items())
+        options = tuple(candidate(name, work_s=work_s, total_s=cost_s) for name, (cost_s, work_s) in costs.items())
         options_of[request.request] = options
         walk = binding.walk(0.0)
         held = next(each for each in queue.walk() if each.request is request)
@@ -57,6 +57,7 @@ def walked(backlog, waiting, *, num_others):
                 is_held=True,
                 held_because="busy",
                 max_backlog_s=LIMIT_S,
+                lacks_room=False,
             ),
         )
         held.blocked = -1

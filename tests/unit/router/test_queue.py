@@ -186,8 +186,8 @@ def test_work_before_counts_what_would_be_served_sooner():
     add(queue, "short", seconds=1.0)
     add(queue, "long", seconds=9.0)
     add(queue, "low", seconds=1.0, priority=3)
-    assert queue.work_before_s(request("new"), 2.0) == 1.0
-    assert queue.work_before_s(request("new", priority=5), 2.0) == 11.0
+    assert queue.work_before_s(request("new"), 2.0, 0.0) == 1.0
+    assert queue.work_before_s(request("new", priority=5), 2.0, 0.0) == 11.0
 
 
 @settings(max_examples=60, deadline=None)

@@ -293,10 +293,10 @@ def test_policy_and_settings_change_without_losing_a_request():
 
 def test_those_bound_without_a_handover_are_counted():
     router = router_of(*split())
-    (long,) = send(router, "long", tokens=50_000)
-    assert (long.prefill, router.stats(now=0.0).local_decisions) == ("p0", 0)
     (short,) = send(router, "short", tokens=20)
     assert (short.prefill, router.stats(now=0.0).local_decisions) == (None, 1)
+    (long,) = send(router, "long", tokens=50_000)
+    assert (long.prefill, router.stats(now=0.0).local_decisions) == ("p0", 1)
     assert router.stats(now=0.0).decisions == {"headrace": 2}
 
 

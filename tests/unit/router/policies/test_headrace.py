@@ -1,3 +1,4 @@
+import dataclasses
 import random
 
 import numpy as np
@@ -7,11 +8,12 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from planes.wire.messages import EngineFacts, HandoverMode, LatencyPrior, RequestId, Role, WorkerId
-from router.cost import CostModel, can_hand_over, congestion, decode_cost, judge, local, pair, prefill_cost
+from router.cost import can_hand_over, decode_cost, judge, local, pair, prefill_cost
 from router.latency import LatencyModel, LinkModel
 from router.policies.headrace import Headrace
 from router.policy import FleetView, WorkerView
-from router.request import RoutableRequest
+from router.prices import MEASURED, CostModel, congestion, stall_price
+from router.request import RoutableRequest, Sacrifice
 from tests.fakes import candidate
 
 FACTS = EngineFacts(
@@ -35,6 +37,10 @@ class Links:
         return self.crawling if (prefill, decode) in self.slow else self.fast
 
 
+def replace_view(view, **fields):
+    return dataclasses.replace(view, **fields)
+
+
 def worker(name, role, **load):
     fields = {
         "handover": HandoverMode.PULL,
@@ -48,6 +54,7 @@ def worker(name, role, **load):
         "utilisation": 0.0,
     }
     fields.update(load)
+    fields.setdefault("num_streams", fields["num_running"])
     return WorkerView(
         worker=WorkerId(name), role=role, facts=FACTS, latency=LatencyModel(FACTS.latency, 2048), **fields
     )
@@ -143,12 +150,15 @@ def test_a_busy_worker_holds_the_request_and_says_until_when():
     assert 0 < choice.max_backlog_s < 0.1
 
 
-def test_a_short_prompt_joins_the_next_step_and_a_long_one_waits_for_it_to_end():
+def test_a_prompt_joins_a_step_unless_those_in_it_would_lose_more_than_a_step_of_its_own_costs():
     decode = worker("d", Role.DECODE, **BUSY)
-    queue_s = 0.1  # with the short one less than sixteen steps cost anyway
-    assert not choose(worker("p", Role.PREFILL, queue_s=queue_s), decode, routable=request(400)).is_held
-    assert choose(worker("p", Role.PREFILL, queue_s=queue_s), decode, routable=request(1500)).is_held
-    assert choose(worker("p", Role.PREFILL, queue_s=queue_s), decode, routable=request(2048)).is_held
+    next_step = worker("p", Role.PREFILL, queue_s=0.005, shared_tokens=300, shared_s=0.0375, num_sharing=1)
+    assert not choose(next_step, decode, routable=request(60)).is_held  # 7.5 ms more, where a step costs 10
+    choice = choose(next_step, decode, routable=request(1500))
+    assert choice.is_held
+    assert "1 prompts would wait 0.19 s longer" in choice.held_because
+    view = replace_view(fleet(next_step, decode), num_waiting=40)  # a step less for each of 40
+    assert not Headrace().choose(request(1500), view).is_held
 
 
 def test_where_computing_takes_far_longer_than_a_step_costs_prompts_are_not_brought_together():
@@ -203,7 +213,7 @@ LOADS = st.fixed_dictionaries(
 
 def every_way(routable, view):
     here = congestion(view)
-    ways = [local(prefill_cost(routable, d, here), decode_cost(routable, d)) for d in view.decode]
+    ways = [local(routable, prefill_cost(routable, d, here), decode_cost(routable, d)) for d in view.decode]
     return ways + [
         pair(routable, prefill_cost(routable, p, here), decode_cost(routable, d), view.links.link(p.worker, d.worker))
         for p in view.prefill
@@ -223,7 +233,9 @@ def test_nothing_is_cheaper_than_the_choice_where_links_are_equal_and_nothing_st
         return
     view = fleet(*workers)
     choice, ways = Headrace().choose(request(), view), every_way(request(), view)
-    assert choice.chosen.total_s <= min(way.total_s for way in ways) * 1.0031
+    least = min(ways, key=lambda way: way.order_s)
+    assert choice.chosen.gives_up == least.gives_up
+    assert choice.chosen.total_s <= least.total_s * 1.0031
     assert choice.chosen in choice.candidates
     assert all(option in ways for option in choice.candidates)
 
@@ -241,7 +253,7 @@ def test_no_exchange_of_one_worker_improves_the_choice(kinds, slow):
     chosen = Headrace().choose(request(), view).chosen
     for way in every_way(request(), view):
         if way.prefill is None or way.prefill == chosen.prefill or way.decode == chosen.decode:
-            assert chosen.total_s <= way.total_s * 1.0061
+            assert chosen.order_s <= way.order_s + 0.0061 * way.total_s
 
 
 def test_a_kv_cache_may_wait_a_little_for_room_to_decode():
@@ -257,34 +269,60 @@ def test_blocks_that_the_decode_worker_holds_need_no_room():
     assert decode_cost(request(tokens=4000, expected=96), sharing).has_room
 
 
-def test_a_stall_costs_the_more_the_less_a_worker_gets_to_decode():
-    def stall(role, share):
-        leg = prefill_cost(request(), worker("w", role, num_running=10, prefill_utilisation=share))
-        return leg.inflicted_s - leg.prefill_s * share / (1 - share)
+def test_a_stall_costs_the_more_the_less_a_stream_has_left_and_nothing_more_once_its_slo_is_lost():
+    streams = worker("d", Role.DECODE, num_running=10, mean_expected=50.0)
+    wanted = request(slo_ttft_s=5.0, slo_itl_s=0.05)
 
-    assert stall(Role.BOTH, 0.5) == pytest.approx(2**1.5 * stall(Role.BOTH, 0.0))
-    assert stall(Role.DECODE, 0.5) == pytest.approx(4 * stall(Role.DECODE, 0.0))
-    assert stall(Role.DECODE, 0.0) > stall(Role.BOTH, 0.0)
+    def price(step_s, busy=0.0, worker=streams):
+        return stall_price(wanted, worker, step_s, busy, MEASURED)
 
-
-def test_pauses_of_a_few_steps_cost_a_decode_workers_streams_less_than_long_ones():
-    def stall(max_step_tokens):
-        facts = replace(FACTS, max_step_tokens=max_step_tokens)
-        busy = replace(worker("w", Role.DECODE, num_running=10, kv_tokens=20_000), facts=facts)
-        return prefill_cost(request(), busy).inflicted_s
-
-    assert stall(64) < 0.5 * stall(2048)
-    assert stall(4096) == pytest.approx(stall(2048))
+    per_token_s = 5.0 / (0.05 * 50)
+    assert price(0.01) == pytest.approx(per_token_s * 0.2 / 0.8)
+    assert price(0.01, busy=0.5) == pytest.approx(per_token_s * 0.4 / 0.6)
+    assert price(0.01, worker=replace(streams, mean_expected=500.0)) == pytest.approx(price(0.01) / 10)
+    assert price(0.06) == price(0.09) == pytest.approx(per_token_s)
 
 
-def test_a_pause_of_a_step_costs_no_stream_anything_and_steps_that_take_no_time_do_no_harm():
-    for fixed_s, is_charged in ((0.05, False), (0.0, True)):
-        prior = LatencyPrior(prefill_fixed_s=0.01, prefill_per_token_s=1e-3, step_fixed_s=fixed_s)
-        facts = replace(FACTS, max_step_tokens=32, latency=prior)
-        latency = LatencyModel(prior, 32)
-        busy = replace(worker("w", Role.DECODE, num_running=1), facts=facts, latency=latency)
-        inflicted_s = prefill_cost(request(640), busy).inflicted_s
-        assert (inflicted_s > 0.01) is is_charged
+def test_without_an_slo_a_stall_is_measured_in_steps():
+    streams = worker("d", Role.DECODE, num_running=10, mean_expected=50.0)
+    fast, slow = (stall_price(request(), streams, step_s, 0.0, MEASURED) for step_s in (0.001, 0.1))
+    assert fast == pytest.approx(slow) == pytest.approx(100 / 50 * 0.25 / 0.75)
+
+
+@pytest.mark.parametrize(("max_step_tokens", "is_pause"), [(64, False), (2048, True)])
+def test_without_an_slo_streams_on_a_decode_worker_never_stand_still_for_long(max_step_tokens, is_pause):
+    facts = replace(FACTS, max_step_tokens=max_step_tokens)
+    decode = replace(worker("d", Role.DECODE, num_running=1), facts=facts)
+    assert prefill_cost(request(), decode).pauses is is_pause
+    assert not prefill_cost(request(), replace(decode, role=Role.BOTH)).pauses
+    assert not prefill_cost(request(), replace(decode, num_streams=0)).pauses
+    choice = choose(worker("p", Role.PREFILL, queue_s=60.0), decode)
+    assert (choice.chosen.prefill, choice.is_held) == (("p", True) if is_pause else (None, False))
+    alone = choose(decode).chosen
+    assert alone.gives_up == (Sacrifice.ITL if is_pause else Sacrifice.NOTHING)
+
+
+def test_a_prompt_costs_streams_its_work_and_what_its_steps_take_longer_than_theirs():
+    """They would have had a step at that time, too."""
+    latency = LatencyModel(LatencyPrior(prefill_fixed_s=0.01, prefill_per_token_s=1e-3, step_fixed_s=0.01), 2048)
+    busy = replace(worker("b", Role.BOTH, num_running=1, mean_expected=100.0), latency=latency)
+    price = stall_price(request(640), busy, latency.step_s(1, 0), 0.0, MEASURED)
+    work_s = latency.work_s(640, 640)
+    assert prefill_cost(request(640), busy).inflicted_s == pytest.approx(work_s * price)
+    sharing = replace(busy, shared_tokens=100, shared_s=0.1, num_sharing=1)
+    assert prefill_cost(request(640), sharing).inflicted_s == pytest.approx(work_s * (price + 1))
+
+
+def test_prompts_that_share_a_step_pay_for_it_once():
+    empty = worker("p", Role.PREFILL)
+    sharing = replace(empty, shared_tokens=2000, shared_s=0.25, num_sharing=4)
+    alone, joining, over = (prefill_cost(request(n), sharing) for n in (2048, 48, 49))
+    fixed_s = LatencyPrior().prefill_fixed_s
+    work_s = empty.latency.work_s
+    assert joining.prefill_s == pytest.approx(0.25 + fixed_s + work_s(48, 48))
+    assert over.prefill_s == pytest.approx(0.25 + 2 * fixed_s + work_s(49, 49))
+    assert alone.work_s == pytest.approx(fixed_s + work_s(2048, 2048))
+    assert joining.work_s == pytest.approx(fixed_s * 48 / 2048 + work_s(48, 48))
 
 
 def test_a_request_that_passes_others_is_charged_for_it_and_never_held():
@@ -300,11 +338,41 @@ def test_a_request_that_passes_others_is_charged_for_it_and_never_held():
     assert chosen.decode_s > choose(replace(idle, queue_s=0.0), routable=request(60)).chosen.decode_s
 
 
-def test_prompts_go_to_a_decode_worker_until_its_streams_become_slow():
-    backlog = worker("p", Role.PREFILL, queue_s=3.0, prefill_utilisation=0.8)
-    fast = worker("d", Role.DECODE, num_running=4, kv_tokens=8000, mean_running=4.0)
-    assert choose(backlog, fast).chosen.prefill is None
-    assert choose(backlog, replace(fast, prefill_utilisation=0.7)).chosen.prefill == "p"
+SLO = {"slo_ttft_s": 5.0, "slo_itl_s": 0.05}
+
+
+def test_what_a_way_gives_up_goes_before_its_seconds():
+    """First the time between tokens of every stream, then its own first token, then that nobody stands still long."""
+    wanted = request(expected=300, **SLO)
+    backlog = worker("p", Role.PREFILL, queue_s=6.0)
+    early = replace(backlog, queue_s=3.0)
+    streams = worker("d", Role.DECODE, num_running=4, kv_tokens=8000, mean_expected=300.0, stall_left_s=5.0)
+    assert choose(early, streams, routable=wanted).chosen.prefill == "p"  # in time, and nobody stands still
+    chosen = choose(backlog, streams, routable=wanted).chosen
+    assert (chosen.prefill, chosen.gives_up) == (None, Sacrifice.PAUSE)
+    strained = replace(streams, stall_left_s=0.1)
+    chosen = choose(backlog, strained, routable=wanted).chosen
+    assert (chosen.prefill, chosen.gives_up) == ("p", Sacrifice.TTFT)
+    assert choose(strained, routable=wanted).chosen.gives_up == Sacrifice.ITL_AND_PAUSE
+
+
+def test_what_a_request_has_waited_is_taken_off_its_slo():
+    view = fleet(worker("p", Role.PREFILL, queue_s=3.0), worker("d", Role.DECODE, **BUSY, stall_left_s=0.01))
+    for waited_s, given_up in ((0.0, Sacrifice.NOTHING), (2.0, Sacrifice.TTFT)):
+        chosen = Headrace().choose(request(**SLO), replace_view(view, waited_s=waited_s)).chosen
+        assert (chosen.prefill, chosen.gives_up) == ("p", given_up)
+
+
+def test_its_own_stream_keeps_its_slo_too():
+    """Of three tokens two gaps: a handover of 0.1 s is too long for a mean of 50 ms."""
+    short, long = request(expected=3, **SLO), request(expected=300, **SLO)
+    links = Links(bytes_per_s=2.5e9)
+    both = worker("p", Role.PREFILL), worker("d", Role.DECODE)
+    pairs = [
+        next(way for way in choose(*both, routable=routable, links=links).candidates if way.prefill)
+        for routable in (short, long)
+    ]
+    assert [way.gives_up for way in pairs] == [Sacrifice.ITL, Sacrifice.NOTHING]
 
 
 def test_an_idle_worker_is_not_passed_over_for_the_streams_it_had():
@@ -326,7 +394,7 @@ def test_the_parts_of_every_candidate_add_up():
 def test_the_constants_of_the_price_are_the_policy_s_to_be_given():
     workers = worker("p", Role.PREFILL, queue_s=0.5), worker("d", Role.DECODE, **BUSY)
     assert choose(*workers).chosen.prefill == "p"
-    cheap = Headrace(CostModel(stall_decode=0.0)).choose(request(), fleet(*workers)).chosen
+    cheap = Headrace(CostModel(pause_steps=1e6)).choose(request(), fleet(*workers)).chosen
     assert cheap.prefill is None
     late = worker("b", Role.BOTH, queue_s=5.0)
     assert choose(late).is_held

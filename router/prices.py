@@ -1,0 +1,98 @@
+"""What a second is worth that somebody else loses by a decision, in seconds of waiting for a first token.
+
+**Standing still.** Every prompt that a worker computes stops the streams that decode there. A stall of s seconds uses
+up s / (tokens * itl) of what a stream's SLO allows it, a wait of as many s / ttft of what a request's does. So a second
+of stall costs
+
+    ttft / (tokens * itl) * x / (1 - x)          x: the mean time between tokens there, of what it may be
+
+seconds: next to nothing while streams are fast or long, much for a stream of a dozen tokens, and the more the less is
+left. A stream that has lost its SLO cannot lose it again. Where nobody has said an SLO, `CostModel` has one in steps.
+
+**Congestion.** Workers share the gateway's queue, and an arrival waits only when all that it may go to are busy: with k
+servers the wait grows with utilisation^n / (1 - utilisation), n = sqrt(2 k + 2) - 1 (Sakasegawa 1977). Cached prefixes
+tie requests to some of the workers, so k is the root of their number. Where requests are waiting each second of work
+delays those that this worker would serve by a second. Utilisation is averaged over a minute and knows of no burst yet;
+the queue does at once.
+"""
+
+import math
+
+import msgspec
+
+from router.policy import FleetView, WorkerView
+from router.request import RoutableRequest
+
+_LOST = 0.95  # of what a stream may have: it will hardly keep its SLO
+
+
+class CostModel(msgspec.Struct, frozen=True, kw_only=True):
+    """What steps cannot express (ADR 30); none is fitted to a load. What is not in seconds has no unit."""
+
+    max_utilisation: float = 0.8
+    """Busier than this is not told apart: there the queue is what tells."""
+    pause_steps: float = 4.0
+    """Decode steps without prompts: the longest pause of a stream on a worker kept for decoding and, where no SLO says
+    otherwise, the mean time between tokens that is as bad as can be."""
+    first_token_gaps: float = 100.0
+    """Where no SLO says otherwise: a wait for the first token that is as bad, in such times between tokens."""
+    round_trip_s: float = 0.01
+    """From a worker's report to the next prompt's arrival there: work for so long has to lie ready."""
+    patience: float = 4.0
+    """How many times as long as it took to compute a KV cache may wait for room to decode."""
+    kept_s: float = 10.0
+    """Longer than this no KV cache waits for room, whatever it would be good for: its lease must not run out."""
+    near: float = 1.003
+    """Costs this close are equal, and a random one wins: several gateways must not all pick the same worker."""
+
+
+MEASURED = CostModel()
+
+
+class Goals(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What an answer shall keep, in seconds. None: nobody has said."""
+
+    ttft_s: float | None = None
+    """The time to the first token from now on: what was waited is off."""
+    itl_s: float | None = None
+    """The mean time between tokens, of its own stream and of those that it touches."""
+
+    @classmethod
+    def of(cls, request: RoutableRequest, view: FleetView) -> "Goals":
+        ttft_s = request.slo_ttft_s
+        return cls(ttft_s=None if ttft_s is None else ttft_s - view.waited_s, itl_s=request.slo_itl_s)
+
+
+NO_GOALS = Goals()
+
+
+class Congestion(msgspec.Struct, frozen=True, kw_only=True):
+    """What a second of prompt work adds to the waits of others, in seconds, by how busy its worker is."""
+
+    waiting: float = 0.0
+    """Requests in the gateway's queue, per worker that could take them."""
+    power: float = 1.0
+
+    def price(self, utilisation: float) -> float:
+        """`utilisation`: 0.0 to less than 1."""
+        return max(float(utilisation**self.power) / (1 - utilisation), self.waiting)
+
+
+NO_CONGESTION = Congestion()
+
+
+def congestion(view: FleetView) -> Congestion:
+    """The same for all workers of a view."""
+    num_workers = max(1, len(view.prefill) or len(view.decode))
+    return Congestion(
+        waiting=max(0, view.num_waiting - 1) / num_workers, power=math.sqrt(2 * math.sqrt(num_workers) + 2) - 1
+    )
+
+
+def stall_price(request: RoutableRequest, worker: WorkerView, step_s: float, busy: float, model: CostModel) -> float:
+    """What a second of standing still costs a stream of `worker`. busy: the share of its time that goes to prompts."""
+    itl_s = request.slo_itl_s or model.pause_steps * step_s
+    ttft_s = request.slo_ttft_s or model.first_token_gaps * itl_s
+    used = step_s / (1 - busy) / itl_s
+    tokens = worker.mean_expected or request.expected_tokens
+    return ttft_s / (itl_s * tokens) * (used / (1 - used) if used < _LOST else 1.0)

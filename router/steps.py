@@ -1,0 +1,138 @@
+"""What a worker has still to compute of prompts, as its engine will: in steps.
+
+    one step = fixed + work of the prompt tokens in it         fixed: decoding beside it included
+               as many tokens as the budget takes; who comes while it runs goes into a later one
+
+So prompts that fit into one step together pay for one step, and a prompt that comes into the free part of a step that
+is to begin anyway costs its own work alone. The plan runs on by itself; a worker's reports set it right.
+"""
+
+from typing import NamedTuple
+
+
+class Pace(NamedTuple):
+    """How a worker's steps go at present."""
+
+    fixed_s: float
+    """Of a step that computes prompts, beside their own work."""
+    budget: int
+    """Prompt tokens that one step computes at most, 1 or more."""
+
+
+class StepPlan:
+    """The step in progress, and what is ready for those after it, in the order in which it came."""
+
+    __slots__ = ("ends_at", "num_ready", "ready_s", "ready_tokens", "step_s", "step_tokens")
+
+    def __init__(self) -> None:
+        self.ends_at = 0.0
+        """End of the step in progress; in the past: none is."""
+        self.step_tokens = 0
+        """Prompt tokens in it."""
+        self.step_s = 0.0
+        """How long it takes in all."""
+        self.ready_tokens = 0
+        self.ready_s = 0.0
+        """Their work."""
+        self.num_ready = 0
+        """Prompts that they belong to."""
+
+    def advance(self, now: float, pace: Pace) -> None:
+        """Let the steps begin that have begun by now."""
+        while self.ends_at <= now and self.ready_tokens:
+            self._begin(self.ends_at, pace)
+
+    def _begin(self, at: float, pace: Pace) -> None:
+        share = min(1.0, pace.budget / self.ready_tokens)
+        work_s = share * self.ready_s
+        self.step_tokens = min(pace.budget, self.ready_tokens)
+        self.step_s = pace.fixed_s + work_s
+        self.ends_at = at + self.step_s
+        self.ready_tokens -= self.step_tokens
+        self.ready_s -= work_s
+        self.num_ready = self.num_ready - int(self.num_ready * share) if self.ready_tokens else 0
+
+    def add(self, tokens: int, work_s: float, now: float, pace: Pace) -> None:
+        """A prompt is on its way there. An idle worker begins with it at once."""
+        self.advance(now, pace)
+        self.ready_tokens += tokens
+        self.ready_s += work_s
+        self.num_ready += 1
+        if self.ends_at <= now:
+            self._begin(now, pace)
+
+    def done(self, left: int, now: float, pace: Pace) -> None:
+        """A prompt has been computed: its last step ended just now, and `left` tokens are not known to be computed.
+
+        More than the plan has: it is ahead, and knows what begins now when they are equal. Less: it is behind.
+        """
+        self.advance(now, pace)
+        surplus = self.step_tokens + self.ready_tokens - left
+        if not surplus and self.step_tokens:
+            self.ends_at = now + self.step_s
+        if surplus <= 0:
+            return
+        if surplus < self.step_tokens:
+            self.step_tokens -= surplus
+            return
+        surplus -= self.step_tokens
+        self.ends_at, self.step_tokens = min(self.ends_at, now), 0
+        if surplus and self.ready_tokens:
+            share = 1 - surplus / self.ready_tokens
+            self.ready_tokens -= surplus
+            self.ready_s *= share
+            self.num_ready = int(self.num_ready * share)
+        self.advance(now, pace)
+
+    def clear(self, now: float) -> None:
+        """Nothing is left."""
+        self.ends_at, self.step_tokens = min(self.ends_at, now), 0
+        self.ready_tokens, self.ready_s, self.num_ready = 0, 0.0, 0
+
+    def report(
+        self, tokens: int, work_s: float, unseen_tokens: int, unseen_s: float, num_ready: int, now: float, pace: Pace
+    ) -> None:
+        """What a report tells, and what was sent too late for it.
+
+        Of its tokens a step's worth is being computed, since nobody knows when: as the plan has it, or half is over.
+        """
+        if not tokens and not (now < self.ends_at and self.step_tokens <= unseen_tokens):
+            self.ends_at, self.step_tokens = now, 0
+        elif not tokens:
+            unseen_s *= 1 - self.step_tokens / unseen_tokens if unseen_tokens else 0.0
+            unseen_tokens -= self.step_tokens
+        else:
+            self.step_tokens = min(tokens, pace.budget)
+            self.step_s = pace.fixed_s + work_s * self.step_tokens / tokens
+            if not now < self.ends_at <= now + self.step_s:
+                self.ends_at = now + self.step_s / 2
+            work_s -= work_s * self.step_tokens / tokens
+            tokens -= self.step_tokens
+        self.ready_tokens, self.ready_s = tokens + unseen_tokens, work_s + unseen_s
+        self.num_ready = min(num_ready, self.ready_tokens)
+
+    def starts_in_s(self, now: float, pace: Pace) -> float:
+        """Until the first step begins that has a place for a prompt sent now. `advance` first."""
+        wait_s = max(0.0, self.ends_at - now)
+        full = self.ready_tokens // pace.budget
+        if full:
+            wait_s += full * (pace.fixed_s + self.ready_s * pace.budget / self.ready_tokens)
+        return wait_s
+
+    def left_s(self, now: float, pace: Pace) -> float:
+        """Until all of it is computed. `advance` first."""
+        return max(0.0, self.ends_at - now) + self.ready_s + pace.fixed_s * -(-self.ready_tokens // pace.budget)
+
+    def stall_s(self, now: float, pace: Pace, step_s: float) -> float:
+        """How long streams beside it will stand still for it, where a step without prompts takes `step_s`."""
+        steps = -(-self.ready_tokens // pace.budget)
+        stall_s = self.ready_s + steps * max(0.0, pace.fixed_s - step_s)
+        return stall_s + max(0.0, self.ends_at - now - step_s) if self.step_tokens else stall_s
+
+    def shared(self, pace: Pace) -> tuple[int, float, int]:
+        """Tokens, work and prompts that are in that step already."""
+        tokens = self.ready_tokens % pace.budget
+        if not tokens:
+            return 0, 0.0, 0
+        share = tokens / self.ready_tokens
+        return tokens, share * self.ready_s, max(1, int(share * self.num_ready))

@@ -1,0 +1,120 @@
+"""A worker's prompts as steps: against an engine that composes them, and against what comes late or never."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.steps import Pace, StepPlan
+
+PACE = Pace(fixed_s=0.01, budget=100)
+PER_TOKEN_S = 0.001
+
+
+class Engine:
+    """Computes prompts in turn, in steps, as real engines do."""
+
+    def __init__(self):
+        self.ends_at, self.left, self.in_step, self.num_computed = 0.0, [], 0, 0
+
+    def add(self, tokens, now):
+        self.left.append(tokens)
+        if self.ends_at <= now and not self.in_step:
+            self._begin(now)
+
+    def _begin(self, now):
+        self.in_step = min(PACE.budget, sum(self.left))
+        self.ends_at = now + PACE.fixed_s + PER_TOKEN_S * self.in_step
+
+    def advance(self, now):
+        while self.in_step and self.ends_at <= now:
+            budget, self.in_step = self.in_step, 0
+            while self.left and budget:
+                done = min(budget, self.left[0])
+                budget -= done
+                self.left[0] -= done
+                if not self.left[0]:
+                    del self.left[0]
+            if self.left:
+                self._begin(self.ends_at)
+
+
+def add(plan, tokens, now=0.0):
+    plan.add(tokens, tokens * PER_TOKEN_S, now, PACE)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 0.3), st.integers(1, 350)), min_size=1, max_size=20))
+def test_the_plan_is_what_an_engine_does(arrivals):
+    plan, engine, now = StepPlan(), Engine(), 0.0
+    for pause_s, tokens in arrivals:
+        now += pause_s
+        plan.advance(now, PACE)
+        engine.advance(now)
+        left = sum(engine.left)
+        assert plan.ready_tokens == left - engine.in_step
+        if engine.in_step:
+            assert plan.ends_at == pytest.approx(engine.ends_at)
+            full = (left - engine.in_step) // PACE.budget
+            assert plan.starts_in_s(now, PACE) == pytest.approx(
+                engine.ends_at - now + full * (PACE.fixed_s + PACE.budget * PER_TOKEN_S)
+            )
+        else:
+            assert plan.starts_in_s(now, PACE) == 0.0
+        add(plan, tokens, now)
+        engine.add(tokens, now)
+
+
+def test_what_is_in_the_step_that_a_prompt_would_join_is_told():
+    plan = StepPlan()
+    for tokens in (50, 100, 20, 20):
+        add(plan, tokens)
+    tokens, work_s, num_sharing = plan.shared(PACE)
+    assert (tokens, work_s) == (40, pytest.approx(0.04))
+    assert num_sharing >= 1
+
+
+def test_a_plan_that_is_behind_catches_up_with_what_is_computed():
+    plan = StepPlan()
+    for _ in range(3):
+        add(plan, 100)
+    plan.done(200, 0.05, PACE)  # the first is computed, and was predicted to take until 0.11
+    assert (plan.step_tokens, plan.ready_tokens) == (100, 100)
+    assert plan.ends_at == pytest.approx(0.05 + 0.11)
+
+
+def test_a_plan_that_is_ahead_learns_when_the_step_really_began():
+    plan = StepPlan()
+    add(plan, 100)
+    add(plan, 100)
+    plan.done(100, 0.15, PACE)  # 0.04 s later than predicted
+    assert plan.ends_at == pytest.approx(0.15 + 0.11)
+
+
+def test_a_report_puts_a_step_that_nobody_saw_begin_half_way():
+    plan = StepPlan()
+    plan.report(250, 0.25, 0, 0.0, 3, 1.0, PACE)
+    assert plan.ends_at == pytest.approx(1.0 + 0.055)
+    assert (plan.step_tokens, plan.ready_tokens, plan.ready_s) == (100, 150, pytest.approx(0.15))
+
+
+def test_a_report_leaves_a_step_that_is_planned_as_it_is():
+    plan = StepPlan()
+    add(plan, 100, 1.0)
+    plan.report(100, 0.1, 0, 0.0, 1, 1.03, PACE)
+    assert plan.ends_at == pytest.approx(1.11)
+    plan = StepPlan()
+    add(plan, 100, 1.0)
+    plan.report(0, 0.0, 100, 0.1, 1, 1.03, PACE)  # sent too late for the report
+    assert (plan.ends_at, plan.ready_tokens) == (pytest.approx(1.11), 0)
+    plan.report(0, 0.0, 0, 0.0, 0, 1.05, PACE)
+    assert plan.starts_in_s(1.05, PACE) == 0.0
+
+
+def test_streams_stand_still_for_the_work_and_not_for_steps_that_they_would_have_had():
+    plan = StepPlan()
+    add(plan, 100)
+    add(plan, 150)
+    assert plan.stall_s(0.0, PACE, 0.01) == pytest.approx(0.1 + 0.15)
+    assert plan.stall_s(0.0, PACE, 0.004) == pytest.approx(0.1 + 0.15 + 3 * 0.006)
+    plan.advance(1.0, PACE)
+    assert plan.stall_s(1.0, PACE, 0.01) == 0.0
