@@ -27,7 +27,7 @@ from planes.wire.errors import UnusableSetting
 from planes.wire.messages import EngineFacts
 from process.settings import run
 
-_STAYS: Final = 3.0
+_STAYS: Final = 5.0
 """The sample lasts at least so many times as long as a request stays …"""
 _MOST_REQUESTS: Final = 4
 """… but has at most so many times the requests asked for."""

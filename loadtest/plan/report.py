@@ -81,8 +81,9 @@ def table(plan: Plan) -> str:
 
 
 def missed(trial: Trial) -> str:
-    """`TTFT x1.8`: by which of the two, and how many times the SLO it takes."""
-    what = "TTFT" if trial.ttft_miss >= trial.itl_miss else "ITL"
+    """`TTFT x1.8`: by which of three, and how many times what is allowed it takes."""
+    misses = {"TTFT": trial.ttft_miss, "ITL": trial.itl_miss, "load": trial.load}
+    what = max(misses, key=misses.__getitem__)
     return f"{what} x{_number(math.ceil(trial.miss * 100) / 100 if math.isfinite(trial.miss) else math.inf, '.2f')}"
 
 
@@ -137,7 +138,9 @@ def _just_short(plan: Plan) -> Iterator[Trial]:
 
 def _why(trial: Trial) -> str:
     shares = trial.pressure
-    if trial.ttft_miss >= trial.itl_miss:
+    if trial.load >= max(trial.ttft_miss, trial.itl_miss):
+        what = f"{trial.load:.0%} of the seconds that it has are wanted, so it falls behind, if slowly"
+    elif trial.ttft_miss >= trial.itl_miss:
         what = f"p99 TTFT is {_number(trial.ttft_p99_s, '.2f')} s, {_number(trial.ttft_miss, '.1f')} times the SLO"
     else:
         what = f"p99 ITL is {trial.itl_p99_s * 1e3:.1f} ms, {trial.itl_miss:.1f} times the SLO"

@@ -82,7 +82,10 @@ def best_split(trial: Try, count: int, need: Need) -> Trial:
         found = tried[prefill] = trial(Fleet(num_prefill=prefill, num_decode=count - prefill))
         if found.holds or found.miss > min(each.miss for each in tried.values()):
             break
-        prefill += 1 if found.ttft_miss > found.itl_miss else -1
+        if found.load >= max(found.ttft_miss, found.itl_miss):
+            prefill += 1 if found.pressure.prefill > found.pressure.decode else -1
+        else:
+            prefill += 1 if found.ttft_miss > found.itl_miss else -1
     return min(tried.values(), key=lambda each: each.miss)
 
 

@@ -9,6 +9,9 @@ What is short is told by demand over supply of four resources while requests arr
 
 Workers that do both prefill and decode in the same seconds: either share counts against all of them, and the two add
 up. Preempted answers mean that memory ran out, whatever its mean was.
+
+A sample is short: a fleet that falls behind by a fiftieth shows it after minutes only. So no fleet holds that is asked
+for more seconds than it has (`load`).
 """
 
 import math
@@ -91,8 +94,17 @@ class Trial(msgspec.Struct, frozen=True):
     pressure: Pressure
 
     @property
+    def load(self) -> float:
+        """Seconds wanted over seconds there are: of decode workers, and of all, which compute prompts too."""
+        fleet, shares = self.fleet, self.pressure
+        if fleet.num_both:
+            return shares.prefill + shares.decode
+        wanted = shares.prefill * fleet.num_prefill + shares.decode * fleet.num_decode
+        return max(shares.decode, wanted / fleet.workers)
+
+    @property
     def miss(self) -> float:
-        return max(self.ttft_miss, self.itl_miss)
+        return max(self.ttft_miss, self.itl_miss, self.load)
 
     @property
     def holds(self) -> bool:

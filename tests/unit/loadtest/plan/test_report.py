@@ -11,7 +11,7 @@ from loadtest.report import Slo
 SLO = Slo(2.0, 0.05)
 
 
-def made(fleet, ttft_s=1.0, itl_s=0.02, shares=(0.8, 0.3, 0.2, 0.1)):
+def made(fleet, ttft_s=1.0, itl_s=0.02, shares=(0.8, 0.1, 0.2, 0.1)):
     return Trial(fleet, 100, 0, 0.99, ttft_s, itl_s, ttft_s / 2.0, itl_s / 0.05, Pressure(*shares))
 
 
@@ -32,7 +32,7 @@ def said(*trials, **fields):
 
 
 def test_a_line_an_alternative_and_marks_for_those_that_hold():
-    lines = table(plan(split(2, 2, ttft_s=1.5), both(3, ttft_s=3.6), both(4), both(6))).splitlines()
+    lines = table(plan(split(2, 2, ttft_s=1.9), both(3, ttft_s=3.6), both(4), both(6))).splitlines()
     assert [line.split()[:3] for line in lines[3:7]] == [
         ["3", "both", "3"],
         ["*", "4", "both"],
@@ -93,3 +93,10 @@ def test_a_narrow_miss_is_not_rounded_away():
 def test_a_step_longer_than_the_slo_is_why_no_fleet_holds_it():
     text = said(both(3, itl_s=0.08), both(64, itl_s=0.07), empty_step_s=0.06)
     assert "More workers cannot help: the shortest decode step takes 60.0 ms, and the SLO is 50 ms." in text
+
+
+def test_a_fleet_that_falls_behind_slowly_is_told_as_such():
+    slow = both(2, shares=(0.9, 0.15, 0.1, 0.1))
+    assert "load x1.05" in table(plan(slow, both(3, shares=(0.6, 0.1, 0.1, 0.1))))
+    text = said(slow, both(3, shares=(0.6, 0.1, 0.1, 0.1)))
+    assert "2 both miss it: 105% of the seconds that it has are wanted" in text

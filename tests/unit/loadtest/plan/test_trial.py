@@ -5,7 +5,7 @@ import pytest
 
 from loadtest.like import LiveFleet, LiveWorker
 from loadtest.plan import sample
-from loadtest.plan.trial import Bench, Fleet, Pressure, after_warm_up, judged, largest_batch, need, pressure
+from loadtest.plan.trial import Bench, Fleet, Pressure, Trial, after_warm_up, judged, largest_batch, need, pressure
 from loadtest.report import Slo
 from loadtest.simulator.records import Ending, Gaps, Record, Result
 from loadtest.simulator.scenario import Scenario, engine_facts
@@ -130,3 +130,23 @@ def test_a_plan_like_a_live_fleet_tries_workers_of_its_speed():
     bench = Bench(sample.generated(0.1, 1500, 5, block_size=512, num_requests=20, seed=1), slow, SLO, like=live)
     found = bench.trial(Fleet(num_prefill=1, num_decode=1))
     assert found.ttft_p99_s > 1.5
+
+
+def trial_of(fleet, prefill, decode):
+    return Trial(fleet, 100, 0, 1.0, 0.1, 0.01, 0.1, 0.1, Pressure(prefill, decode, 0.1, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("fleet", "prefill", "decode", "load"),
+    [
+        (Fleet(num_both=4), 0.7, 0.4, 1.1),
+        (Fleet(num_both=4), 0.6, 0.3, 0.9),
+        (Fleet(num_prefill=3, num_decode=1), 0.5, 1.2, 1.2),
+        (Fleet(num_prefill=3, num_decode=1), 1.1, 0.4, 0.925),
+        (Fleet(num_prefill=3, num_decode=1), 1.3, 0.4, 1.075),
+    ],
+)
+def test_a_fleet_that_is_asked_for_more_than_it_has_does_not_hold(fleet, prefill, decode, load):
+    found = trial_of(fleet, prefill, decode)
+    assert found.load == pytest.approx(load)
+    assert found.holds == (load <= 1)
