@@ -53,7 +53,9 @@ FIELDS = {
     "truncate_prompt_tokens": "Keep the prompt's last tokens only; -1: as many as leave room for the answer.",
     "cache_salt": "Only requests with the same salt share cached prompts; up to 256 characters.",
     "priority": "Class from -1000 to 1000; lower is sooner, but never sooner than the API key's own.",
-    "slo_ttft_ms": "Refuse (429) if the first token is predicted to take longer, in milliseconds.",
+    "slo_ttft_ms": "The first token shall come in so many milliseconds. Refused (429) where it is predicted to take longer, "
+    "or served late with `--no-refuse-late`.",
+    "slo_itl_ms": "Mean milliseconds between tokens at most: routing keeps to it before all else, and refuses nothing.",
     "timeout_ms": "Give up after so long, in milliseconds; `--request-timeout-s` at most.",
     "chat_template_kwargs": "Chat only: what the chat template sees besides the messages.",
     "add_generation_prompt": "Chat only: whether the prompt ends where the assistant's turn begins; true without it.",

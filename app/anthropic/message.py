@@ -40,6 +40,7 @@ def parse_message(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedReques
         cache_salt=parse_cache_salt(message.cache_salt),
         user=(message.metadata and message.metadata.user_id) or "",
         slo_ttft_s=parse_seconds("slo_ttft_ms", message.slo_ttft_ms),
+        slo_itl_s=parse_seconds("slo_itl_ms", message.slo_itl_ms),
         timeout_s=parse_seconds("timeout_ms", message.timeout_ms),
         ignored=ignored,
     )

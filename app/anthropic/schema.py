@@ -134,4 +134,5 @@ class MessageBody(ConversationBody, frozen=True, kw_only=True):
     cache_salt: str | None = None
     priority: int | None = None
     slo_ttft_ms: float | None = None
+    slo_itl_ms: float | None = None
     timeout_ms: float | None = None

@@ -153,6 +153,7 @@ async def _prepared_prompt(
         priority=tenant.priority_of(parsed.priority),
         tenant=tenant.name,
         slo_ttft_s=parsed.slo_ttft_s,
+        slo_itl_s=parsed.slo_itl_s,
         options=options,
         card_digest=model.digest,
         ignored=parsed.ignored,

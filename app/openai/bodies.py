@@ -1,8 +1,8 @@
 """The shape of OpenAI's two bodies.
 
 Field names are OpenAI's; those under "extensions" are vLLM's, as its users pass them through `extra_body`, and ours
-(`slo_ttft_ms`, `timeout_ms`). A field is *supported* (typed below), *harmless* (accepted and ignored: it changes
-nothing that a caller could see in the answer), or *unsupported* (refused, unless it holds a value that asks for
+(`slo_ttft_ms`, `slo_itl_ms`, `timeout_ms`). A field is *supported* (typed below), *harmless* (accepted and ignored: it
+changes nothing that a caller could see in the answer), or *unsupported* (refused, unless it holds a value that asks for
 nothing). A field that is none of these is ignored and named in the answer's head, or refused (`--strict-fields`).
 """
 
@@ -78,6 +78,7 @@ class CommonBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     cache_salt: str | None = None
     priority: int | None = None
     slo_ttft_ms: float | None = None
+    slo_itl_ms: float | None = None
     timeout_ms: float | None = None
 
     # harmless

@@ -68,6 +68,7 @@ def parse_chat(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedRequest:
         user=chat.user or "",
         num_bytes=len(body),
         slo_ttft_s=parse_seconds("slo_ttft_ms", chat.slo_ttft_ms),
+        slo_itl_s=parse_seconds("slo_itl_ms", chat.slo_itl_ms),
         timeout_s=parse_seconds("timeout_ms", chat.timeout_ms),
         ignored=ignored,
     )

@@ -72,6 +72,7 @@ def parse_completion(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedReq
         user=completion.user or "",
         num_bytes=len(body),
         slo_ttft_s=parse_seconds("slo_ttft_ms", completion.slo_ttft_ms),
+        slo_itl_s=parse_seconds("slo_itl_ms", completion.slo_itl_ms),
         timeout_s=parse_seconds("timeout_ms", completion.timeout_ms),
         ignored=ignored,
     )

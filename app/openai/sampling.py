@@ -14,6 +14,8 @@ from planes.wire.frames import Sampling, StructuredOutput
 
 _INT32: Final = 2**31 - 1
 _UINT32: Final = 2**32 - 1
+LEAST_MS, MOST_MS = 0.001, 86_400_000.0
+"""Of any time that a client may set: the router's arithmetic is safe from a microsecond on, and a day is no limit."""
 _PRIORITIES: Final = {
     "auto": None,
     "default": None,
@@ -116,10 +118,10 @@ def parse_prewarm(options: PromptCacheOptions | None) -> bool:
 
 
 def parse_seconds(name: str, value_ms: float | None) -> float | None:
-    """Milliseconds on the wire, seconds inside; up to a day."""
+    """Milliseconds on the wire, seconds inside.  Raises:  InvalidRequest outside of `LEAST_MS` to `MOST_MS`."""
     if value_ms is None:
         return None
-    check_range(name, value_ms, 0, 86_400_000, is_low_open=True)
+    check_range(name, value_ms, LEAST_MS, MOST_MS)
     return value_ms / 1000
 
 

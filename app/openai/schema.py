@@ -83,6 +83,7 @@ class ParsedRequest(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     num_bytes: int = 0
     """Of the body: a bound on the text in it, for whoever must decide how dear it is."""
     slo_ttft_s: float | None = None
+    slo_itl_s: float | None = None
     timeout_s: float | None = None
     tools: tuple[dict[str, Json], ...] = ()
     documents: tuple[dict[str, Json], ...] = ()

@@ -37,6 +37,7 @@ class GatewayRequest(Struct, frozen=True, eq=False):
     priority: int = 0
     tenant: str = ""
     slo_ttft_s: float | None = None
+    slo_itl_s: float | None = None
     options: HeaderOptions = HeaderOptions()
     card_digest: str = ""
     """Of the model card that made the tokens."""
@@ -84,6 +85,7 @@ class GatewayRequest(Struct, frozen=True, eq=False):
             priority=self.priority,
             tenant=self.tenant,
             slo_ttft_s=None if is_retry else self.slo_ttft_s,
+            slo_itl_s=self.slo_itl_s,
             excluded=excluded,
             is_local_only=self.sampling.n > 1 or self.sampling.prompt_logprobs is not None or num_tokens > 0,
             is_first_token_exact=self.is_first_token_early,

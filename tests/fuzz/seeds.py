@@ -41,6 +41,8 @@ _SAMPLING = {
     "cache_salt": "s",
     "priority": 3,
     "service_tier": "flex",
+    "slo_ttft_ms": 60000,
+    "slo_itl_ms": 50.5,
     "timeout_ms": 1000,
     "user": "u",
 }

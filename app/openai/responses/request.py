@@ -128,6 +128,7 @@ def parse_response(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ResponseReq
         user=response.user or "",
         num_bytes=len(body),
         slo_ttft_s=parse_seconds("slo_ttft_ms", response.slo_ttft_ms),
+        slo_itl_s=parse_seconds("slo_itl_ms", response.slo_itl_ms),
         timeout_s=parse_seconds("timeout_ms", response.timeout_ms),
         ignored=(*ignored, *items.ignored, *unserved),
     )

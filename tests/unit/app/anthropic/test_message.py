@@ -223,3 +223,9 @@ def test_a_recorded_request_of_a_coding_agent_is_read_whole():
     assert [tool["function"]["name"] for tool in parsed.tools] == offered
     assert parsed.is_streaming
     assert (parsed.user, parsed.template_kwargs["reasoning_effort"]) == (recorded["metadata"]["user_id"], "high")
+
+
+def test_what_the_answer_shall_keep_arrives_in_seconds():
+    parsed = parse(slo_ttft_ms=250, slo_itl_ms=40)
+    assert (parsed.slo_ttft_s, parsed.slo_itl_s) == (0.25, 0.04)
+    assert refused(slo_itl_ms=0).param == "slo_itl_ms"

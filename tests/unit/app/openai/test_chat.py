@@ -79,13 +79,14 @@ def test_streaming_options_and_extensions_arrive():
         priority=3,
         user="u",
         slo_ttft_ms=250,
+        slo_itl_ms=40,
         timeout_ms=5000,
         chat_template_kwargs={"enable_thinking": False},
         reasoning_effort="low",
     )
     assert (parsed.is_streaming, parsed.include_usage) == (True, True)
     assert (parsed.cache_salt, parsed.priority, parsed.user) == ("s", 3, "u")
-    assert (parsed.slo_ttft_s, parsed.timeout_s) == (0.25, 5.0)
+    assert (parsed.slo_ttft_s, parsed.slo_itl_s, parsed.timeout_s) == (0.25, 0.04, 5.0)
     assert parsed.template_kwargs == {"enable_thinking": False, "reasoning_effort": "low"}
 
 
@@ -278,7 +279,9 @@ def test_a_misspelt_field_is_refused_with_the_nearest_name_where_fields_are_stri
         ("min_tokens", -1, "-1 is out of range"),
         ("seed", 2**64, "out of range"),
         ("priority", 5000, "from -1000 to 1000"),
-        ("slo_ttft_ms", 0, "more than 0"),
+        ("slo_ttft_ms", 0, "from 0.001 to 8.64e+07"),
+        ("slo_itl_ms", 1e-300, "from 0.001 to 8.64e+07"),
+        ("slo_itl_ms", 1e8, "from 0.001 to 8.64e+07"),
         ("stop", [""], "must not be empty"),
         ("stop", ["x"] * 17, "17 stop strings were given and the limit is 16"),
         ("stop", "x" * 1025, "the limit is 1024"),

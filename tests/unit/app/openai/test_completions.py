@@ -159,3 +159,9 @@ json_values = st.recursive(
 def test_any_value_in_any_field_is_parsed_or_refused(name, value):
     with contextlib.suppress(InvalidRequest):
         assert isinstance(parse(**{name: value}), ParsedRequest)
+
+
+def test_what_the_answer_shall_keep_arrives_in_seconds():
+    parsed = parse(slo_ttft_ms=250, slo_itl_ms=40)
+    assert (parsed.slo_ttft_s, parsed.slo_itl_s) == (0.25, 0.04)
+    assert refusal(slo_itl_ms=0).param == "slo_itl_ms"

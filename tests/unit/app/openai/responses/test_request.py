@@ -194,3 +194,9 @@ def test_what_an_older_coding_agent_sends_is_read_whole():
     assert [message["role"] for message in messages] == roles
     assert messages[3]["reasoning_content"] == "**Looking for the wheel**"
     assert messages[3]["content"] == "I look at the wheel first."
+
+
+def test_what_the_answer_shall_keep_arrives_in_seconds():
+    found = parsed(slo_ttft_ms=250, slo_itl_ms=40)
+    assert (found.slo_ttft_s, found.slo_itl_s) == (0.25, 0.04)
+    assert refused(slo_itl_ms=0).param == "slo_itl_ms"
