@@ -53,8 +53,8 @@ FIELDS = {
     "truncate_prompt_tokens": "Keep the prompt's last tokens only; -1: as many as leave room for the answer.",
     "cache_salt": "Only requests with the same salt share cached prompts; up to 256 characters.",
     "priority": "Class from -1000 to 1000; lower is sooner, but never sooner than the API key's own.",
-    "slo_ttft_ms": "The first token shall come in so many milliseconds. Refused (429) where it is predicted to take longer, "
-    "or served late with `--no-refuse-late`.",
+    "slo_ttft_ms": "The first token shall come in so many milliseconds. Refused (429) where it is predicted to take "
+    "longer, or served late with `--no-refuse-late`.",
     "slo_itl_ms": "Mean milliseconds between tokens at most: routing keeps to it before all else, and refuses nothing.",
     "timeout_ms": "Give up after so long, in milliseconds; `--request-timeout-s` at most.",
     "chat_template_kwargs": "Chat only: what the chat template sees besides the messages.",
@@ -66,6 +66,8 @@ FIELDS = {
 HEADERS = (
     ("x-headrace-handover", "request", "`always` (two workers, or 503), `never`, or `auto`: as the router decides."),
     ("x-headrace-explain", "request", "`1` is answered by `x-headrace-route`."),
+    ("x-headrace-slo-ttft-ms", "request", "As `slo_ttft_ms` in the body, which goes before it."),
+    ("x-headrace-slo-itl-ms", "request", "As `slo_itl_ms` in the body, which goes before it."),
     ("x-headrace-script", "request", "What the simulated engine alone says: a JSON list of texts, one for each turn."),
     ("x-headrace-ignored", "response", "Body fields that nobody here knows; they changed nothing."),
     ("x-request-id", "response", "For `GET /v1/routes/{request_id}` and the logs."),

@@ -18,6 +18,7 @@ from app.openai import errors as openai_errors
 from app.openai.bodies import UNSUPPORTED_CHAT, UNSUPPORTED_COMPLETION, ChatBody, CompletionBody
 from app.openai.embeddings import EmbeddingBody
 from app.openai.responses.bodies import UNSUPPORTED_RESPONSE, ResponseBody
+from app.openai.sampling import LEAST_MS, MOST_MS
 from app.openai.schema import Json
 from app.openai.tokenize import UNSUPPORTED_TOKENIZE, DetokenizeBody, TokenizeBody
 
@@ -46,9 +47,12 @@ _GENERATING: Final = frozenset({409, 502})
 _KEY: Final = frozenset({401})
 _STORE: Final = frozenset({504})
 
+_MILLISECONDS: Final[dict[str, Json]] = {"type": "number", "minimum": LEAST_MS, "maximum": MOST_MS}
 _WISHES: Final[tuple[tuple[str, dict[str, Json]], ...]] = (
     ("x-headrace-handover", {"type": "string", "enum": ["auto", "always", "never"]}),
     ("x-headrace-explain", {"type": "string", "enum": ["0", "1"]}),
+    ("x-headrace-slo-ttft-ms", _MILLISECONDS),
+    ("x-headrace-slo-itl-ms", _MILLISECONDS),
 )
 _OBJECT: Final[dict[str, Json]] = {"type": "object"}
 _ANTHROPIC: Final = anthropic_errors.ErrorBody

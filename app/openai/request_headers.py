@@ -1,21 +1,27 @@
 """What a client asks of the gateway beside OpenAI's body, in request headers.
 
-| header                 | values                | meaning                                                        |
-|------------------------|-----------------------|----------------------------------------------------------------|
-| `x-headrace-handover`  | auto, always, never   | prefill and decode on different workers: as is best, or not    |
-| `x-headrace-explain`   | 0, 1                  | send the chosen route and its predicted seconds as a header    |
-| `x-headrace-script`    | JSON list of texts    | what the simulated engine says (`app/prompt/script.py`)        |
+| header                    | values              | meaning                                                       |
+|---------------------------|---------------------|---------------------------------------------------------------|
+| `x-headrace-handover`     | auto, always, never | prefill and decode on different workers: as is best, or not   |
+| `x-headrace-explain`      | 0, 1                | send the chosen route and its predicted seconds as a header   |
+| `x-headrace-slo-ttft-ms`  | milliseconds        | as `slo_ttft_ms` in the body, which goes before it            |
+| `x-headrace-slo-itl-ms`   | milliseconds        | as `slo_itl_ms` in the body, which goes before it             |
+| `x-headrace-script`       | JSON list of texts  | what the simulated engine says (`app/prompt/script.py`)       |
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from app.openai.sampling import LEAST_MS, MOST_MS
 from planes.wire.errors import InvalidRequest
 from router.request import HandoverPreference, Route
 
 HANDOVER, EXPLAIN, ROUTE = "x-headrace-handover", "x-headrace-explain", "x-headrace-route"
+SLO_TTFT, SLO_ITL = "x-headrace-slo-ttft-ms", "x-headrace-slo-itl-ms"
 SCRIPT, IGNORED = "x-headrace-script", "x-headrace-ignored"
+_OPTIONS = frozenset({HANDOVER, EXPLAIN, SLO_TTFT, SLO_ITL})
 _MOST_IGNORED_CHARS = 512
 
 
@@ -39,6 +45,8 @@ class HeaderOptions:
 
     handover: HandoverPreference = HandoverPreference.AUTO
     is_explained: bool = False
+    slo_ttft_s: float | None = None
+    slo_itl_s: float | None = None
 
 
 NONE = HeaderOptions()
@@ -46,14 +54,15 @@ NONE = HeaderOptions()
 
 def parse_header_options(headers: Mapping[str, str], *, n: int, has_prompt_logprobs: bool = False) -> HeaderOptions:
     """The options in these headers (lower-case names), for an answer of `n` choices.  Raises:  InvalidRequest."""
-    if HANDOVER not in headers and EXPLAIN not in headers:
+    if _OPTIONS.isdisjoint(headers):
         return NONE
     handover = HandoverPreference(_one_of(headers, HANDOVER, tuple(HandoverPreference), HandoverPreference.AUTO))
     if handover is HandoverPreference.ALWAYS and n > 1:
         raise InvalidRequest(f"{HANDOVER} is 'always' and n is {n}: a handover serves one choice", param=HANDOVER)
     if handover is HandoverPreference.ALWAYS and has_prompt_logprobs:
         raise InvalidRequest(f"{HANDOVER} is 'always': log probabilities of a prompt take one worker", param=HANDOVER)
-    return HeaderOptions(handover, _one_of(headers, EXPLAIN, ("0", "1"), "0") == "1")
+    is_explained = _one_of(headers, EXPLAIN, ("0", "1"), "0") == "1"
+    return HeaderOptions(handover, is_explained, _seconds(headers, SLO_TTFT), _seconds(headers, SLO_ITL))
 
 
 def route_header(route: Route) -> str:
@@ -78,3 +87,20 @@ def _one_of(headers: Mapping[str, str], name: str, allowed: Iterable[str], defau
     if value not in allowed:
         raise InvalidRequest(f"{name} is {value[:100]!r}; {', '.join(allowed)} are possible", param=name)
     return value
+
+
+def _seconds(headers: Mapping[str, str], name: str) -> float | None:
+    value = headers.get(name)
+    if value is None:
+        return None
+    try:
+        milliseconds = float(value)
+    except ValueError:
+        milliseconds = math.nan
+    if not LEAST_MS <= milliseconds <= MOST_MS:
+        raise InvalidRequest(
+            f"{name} is {value.strip()[:100]!r}; a number of milliseconds from {LEAST_MS:g} to {MOST_MS:.0f} is "
+            "possible",
+            param=name,
+        )
+    return milliseconds / 1000

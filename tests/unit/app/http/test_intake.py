@@ -113,3 +113,11 @@ async def test_what_an_answer_shall_keep_reaches_the_router_and_the_rest_of_it_a
     first, retried = (request.routable(num_tokens=0, excluded=frozenset(), is_retry=again) for again in (False, True))
     assert (first.slo_ttft_s, first.slo_itl_s) == (0.25, 0.04)
     assert (retried.slo_ttft_s, retried.slo_itl_s) == (None, 0.04)
+
+
+async def test_a_field_goes_before_its_header(gateway):
+    headers = {"x-headrace-slo-ttft-ms": "1000", "x-headrace-slo-itl-ms": "20"}
+    by_header = await read(gateway, messages=MESSAGES, headers=headers)
+    assert (by_header.slo_ttft_s, by_header.slo_itl_s) == (1.0, 0.02)
+    request = await read(gateway, messages=MESSAGES, headers=headers, slo_itl_ms=40)
+    assert (request.slo_ttft_s, request.slo_itl_s) == (1.0, 0.04)

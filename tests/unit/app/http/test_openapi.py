@@ -119,7 +119,12 @@ def test_a_generating_route_documents_every_status_of_the_table_of_errors(docume
 def test_streams_and_their_parameters_are_described(document):
     chat = document["paths"]["/v1/chat/completions"]["post"]
     assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
-    assert {each["name"] for each in chat["parameters"]} == {"x-headrace-handover", "x-headrace-explain"}
+    assert {each["name"] for each in chat["parameters"]} == {
+        "x-headrace-handover",
+        "x-headrace-explain",
+        "x-headrace-slo-ttft-ms",
+        "x-headrace-slo-itl-ms",
+    }
     kept = document["paths"]["/v1/responses/{response_id}"]["get"]["parameters"]
     assert [(each["name"], each["in"]) for each in kept] == [
         ("response_id", "path"),

@@ -35,6 +35,21 @@ def test_any_other_value_is_refused_with_what_is_allowed(name, value, allowed):
     assert refused.value.param == name
 
 
+def test_milliseconds_are_read_from_the_headers():
+    options = parse_header_options({"x-headrace-slo-ttft-ms": " 250", "x-headrace-slo-itl-ms": "40.5"}, n=1)
+    assert (options.slo_ttft_s, options.slo_itl_s) == (0.25, 0.0405)
+    alone = parse_header_options({"x-headrace-slo-itl-ms": "0.001"}, n=1)
+    assert (alone.slo_ttft_s, alone.slo_itl_s) == (None, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["x-headrace-slo-ttft-ms", "x-headrace-slo-itl-ms"])
+@pytest.mark.parametrize("value", ["", "soon", "0", "-1", "1e-300", "nan", "inf", "86400001", "50ms", "5,0", "²"])
+def test_a_time_that_cannot_be_used_is_refused_with_name_value_and_limits(name, value):
+    with pytest.raises(InvalidRequest, match=f"{name} is '{value}'; .* from 0.001 to 86400000 is possible") as refused:
+        parse_header_options({name: value}, n=1)
+    assert refused.value.param == name
+
+
 def test_several_choices_cannot_be_handed_over():
     with pytest.raises(InvalidRequest, match="n is 2"):
         parse_header_options({"x-headrace-handover": "always"}, n=2)
