@@ -7,6 +7,8 @@ The file is TOML:
     sha256 = "9f86d0…"               # of the key, 64 hex digits; or in plain text: key = "sk-…"
     priority = 0                     # class that its requests get; they may ask for a later one, never for a sooner
     max_concurrent = 64              # sequences at once, n of a request with n choices; leave out for no limit
+    slo_ttft_ms = 2000               # what its requests have that say nothing themselves; without it the gateway's
+    slo_itl_ms = 50                  # the same for the time between tokens
     cache_salt = "…"                 # tenants share cached prompts if theirs is the same; without it, with nobody
 """
 
@@ -19,6 +21,7 @@ from typing import Self
 
 import msgspec
 
+from app.openai.sampling import LEAST_MS, MOST_MS
 from planes.wire.errors import InvalidRequest, Rejected
 
 
@@ -64,6 +67,9 @@ class Tenant:
     priority: int = 0
     max_concurrent: int | None = None
     cache_salt: str = ""
+    slo_ttft_s: float | None = None
+    slo_itl_s: float | None = None
+    """Both of requests that say nothing themselves."""
 
     def priority_of(self, requested: int | None) -> int:
         """The class of a request: lower is sooner, and nobody gets ahead of their key."""
@@ -89,6 +95,8 @@ class KeyEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     priority: int = 0
     max_concurrent: int | None = None
     cache_salt: str | None = None
+    slo_ttft_ms: float | None = None
+    slo_itl_ms: float | None = None
 
 
 class KeyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -211,7 +219,14 @@ def load_keys(path: Path) -> dict[bytes, Tenant]:
 def _tenant(entry: KeyEntry) -> Tenant:
     """Whether a prompt is cached tells that somebody has sent it: so by default every tenant has a salt of its own."""
     salt = f"tenant {entry.tenant}" if entry.cache_salt is None else entry.cache_salt
-    return Tenant(entry.tenant, entry.priority, entry.max_concurrent, salt)
+    return Tenant(
+        entry.tenant,
+        entry.priority,
+        entry.max_concurrent,
+        salt,
+        slo_ttft_s=None if entry.slo_ttft_ms is None else entry.slo_ttft_ms / 1000,
+        slo_itl_s=None if entry.slo_itl_ms is None else entry.slo_itl_ms / 1000,
+    )
 
 
 def _digest_of(entry: KeyEntry, where: str) -> bytes:
@@ -221,6 +236,9 @@ def _digest_of(entry: KeyEntry, where: str) -> bytes:
         raise KeyFileError(f"{where} has max_concurrent {entry.max_concurrent}; it must be at least 1")
     if not -1000 <= entry.priority <= 1000:
         raise KeyFileError(f"{where} has priority {entry.priority}; it must be from -1000 to 1000")
+    for name, value in (("slo_ttft_ms", entry.slo_ttft_ms), ("slo_itl_ms", entry.slo_itl_ms)):
+        if value is not None and not LEAST_MS <= value <= MOST_MS:
+            raise KeyFileError(f"{where} has {name} {value}; it must be from {LEAST_MS:g} to {MOST_MS:.0f}")
     match entry.key, entry.sha256:
         case (str(key), None) if key and key.isascii():
             return _digest(key)

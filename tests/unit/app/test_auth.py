@@ -156,6 +156,9 @@ def test_an_unusable_file_leaves_the_old_keys_valid(path):
         ("[[keys]]\ntenant = 'a'\nsha256 = 'abc'", "not 64 hex digits"),
         ("[[keys]]\ntenant = 'a'\nkey = 'x'\nmax_concurrent = 0", "max_concurrent 0; it must be at least 1"),
         ("[[keys]]\ntenant = 'a'\nkey = 'x'\npriority = 9999", "from -1000 to 1000"),
+        ("[[keys]]\ntenant = 'a'\nkey = 'x'\nslo_ttft_ms = 0", "slo_ttft_ms 0.0; it must be from 0.001 to 86400000"),
+        ("[[keys]]\ntenant = 'a'\nkey = 'x'\nslo_itl_ms = nan", "slo_itl_ms nan; it must be from 0.001 to"),
+        ("[[keys]]\ntenant = 'a'\nkey = 'x'\nslo_itl_ms = '5'", "Expected `float | null`, got `str`"),
         ("[[keys]]\ntenant = 'a'\nkey = 'x'\n[[keys]]\ntenant = 'b'\nkey = 'x'", "has a key twice"),
     ],
 )
@@ -170,6 +173,13 @@ def test_an_unusable_file_is_refused_with_the_reason(tmp_path, text, said):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(KeyFileError, match="cannot be read"):
         ApiKeys(tmp_path / "none.toml")
+
+
+def test_a_key_says_what_its_requests_shall_keep(tmp_path):
+    path = tmp_path / "keys.toml"
+    path.write_text("[[keys]]\ntenant = 'a'\nkey = 'x'\nslo_ttft_ms = 2000\nslo_itl_ms = 12.5\n")
+    (tenant,) = load_keys(path).values()
+    assert (tenant.slo_ttft_s, tenant.slo_itl_s) == (2.0, 0.0125)
 
 
 def test_nobody_gets_ahead_of_their_key():

@@ -121,3 +121,12 @@ async def test_a_field_goes_before_its_header(gateway):
     assert (by_header.slo_ttft_s, by_header.slo_itl_s) == (1.0, 0.02)
     request = await read(gateway, messages=MESSAGES, headers=headers, slo_itl_ms=40)
     assert (request.slo_ttft_s, request.slo_itl_s) == (1.0, 0.04)
+
+
+async def test_a_request_that_says_nothing_has_what_its_key_has(gateway):
+    tenant = Tenant("a", slo_ttft_s=2.0, slo_itl_s=0.05)
+    silent = await read(gateway, tenant=tenant, messages=MESSAGES)
+    assert (silent.slo_ttft_s, silent.slo_itl_s) == (2.0, 0.05)
+    headers = {"x-headrace-slo-itl-ms": "20"}
+    request = await read(gateway, tenant=tenant, messages=MESSAGES, headers=headers, slo_ttft_ms=9000)
+    assert (request.slo_ttft_s, request.slo_itl_s) == (9.0, 0.02)
