@@ -75,7 +75,7 @@ HEADERS = (
     ("x-headrace-decode", "response", "The worker that generates."),
     ("x-headrace-policy", "response", "The policy that chose them."),
     ("x-headrace-unstored", "response", "Why a response of `/v1/responses` is not kept though it should be: a code."),
-    ("x-headrace-route", "response", "The choice and its predicted seconds, as JSON."),
+    ("x-headrace-route", "response", "The choice, its predicted seconds and what it gives up, as JSON."),
     ("x-headrace-fallback", "response", "Why it was not served as chosen first: the code of what failed."),
     ("retry-after, retry-after-ms", "response", "When a refused request is worth another try."),
 )

@@ -183,6 +183,9 @@ class Explanation:
     shadow: Candidate | None = field(default=None)
     handover: HandoverPreference = HandoverPreference.AUTO
     tenant: str = ""
+    slo_ttft_s: float | None = None
+    slo_itl_s: float | None = None
+    """What it was to keep, whoever said so."""
     attempt: int = 1
     """Which attempt to serve the request this is: a retry or a migration is decided anew."""
     earlier: tuple["Explanation", ...] = ()

@@ -124,17 +124,7 @@ class Router:
         """
         if request.request in self._queue or request.request in self._bound:
             raise DuplicateRequest(request.request)
-        share = self._length_shares.get(request.model, 1.0)
-        settings = self._settings
-        changes: dict[str, Any] = {}
-        if share < 1.0:
-            changes["expected_tokens"] = max(1, round(request.expected_tokens * share))
-        if request.slo_ttft_s is None and settings.slo_ttft_s is not None:
-            changes["slo_ttft_s"] = settings.slo_ttft_s
-        if request.slo_itl_s is None and settings.slo_itl_s is not None:
-            changes["slo_itl_s"] = settings.slo_itl_s
-        if changes:
-            request = msgspec.structs.replace(request, **changes)
+        request = self._completed(request)
         explanation = self._explanation(request, now)
         try:
             self._check(request, now)
@@ -145,6 +135,18 @@ class Router:
         uncached, seconds = self._late_binding.shortest(request)
         self._queue.add(request, uncached, seconds, explanation, now=now)
         self._history.add(explanation)
+
+    def _completed(self, request: RoutableRequest) -> RoutableRequest:
+        """With the length that is learnt, and the SLOs that it leaves to us."""
+        share, settings = self._length_shares.get(request.model, 1.0), self._settings
+        changes: dict[str, Any] = {}
+        if share < 1.0:
+            changes["expected_tokens"] = max(1, round(request.expected_tokens * share))
+        if request.slo_ttft_s is None and settings.slo_ttft_s is not None:
+            changes["slo_ttft_s"] = settings.slo_ttft_s
+        if request.slo_itl_s is None and settings.slo_itl_s is not None:
+            changes["slo_itl_s"] = settings.slo_itl_s
+        return msgspec.structs.replace(request, **changes) if changes else request
 
     def _check(self, request: RoutableRequest, now: float) -> None:
         limit = self._settings.queue_limit
@@ -333,6 +335,7 @@ class Router:
 
     def preview(self, request: RoutableRequest, *, now: float) -> Explanation:
         """What would be decided now. Changes nothing: it is a copy of the policy that is asked."""
+        request = self._completed(request)
         explanation = self._explanation(request, now)
         try:
             policy = copy.deepcopy(self._policy)
@@ -364,6 +367,8 @@ class Router:
             now,
             handover=request.handover,
             tenant=request.tenant,
+            slo_ttft_s=request.slo_ttft_s,
+            slo_itl_s=request.slo_itl_s,
         )
 
     def stats(self, *, now: float) -> RouterStats:

@@ -66,13 +66,14 @@ def parse_header_options(headers: Mapping[str, str], *, n: int, has_prompt_logpr
 
 
 def route_header(route: Route) -> str:
-    """What was chosen and its predicted seconds, as compact JSON in ASCII, well below 2 KiB."""
+    """What was chosen, its predicted seconds and what it gives up, as compact JSON in ASCII, well below 2 KiB."""
     chosen = route.predicted
     told = {
         "prefill": route.prefill,
         "decode": route.decode,
         "cached_tokens": route.cached_tokens,
         **{name: round(getattr(chosen, name), 6) for name in _SECONDS},
+        "gives_up": chosen.gives_up,
         "held_s": round(route.held_s, 6),
         "candidates": route.num_candidates,
     }

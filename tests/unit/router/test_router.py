@@ -1,6 +1,7 @@
 import random
 import threading
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -27,7 +28,7 @@ from router.policies.headrace import Headrace
 from router.policies.least_loaded import LeastLoaded
 from router.policies.round_robin import RoundRobin
 from router.policy import Choice
-from router.request import Failure, Observed, Outcome, RoutableRequest, Route
+from router.request import Failure, Observed, Outcome, RoutableRequest, Route, Sacrifice
 from router.router import Refusal, Router
 from router.settings import RouterSettings
 from tests.fakes import candidate
@@ -374,6 +375,27 @@ def test_preview_changes_nothing():
     assert "'?'" in refused.refused_because
 
 
+def test_a_preview_has_the_slos_that_the_request_would_have():
+    router = router_of(registration("b"), slo_ttft_s=2.0, slo_itl_s=0.05)
+    send(router, "first")
+    late = router.preview(request("r"), now=0.0)
+    assert "the limit is 2.00 s" in late.refused_because
+    assert (late.slo_ttft_s, late.slo_itl_s) == (2.0, 0.05)
+    own = router.preview(request("r", slo_ttft_s=9.0, slo_itl_s=1e-6), now=0.0)
+    assert own.refused_because == ""
+    assert (own.slo_ttft_s, own.slo_itl_s) == (9.0, 1e-6)
+
+
+def test_explain_tells_what_was_to_be_kept_and_what_every_way_gives_up():
+    router = router_of(*split(), slo_itl_s=1e-6)
+    (route,) = send(router, "r", slo_ttft_s=60.0)
+    explanation = router.explain(RequestId("r"))
+    assert (explanation.slo_ttft_s, explanation.slo_itl_s) == (60.0, 1e-6)
+    told = msgspec.to_builtins(explanation)
+    assert [way["gives_up"] for way in told["candidates"]] == [Sacrifice.ITL] * len(explanation.candidates)
+    assert told["chosen"]["gives_up"] == route.predicted.gives_up == Sacrifice.ITL
+
+
 class InTurn:
     """A user's policy that remembers whom it named last."""
 
@@ -422,9 +444,11 @@ def test_answers_shorter_than_allowed_are_learned():
     for k in range(300):
         send(router, f"r{k}", now=k * 10.0, tokens=100, expected=1000)
         router.release(RequestId(f"r{k}"), Observed(completion_tokens=100), now=k * 10.0 + 5)
-    chosen = router.preview(request("x", tokens=100, expected=1000), now=4000.0).chosen
+    asked = request("x", tokens=100, expected=1000)
+    unlearned = router_of(registration("b")).preview(asked, now=4000.0).chosen
+    previewed = router.preview(asked, now=4000.0).chosen
     (route,) = send(router, "x", now=4000.0, tokens=100, expected=1000)
-    assert route.predicted.total_s < chosen.total_s / 5
+    assert route.predicted.total_s == previewed.total_s < unlearned.total_s / 5
 
 
 def test_lengths_are_remembered_of_so_many_models_and_the_silent_ones_are_forgotten_first():

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 from app.openai.request_headers import HeaderOptions, ignored_header, parse_header_options, route_header
 from planes.wire.errors import InvalidRequest
 from planes.wire.messages import WorkerId
-from router.request import HandoverPreference
+from router.request import HandoverPreference, Sacrifice
 from tests.fakes import candidate, route
 
 
@@ -58,7 +58,7 @@ def test_several_choices_cannot_be_handed_over():
 def test_the_route_s_header_is_short_ascii_json():
     worker = WorkerId("prefill-é" + "x" * 400)
     seconds = {"queue_s": 1 / 3, "prefill_s": 0.2, "handover_s": 0.3, "inflicted_s": 1e9 / 7, "total_s": 2e9 / 7}
-    chosen = candidate("d0", worker, cached_tokens=16, **seconds)
+    chosen = candidate("d0", worker, cached_tokens=16, gives_up=Sacrifice.EVERYTHING, **seconds)
     bound = replace(
         route("r", "d0"), prefill=worker, cached_tokens=16, predicted=chosen, held_s=0.25, num_candidates=12
     )
@@ -74,6 +74,7 @@ def test_the_route_s_header_is_short_ascii_json():
         "handover_s": 0.3,
         "inflicted_s": 142857142.857143,
         "total_s": 285714285.714286,
+        "gives_up": "a stream's time between tokens, and its time to first token, and streams stand still for long",
         "held_s": 0.25,
         "candidates": 12,
     }
