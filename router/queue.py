@@ -65,7 +65,8 @@ class Waiting:
     level_since: float
     """When it came into that class."""
     due_at: float = 0.0
-    """By when it should have its first token."""
+    """By when it should have its first token; `late_s` more once it can no longer be in time."""
+    is_late: bool = False
     is_rising: bool = False
     """A promotion is planned."""
     bids: Bids | None = None
@@ -124,6 +125,8 @@ class Queue:
                 for waiting in tenant.line:
                     if waiting.request.slo_ttft_s is None:
                         waiting.due_at += settings.promote_after_s - before.promote_after_s
+                    if waiting.is_late:
+                        waiting.due_at += settings.late_s - before.late_s
                     waiting.key = self._key(waiting)
                 tenant.line.sort(key=_sort_key)
         self._promotions = [
@@ -209,7 +212,13 @@ class Queue:
         """Move those that can no longer be in time behind those that can."""
         while self._hopes and self._hopes[0][0] <= now:
             waiting = heapq.heappop(self._hopes)[2]
-            if self._waiting.get(waiting.request.request) is waiting:
+            if self._waiting.get(waiting.request.request) is not waiting:
+                continue
+            latest = waiting.due_at - waiting.prefill_s
+            if latest > now:  # more of its prompt is cached than when it came
+                heapq.heappush(self._hopes, (latest, waiting.number, waiting))
+            else:
+                waiting.is_late = True
                 self._place_anew(waiting, waiting.prefill_s, waiting.due_at + self._settings.late_s)
 
     def _plan_promotion(self, waiting: Waiting) -> None:

@@ -10,7 +10,7 @@ from router.request import Explanation, RoutableRequest
 from router.settings import RouterSettings
 
 
-def request(name, *, priority=0, tenant="", deadline=1e9, tokens=100):
+def request(name, *, priority=0, tenant="", deadline=1e9, tokens=100, slo=None):
     return RoutableRequest(
         request=RequestId(name),
         model="m",
@@ -20,6 +20,7 @@ def request(name, *, priority=0, tenant="", deadline=1e9, tokens=100):
         deadline=deadline,
         priority=priority,
         tenant=tenant,
+        slo_ttft_s=slo,
     )
 
 
@@ -38,6 +39,80 @@ def test_shorter_prefills_go_first_and_waiting_makes_up_for_length():
     add(queue, "short", now=10.0, seconds=1.0)
     add(queue, "late", now=25.0, seconds=1.0)
     assert order(queue) == ["short", "long", "late"]
+
+
+def test_whoever_is_due_first_goes_first_and_without_an_slo_it_is_due_when_it_would_be_promoted():
+    queue = Queue(RouterSettings(promote_after_s=30.0))
+    add(queue, "patient", now=0.0, slo=60.0)
+    add(queue, "plain", now=1.0)
+    add(queue, "plain too", now=2.0)
+    add(queue, "hurried", now=3.0, slo=5.0)
+    add(queue, "between", now=4.0, slo=27.5)
+    assert order(queue) == ["hurried", "plain", "between", "plain too", "patient"]
+
+
+def test_without_slos_the_order_is_that_of_arrival_and_length_whenever_it_is_asked_for():
+    queue = Queue(RouterSettings(aging=0.1))
+    add(queue, "long", now=0.0, seconds=3.0)
+    add(queue, "short", now=10.0, seconds=1.0)
+    add(queue, "late", now=25.0, seconds=1.0)
+    queue.let_go(now=1e6)
+    assert order(queue) == ["short", "long", "late"]
+
+
+def test_a_request_that_can_no_longer_be_in_time_makes_way_until_it_is_its_turn():
+    queue = Queue(RouterSettings(late_s=60.0))
+    add(queue, "tight", now=0.0, slo=3.0)
+    add(queue, "wide", now=0.0, slo=50.0)
+    queue.let_go(now=1.9)
+    assert order(queue) == ["tight", "wide"]
+    assert queue.work_before_s(request("new", slo=20.0), 1.0, 1.9) == 1.0
+    queue.let_go(now=2.0)  # its prefill takes a second, and it is due at 3
+    assert order(queue) == ["wide", "tight"]
+    assert queue.work_before_s(request("new", slo=20.0), 1.0, 2.0) == 0.0
+    add(queue, "before", now=12.9, slo=50.0)
+    add(queue, "after", now=13.1, slo=50.0)
+    queue.let_go(now=40.0)  # nobody is given up twice
+    assert order(queue) == ["wide", "before", "tight", "after"]
+
+
+def test_those_that_make_way_keep_their_class_and_their_tenant_s_share():
+    queue = Queue(RouterSettings(quantum_tokens=100))
+    add(queue, "low", priority=1, slo=50.0)
+    add(queue, "a late", tenant="a", slo=1.0)
+    add(queue, "a", tenant="a", slo=50.0)
+    add(queue, "b late", tenant="b", slo=1.0)
+    add(queue, "b", tenant="b", slo=50.0)
+    queue.let_go(now=0.0)
+    assert order(queue) == ["a", "b", "a late", "b late", "low"]
+
+
+def test_a_prompt_that_has_been_cached_meanwhile_can_be_in_time_for_longer():
+    queue = Queue(RouterSettings())
+    waiting = add(queue, "long", seconds=9.0, slo=10.0)
+    add(queue, "other", seconds=1.0, slo=20.0)
+    queue.update(waiting, 10, 0.5)
+    queue.let_go(now=5.0)
+    assert order(queue) == ["long", "other"]
+    queue.let_go(now=9.5)
+    assert order(queue) == ["other", "long"]
+
+
+def test_other_settings_keep_those_back_that_cannot_be_in_time():
+    changed, fresh = Queue(RouterSettings(late_s=60.0)), Queue(RouterSettings(late_s=5.0, promote_after_s=7.0))
+    for queue in (changed, fresh):
+        add(queue, "tight", now=0.0, slo=3.0)
+        add(queue, "wide", now=0.0, slo=20.0)
+        add(queue, "plain", now=0.0)
+        queue.let_go(now=2.5)
+    assert order(changed) == ["wide", "plain", "tight"]
+    changed.configure(RouterSettings(late_s=60.0, aging=1.0))
+    assert order(changed) == ["wide", "plain", "tight"]
+    changed.configure(RouterSettings(late_s=5.0, promote_after_s=7.0))
+    assert order(changed) == order(fresh) == ["plain", "tight", "wide"]
+    for queue in (changed, fresh):
+        queue.let_go(now=19.5)
+    assert order(changed) == order(fresh) == ["plain", "tight", "wide"]
 
 
 def test_class_zero_goes_first_until_a_wait_has_promoted_the_others():
@@ -194,7 +269,7 @@ def test_work_before_counts_what_would_be_served_sooner():
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["add", "add", "serve", "remove", "update", "promote", "configure"]),
+            st.sampled_from(["add", "add", "serve", "remove", "update", "promote", "let_go", "configure"]),
             st.integers(-3, 3),
             st.sampled_from(["a", "b", "c"]),
             st.integers(1, 9000),
@@ -210,7 +285,10 @@ def test_every_request_is_in_the_walk_exactly_once_whatever_happens(history):
         some = list(present.values())[place % len(present)] if present else None
         if what == "add":
             name = f"r{number}"
-            present[name] = add(queue, name, now=now, priority=priority, tenant=tenant, tokens=tokens)
+            slo = None if place % 2 else float(place)
+            present[name] = add(queue, name, now=now, priority=priority, tenant=tenant, tokens=tokens, slo=slo)
+        elif what == "let_go":
+            queue.let_go(now)
         elif what == "promote":
             queue.promote(now)
         elif what == "configure":
