@@ -13,6 +13,7 @@ from pathlib import Path
 
 from app.cli.config import ConfigSettings, live_settings
 from app.cli.fleet import FleetTableSettings
+from app.cli.role import RoleSettings
 from app.cli.up import UpSettings
 from app.main import create_app
 from app.metrics import Metrics
@@ -26,6 +27,7 @@ COMMANDS = {
     "headrace gateway": (GatewaySettings, "One gateway."),
     "headrace worker": (WorkerSettings, "One worker."),
     "headrace fleet": (FleetTableSettings, "Who is registered, and what they do."),
+    "headrace role": (RoleSettings, "`headrace role WORKER both|prefill|decode` changes a running worker's role."),
     "headrace config": (
         ConfigSettings,
         "Routing settings that gateways follow while they run; `name=value` changes one, `name=null` undoes it.",

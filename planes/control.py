@@ -5,7 +5,7 @@ session; after a pause the next one begins at the next endpoint, from what etcd 
 
     Registrar         renew the lease or get a new one, put the entry, look after both every third of the TTL
     WorkerDirectory   list, tell the difference to what was known, watch from that revision on
-    watch_config      the same for a single key
+    watch_keys        the same for other keys
 
 Of aetcd we use the connection, the calls and the generated stubs. Not its watcher: that does not notice a watch which
 the server cancels, nor a stream that ends without an error, and its queue has no bound.
@@ -154,13 +154,19 @@ class Registrar:
         self._ended = asyncio.Event()
         self._ended.set()
         self._is_displaced = False
+        self._is_told = asyncio.Event()
         self.registered = asyncio.Event()
         """Set once etcd has the entry for the first time."""
 
     def update(self, registration: Registration) -> None:
         """Publish this instead, as soon as etcd can be reached. Same worker."""
         self._registration = registration
+        self._is_told.clear()
         self._changed.set()
+
+    async def until_told(self) -> None:
+        """Wait until etcd holds what `update` was given last."""
+        await self._is_told.wait()
 
     async def run(self) -> None:
         """Register, and stay registered until `close` or cancellation; then the entry is removed at once.
@@ -209,6 +215,7 @@ class Registrar:
         while not is_put:
             found = await _entry(client, self._key)
             if found is not None and (found.value, found.lease) == (value, self._lease):
+                self._told(registration)
                 return
             holder = None if found is None else _readable(found.value)
             if holder is not None and holder.epoch != registration.epoch:
@@ -222,7 +229,12 @@ class Registrar:
             is_put, _ = await client.transaction([is_unchanged], success=[put], failure=[])
         self._is_displaced = False
         self.registered.set()
+        self._told(registration)
         _log.info("worker.registered", worker=registration.worker, state=registration.state)
+
+    def _told(self, registration: Registration) -> None:
+        if registration is self._registration:
+            self._is_told.set()
 
     def _displaced(self, holder: Registration) -> None:
         if not self._is_displaced:
@@ -353,23 +365,46 @@ async def watch_config(etcd: Etcd, namespace: str, on_change: Callable[[bytes | 
 
     None: they were deleted; nothing is called as long as there never were any.
     """
-    key = config_key(namespace)
-    last: bytes | None = None
+    await watch_keys(etcd, "config", config_key(namespace), lambda _, value: on_change(value))
 
-    def take(_: bytes, value: bytes | None) -> None:
-        nonlocal last
-        if value != last:
-            last = value
-            on_change(value)
+
+async def watch_keys(
+    etcd: Etcd, user: str, key: bytes, on_change: Callable[[bytes, bytes | None], None], *, is_prefix: bool = False
+) -> None:
+    """Call `on_change` with what a key holds, or all keys with this prefix, now and after each change, until cancelled.
+
+    None as a value: it is gone.  user: what the log calls whoever watches.
+    """
+    end = prefix_range_end(key) if is_prefix else None
+    known: dict[bytes, bytes] = {}
+
+    def take(found: bytes, value: bytes | None) -> None:
+        if value == known.get(found):
+            return
+        if value is None:
+            del known[found]
+        else:
+            known[found] = value
+        on_change(found, value)
 
     async def follow(client: Any, healthy: Callable[[], None]) -> None:
         def listed(entries: dict[bytes, bytes]) -> None:
-            take(key, entries.get(key))
+            for found in known.keys() | entries.keys():
+                take(found, entries.get(found))
             healthy()
 
-        await _mirror(client, key, None, listed, take)
+        await _mirror(client, key, end, listed, take)
 
-    await etcd.keep("config", follow)
+    await etcd.keep(user, follow)
+
+
+async def get_workers(etcd: Etcd, namespace: str) -> dict[WorkerId, Registration]:
+    """The registered workers; what no gateway could read is left out.  Raises:  ControlPlaneUnavailable."""
+    prefix = workers_prefix(namespace)
+    async with etcd.session() as client:
+        found = await client.get_range(prefix, prefix_range_end(prefix))
+    read = [_readable(entry.value) for entry in found]
+    return {registration.worker: registration for registration in read if registration is not None}
 
 
 async def get_config(etcd: Etcd, namespace: str) -> bytes | None:

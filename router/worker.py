@@ -93,13 +93,14 @@ class Worker:
     def register(self, registration: Registration) -> None:
         """Take over a changed registration of the same epoch."""
         self.registration = registration
-        self.role, self.facts = registration.role, registration.facts
+        self.role, self.facts = registration.takes or registration.role, registration.facts
         self.handover = _handover_group(registration)
         self.state = registration.state
 
     @property
     def is_ready(self) -> bool:
-        return self.state is WorkerState.READY and self.registration.state is WorkerState.READY
+        is_staying = self.state is WorkerState.READY and self.registration.state is WorkerState.READY
+        return is_staying and self.registration.takes is not None
 
     @property
     def has_reservations(self) -> bool:

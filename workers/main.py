@@ -3,7 +3,7 @@
 | stage    | what happens                                              | ends with                                    |
 |----------|-----------------------------------------------------------|----------------------------------------------|
 | starting | tokenizer, engine, stream server, card, registration      | `worker.ready`, or exit status 2             |
-| ready    | requests                                                  | SIGTERM or SIGINT; the engine's death        |
+| ready    | requests; changes of role (`role.py`)                     | SIGTERM or SIGINT; the engine's death        |
 | draining | registered as draining; running requests go on            | the last of them, or `drain_s`               |
 | stopping | the rest is interrupted, deregistered, everything closed  | exit status 0, or 1 if the engine died       |
 
@@ -26,11 +26,12 @@ import structlog
 from planes.control import ControlPlaneUnavailable, Etcd, Registrar, WorkerIdTaken, check_id_is_free
 from planes.events import EventPlane
 from planes.objects import ObjectStore
+from planes.role_wishes import watch_role_wishes
 from planes.streams.client import greets
 from planes.streams.protocol import StreamLimits
 from planes.streams.server import StreamServer
 from planes.wire.errors import UnusableSetting
-from planes.wire.messages import Registration, WorkerId, WorkerState
+from planes.wire.messages import Registration, WorkerId
 from planes.work_queue import PrefillQueue
 from workers.answer.detokenizer import Vocabulary, load_vocabulary
 from workers.engine.base import Engine, EngineStartError
@@ -40,6 +41,7 @@ from workers.model_card import CardPublisher, read_card, read_parser_names
 from workers.parsers import NO_PARSERS, ParserNames, engine_reasoning, make_parsers
 from workers.prefill_queue import Puller
 from workers.rendering import rendering_of
+from workers.role import RoleKeeper
 from workers.server import WorkerServer
 from workers.settings import WorkerSettings
 
@@ -188,7 +190,8 @@ class _Worker:
         rendering = await asyncio.to_thread(rendering_of, settings.model_path, settings.engine)
         registration = self._registration(await self._listen(streams), cards.digest, rendering)
         registrar = Registrar(Etcd(settings.etcd), settings.namespace, registration, is_running=greets)
-        puller = self._puller(server) if settings.is_pulling else None
+        puller = self._puller(server) if settings.may_pull else None
+        keeper = RoleKeeper(registration, server, registrar, puller)
         async with asyncio.TaskGroup() as group:
             # The publisher first: it subscribes before there is a connection that could fail it.
             tasks = [group.create_task(work) for work in (self.publisher.run(), cards.run(), self.plane.run())]
@@ -199,10 +202,13 @@ class _Worker:
                 _log.info("worker.ready", worker=self.worker, address=registration.address, seconds=seconds)
             if puller is not None:
                 tasks.append(group.create_task(puller.run()))
+            following = [group.create_task(work) for work in (keeper.run(), self._hear_wishes(keeper))]
             await self.ending.wait()
+            for task in following:
+                task.cancel()
             if puller is not None:
                 puller.stop()
-            await self._drain(server, registrar, registration)
+            await self._drain(server, keeper)
             if puller is not None:
                 await puller.until_idle(_LAST_NEWS_S)
             await registrar.close()
@@ -216,6 +222,10 @@ class _Worker:
             await registrar.run()
         except WorkerIdTaken as exc:
             self.ending.refused(exc)
+
+    async def _hear_wishes(self, keeper: RoleKeeper) -> None:
+        settings = self.settings
+        await watch_role_wishes(Etcd(settings.etcd), settings.namespace, keeper.wished, worker=self.worker)
 
     async def _listen(self, streams: StreamServer) -> str:
         """Returns:  the address to register."""
@@ -255,6 +265,7 @@ class _Worker:
             is_pulling=self.settings.is_pulling,
             layout=self.engine.layout,
             rendering=rendering,
+            roles=self.engine.roles,
         )
         return _checked(registration)
 
@@ -265,11 +276,11 @@ class _Worker:
             if not self.plane.is_connected:
                 return
 
-    async def _drain(self, server: WorkerServer, registrar: Registrar, registration: Registration) -> None:
+    async def _drain(self, server: WorkerServer, keeper: RoleKeeper) -> None:
         """Let running requests end, unless the engine is dead, or dies now."""
         server.drain()
         self.publisher.drain()
-        registrar.update(msgspec.structs.replace(registration, state=WorkerState.DRAINING))
+        keeper.drain()
         if self.ending.death is None and server.num_requests:
             _log.info("worker.draining", worker=self.worker, requests=server.num_requests)
             with contextlib.suppress(TimeoutError):

@@ -107,6 +107,8 @@ class Puller:
         self._unwanted: OrderedDict[RequestId, None] = OrderedDict()
         self._changed = asyncio.Event()
         self._pulling: asyncio.Task[None] | None = None
+        self._may_pull = asyncio.Event()
+        self._may_pull.set()
         self._is_stopped = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -115,14 +117,27 @@ class Puller:
         """Pull and compute until `stop`, and until what was pulled has ended."""
         await self._plane.subscribe(self._plane.subject("unwanted", self._model), PrefillUnwanted, self._drop)
         async with asyncio.TaskGroup() as group:
-            if not self._is_stopped:
-                self._pulling = group.create_task(self._pull(group))
+            while not self._is_stopped:
+                await self._may_pull.wait()
+                if not self._is_stopped:
+                    self._pulling = group.create_task(self._pull(group))
+                    await asyncio.wait([self._pulling])
 
-    def stop(self) -> None:
-        """Pull no more."""
-        self._is_stopped = True
+    def pause(self) -> None:
+        """Pull no more until `resume`; what was pulled is computed."""
+        self._may_pull.clear()
         if self._pulling is not None:
             self._pulling.cancel()
+
+    def resume(self) -> None:
+        """Pull again."""
+        self._may_pull.set()
+
+    def stop(self) -> None:
+        """Pull no more, ever."""
+        self._is_stopped = True
+        self.pause()
+        self._may_pull.set()
 
     async def until_idle(self, timeout_s: float) -> None:
         """Wait until the outcome of every job has been told, for so long at most."""
@@ -132,7 +147,8 @@ class Puller:
 
     async def _pull(self, group: asyncio.TaskGroup) -> None:
         is_away = False
-        while not self._is_stopped:  # a cancellation alone may come to nothing where an answer comes with it
+        # Looked at, since a cancellation alone may come to nothing where an answer comes with it.
+        while self._may_pull.is_set() and not self._is_stopped:
             room = await self._room()
             try:
                 jobs = await self._queue.pull(self._model, room, timeout_s=_PULL_TIMEOUT_S)

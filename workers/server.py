@@ -19,7 +19,7 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from planes.wire.errors import HeadraceError, InvalidRequest, Rejected
+from planes.wire.errors import ROLE_CHANGED, HeadraceError, InvalidRequest, Rejected
 from planes.wire.frames import (
     DecodeLeg,
     Delta,
@@ -42,7 +42,7 @@ from workers.answer.vector import VectorAnswer
 from workers.engine.base import Engine, EngineOutput, EngineRequest, is_drawn_again
 from workers.handed_over import CallLater, HandedOver, Timer
 from workers.parsers import Parsers
-from workers.validate import admit
+from workers.validate import admit, is_for
 
 _log = structlog.get_logger()
 
@@ -158,7 +158,7 @@ class WorkerServer:
         that the engine runs at once.  call_later: the event loop's.
         """
         self._engine = engine
-        self._role = role
+        self._role: Role | None = role
         self._vocabulary = vocabulary
         self._parsers = parsers
         self._spelt = vocabulary if parsers is None else parsers.spelling(vocabulary)
@@ -171,6 +171,8 @@ class WorkerServer:
         self._requests: set[RequestId] = set()
         self._handed_over = HandedOver(self._give_up, call_later)
         self._is_draining = False
+        self._has_ended = asyncio.Event()
+        """Set by each request's end."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -181,6 +183,32 @@ class WorkerServer:
     def drain(self) -> None:
         """Take no new requests."""
         self._is_draining = True
+
+    def change_role(self, role: Role | None) -> None:
+        """Take what this role does from now on, or nothing; what runs here goes on."""
+        self._role = role
+
+    def num_beyond(self, role: Role) -> int:
+        """Requests that run here and would not be taken in this role."""
+        return len(self._beyond(role))
+
+    async def until_within(self, role: Role) -> None:
+        """Wait until no request is left that would not be taken in this role."""
+        while self._beyond(role):
+            self._has_ended.clear()
+            await self._has_ended.wait()
+
+    def move_beyond(self, role: Role) -> None:
+        """Give up what would not be taken in this role, and which gateways can go on with elsewhere."""
+        for running in self._beyond(role):
+            sampling = running.request.sampling
+            if sampling.n == 1 or not running.request.format.is_streaming:
+                reason = f"this worker's role becomes {role}"
+                self._fail(running, FailureKind.INTERRUPTED, ROLE_CHANGED, reason)
+
+    def _beyond(self, role: Role) -> list["_RunningRequest"]:
+        everything = (running for streams in self._running.values() for running in streams.values())
+        return [running for running in everything if not is_for(role, running.request.leg)]
 
     async def until_idle(self) -> None:
         """Wait until no request is left."""
@@ -400,6 +428,7 @@ class WorkerServer:
         if not streams:
             del self._running[running.connection]
         self._requests.discard(running.request.request)
+        self._has_ended.set()
         if not self._requests:
             self._idle.set()
 

@@ -136,7 +136,7 @@ class WorkerSettings(ProcessSettings):
         _check_model(self)
         _check_names(self)
         _check_task(self)
-        if self.is_pulling and self.handover_mode is not HandoverMode.PULL:
+        if self.is_pulling and not self.may_pull:
             allowed = f"queue needs --handover pull (it is {self.handover}): nobody knows yet whom to push to"
             raise UnusableSetting("prefill_dispatch", self.prefill_dispatch, allowed)
         self.core_numbers()
@@ -156,8 +156,13 @@ class WorkerSettings(ProcessSettings):
 
     @property
     def is_pulling(self) -> bool:
-        """Whether it takes prefill jobs from the queue; a decode worker leaves them alone."""
+        """Whether it begins with taking prefill jobs from the queue; a decode worker leaves them alone."""
         return self.prefill_dispatch == "queue" and self.worker_role.can_prefill
+
+    @property
+    def may_pull(self) -> bool:
+        """Whether it takes them whenever its role has prompts sent to it."""
+        return self.prefill_dispatch == "queue" and self.handover_mode is HandoverMode.PULL
 
     @property
     def model_path(self) -> Path:

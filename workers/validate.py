@@ -28,8 +28,9 @@ class RoleRefused(Rejected):
 
     code = ROLE_CHANGED
 
-    def __init__(self, leg: Leg, role: Role) -> None:
-        super().__init__(f"a {type(leg).__name__} came to a worker whose role is {role}")
+    def __init__(self, leg: Leg, role: Role | None) -> None:
+        is_what = "changes" if role is None else f"is {role}"
+        super().__init__(f"a {type(leg).__name__} came to a worker whose role {is_what}")
 
 
 class HandoverRefused(Rejected):
@@ -38,12 +39,14 @@ class HandoverRefused(Rejected):
     code = "handover_refused"
 
 
-def admit(request: Generate, *, role: Role, facts: EngineFacts, endpoint: HandoverEndpoint | None) -> EngineRequest:
-    """What the engine may be given for `request`.
+def admit(
+    request: Generate, *, role: Role | None, facts: EngineFacts, endpoint: HandoverEndpoint | None
+) -> EngineRequest:
+    """What the engine may be given for `request`. role: None while it takes nothing.
 
     Raises:  InvalidRequest for a request that no engine like this one can run; RoleRefused, HandoverRefused.
     """
-    if not is_for(role, request.leg):
+    if role is None or not is_for(role, request.leg):
         raise RoleRefused(request.leg, role)
     prompt = _prompt(request.prompt, facts)
     resume = tuple(_tokens(request.resume, "resume", facts).tolist())

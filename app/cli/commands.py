@@ -8,16 +8,18 @@ import sys
 import tempfile
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from app.cli import servers
 from app.cli.config import ConfigSettings, change_config, live_settings
 from app.cli.fleet import FleetTableSettings, show
+from app.cli.role import RoleSettings, change_role
 from app.cli.up import UpSettings, run_everything
 from app.settings import GatewaySettings
 from planes.wire.errors import HeadraceError
+from planes.wire.messages import Role, WorkerId
 from process.environment import strangers
 from process.programs import program
 from process.settings import command_line
@@ -32,7 +34,7 @@ app = command_line(
 app.version = lambda: importlib.metadata.version("headrace")
 app.version_flags = ["--version"]
 
-_EVERYTHING = (UpSettings, GatewaySettings, WorkerSettings, FleetTableSettings, ConfigSettings)
+_EVERYTHING = (UpSettings, GatewaySettings, WorkerSettings, FleetTableSettings, ConfigSettings, RoleSettings)
 """What variables may say in the shell where small commands run: that of a fleet's operator."""
 _FLAGS = Parameter(name="*")
 _Port = Annotated[int, Parameter(help="Port to listen on.")]
@@ -46,6 +48,8 @@ _Changes = Annotated[
         + "\n".join(f"- {each.name} ({each.otherwise}): {each.meaning}" for each in live_settings()),
     ),
 ]
+_WorkerName = Annotated[str, Parameter(show_env_var=False, help="Its name in the fleet: headrace fleet.")]
+_Role = Annotated[Literal["prefill", "decode", "both"], Parameter(show_env_var=False, help="What it shall be.")]
 _DataDir = Annotated[Path | None, Parameter(help="Where its data lives. Default: a new temporary folder.")]
 
 
@@ -116,6 +120,19 @@ def config(*changes: _Changes, settings: Annotated[ConfigSettings | None, _FLAGS
     settings = settings or ConfigSettings()
     _tell_strangers(*_EVERYTHING)
     print(asyncio.run(change_config(changes, settings)))
+
+
+@app.command
+def role(worker: _WorkerName, role: _Role, /, *, settings: Annotated[RoleSettings | None, _FLAGS] = None) -> int:
+    """Change the role of a running worker: headrace role decode-2 prefill
+
+    It ends what it will not do any more first. Exit status 1: it has not become that within --wait-s.
+    """
+    settings = settings or RoleSettings()
+    _tell_strangers(*_EVERYTHING)
+    is_changed, told = asyncio.run(change_role(WorkerId(worker), Role(role), settings))
+    print(told)
+    return 0 if is_changed else 1
 
 
 class NotInstalled(HeadraceError):  # noqa: N818 - names what is wrong

@@ -19,8 +19,9 @@ from rich.text import Text
 from app.fleet.split import splits_of
 from planes.control import Etcd, WorkerDirectory
 from planes.events import EventPlane
+from planes.role_wishes import watch_role_wishes
 from planes.wire.errors import HeadraceError, UnusableSetting
-from planes.wire.messages import LoadReport, Registration, WorkerId
+from planes.wire.messages import LoadReport, Registration, RoleWish, WorkerId
 from planes.wire.urls import redacted
 from process.logging import configure, printable
 from process.settings import PlaneSettings
@@ -61,6 +62,7 @@ class FleetTable:
     def __init__(self) -> None:
         self.registrations: dict[WorkerId, Registration] = {}
         self.reports: dict[WorkerId, LoadReport] = {}
+        self.wishes: dict[WorkerId, RoleWish] = {}
 
     def up(self, registration: Registration) -> None:
         self.registrations[registration.worker] = registration
@@ -72,6 +74,19 @@ class FleetTable:
     def reported(self, report: LoadReport) -> None:
         if report.worker in self.registrations:
             self.reports[report.worker] = report
+
+    def wished(self, worker: WorkerId, wish: RoleWish | None) -> None:
+        self.wishes.pop(worker, None)
+        if wish is not None:
+            self.wishes[worker] = wish
+
+    def role(self, entry: Registration) -> str:
+        """What it is, what it becomes, and what it was asked to be and has not answered."""
+        if entry.becoming is not None:
+            return f"{entry.role} → {entry.becoming}"
+        wish = self.wishes.get(entry.worker)
+        is_open = wish is not None and wish.epoch == entry.epoch and wish.role is not entry.role
+        return f"{entry.role} (asked: {wish.role})" if wish is not None and is_open else str(entry.role)
 
     def table(self, namespace: str) -> Table:
         title = f"fleet {namespace!r}: {len(self.registrations)} workers"
@@ -87,7 +102,7 @@ class FleetTable:
                 free = f"{report.free_blocks}/{entry.facts.num_blocks}"
                 load = [str(report.num_running), str(report.num_waiting), free, str(report.num_cached)]
             told = (entry.model, entry.card_digest[:8], entry.engine, entry.layout[:8])
-            row = (worker, entry.role, *told, entry.state, entry.address, *load)
+            row = (worker, self.role(entry), *told, entry.state, entry.address, *load)
             # As text: rich would read a plain string as markup, and an IPv6 address in brackets looks like it.
             table.add_row(*(Text(printable(cell)) for cell in row))
         return table
@@ -106,7 +121,8 @@ async def show(settings: FleetTableSettings) -> int:
     events = EventPlane(settings.nats, settings.namespace)
     await events.subscribe_load(fleet.reported)
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(directory.run()), group.create_task(events.run())]
+        wishes = watch_role_wishes(Etcd(settings.etcd), settings.namespace, fleet.wished)
+        tasks = [group.create_task(work) for work in (directory.run(), events.run(), wishes)]
         is_known = await _within(settings.timeout_s, lambda: directory.is_current)
         if is_known:
             await _within(_REPORT_WAIT_S, lambda: len(fleet.reports) == len(fleet.registrations))

@@ -214,7 +214,7 @@ class WorkerConnections:
     @property
     def is_serving(self) -> bool:
         """Whether some worker could decode a request now."""
-        return any(member.is_ready and member.registration.role.can_decode for member in self._members.values())
+        return any(member.is_ready and member.registration.takes_answers for member in self._members.values())
 
     def statuses(self) -> list[RegisteredWorker]:
         return [
@@ -359,5 +359,6 @@ class WorkerConnections:
 
 
 def _is_same_start(one: Registration, other: Registration) -> bool:
-    """Whether nothing but the state has changed: what else a start says of itself stays true as long as it runs."""
-    return msgspec.structs.replace(one, state=other.state) == other
+    """Whether nothing has changed but what may: what else a start says of itself stays true as long as it runs."""
+    changes = {name: getattr(other, name) for name in ("state", "role", "becoming", "is_pulling")}
+    return msgspec.structs.replace(one, **changes) == other

@@ -33,6 +33,8 @@ class RegisteredWorker:
     """The last report, without its steps."""
     refused_because: str = ""
     """Why this gateway sends it nothing; empty: it does, or cannot reach it."""
+    becoming: Role | None = None
+    """The role that it takes as soon as it has ended what it will not do any more."""
 
 
 def registered_worker(
@@ -54,6 +56,7 @@ def registered_worker(
         facts=registration.facts,
         load=None if load is None else msgspec.structs.replace(load, steps=[]),
         refused_because=refused_because,
+        becoming=registration.becoming,
     )
 
 

@@ -100,7 +100,7 @@ class _Served:
 
     @property
     def is_ready(self) -> bool:
-        ready = self.registration.state is WorkerState.READY and self.registration.role.can_decode
+        ready = self.registration.state is WorkerState.READY and self.registration.takes_answers
         return self.is_up and ready
 
 

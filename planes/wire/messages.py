@@ -63,6 +63,16 @@ class WorkerState(StrEnum):
     DRAINING = "draining"
 
 
+class RoleWish(msgspec.Struct, frozen=True):
+    """What a running worker is asked to be: `/headrace/{namespace}/roles/{worker}` in etcd, as JSON."""
+
+    epoch: Sequence
+    """Of the life that it is meant for."""
+    role: Role
+    migrate_after_s: Seconds | None = None
+    """After so long what it will not do any more goes on elsewhere; None: it ends here, whatever time that takes."""
+
+
 class HandoverMode(StrEnum):
     """Who moves the KV cache: the decode worker READs (pull) or the prefill worker WRITEs (push)."""
 
@@ -152,6 +162,27 @@ class Registration(msgspec.Struct, frozen=True):
     needs equal ones at both ends; empty: unknown, which fits the unknown alone."""
     rendering: Annotated[str, Meta(max_length=64)] = ""
     """Digest of the probes (`planes/probes.py`) as its own code renders and tokenizes them; empty: it does not know."""
+    roles: tuple[Role, ...] = ()
+    """What it can be while it runs; empty: nothing but what it is."""
+    becoming: Role | None = None
+    """The role that it takes as soon as it has ended what it will not do any more; None: it keeps its role."""
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether its role, present and future, has prompts sent to it."""
+        return self.role.can_prefill and (self.becoming is None or self.becoming.can_prefill)
+
+    @property
+    def takes_answers(self) -> bool:
+        """The same for answers to decode."""
+        return self.role.can_decode and (self.becoming is None or self.becoming.can_decode)
+
+    @property
+    def takes(self) -> Role | None:
+        """What new requests find here: its role without what it gives up; None: nothing."""
+        if self.takes_answers:
+            return Role.BOTH if self.takes_prompts else Role.DECODE
+        return Role.PREFILL if self.takes_prompts else None
 
 
 class BlocksStored(msgspec.Struct, frozen=True, tag="stored", array_like=True):

@@ -20,13 +20,15 @@ from planes.control import (
     WorkerIdTaken,
     _mirror,
     check_id_is_free,
+    get_workers,
     put_config,
     watch_config,
     workers_prefix,
 )
+from planes.role_wishes import put_role_wish, watch_role_wishes
 from planes.streams.client import greets
 from planes.streams.server import StreamServer
-from planes.wire.messages import EngineFacts, Registration, Role, WorkerId, WorkerState
+from planes.wire.messages import EngineFacts, Registration, Role, RoleWish, WorkerId, WorkerState
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
 
@@ -377,6 +379,36 @@ async def test_config_is_told_now_and_on_each_change(etcd_url: str, namespace: s
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_wish_for_a_role_is_told_to_whoever_watches_now_or_later(etcd_url: str, namespace: str) -> None:
+    told: asyncio.Queue[tuple[str, RoleWish | None]] = asyncio.Queue()
+    etcd, wish, other = Etcd(etcd_url), RoleWish(7, Role.PREFILL, 2.5), RoleWish(8, Role.BOTH)
+
+    def tell(worker: WorkerId, told_of: RoleWish | None) -> None:
+        told.put_nowait((worker, told_of))
+
+    await put_role_wish(etcd, namespace, WorkerId("a"), wish)
+    await put_role_wish(etcd, namespace, WorkerId("ab"), other)
+    async with asyncio.TaskGroup() as group:
+        one = group.create_task(watch_role_wishes(etcd, namespace, tell, worker=WorkerId("a")))
+        assert await told.get() == ("a", wish)
+        await put_role_wish(etcd, namespace, WorkerId("a"), other)
+        assert await told.get() == ("a", other)
+        one.cancel()
+        every = group.create_task(watch_role_wishes(etcd, namespace, tell))
+        listed = [await told.get() for _ in range(2)]
+        assert sorted(listed) == [("a", other), ("ab", other)]
+        every.cancel()
+
+
+async def test_what_a_registrar_was_given_last_is_told_once_etcd_has_it(etcd_url: str, namespace: str) -> None:
+    async with registered(etcd_url, namespace, "a", ttl_s=60) as registrar:
+        changed = msgspec.structs.replace(registration("a"), becoming=Role.DECODE)
+        registrar.update(registration("a", WorkerState.DRAINING))
+        registrar.update(changed)
+        await registrar.until_told()
+        assert await get_workers(Etcd(etcd_url), namespace) == {"a": changed}
 
 
 async def test_config_without_etcd_says_so(namespace: str) -> None:

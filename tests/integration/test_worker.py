@@ -18,6 +18,7 @@ from planes.assets import fetch_card
 from planes.control import Etcd, WorkerDirectory, WorkerIdTaken
 from planes.events import EventPlane
 from planes.objects import ObjectStore
+from planes.role_wishes import put_role_wish
 from planes.streams.client import WorkerConnection
 from planes.wire.blocks import digest, unpack
 from planes.wire.frames import (
@@ -42,6 +43,7 @@ from planes.wire.messages import (
     Registration,
     RequestId,
     Role,
+    RoleWish,
     WorkerState,
 )
 from workers.main import Ending, serve
@@ -117,6 +119,12 @@ class Fleet:
             while not is_true():
                 await self.changed.wait()
                 self.changed.clear()
+
+    async def wish(self, name: str, role: Role, *, epoch: int | None = None) -> None:
+        """Ask a registered worker, or an earlier life of it, to change its role."""
+        found = self.workers[name]
+        wish = RoleWish(found.epoch if epoch is None else epoch, role)
+        await put_role_wish(Etcd(self.etcd_url), self.namespace, found.worker, wish)
 
     @asynccontextmanager
     async def worker(self, name: str, *flags: str, speedup: int = 10) -> AsyncIterator[tuple[Worker, WorkerConnection]]:
@@ -294,6 +302,39 @@ async def test_a_pushed_prompt_gives_the_answer_of_one_worker(fleet):
         await giver.done()
         await answer.done()
         assert answer.payload == alone.payload
+
+
+async def test_a_kv_cache_waits_for_its_decode_worker_whatever_becomes_of_its_own_worker(fleet):
+    async with (
+        fleet.worker("prefill-1", "--role", "prefill") as (_, prefill),
+        fleet.worker("decode-1", "--role", "decode") as (_, decode),
+        fleet.worker("both-1") as (_, both),
+    ):
+        alone = ask(both)
+        await alone.done()
+        first = ask(prefill, leg=PrefillLeg(HandoverMode.PULL))
+        ticket = (await first.done()).ticket
+        await fleet.wish("prefill-1", Role.DECODE)
+        await fleet.until(lambda: fleet.workers["prefill-1"].role is Role.DECODE)
+        failed = await ask(prefill, "r2", leg=PrefillLeg(HandoverMode.PULL)).ended
+        assert (failed.kind, failed.code) == (FailureKind.REJECTED, "role_changed")
+        rest = ask(decode, leg=DecodeLeg(ticket=ticket), resume=first.tokens)
+        done = await rest.done()
+        assert first.payload + rest.payload == alone.payload
+        assert done.usage.handover_bytes > 0
+        own = ask(prefill, "r3")
+        await own.done()
+        assert own.tokens == alone.tokens
+
+
+async def test_a_wish_for_an_earlier_life_of_the_worker_is_not_followed(fleet):
+    async with fleet.worker("both-1") as (worker, _):
+        await fleet.wish("both-1", Role.PREFILL, epoch=fleet.workers["both-1"].epoch - 1)
+        await worker.line_with("event=role.refused")
+        await fleet.wish("both-1", Role.DECODE)
+        await fleet.until(lambda: fleet.workers["both-1"].role is Role.DECODE)
+        assert not any("role=prefill" in line for line in worker.lines if "event=role.chang" in line)
+        assert fleet.workers["both-1"].is_pulling is False
 
 
 async def test_a_request_that_could_hurt_the_engine_is_invalid_and_the_next_one_is_served(fleet):

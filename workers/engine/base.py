@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from planes.wire.errors import HeadraceError, InvalidRequest
 from planes.wire.frames import FinishReason, Leg, LocalLeg, Parsing, PrefillLeg, Sampling, Ticket
-from planes.wire.messages import EngineFacts, HandoverEndpoint, KvEvent, RequestId, StepSample
+from planes.wire.messages import EngineFacts, HandoverEndpoint, KvEvent, RequestId, Role, StepSample
 
 
 class EngineStartError(HeadraceError):
@@ -132,6 +132,10 @@ class Engine(Protocol):
     @property
     def layout(self) -> str:
         """Compatibility hash of its KV cache (`workers/engine/layout.py`). Valid after `start`."""
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """What a worker with this engine can become while it runs; empty: nothing but what it was started as."""
 
     async def start(self, observer: EngineObserver, *, progress: Callable[[str], None]) -> None:
         """Load everything; `progress` gets a short line for each step that takes long."""

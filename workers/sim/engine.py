@@ -23,7 +23,7 @@ import structlog
 from planes.wire.blocks import name_blocks, root
 from planes.wire.errors import InvalidRequest
 from planes.wire.frames import DecodeLeg, FinishReason, PrefillLeg, Ticket
-from planes.wire.messages import EngineFacts, HandoverEndpoint, HandoverMode, RequestId
+from planes.wire.messages import EngineFacts, HandoverEndpoint, HandoverMode, RequestId, Role
 from workers.engine.base import (
     EngineLoad,
     EngineObserver,
@@ -122,6 +122,10 @@ class SimEngine:
     @property
     def endpoint(self) -> HandoverEndpoint | None:
         return None if self._transfer is None else self._transfer.endpoint
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return () if self._transfer is None else tuple(Role)
 
     @property
     def layout(self) -> str:

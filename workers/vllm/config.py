@@ -94,6 +94,15 @@ class VllmOptions:
     reasoning_parser: str = ""
     """vLLM's name of the one that tells where reasoning ends, which grammars and budgets depend on; empty: none."""
 
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """What it can become while it runs; empty: nothing else.
+
+        Its connector is made for one side of a handover or for both. vLLM puts off the reuse of blocks only where KV
+        caches may arrive, so that one made for giving must not take.
+        """
+        return tuple(Role) if self.role is Role.BOTH and self.handover is not None else ()
+
 
 def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
     """Import vLLM and make its configuration. The environment must be set first, some of it before torch."""

@@ -24,6 +24,7 @@ from planes.wire.messages import (
     HandoverMode,
     LatencyPrior,
     RequestId,
+    Role,
     StepSample,
 )
 from workers.engine.base import EngineLoad, EngineObserver, EngineOutput, EngineRequest, EngineStartError
@@ -126,6 +127,10 @@ class VllmEngine:
     @property
     def layout(self) -> str:
         return self._layout
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return self._options.roles
 
     # --- life ---------------------------------------------------------------------------------------------------------
 

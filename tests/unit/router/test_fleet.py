@@ -1,6 +1,7 @@
 import math
 import random
 
+import msgspec
 import numpy as np
 import pytest
 from msgspec.structs import replace
@@ -263,6 +264,30 @@ def test_only_ready_workers_of_the_model_that_are_not_excluded_are_offered():
     fleet.apply_load(report("e", state=WorkerState.DRAINING), now=0.0, report_delay_s=0.02)
     seen = fleet.view(request(excluded=frozenset({D})), {}, 0.0, random.Random(0))
     assert [worker.worker for worker in seen.decode] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("role", "becoming", "prompts", "answers"),
+    [
+        (Role.DECODE, Role.PREFILL, False, False),
+        (Role.PREFILL, Role.DECODE, False, False),
+        (Role.BOTH, Role.PREFILL, True, False),
+        (Role.BOTH, Role.DECODE, False, True),
+    ],
+)
+def test_a_worker_that_becomes_another_is_offered_for_what_both_roles_do(role, becoming, prompts, answers):
+    fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE), registration("w", role))
+    held = fleet.reserve(request(), candidate(None, "w"), 0.0)
+    fleet.up(msgspec.structs.replace(registration("w", role), becoming=becoming))
+    seen = fleet.view(request(), {}, 0.0, random.Random(0))
+    assert ("w" in {each.worker for each in seen.prefill}) is prompts
+    assert ("w" in {each.worker for each in seen.decode}) is answers
+    fleet.up(registration("w", becoming))
+    seen = fleet.view(request(), {}, 0.0, random.Random(0))
+    assert ("w" in {each.worker for each in seen.prefill}) is becoming.can_prefill
+    assert ("w" in {each.worker for each in seen.decode}) is becoming.can_decode
+    assert fleet.workers[WorkerId("w")].has_reservations, "what was bound before stays bound"
+    fleet.release(held, 1, 1.0)
 
 
 def test_without_a_worker_that_decodes_there_is_no_view():

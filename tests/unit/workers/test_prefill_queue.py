@@ -280,6 +280,35 @@ async def test_stopped_it_pulls_no_more_and_ends_what_it_has(world):
     assert (job.said, late.said) == (["ack"], [])
 
 
+async def test_paused_it_ends_what_it_has_and_pulls_no_more_until_it_is_told_to(world):
+    job = await world.pulled(FakeJob())
+    world.puller.pause()
+    await settle()
+    late = await world.pulled(FakeJob("late"))
+    world.server.runs[0].post(DONE)
+    await until(lambda: job.said == ["ack"])
+    assert len(world.server.runs) == 1
+    world.puller.resume()
+    await until(lambda: len(world.server.runs) == 2)
+    world.server.runs[1].post(DONE)
+    await until(lambda: late.said == ["ack"])
+
+
+async def test_a_pause_that_is_over_at_once_changes_nothing(world):
+    world.puller.pause()
+    world.puller.resume()
+    job = await world.pulled(FakeJob())
+    world.server.runs[0].post(DONE)
+    await until(lambda: job.said == ["ack"])
+
+
+async def test_a_job_that_came_as_the_worker_s_role_changed_is_another_one_s(world):
+    job = await world.pulled(FakeJob())
+    world.server.runs[0].post(Failed(StreamId(0), FailureKind.REJECTED, "role_changed", "it decodes"))
+    await until(lambda: job.said == ["nak"])
+    assert world.outcomes() == []
+
+
 async def test_stopped_while_a_job_arrives_it_gives_the_job_back_and_ends():
     world = World()
     running = asyncio.create_task(world.puller.run())

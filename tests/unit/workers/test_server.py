@@ -1,3 +1,4 @@
+import asyncio
 import json
 from pathlib import Path
 
@@ -298,6 +299,51 @@ async def test_the_server_is_idle_once_the_last_request_has_ended():
     await world.server.until_idle()
     (failed,) = world.posted
     assert (failed.kind, failed.code) == (FailureKind.INTERRUPTED, "worker_stopped")
+
+
+PROMPT, ANSWER = PrefillLeg(HandoverMode.PULL), DecodeLeg(ticket=TICKET)
+
+
+async def test_a_change_of_role_holds_for_what_comes_and_not_for_what_runs():
+    world = World(role=Role.DECODE)
+    world.ask(1, leg=ANSWER)
+    waiting = asyncio.ensure_future(world.server.until_within(Role.PREFILL))
+    world.server.change_role(None)
+    world.ask(2, leg=ANSWER)
+    world.ask(3, leg=PROMPT)
+    assert [(failed.stream, failed.code) for failed in world.posted] == [(2, "role_changed"), (3, "role_changed")]
+    world.server.change_role(Role.PREFILL)
+    world.ask(4, leg=PROMPT)
+    await asyncio.sleep(0)
+    assert (world.server.num_beyond(Role.PREFILL), world.server.num_beyond(Role.DECODE)) == (1, 1)
+    assert not waiting.done()
+    world.step(1, b"H", FinishReason.LENGTH)
+    await waiting
+    assert world.posted[-1].reason is FinishReason.LENGTH
+
+
+def test_what_cannot_be_continued_elsewhere_is_not_moved():
+    world = World(max_queued=9)
+    world.ask(1)
+    world.ask(2, sampling=Sampling(max_tokens=10, n=2))
+    world.ask(3, sampling=Sampling(max_tokens=10, n=2), is_streaming=False)
+    world.ask(4, leg=PROMPT)
+    world.server.move_beyond(Role.PREFILL)
+    assert [(failed.stream, failed.kind, failed.code) for failed in world.posted] == [
+        (1, FailureKind.INTERRUPTED, "role_changed"),
+        (3, FailureKind.INTERRUPTED, "role_changed"),
+    ]
+    assert world.engine.aborted == ["r1", "r3"]
+    assert world.server.num_requests == 2
+
+
+def test_a_kv_cache_that_waits_to_be_fetched_outlives_the_role():
+    world = World(role=Role.PREFILL)
+    prefill(world, is_emitting=True)
+    world.server.change_role(Role.DECODE)
+    world.server.move_beyond(Role.DECODE)
+    assert world.engine.aborted == []
+    assert [timer.seconds for timer in world.timers if not timer.is_cancelled] == [TICKET.lease_s]
 
 
 def test_an_invalid_request_is_answered_with_its_field():

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from app.cli.fleet import FleetTable, NoAnswer
-from planes.wire.messages import LoadReport, WorkerId, WorkerState
+from planes.wire.messages import LoadReport, Role, RoleWish, WorkerId, WorkerState
 from tests.fakes import registration
 
 
@@ -57,3 +57,17 @@ def test_whatever_a_worker_says_of_itself_is_shown_as_it_is(field, value, shown)
 
 def test_an_etcd_that_does_not_answer_is_named_without_its_password():
     assert str(NoAnswer("http://u:s3cr3t@e:1", 5.0)) == "etcd at http://***@e:1 did not answer within 5 s"
+
+
+def test_a_worker_s_role_is_shown_with_what_it_becomes_and_what_it_was_asked_to_be():
+    fleet, worker = FleetTable(), registration("d0", Role.DECODE, epoch=7)
+    fleet.up(worker)
+    fleet.wished(WorkerId("d0"), RoleWish(6, Role.PREFILL))
+    assert fleet.role(worker) == "decode"
+    fleet.wished(WorkerId("d0"), RoleWish(7, Role.PREFILL))
+    assert "decode (asked: prefill)" in printed(fleet)
+    fleet.up(msgspec.structs.replace(worker, becoming=Role.PREFILL))
+    assert "decode → prefill" in printed(fleet)
+    assert fleet.role(msgspec.structs.replace(worker, role=Role.PREFILL)) == "prefill"
+    fleet.wished(WorkerId("d0"), None)
+    assert fleet.role(worker) == "decode"

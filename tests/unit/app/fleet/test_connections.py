@@ -305,6 +305,23 @@ async def test_a_model_is_pulled_while_a_connected_ready_worker_says_so(world):
         assert not world.fleet.is_connected(WorkerId("p1"))
 
 
+async def test_a_worker_whose_role_changes_keeps_its_stream_and_the_router_hears_of_it(world):
+    before = registration("d0", Role.DECODE)
+    world.fleet.worker_up(before)
+    await settle()
+    assert world.fleet.is_serving
+    draining = msgspec.structs.replace(before, becoming=Role.PREFILL)
+    world.fleet.worker_up(draining)
+    assert world.router.up == {"d0": draining}
+    assert not world.fleet.is_serving
+    assert world.fleet.statuses()[0].becoming is Role.PREFILL
+    after = msgspec.structs.replace(before, role=Role.PREFILL, is_pulling=True)
+    world.fleet.worker_up(after)
+    assert world.router.up == {"d0": after}
+    assert world.fleet.is_pulled("sim")
+    assert (len(world.streams), world.streams[0].closed.done()) == (1, False)
+
+
 @pytest.mark.parametrize("error", [RecursionError("deep"), TypeError("5 is no list"), KeyError("x"), MemoryError()])
 async def test_a_worker_whose_model_raises_anything_is_not_used_and_all_others_are(world, error):
     world.breaks, world.pauses.share = error, 1e6

@@ -321,6 +321,8 @@ registrations = st.builds(
     ),
     state=st.sampled_from(WorkerState),
     is_pulling=st.booleans(),
+    roles=st.lists(st.sampled_from(Role), max_size=3).map(tuple),
+    becoming=st.none() | st.sampled_from(Role),
     layout=st.sampled_from(["", "a", "b"]),
 )
 steps = st.lists(st.builds(StepSample, counts, counts, counts, counts, seconds), max_size=9)

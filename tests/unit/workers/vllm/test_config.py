@@ -31,6 +31,14 @@ def test_vllm_chooses_where_kv_caches_wait_unless_it_runs_on_cpu(mode, role):
     assert _handover(options, is_cpu=True)["kv_buffer_device"] == "cpu"
 
 
+def test_vllm_takes_another_role_only_where_its_connector_was_made_for_both_sides():
+    def roles(role, handover=HandoverMode.PULL):
+        return VllmOptions(Path("/model"), "m", WorkerId("w"), role=role, handover=handover).roles
+
+    assert set(roles(Role.BOTH)) == set(Role)
+    assert roles(Role.PREFILL) == roles(Role.DECODE) == roles(Role.BOTH, None) == ()
+
+
 @pytest.mark.parametrize("is_cpu", [True, False])
 def test_how_prompts_for_vectors_are_computed_is_left_to_vllm(is_cpu):
     options = VllmOptions(Path("/model"), "m", WorkerId("w"), is_embedding=True)
