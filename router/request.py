@@ -57,6 +57,8 @@ class RoutableRequest(msgspec.Struct, frozen=True, eq=False):
     """Mean time between its tokens at most, seconds."""
     excluded: frozenset[WorkerId] = frozenset()
     """Workers that were just lost to this request (migration, retry)."""
+    is_retry: bool = False
+    """A worker had begun it: it goes on late rather than be refused."""
     is_local_only: bool = False
     """Must be prefilled where it decodes (`n > 1`, resumed streams)."""
     is_first_token_exact: bool = True

@@ -267,7 +267,8 @@ class Router:
         self._counts.refusals[error.code] += 1
 
     def _slo(self, request: RoutableRequest) -> float | None:
-        return request.slo_ttft_s if self._settings.refuse_late else None
+        """Later than this it is refused."""
+        return request.slo_ttft_s if self._settings.refuse_late and not request.is_retry else None
 
     def _wait_s(self, request: RoutableRequest, chosen: Candidate, now: float) -> float:
         """Predicted wait in the queue; who passes those that are computed need not wait for room."""

@@ -213,6 +213,21 @@ def test_a_prediction_beyond_the_slo_is_refused_before_any_prefill():
     assert "shorter prompt" in router.explain(RequestId("huge")).refused_because
 
 
+@pytest.mark.parametrize("by_request", [False, True])
+def test_what_a_worker_has_begun_goes_on_late_rather_than_not(by_request):
+    router = router_of(registration("b"), slo_ttft_s=None if by_request else 2.0)
+    own = {"slo_ttft_s": 2.0} if by_request else {}
+    send(router, "first")
+    with pytest.raises(SloMissed):
+        router.submit(request("new", **own), now=0.0)
+    assert router.preview(request("begun", is_retry=True, **own), now=0.0).refused_because == ""
+    assert send(router, "begun", is_retry=True, **own) == []
+    router.prefilled(RequestId("first"), now=3.0)
+    (route,) = router.dispatch(now=3.0)
+    assert route.held_s == 3.0
+    assert router.explain(RequestId("begun")).slo_ttft_s == 2.0  # which still says when it is due
+
+
 def test_waiting_the_retry_after_helps():
     router = router_of(registration("b"), slo_ttft_s=2.0)
     send(router, "first")
