@@ -239,6 +239,9 @@ class Gateway:
         """Names of models are no news here: what nobody serves stands for one that reads no calls."""
         return self._models.get(name) or self._models["plain"]
 
+    def for_task(self, *, is_embedding: bool) -> list[str]:
+        return [name for name, entry in self._models.items() if (entry.embedding_size > 0) == is_embedding]
+
     def wall_clock(self) -> float:
         return 0.0
 
