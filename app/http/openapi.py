@@ -147,7 +147,7 @@ def _operation(method: str, path: str, name: str, summary: str, schemas: Schemas
 def _responses(details: RouteDetails, schemas: Schemas) -> dict[str, Json]:
     plain: dict[str, Json] = {details.media_type: {"schema": {} if details.media_type == "text/plain" else _OBJECT}}
     if details.is_streamed:
-        plain["text/event-stream"] = {"schema": {"type": "string"}}
+        plain["text/event-stream"] = {"schema": {}}  # some read it as that of the stream, others of each event
     statuses = _CONNECTION | details.statuses
     if details.body is not None:
         statuses |= _BODY

@@ -124,7 +124,10 @@ class Bench:
 
     def scenario(self, fleet: Fleet) -> Scenario:
         roles = (fleet.num_prefill, fleet.num_decode, fleet.num_both)
-        scenario = Scenario(self.policy, *roles, facts=self.facts, seed=self.seed)
+        told = self.slo
+        scenario = Scenario(
+            self.policy, *roles, facts=self.facts, slo_ttft_s=told.ttft_s, slo_itl_s=told.tpot_s, seed=self.seed
+        )
         return scenario if self.like is None else self.like.scenario(scenario)
 
     def trial(self, fleet: Fleet, on_progress: Callable[[int, int], None] = lambda _ended, _all: None) -> Trial:
