@@ -22,7 +22,9 @@ class Sacrifice(StrEnum):
     EVERYTHING = "a stream's time between tokens, and its time to first token, and streams stand still for long"
 
 
-_SACRIFICE_S = {sacrifice: number * 1e6 for number, sacrifice in enumerate(Sacrifice)}
+_SACRIFICE_S = {sacrifice: number * 1e9 for number, sacrifice in enumerate(Sacrifice)}
+"""More than any way costs: where a first token has a day, a second of standing still costs days. Sums keep a
+microsecond."""
 
 
 class HandoverPreference(StrEnum):

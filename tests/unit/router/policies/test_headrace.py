@@ -356,6 +356,15 @@ def test_what_a_way_gives_up_goes_before_its_seconds():
     assert choose(strained, routable=wanted).chosen.gives_up == Sacrifice.ITL_AND_PAUSE
 
 
+@pytest.mark.parametrize("slo_ttft_s", [20.0, 86_400.0])
+def test_no_seconds_outweigh_what_is_given_up_however_late_a_first_token_may_be(slo_ttft_s):
+    wanted = request(60_000, expected=300, slo_ttft_s=slo_ttft_s, slo_itl_s=0.05)
+    crowded = worker("kept", Role.BOTH, num_running=60, kv_tokens=8000, mean_expected=13.0, stall_left_s=1e3)
+    strained = worker("lost", Role.BOTH, num_running=1, kv_tokens=800, mean_expected=13.0, stall_left_s=0.01)
+    chosen = choose(crowded, strained, routable=wanted).chosen
+    assert (chosen.decode, chosen.gives_up) == ("kept", Sacrifice.NOTHING)
+
+
 def test_what_a_request_has_waited_is_taken_off_its_slo():
     view = fleet(worker("p", Role.PREFILL, queue_s=3.0), worker("d", Role.DECODE, **BUSY, stall_left_s=0.01))
     for waited_s, given_up in ((0.0, Sacrifice.NOTHING), (2.0, Sacrifice.TTFT)):
