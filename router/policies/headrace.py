@@ -54,6 +54,9 @@ class Headrace:
         best = min(options, key=_order)
         most_s, given_up = best.total_s * model.near, best.gives_up
         near = [option for option in options if option.gives_up is given_up and option.total_s <= most_s]
+        if len(near) > 1:  # workers that do both need no handover that gains nothing
+            both = {worker.worker for worker in view.prefill}
+            near = [option for option in near if option.prefill is None and option.decode in both] or near
         chosen = near[0] if len(near) == 1 else view.rng.choice(near)
         return _bound_or_held(request, chosen, tuple(options), view, model)
 

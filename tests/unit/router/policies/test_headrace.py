@@ -187,6 +187,13 @@ def test_equally_good_workers_share_the_load():
     assert chosen == {"p0", "p1", "p2", "p3"}
 
 
+def test_workers_that_do_both_hand_over_to_each_other_only_where_that_gains_something():
+    """Each is as good as any pair of them, in long answers to within a thousandth."""
+    equal = [worker(f"b{k}", Role.BOTH, **BUSY) for k in range(3)]
+    for seed in range(30):
+        assert choose(*equal, routable=request(200, expected=5000), seed=seed).chosen.prefill is None
+
+
 def test_another_rules_choice_is_judged_in_seconds():
     view = fleet(worker("p", Role.PREFILL, queue_s=1.0), worker("d", Role.DECODE, **BUSY))
     bare = candidate("d", "p", total_s=42.0)
