@@ -7,7 +7,10 @@ So prompts that fit into one step together pay for one step, and a prompt that c
 is to begin anyway costs its own work alone. The plan runs on by itself; a worker's reports set it right.
 """
 
-from typing import NamedTuple
+import math
+from typing import Final, NamedTuple
+
+_MOST_BEGUN: Final = 3  # at one instant: one that was due, and those that take no time
 
 
 class Pace(NamedTuple):
@@ -38,19 +41,33 @@ class StepPlan:
         """Prompts that they belong to."""
 
     def advance(self, now: float, pace: Pace) -> None:
-        """Let the steps begin that have begun by now."""
-        while self.ends_at <= now and self.ready_tokens:
+        """Let the steps begin that have begun by now. As quick for a billion of them as for one."""
+        if self.ends_at <= now and self.ready_tokens > pace.budget:
+            step_s = pace.fixed_s + self.ready_s * pace.budget / self.ready_tokens
+            due = (now - self.ends_at) / step_s if step_s > 0 else math.inf
+            ended = int(min(due, self.ready_tokens // pace.budget))
+            self._take(ended * pace.budget)
+            self.ends_at += ended * step_s
+        for _ in range(_MOST_BEGUN):
+            if self.ends_at > now or not self.ready_tokens:
+                break
             self._begin(self.ends_at, pace)
 
     def _begin(self, at: float, pace: Pace) -> None:
-        share = min(1.0, pace.budget / self.ready_tokens)
-        work_s = share * self.ready_s
         self.step_tokens = min(pace.budget, self.ready_tokens)
-        self.step_s = pace.fixed_s + work_s
+        self.step_s = pace.fixed_s + self._take(self.step_tokens)
         self.ends_at = at + self.step_s
-        self.ready_tokens -= self.step_tokens
+
+    def _take(self, tokens: int) -> float:
+        """So many of those that are ready are so no longer. Returns their work."""
+        if not tokens:
+            return 0.0
+        share = tokens / self.ready_tokens
+        work_s = share * self.ready_s
+        self.ready_tokens -= tokens
         self.ready_s -= work_s
         self.num_ready = self.num_ready - int(self.num_ready * share) if self.ready_tokens else 0
+        return work_s
 
     def add(self, tokens: int, work_s: float, now: float, pace: Pace) -> None:
         """A prompt is on its way there. An idle worker begins with it at once."""
@@ -77,11 +94,7 @@ class StepPlan:
             return
         surplus -= self.step_tokens
         self.ends_at, self.step_tokens = min(self.ends_at, now), 0
-        if surplus and self.ready_tokens:
-            share = 1 - surplus / self.ready_tokens
-            self.ready_tokens -= surplus
-            self.ready_s *= share
-            self.num_ready = int(self.num_ready * share)
+        self._take(surplus)
         self.advance(now, pace)
 
     def clear(self, now: float) -> None:
@@ -118,10 +131,6 @@ class StepPlan:
         if full:
             wait_s += full * (pace.fixed_s + self.ready_s * pace.budget / self.ready_tokens)
         return wait_s
-
-    def left_s(self, now: float, pace: Pace) -> float:
-        """Until all of it is computed. `advance` first."""
-        return max(0.0, self.ends_at - now) + self.ready_s + pace.fixed_s * -(-self.ready_tokens // pace.budget)
 
     def stall_s(self, now: float, pace: Pace, step_s: float) -> float:
         """How long streams beside it will stand still for it, where a step without prompts takes `step_s`."""

@@ -26,6 +26,7 @@ from router.policy import HandoverGroup, WorkerView
 from router.steps import Pace, StepPlan
 
 _WINDOW_S = 60.0  # over which utilisation is averaged
+_SOME = 64  # that have ended may be remembered, beside as many as are there
 _LATE_SHARE = 0.1  # of outstanding prompt work still to come when it has taken longer than predicted
 
 
@@ -154,6 +155,8 @@ class Worker:
         else:
             self.unseen_prefills -= 1
             self.unseen_prefill_tokens -= reservation.uncached_tokens
+        if len(self._sent) > 2 * len(self.computing) + _SOME:
+            self._sent = deque(each for each in self._sent if each.request in self.computing)
         if self.computing or self.waiting_prefill_tokens:
             self.plan.done(self.waiting_prefill_tokens + self.unseen_prefill_tokens, now, self.pace())
         else:
@@ -165,6 +168,12 @@ class Worker:
         self.expected_tokens -= reservation.expected_tokens
         self._own_streams -= reservation.is_stream
         self._to_stream -= reservation.expected_tokens > 1
+        most = 2 * len(self.decoding) + _SOME
+        if len(self._stall_limits) > most:  # those that ended lie below those that go on
+            self._stall_limits = [limit for limit in self._stall_limits if limit[1] in self.decoding]
+            heapq.heapify(self._stall_limits)
+        if len(self._arrived) > most:  # no report came to take them off
+            self._arrived = deque(each for each in self._arrived if each.request in self.decoding)
         if reservation.decode_seen:
             self.num_running = max(0, self.num_running - 1)
             self.kv_tokens = max(0, self.kv_tokens - reservation.prompt_tokens - completion_tokens)

@@ -1,3 +1,4 @@
+import gc
 import math
 import random
 
@@ -25,6 +26,7 @@ from planes.wire.messages import (
 from router.fleet import Fleet
 from router.latency import LatencyModel
 from router.request import Observed, RoutableRequest
+from router.worker import Reservation
 from tests import fakes
 
 FACTS = EngineFacts(
@@ -360,6 +362,18 @@ def test_a_worker_is_never_busier_than_all_the_time():
     for k in range(100, 3000):
         fleet.apply_load(report("d"), now=k / 10, report_delay_s=0.02)
     assert view(fleet, D).prefill_utilisation < 0.05
+
+
+def test_a_worker_remembers_no_stream_that_has_ended_however_long_another_goes_on():
+    """Nor while no report comes."""
+    fleet = fleet_of(registration("d"))
+    fleet.reserve(request("patient", expected=2, slo_itl_s=0.05), candidate(None, D), 0.0)
+    for number in range(500):
+        reservation = fleet.reserve(request(f"r{number}", expected=1000, slo_itl_s=0.05), candidate(None, D), 0.0)
+        fleet.release(reservation, 1000, 0.0)
+        assert view(fleet, D).stall_left_s < 1.0
+    kept = [each for each in gc.get_objects() if isinstance(each, Reservation) and each.expected_tokens == 1000]
+    assert len(kept) < 250
 
 
 def test_links_are_learned_per_pair_and_per_sender():

@@ -118,3 +118,17 @@ def test_streams_stand_still_for_the_work_and_not_for_steps_that_they_would_have
     assert plan.stall_s(0.0, PACE, 0.004) == pytest.approx(0.1 + 0.15 + 3 * 0.006)
     plan.advance(1.0, PACE)
     assert plan.stall_s(1.0, PACE, 0.01) == 0.0
+
+
+@pytest.mark.parametrize("pace", [Pace(0.0, 1), Pace(1e-30, 1), Pace(1e-9, 1), Pace(0.01, 2048)])
+@pytest.mark.parametrize("now", [0.0, 5.0, 1e9])
+def test_whatever_a_worker_reports_its_plan_goes_on_at_once(pace, now):
+    plan = StepPlan()
+    plan.report(1 << 48, 0.0, 1 << 48, 0.0, 1 << 40, 0.0, pace)
+    plan.advance(now, pace)
+    plan.add(1 << 40, 0.0, now, pace)
+    plan.done(1, now, pace)
+    plan.advance(now + 1e9, pace)
+    assert plan.ready_tokens >= 0
+    assert plan.ready_s >= 0.0
+    assert plan.starts_in_s(now + 1e9, pace) >= 0.0
