@@ -31,6 +31,7 @@ from planes.wire.errors import UnusableSetting
 _log = structlog.get_logger()
 
 TRACE_BLOCK_SIZE: Final = 512
+"""Tokens behind one entry of a trace's `hash_ids`."""
 _PERIOD_S: Final = 1.0
 _MOST_WAITING_TOKENS: Final = 16 << 20
 """Prompts that wait to be written keep their tokens in memory, four bytes each."""

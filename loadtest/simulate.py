@@ -5,7 +5,6 @@ One run serves one workload with one policy (`loadtest/simulator/`). `--matrix d
 """
 
 import importlib.metadata
-import math
 import platform
 import re
 import sys
@@ -18,12 +17,14 @@ import msgspec
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
-from loadtest.like import LiveFleet, live_fleet
+from app.recording import TRACE_BLOCK_SIZE
+from loadtest.engine_flags import AT_LEAST_1, POSITIVE, STANDARD, EngineFlags
+from loadtest.like import LiveFleet
 from loadtest.progress import Progress, each
 from loadtest.report import Report, Row, Slo, markdown, summarise, table, write
-from loadtest.simulator.scenario import Faults, Scenario, engine_facts
+from loadtest.simulator.scenario import Faults, Scenario
 from loadtest.simulator.simulation import Simulation
-from loadtest.workloads import GENERATORS, TRACE_BLOCK_SIZE, Workload, load
+from loadtest.workloads import GENERATORS, Workload, load
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import EngineFacts, Role
 from process.settings import run
@@ -204,9 +205,7 @@ def versions() -> dict[str, str]:
 app = App(name="python -m loadtest.simulate", help="Compare routing policies on a simulated fleet.", version_flags=[])
 
 
-_AT_LEAST_1: Final = Parameter(validator=Number(gte=1))
 _AT_LEAST_0: Final = Parameter(validator=Number(gte=0))
-_POSITIVE: Final = Parameter(validator=Number(gt=0, lt=math.inf))
 
 
 @app.default
@@ -217,30 +216,21 @@ def main(
     prefill: Annotated[int, _AT_LEAST_0] = 0,
     decode: Annotated[int, _AT_LEAST_0] = 0,
     both: Annotated[int, _AT_LEAST_0] = 0,
-    rate_scale: Annotated[tuple[float, ...], Parameter(consume_multiple=True), _POSITIVE] = (1.0,),
-    limit: Annotated[int | None, _AT_LEAST_1] = None,
+    rate_scale: Annotated[tuple[float, ...], Parameter(consume_multiple=True), POSITIVE] = (1.0,),
+    limit: Annotated[int | None, AT_LEAST_1] = None,
     seed: int = 0,
-    gateways: Annotated[int, _AT_LEAST_1] = 1,
-    slow_worker: Annotated[float, _POSITIVE] = 1.0,
-    kill_every: Annotated[float | None, _POSITIVE] = None,
-    restart: Annotated[float, _POSITIVE] = 30.0,
-    prefill_tokens_per_s: Annotated[float, _POSITIVE] = 8000.0,
-    step_ms: Annotated[float, _POSITIVE] = 8.0,
-    max_step_tokens: Annotated[int, _AT_LEAST_1] = 2048,
-    max_batch: Annotated[int, _AT_LEAST_1] = 128,
-    shortest_first: bool = False,
-    link_gbps: Annotated[float, _POSITIVE] = 100.0,
-    like: str | None = None,
-    like_model: str = "",
-    blocks: Annotated[int, _AT_LEAST_1] = 1000,
-    block_size: Annotated[int, _AT_LEAST_1] = 512,
-    slo_ttft: Annotated[float, _POSITIVE] = 5.0,
-    slo_itl: Annotated[float, _POSITIVE] = 0.05,
+    gateways: Annotated[int, AT_LEAST_1] = 1,
+    slow_worker: Annotated[float, POSITIVE] = 1.0,
+    kill_every: Annotated[float | None, POSITIVE] = None,
+    restart: Annotated[float, POSITIVE] = 30.0,
+    engine: EngineFlags = STANDARD,
+    slo_ttft: Annotated[float, POSITIVE] = 5.0,
+    slo_itl: Annotated[float, POSITIVE] = 0.05,
     json: Path | None = None,
     html: Path | None = None,
     matrix: Path | None = None,
     quick: bool = False,
-    jobs: Annotated[int, _AT_LEAST_1] = 1,
+    jobs: Annotated[int, AT_LEAST_1] = 1,
 ) -> None:
     """Run workloads through policies and print a table.
 
@@ -249,7 +239,8 @@ def main(
         policies: which policies to compare
         prefill: prefill workers
         decode: decode workers
-        both: workers that do both; 8 prefill and 4 decode workers when no worker is asked for
+        both: workers that do both; 8 prefill and 4 decode workers when no worker is asked for,
+            with --like as many as there are
         rate_scale: how many times as fast sessions start; several mean several loads
         limit: serve the first sessions only; with --matrix: of every case, 1,500 if not given
         seed: of arrivals, lengths and ties
@@ -257,17 +248,7 @@ def main(
         slow_worker: the first worker takes this many times as long, and nobody tells the router
         kill_every: seconds between two kills of a random worker; beside the same without kills
         restart: seconds until a killed worker is back, with an empty cache
-        prefill_tokens_per_s: prompt tokens that an engine computes in a second, attention left out
-        step_ms: a decode step without sequences; what sequences and their context take is longer in proportion
-        max_step_tokens: most tokens that one step computes
-        max_batch: most sequences running at once
-        shortest_first: engines compute the shortest prompt first, as vLLM with our plug-in does; else in turn
-        link_gbps: each worker's network, Gbit/s
-        like: URL of a gateway: workers and links as fast as it has learned that its own are, and as many if no number
-            is given; replaces the seven flags before and the two after. An API key for it is in HEADRACE_API_KEY
-        like_model: whose workers, where that gateway serves several models
-        blocks: KV blocks per worker
-        block_size: tokens per block; for a trace it must divide 512
+        engine: of every worker
         slo_ttft: seconds until the first token that count as good; the routers are told
         slo_itl: mean seconds between a request's tokens that count as good; the routers are told
         json: write everything there
@@ -277,21 +258,7 @@ def main(
         jobs: processes to share the runs
     """
     names = _names(policies)
-    if max_step_tokens < max_batch:
-        raise UnusableSetting("max_step_tokens", max_step_tokens, f"it must be at least --max-batch, {max_batch}")
-    facts = engine_facts(
-        block_size=block_size,
-        num_blocks=blocks,
-        link_gbps=link_gbps,
-        prefill_tokens_per_s=prefill_tokens_per_s,
-        step_s=step_ms / 1000,
-        max_batch=max_batch,
-        max_step_tokens=max_step_tokens,
-        is_shortest_first=shortest_first,
-    )
-    live = None if like is None else live_fleet(like, like_model)
-    if live is not None:
-        facts, block_size = live.facts, live.facts.block_size
+    facts, live = engine.read()
     comparison = Comparison(names, facts, seed, Slo(slo_ttft, slo_itl), live)
     prefill, decode, both = _numbers(prefill, decode, both, live)
     if matrix is not None:
@@ -314,8 +281,8 @@ def main(
             for rate in rate_scale
             for kill_every_s in ((None,) if kill_every is None else (None, kill_every))
         ]
-    if TRACE_BLOCK_SIZE % block_size and any(case.workload not in GENERATORS for case in cases):
-        raise UnusableSetting("block_size", block_size, f"for a trace it must divide {TRACE_BLOCK_SIZE}")
+    if TRACE_BLOCK_SIZE % facts.block_size and any(case.workload not in GENERATORS for case in cases):
+        raise UnusableSetting("block_size", facts.block_size, f"for a trace it must divide {TRACE_BLOCK_SIZE}")
     check_plots(html=html, matrix=None if quick else matrix)  # now rather than after an hour
     try:
         for name in names:

@@ -22,10 +22,9 @@ from typing import Annotated, Final
 import msgspec
 import numpy as np
 
+from app.recording import TRACE_BLOCK_SIZE
 from planes.wire.blocks import Hashes, name_blocks, root
 
-TRACE_BLOCK_SIZE: Final = 512
-"""Tokens behind one entry of `hash_ids`."""
 _P90: Final = 1.2816  # standard deviations above the median
 _ROOT: Final = root("simulated")
 

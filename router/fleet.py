@@ -97,9 +97,7 @@ class Fleet:
             uncached_tokens=uncached_tokens,
             prompt_tokens=request.prompt_tokens,
             expected_tokens=request.expected_tokens,
-            work_s=computing.latency.work_s(
-                max(0, request.prompt_tokens - candidate.cached_tokens), request.prompt_tokens
-            ),
+            work_s=computing.latency.work_s(uncached_tokens, request.prompt_tokens),
             bound_at=now,
             decode_cached_tokens=candidate.decode_cached_tokens,
             slo_itl_s=request.slo_itl_s,

@@ -142,10 +142,10 @@ class LatencyModel:
 
     def prefill_s(self, uncached_tokens: int, prompt_tokens: int) -> float:
         """Seconds to compute the last `uncached_tokens` of `prompt_tokens`, 0 <= uncached_tokens <= prompt_tokens."""
-        fixed, per_token, per_pair = self._prefill
+        fixed = self._prefill[0]
         if 0 < self._max_step_tokens < uncached_tokens:
             fixed *= -(-uncached_tokens // self._max_step_tokens)
-        return fixed + uncached_tokens * (per_token + per_pair * (prompt_tokens - uncached_tokens / 2))
+        return fixed + self.work_s(uncached_tokens, prompt_tokens)
 
     def work_s(self, uncached_tokens: int, prompt_tokens: int) -> float:
         """The same without what each step costs: what a prompt adds to steps that are taken anyway."""
@@ -158,7 +158,7 @@ class LatencyModel:
         if not batch:
             return fixed
         decoding, per_sequence, per_kv_token = self._step
-        return (max(decoding, fixed)) + per_sequence * batch + per_kv_token * kv_tokens
+        return max(decoding, fixed) + per_sequence * batch + per_kv_token * kv_tokens
 
     def step_s(self, batch: int, kv_tokens: int) -> float:
         """Seconds of one decode step for `batch` sequences with `kv_tokens` of context in all."""

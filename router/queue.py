@@ -127,7 +127,7 @@ class Queue:
                         waiting.due_at += settings.promote_after_s - before.promote_after_s
                     if waiting.is_late:
                         waiting.due_at += settings.late_s - before.late_s
-                    waiting.key = self._key(waiting)
+                    waiting.key = self._key(waiting.prefill_s, waiting.due_at)
                 tenant.line.sort(key=_sort_key)
         self._promotions = [
             (waiting.level_since + settings.promote_after_s, waiting.number, waiting)
@@ -142,13 +142,12 @@ class Queue:
         self._number += 1
         number, level, first = self._number, request.priority, self._first_class()
         waiting = Waiting(request, now, uncached_tokens, prefill_s, explanation, number, level, now)
-        slo_s = request.slo_ttft_s
-        waiting.due_at = now + (self._settings.promote_after_s if slo_s is None else slo_s)
-        waiting.key = self._key(waiting)
+        waiting.due_at = self._due_at(request, now)
+        waiting.key = self._key(prefill_s, waiting.due_at)
         self._waiting[request.request] = waiting
         self._enter(waiting)
         heapq.heappush(self._deadlines, (request.deadline, number, waiting))
-        if slo_s is not None:
+        if request.slo_ttft_s is not None:
             heapq.heappush(self._hopes, (waiting.due_at - prefill_s, number, waiting))
         if level < first:  # those that were first are so no longer
             for other in self._waiting.values():
@@ -182,7 +181,7 @@ class Queue:
         tenant = self._levels[waiting.level].tenants[waiting.request.tenant]
         del tenant.line[_place(tenant.line, waiting)]
         waiting.prefill_s, waiting.due_at = prefill_s, due_at
-        waiting.key = self._key(waiting)
+        waiting.key = self._key(prefill_s, due_at)
         insort(tenant.line, waiting, key=_sort_key)
 
     def expired(self, now: float) -> list[Waiting]:
@@ -231,8 +230,12 @@ class Queue:
         """Class 0, or the first one in which anybody waits."""
         return min(0, *self._levels) if self._levels else 0
 
-    def _key(self, waiting: Waiting) -> float:
-        return waiting.prefill_s + self._settings.aging * waiting.due_at
+    def _due_at(self, request: RoutableRequest, now: float) -> float:
+        """Of a request that comes now, while it can be in time."""
+        return now + (self._settings.promote_after_s if request.slo_ttft_s is None else request.slo_ttft_s)
+
+    def _key(self, prefill_s: float, due_at: float) -> float:
+        return prefill_s + self._settings.aging * due_at
 
     def wakeup(self) -> float:
         """The next deadline or promotion; infinity if there is none."""
@@ -301,9 +304,7 @@ class Queue:
 
         Tenants' rounds are left out.
         """
-        level, settings = request.priority, self._settings
-        slo_s = settings.promote_after_s if request.slo_ttft_s is None else request.slo_ttft_s
-        key = prefill_s + settings.aging * (now + slo_s)
+        level, key = request.priority, self._key(prefill_s, self._due_at(request, now))
         return sum(
             waiting.prefill_s
             for waiting in self._waiting.values()

@@ -13,7 +13,8 @@ import msgspec
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
-from loadtest.like import live_fleet
+from app.recording import TRACE_BLOCK_SIZE
+from loadtest.engine_flags import AT_LEAST_1, POSITIVE, STANDARD, EngineFlags
 from loadtest.plan import sample
 from loadtest.plan.report import Plan, explained, in_order, missed, table
 from loadtest.plan.search import search_both, search_split
@@ -21,8 +22,7 @@ from loadtest.plan.trial import Bench, Fleet, Need, Trial, need
 from loadtest.progress import each
 from loadtest.report import Slo
 from loadtest.simulate import check_plots, versions
-from loadtest.simulator.scenario import engine_facts
-from loadtest.workloads import GENERATORS, TRACE_BLOCK_SIZE, Workload, load
+from loadtest.workloads import GENERATORS, Workload, load
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import EngineFacts
 from process.settings import run
@@ -33,8 +33,6 @@ _MOST_REQUESTS: Final = 4
 """… but has at most so many times the requests asked for."""
 
 app = App(name="headrace plan", help="Find the cheapest fleet that holds an SLO.", version_flags=[])
-_AT_LEAST_1: Final = Parameter(validator=Number(gte=1))
-_POSITIVE: Final = Parameter(validator=Number(gt=0, lt=math.inf))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,30 +88,21 @@ def plan(bench: Bench, *, most: int, jobs: int) -> Plan:
 def main(
     *,
     trace: str | None = None,
-    rate: Annotated[float | None, _POSITIVE] = None,
-    prompt_tokens: Annotated[int, _AT_LEAST_1] = 1500,
-    answer_tokens: Annotated[int, _AT_LEAST_1] = 200,
-    rate_scale: Annotated[float, _POSITIVE] = 1.0,
-    slo_ttft_s: Annotated[float, _POSITIVE] = 2.0,
-    slo_itl_ms: Annotated[float, _POSITIVE] = 50.0,
-    like: str | None = None,
-    like_model: str = "",
-    prefill_tokens_per_s: Annotated[float, _POSITIVE] = 8000.0,
-    step_ms: Annotated[float, _POSITIVE] = 8.0,
-    max_step_tokens: Annotated[int, _AT_LEAST_1] = 2048,
-    max_batch: Annotated[int, _AT_LEAST_1] = 128,
-    shortest_first: bool = False,
-    link_gbps: Annotated[float, _POSITIVE] = 100.0,
-    blocks: Annotated[int, _AT_LEAST_1] = 1000,
-    block_size: Annotated[int, _AT_LEAST_1] = 512,
-    max_workers: Annotated[int, _AT_LEAST_1] = 64,
+    rate: Annotated[float | None, POSITIVE] = None,
+    prompt_tokens: Annotated[int, AT_LEAST_1] = 1500,
+    answer_tokens: Annotated[int, AT_LEAST_1] = 200,
+    rate_scale: Annotated[float, POSITIVE] = 1.0,
+    slo_ttft_s: Annotated[float, POSITIVE] = 2.0,
+    slo_itl_ms: Annotated[float, POSITIVE] = 50.0,
+    engine: EngineFlags = STANDARD,
+    max_workers: Annotated[int, AT_LEAST_1] = 64,
     requests: Annotated[int, Parameter(validator=Number(gte=50))] = 1000,
     seed: int = 0,
     policy: str = "headrace",
     explain: bool = False,
     json: Path | None = None,
     png: Path | None = None,
-    jobs: Annotated[int, _AT_LEAST_1] = 2,
+    jobs: Annotated[int, AT_LEAST_1] = 2,
 ) -> None:
     """Try fleets with the simulator and the production router; print those that hold the SLO and those that miss it.
 
@@ -125,17 +114,7 @@ def main(
         rate_scale: the trace so many times as fast
         slo_ttft_s: seconds until the first token, at p99
         slo_itl_ms: mean milliseconds between a request's tokens, at p99
-        like: URL of a gateway: workers and links as fast as it has learned that its own are; in place of the engine's
-            flags. An API key for it is in HEADRACE_API_KEY
-        like_model: whose workers, where that gateway serves several models
-        prefill_tokens_per_s: prompt tokens that an engine computes in a second, attention left out
-        step_ms: a decode step without sequences; what sequences and their context take is longer in proportion
-        max_step_tokens: most tokens that one step computes
-        max_batch: most sequences running at once
-        shortest_first: engines compute the shortest prompt first, as vLLM with our plug-in does; else in turn
-        link_gbps: each worker's network, Gbit/s
-        blocks: KV blocks per worker
-        block_size: tokens per block; for a trace it must divide 512
+        engine: of every worker
         max_workers: of a fleet
         requests: of the sample that each fleet serves; a trace's busiest so many. More where requests stay long
         seed: of arrivals, lengths and ties
@@ -147,21 +126,8 @@ def main(
     """
     if (trace is None) == (rate is None):
         raise UnusableSetting("trace", trace, "either --trace or --rate says what the load is")
-    if max_step_tokens < max_batch:
-        raise UnusableSetting("max_step_tokens", max_step_tokens, f"it must be at least --max-batch, {max_batch}")
     check_plots(png=png)
-    facts = engine_facts(
-        block_size=block_size,
-        num_blocks=blocks,
-        link_gbps=link_gbps,
-        prefill_tokens_per_s=prefill_tokens_per_s,
-        step_s=step_ms / 1000,
-        max_batch=max_batch,
-        max_step_tokens=max_step_tokens,
-        is_shortest_first=shortest_first,
-    )
-    live = None if like is None else live_fleet(like, like_model)
-    facts = facts if live is None else live.facts
+    facts, live = engine.read()
     slo = Slo(slo_ttft_s, slo_itl_ms / 1000)
 
     def sampled(count: int) -> Workload:

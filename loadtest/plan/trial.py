@@ -124,9 +124,9 @@ class Bench:
 
     def scenario(self, fleet: Fleet) -> Scenario:
         roles = (fleet.num_prefill, fleet.num_decode, fleet.num_both)
-        told = self.slo
+        slo = self.slo
         scenario = Scenario(
-            self.policy, *roles, facts=self.facts, slo_ttft_s=told.ttft_s, slo_itl_s=told.tpot_s, seed=self.seed
+            self.policy, *roles, facts=self.facts, slo_ttft_s=slo.ttft_s, slo_itl_s=slo.tpot_s, seed=self.seed
         )
         return scenario if self.like is None else self.like.scenario(scenario)
 

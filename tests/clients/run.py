@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loadtest.stack import stack
+from tests.outsiders import Unended, output_of
 
 HERE: Final = Path(__file__).parent
 ENVIRONMENTS: Final = HERE.parents[1] / ".venv-clients"
@@ -98,25 +99,14 @@ def complaint(got: dict[str, Any]) -> str | None:
 
 async def talk(client: Client, url: str, api: str, how: str) -> str | None:
     """What is wrong with how it went, or with what the script printed; None: nothing."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    process = await asyncio.create_subprocess_exec(
-        *(*client.command(), url, api, how, RESULT, *QUESTIONS),
-        env=environment | {"HEADRACE_HEADERS": json.dumps(HEADERS)},
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
     try:
-        async with asyncio.timeout(PATIENCE_S):
-            said, complained = await process.communicate()
-    except TimeoutError:
-        return f"it has not ended within {PATIENCE_S:g} s"
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode:
-        return f"it ended with status {process.returncode}:\n{complained.decode()[-4000:]}"
+        said = await output_of(
+            *(*client.command(), url, api, how, RESULT, *QUESTIONS),
+            patience_s=PATIENCE_S,
+            environment=os.environ | {"HEADRACE_HEADERS": json.dumps(HEADERS)},
+        )
+    except Unended as exc:
+        return str(exc)
     return complaint(json.loads(said.splitlines()[-1]))
 
 

@@ -7,7 +7,6 @@ python -m tests.loadgens.run aiperf   # those with this in their command
 import argparse
 import asyncio
 import json
-import os
 import shlex
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from loadtest.stack import stack
+from tests.outsiders import Unended, output_of
 
 ROOT: Final = Path(__file__).parents[2]
 ENVIRONMENTS: Final = ROOT / ".venv-clients"
@@ -137,28 +137,12 @@ def complaint(totals: Totals) -> str | None:
 
 async def run_one(command: str, url: str) -> str | None:
     """What is wrong with how it went; None: nothing."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with tempfile.TemporaryDirectory(prefix="headrace-loadgen-") as name:
         folder = Path(name)
-        process = await asyncio.create_subprocess_exec(
-            *argv(command, url, folder),
-            cwd=ROOT,
-            env=environment,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
         try:
-            async with asyncio.timeout(PATIENCE_S):
-                said, _ = await process.communicate()
-        except TimeoutError:
-            return f"it has not ended within {PATIENCE_S:g} s"
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        if process.returncode:
-            return f"it ended with status {process.returncode}:\n{said.decode(errors='replace')[-4000:]}"
+            await output_of(*argv(command, url, folder), patience_s=PATIENCE_S, cwd=ROOT)
+        except Unended as exc:
+            return str(exc)
         return complaint(tool_of(command)[1].totals(folder))
 
 
