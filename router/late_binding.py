@@ -97,7 +97,7 @@ class LateBinding:
             return 0.0
         _, seconds = self.shortest(request)
         workers = self.fleet.eligible(request)
-        computing = sum(worker.registration.role.can_prefill for worker in workers) or len(workers) or 1
+        computing = sum(worker.role.can_prefill for worker in workers) or len(workers) or 1
         return self.queue.work_before_s(request, seconds, now) / computing
 
 

@@ -87,3 +87,15 @@ def test_a_request_whose_cheapest_worker_is_busy_is_passed_over_and_lies_before_
         asked, ahead, _ = walked(busy, [waits_for_a, takes_b], num_others=num_others)
         assert asked == ["r1"]
         assert ahead == {"a": 0.3}
+
+
+def test_a_worker_that_gives_up_prefilling_shortens_nobodys_wait():
+    fleet, queue = Fleet(), Queue(RouterSettings())
+    binding = LateBinding(fleet, queue)
+    queue.add(routable("before", 1000), 1000, 6.0, Explanation(RequestId("before"), "p", 1000, 0.0), now=0.0)
+    for name in NAMES:
+        fleet.up(registration(name, Role.BOTH))
+    three = binding.wait_s(routable("next", 10), 5.0)
+    fleet.up(replace(registration("c", Role.BOTH), becoming=Role.DECODE))
+    assert three == 6.0 / 3
+    assert binding.wait_s(routable("next", 10), 5.0) == 6.0 / 2
