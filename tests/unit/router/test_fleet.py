@@ -372,7 +372,7 @@ def test_a_worker_remembers_no_stream_that_has_ended_however_long_another_goes_o
         reservation = fleet.reserve(request(f"r{number}", expected=1000, slo_itl_s=0.05), candidate(None, D), 0.0)
         fleet.release(reservation, 1000, 0.0)
         assert view(fleet, D).stall_left_s < 1.0
-    kept = [each for each in gc.get_objects() if isinstance(each, Reservation) and each.expected_tokens == 1000]
+    kept = [each for each in gc.get_referrers(fleet.workers[D]) if type(each) is Reservation]
     assert len(kept) < 250
 
 
