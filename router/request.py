@@ -27,6 +27,19 @@ _SACRIFICE_S = {sacrifice: number * 1e9 for number, sacrifice in enumerate(Sacri
 microsecond."""
 
 
+class SloSource(StrEnum):
+    """Who said by when tokens shall come. Whoever stands first here, and says anything, is followed."""
+
+    REQUEST = "request"
+    """In its body, or else in a header."""
+    KEY = "key"
+    """The tenant's API key."""
+    MODEL = "model"
+    GATEWAY = "gateway"
+    """For all models."""
+    NOBODY = ""
+
+
 class HandoverPreference(StrEnum):
     """What a client asks for in place of the cheapest way; enforced whatever the policy."""
 
@@ -57,6 +70,9 @@ class RoutableRequest(msgspec.Struct, frozen=True, eq=False):
     """First token by then; refused at once when no worker is predicted to give it in time, where that is wanted."""
     slo_itl_s: float | None = None
     """Mean time between its tokens at most, seconds."""
+    slo_ttft_from: SloSource = SloSource.REQUEST
+    slo_itl_from: SloSource = SloSource.REQUEST
+    """Who said them, if anybody did."""
     excluded: frozenset[WorkerId] = frozenset()
     """Workers that were just lost to this request (migration, retry)."""
     is_retry: bool = False
@@ -189,7 +205,10 @@ class Explanation:
     tenant: str = ""
     slo_ttft_s: float | None = None
     slo_itl_s: float | None = None
-    """What it was to keep, whoever said so."""
+    """What it was to keep …"""
+    slo_ttft_from: SloSource = SloSource.NOBODY
+    slo_itl_from: SloSource = SloSource.NOBODY
+    """… and who said so."""
     attempt: int = 1
     """Which attempt to serve the request this is: a retry or a migration is decided anew."""
     earlier: tuple["Explanation", ...] = ()

@@ -29,7 +29,7 @@ from router.late_binding import LateBinding, Walk
 from router.policies.headrace import Headrace
 from router.policy import FleetView, Policy
 from router.queue import Queue, Waiting
-from router.request import Candidate, Explanation, Observed, Outcome, RoutableRequest, Route
+from router.request import Candidate, Explanation, Observed, Outcome, RoutableRequest, Route, SloSource
 from router.settings import RouterSettings
 from router.stats import Counts, LinkStatus, RouterStats, ShadowStats, WorkerStatus
 from router.worker import Reservation
@@ -142,10 +142,12 @@ class Router:
         changes: dict[str, Any] = {}
         if share < 1.0:
             changes["expected_tokens"] = max(1, round(request.expected_tokens * share))
-        if request.slo_ttft_s is None and settings.slo_ttft_s is not None:
-            changes["slo_ttft_s"] = settings.slo_ttft_s
-        if request.slo_itl_s is None and settings.slo_itl_s is not None:
-            changes["slo_itl_s"] = settings.slo_itl_s
+        model = settings.slos_of(request.model)
+        for source, slos in ((SloSource.GATEWAY, settings), (SloSource.MODEL, model)):
+            if request.slo_ttft_s is None and slos.slo_ttft_s is not None:
+                changes |= {"slo_ttft_s": slos.slo_ttft_s, "slo_ttft_from": source}
+            if request.slo_itl_s is None and slos.slo_itl_s is not None:
+                changes |= {"slo_itl_s": slos.slo_itl_s, "slo_itl_from": source}
         return msgspec.structs.replace(request, **changes) if changes else request
 
     def _check(self, request: RoutableRequest, now: float) -> None:
@@ -370,6 +372,8 @@ class Router:
             tenant=request.tenant,
             slo_ttft_s=request.slo_ttft_s,
             slo_itl_s=request.slo_itl_s,
+            slo_ttft_from=SloSource.NOBODY if request.slo_ttft_s is None else request.slo_ttft_from,
+            slo_itl_from=SloSource.NOBODY if request.slo_itl_s is None else request.slo_itl_from,
         )
 
     def stats(self, *, now: float) -> RouterStats:

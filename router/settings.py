@@ -1,7 +1,20 @@
 """What an operator may set about routing; changes while running through `Router.configure`."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated
+
+import msgspec
+
+
+class ModelSlos(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What is other for one model than for all; None: nothing is."""
+
+    slo_ttft_s: Annotated[float | None, "`slo_ttft_s` of one model, in place of the one for all."] = None
+    slo_itl_s: Annotated[float | None, "`slo_itl_s` of one model, in place of the one for all."] = None
+
+
+_LIKE_ALL = ModelSlos()
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,13 +28,14 @@ class RouterSettings:
     slo_ttft_s: Annotated[
         float | None,
         "By when, in seconds, a first token shall come: routing keeps to it where it can. None: no such limit. "
-        "A request's own wins.",
+        "A request's own goes first, then its key's, then its model's.",
     ] = None
     slo_itl_s: Annotated[
         float | None,
         "Mean seconds between a stream's tokens that routing keeps to, before all else. None: streams on workers kept "
-        "for decoding never stand still for long. A request's own wins.",
+        "for decoding never stand still for long. A request's own goes first, then its key's, then its model's.",
     ] = None
+    models: Annotated[Mapping[str, ModelSlos], "SLOs of single models, by name."] = field(default_factory=dict)
     refuse_late: Annotated[
         bool, "Refuse a request whose first token is predicted to come later than its `slo_ttft_s`; else serve it late."
     ] = True
@@ -57,7 +71,12 @@ class RouterSettings:
         for name in ("report_delay_s", "late_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)} and must be at least 0")
-        for name in ("slo_ttft_s", "slo_itl_s"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value} and must be more than 0, or absent")
+        for prefix, slos in (("", self), *((f"models.{model}.", slos) for model, slos in self.models.items())):
+            for name in ModelSlos.__struct_fields__:
+                value = getattr(slos, name)
+                if value is not None and not value > 0:
+                    raise ValueError(f"{prefix}{name} is {value} and must be more than 0, or absent")
+
+    def slos_of(self, model: str) -> ModelSlos:
+        """What is said of this model alone."""
+        return self.models.get(model, _LIKE_ALL)

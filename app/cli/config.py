@@ -4,7 +4,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import msgspec
 from cyclopts import Parameter
@@ -15,9 +15,10 @@ from planes.control import Etcd, delete_config, get_config, put_config
 from planes.wire.errors import HeadraceError
 from process.logging import printable
 from process.settings import EtcdSettings
-from router.settings import RouterSettings
+from router.settings import ModelSlos, RouterSettings
 
-NAMES = RoutingConfig.__struct_fields__
+_OF_MODELS = tuple(f"models.MODEL.{name}" for name in ModelSlos.__struct_fields__)
+NAMES = (*(name for name in RoutingConfig.__struct_fields__ if name != "models"), *_OF_MODELS)
 
 
 class UnusableConfig(HeadraceError):  # noqa: N818 - names what is wrong
@@ -49,13 +50,18 @@ def live_settings() -> Iterator[LiveSetting]:
     flags = {field.name for field in fields(GatewaySettings)}
     defaults = {field.name: field.default for field in fields(RouterSettings)}
     hints = get_type_hints(GatewaySettings, include_extras=True) | get_type_hints(RouterSettings, include_extras=True)
-    for name in NAMES:
+    for name in RoutingConfig.__struct_fields__:
+        if name == "models":
+            continue
         told = hints[name].__metadata__[0]
         otherwise = f"--{name.replace('_', '-')}" if name in flags else str(defaults[name])
         meaning = told if isinstance(told, str) else told.help
         if name in ("policy", "shadow_policy"):
             meaning += f" Here by name; a class of your own only where {otherwise} names it."
         yield LiveSetting(name, otherwise, meaning)
+    of_model = get_type_hints(ModelSlos, include_extras=True)
+    for name, full in zip(ModelSlos.__struct_fields__, _OF_MODELS, strict=True):
+        yield LiveSetting(full, name, of_model[name].__metadata__[0])
 
 
 async def change_config(changes: tuple[str, ...], settings: ConfigSettings) -> str:
@@ -92,17 +98,30 @@ def changed(content: bytes | None, changes: tuple[str, ...]) -> bytes:
         ) from exc
     named = msgspec.to_builtins(current)
     for change in changes:
-        name, equals, value = change.partition("=")
+        name, equals, value = change.rpartition("=")  # a model's name may have one, too
         if not equals:
             raise UnusableConfig(f"{change!r} must look like name=value, e.g. policy=dynamo")
-        if name not in NAMES:
-            raise UnusableConfig(f"{name!r} is no live setting; there are {', '.join(NAMES)}")
-        named.pop(name, None)
+        place, field = _place(named, name)
+        place.pop(field, None)
         if value != "null":
-            named[name] = value
+            place[field] = value
+    named["models"] = {model: slos for model, slos in named.get("models", {}).items() if slos}
+    if not named["models"]:
+        del named["models"]
     try:
         config = msgspec.convert(named, RoutingConfig, strict=False)
         routing_setup(GatewaySettings(), config)
     except ValueError as exc:
         raise UnusableConfig(str(exc)) from exc
     return msgspec.json.encode(config)
+
+
+def _place(named: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """Where a setting stands, and under what name there.  Raises:  UnusableConfig if there is no such setting."""
+    if name in RoutingConfig.__struct_fields__ and name != "models":
+        return named, name
+    prefix, _, rest = name.partition(".")
+    model, _, field = rest.rpartition(".")  # a model's name may have points
+    if prefix != "models" or not model or field not in ModelSlos.__struct_fields__:
+        raise UnusableConfig(f"{name!r} is no live setting; there are {', '.join(NAMES)}")
+    return named.setdefault("models", {}).setdefault(model, {}), field

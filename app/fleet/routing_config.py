@@ -2,6 +2,8 @@
 
     {"policy": "dynamo", "queue_limit": 1000}
 
+    {"slo_itl_s": 0.05, "models": {"org/small": {"slo_ttft_s": 0.5}}}
+
 What it names replaces what the gateway was started with; the rest stays; without the key everything is as it was
 started. An unusable value changes nothing, whatever is wrong with it; the log, `GET /v1/fleet` and a metric say so.
 
@@ -20,7 +22,7 @@ from app.metrics import Gauge
 from app.settings import GatewaySettings
 from router.policies import POLICIES, load_policy
 from router.policy import Policy
-from router.settings import RouterSettings
+from router.settings import ModelSlos, RouterSettings
 
 _log = structlog.get_logger()
 
@@ -37,6 +39,7 @@ _RANGES: Final = {
     "history": (1, 10**6),
 }
 """What etcd holds may be anything: within these the router's arithmetic is safe, and its memory bounded."""
+_MAX_MODELS: Final = 1024
 
 
 class RoutingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -47,6 +50,7 @@ class RoutingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     queue_limit: int | None = None
     slo_ttft_s: float | None = None
     slo_itl_s: float | None = None
+    models: dict[str, ModelSlos] | None = None
     refuse_late: bool | None = None
     late_s: float | None = None
     aging: float | None = None
@@ -77,9 +81,10 @@ def routing_setup(started: GatewaySettings, config: RoutingConfig) -> RoutingSet
             )
     changed = {name: value for name in _RANGES if (value := getattr(config, name)) is not None}
     for name, value in changed.items():
-        least, most = _RANGES[name]
-        if not least <= value <= most:
-            raise ValueError(f"{name} is {value} and must be {least:g} to {most:g}")
+        _check_range(name, name, value)
+    if config.models is not None:
+        _check_models(config.models)
+        changed["models"] = config.models
     shadow = started.shadow_policy if config.shadow_policy is None else config.shadow_policy
     return RoutingSetup(
         settings=replace(
@@ -94,6 +99,21 @@ def routing_setup(started: GatewaySettings, config: RoutingConfig) -> RoutingSet
         policy=load_policy(started.policy if config.policy is None else config.policy),
         shadow=load_policy(shadow) if shadow else None,
     )
+
+
+def _check_models(models: dict[str, ModelSlos]) -> None:
+    if len(models) > _MAX_MODELS:
+        raise ValueError(f"there are SLOs of {len(models)} models and must be of {_MAX_MODELS} at most")
+    for model, slos in models.items():
+        for name in slos.__struct_fields__:
+            if (value := getattr(slos, name)) is not None:
+                _check_range(f"models.{model}.{name}", name, value)
+
+
+def _check_range(called: str, name: str, value: float) -> None:
+    least, most = _RANGES[name]
+    if not least <= value <= most:
+        raise ValueError(f"{called} is {value} and must be {least:g} to {most:g}")
 
 
 class RoutingConfigFollower:

@@ -20,6 +20,7 @@ from app.serving.request import GatewayRequest, Prewarm
 from planes.wire.errors import InvalidRequest
 from planes.wire.frames import Format, Parsing, Sampling
 from planes.wire.messages import RequestId
+from router.request import SloSource
 
 _ID_PREFIX: Final = {
     Kind.CHAT: "chatcmpl-",
@@ -126,6 +127,8 @@ async def _prepared_prompt(
     if sampling.thinking_tokens is not None and not model.reasoning_parser:
         sampling = msgspec.structs.replace(sampling, thinking_tokens=None)  # a model without thoughts keeps any budget
     options = parse_header_options(headers, n=sampling.n, has_prompt_logprobs=sampling.prompt_logprobs is not None)
+    slo_ttft_s, slo_ttft_from = _settled(parsed.slo_ttft_s or options.slo_ttft_s, tenant.slo_ttft_s)
+    slo_itl_s, slo_itl_from = _settled(parsed.slo_itl_s or options.slo_itl_s, tenant.slo_itl_s)
     return GatewayRequest(
         request=request_id,
         model=parsed.model,
@@ -152,13 +155,20 @@ async def _prepared_prompt(
         cache_salt=prepared.cache_salt,
         priority=tenant.priority_of(parsed.priority),
         tenant=tenant.name,
-        slo_ttft_s=parsed.slo_ttft_s or options.slo_ttft_s or tenant.slo_ttft_s,
-        slo_itl_s=parsed.slo_itl_s or options.slo_itl_s or tenant.slo_itl_s,
+        slo_ttft_s=slo_ttft_s,
+        slo_itl_s=slo_itl_s,
+        slo_ttft_from=slo_ttft_from,
+        slo_itl_from=slo_itl_from,
         options=options,
         card_digest=model.digest,
         ignored=parsed.ignored,
         prewarm=prewarm,
     )
+
+
+def _settled(by_request: float | None, by_key: float | None) -> tuple[float | None, SloSource]:
+    """An SLO and who says so; what neither says the router settles, by model and for all."""
+    return (by_key, SloSource.KEY) if by_request is None else (by_request, SloSource.REQUEST)
 
 
 def _prompt_alone(parsed: ParsedRequest) -> ParsedRequest:

@@ -8,7 +8,7 @@ from app.openai.request_headers import HeaderOptions
 from planes.wire.blocks import Hashes, Tokens
 from planes.wire.frames import Format, Generate, Leg, Sampling, StreamId, pack_tokens
 from planes.wire.messages import RequestId, WorkerId
-from router.request import HandoverPreference, RoutableRequest
+from router.request import HandoverPreference, RoutableRequest, SloSource
 
 
 class Prewarm(Struct, frozen=True):
@@ -38,6 +38,9 @@ class GatewayRequest(Struct, frozen=True, eq=False):
     tenant: str = ""
     slo_ttft_s: float | None = None
     slo_itl_s: float | None = None
+    slo_ttft_from: SloSource = SloSource.REQUEST
+    slo_itl_from: SloSource = SloSource.REQUEST
+    """Who said them, if anybody did."""
     options: HeaderOptions = HeaderOptions()
     card_digest: str = ""
     """Of the model card that made the tokens."""
@@ -86,6 +89,8 @@ class GatewayRequest(Struct, frozen=True, eq=False):
             tenant=self.tenant,
             slo_ttft_s=self.slo_ttft_s,
             slo_itl_s=self.slo_itl_s,
+            slo_ttft_from=self.slo_ttft_from,
+            slo_itl_from=self.slo_itl_from,
             is_retry=is_retry,
             excluded=excluded,
             is_local_only=self.sampling.n > 1 or self.sampling.prompt_logprobs is not None or num_tokens > 0,

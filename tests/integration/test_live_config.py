@@ -97,3 +97,22 @@ async def test_a_gateway_refuses_what_it_cannot_use_and_goes_on(site, reach, uni
         async with reach(await site.gateway(num_workers=1)) as later:
             assert (await later.chat(unique)).status_code == 200
             assert "policy is 'os:abort'" in (await routing(later))["refused_because"]
+
+
+async def test_explain_tells_whose_slo_a_request_had(site, reach, unique, until, config):
+    site.start_worker("both-1")
+    gateway = await site.gateway("--slo-ttft-s", "60", num_workers=1)
+    async with reach(gateway) as api:
+
+        async def kept(**fields):
+            told = (await api.post("/v1/routes", json=api.body(unique, **fields))).json()
+            return told["slo_ttft_s"], told["slo_ttft_from"], told["slo_itl_s"], told["slo_itl_from"]
+
+        assert await kept() == (60.0, "gateway", None, "")
+        assert (await config("models.sim.slo_itl_s=0.5", "models.sim.slo_ttft_s=50"))[0] == 0
+
+        async def is_model():
+            return await kept() == (50.0, "model", 0.5, "model")
+
+        await until(is_model)
+        assert await kept(slo_ttft_ms=40_000) == (40.0, "request", 0.5, "model")

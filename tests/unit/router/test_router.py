@@ -28,9 +28,9 @@ from router.policies.headrace import Headrace
 from router.policies.least_loaded import LeastLoaded
 from router.policies.round_robin import RoundRobin
 from router.policy import Choice
-from router.request import Failure, Observed, Outcome, RoutableRequest, Route, Sacrifice
+from router.request import Failure, Observed, Outcome, RoutableRequest, Route, Sacrifice, SloSource
 from router.router import Refusal, Router
-from router.settings import RouterSettings
+from router.settings import ModelSlos, RouterSettings
 from tests.fakes import candidate
 
 FACTS = EngineFacts(
@@ -399,6 +399,56 @@ def test_a_preview_has_the_slos_that_the_request_would_have():
     own = router.preview(request("r", slo_ttft_s=9.0, slo_itl_s=1e-6), now=0.0)
     assert own.refused_because == ""
     assert (own.slo_ttft_s, own.slo_itl_s) == (9.0, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("request_slos", "model", "gateway", "ttft", "itl"),
+    [
+        ({}, None, {}, (None, SloSource.NOBODY), (None, SloSource.NOBODY)),
+        ({}, None, {"slo_ttft_s": 60.0}, (60.0, SloSource.GATEWAY), (None, SloSource.NOBODY)),
+        (
+            {},
+            ModelSlos(slo_itl_s=0.02),
+            {"slo_ttft_s": 60.0, "slo_itl_s": 0.05},
+            (60.0, SloSource.GATEWAY),
+            (0.02, SloSource.MODEL),
+        ),
+        (
+            {"slo_ttft_s": 40.0, "slo_ttft_from": SloSource.KEY},
+            ModelSlos(slo_ttft_s=50.0, slo_itl_s=0.02),
+            {"slo_ttft_s": 60.0},
+            (40.0, SloSource.KEY),
+            (0.02, SloSource.MODEL),
+        ),
+        (
+            {"slo_ttft_s": 30.0, "slo_itl_s": 0.01},
+            ModelSlos(slo_ttft_s=50.0, slo_itl_s=0.02),
+            {"slo_ttft_s": 60.0, "slo_itl_s": 0.05},
+            (30.0, SloSource.REQUEST),
+            (0.01, SloSource.REQUEST),
+        ),
+    ],
+)
+def test_a_request_goes_before_its_key_before_its_model_before_the_gateway(request_slos, model, gateway, ttft, itl):
+    models = {"other": ModelSlos(slo_ttft_s=1e-6, slo_itl_s=1e-6)} | ({} if model is None else {"m": model})
+    router = router_of(registration("b"), models=models, **gateway)
+    send(router, "r", **request_slos)
+    for told in (router.explain(RequestId("r")), router.preview(request("p", **request_slos), now=0.0)):
+        assert (told.slo_ttft_s, told.slo_ttft_from) == ttft
+        assert (told.slo_itl_s, told.slo_itl_from) == itl
+
+
+def test_one_model_is_refused_late_answers_and_another_gets_them():
+    router = router_of(
+        registration("b"), registration("c", model="patient"), models={"m": ModelSlos(slo_ttft_s=2.0)}, slo_ttft_s=9.0
+    )
+    send(router, "first")
+    send(router, "second", model="patient")
+    with pytest.raises(SloMissed, match=r"the limit is 2\.00 s"):
+        router.submit(request("third"), now=0.0)
+    router.submit(request("fourth", model="patient"), now=0.0)
+    router.configure(RouterSettings(slo_ttft_s=9.0), Headrace())  # and so does the first, once nobody says so any more
+    router.submit(request("third"), now=0.0)
 
 
 def test_explain_tells_what_was_to_be_kept_and_what_every_way_gives_up():

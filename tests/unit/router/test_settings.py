@@ -1,6 +1,6 @@
 import pytest
 
-from router.settings import RouterSettings
+from router.settings import ModelSlos, RouterSettings
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,8 @@ from router.settings import RouterSettings
 def test_an_unusable_value_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         RouterSettings(**{name: value})
+
+
+def test_an_unusable_value_of_a_model_is_named_with_the_model():
+    with pytest.raises(ValueError, match=r"models\.org/m-1\.5\.slo_itl_s is -1"):
+        RouterSettings(models={"fine": ModelSlos(slo_ttft_s=1.0), "org/m-1.5": ModelSlos(slo_itl_s=-1.0)})

@@ -17,6 +17,18 @@ def test_null_goes_back_to_what_was_started():
     assert json.loads(changed(b'{"policy": "dynamo", "queue_limit": 7}', ("policy=null",))) == {"queue_limit": 7}
 
 
+def test_a_model_has_slos_of_its_own_whatever_its_name():
+    first = changed(
+        None, ("models.org/m-1.5.slo_ttft_s=2", "models.a=b.slo_itl_s=0.02", "models.org/m-1.5.slo_itl_s=1")
+    )
+    assert json.loads(first) == {
+        "models": {"org/m-1.5": {"slo_ttft_s": 2.0, "slo_itl_s": 1.0}, "a=b": {"slo_itl_s": 0.02}}
+    }
+    second = changed(first, ("models.a=b.slo_itl_s=null", "models.org/m-1.5.slo_itl_s=null", "models.c.slo_itl_s=null"))
+    assert json.loads(second) == {"models": {"org/m-1.5": {"slo_ttft_s": 2.0}}}
+    assert json.loads(changed(second, ("models.org/m-1.5.slo_ttft_s=null",))) == {}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -29,6 +41,11 @@ def test_null_goes_back_to_what_was_started():
         ("queue_limit=0", "queue_limit is 0 and must be 1 to"),
         ("slo_ttft_s=-1", "slo_ttft_s is -1.0"),
         ("slo_ttft_s=nan", "slo_ttft_s is nan"),
+        ("models.a.b.slo_ttft_s=nan", r"models\.a\.b\.slo_ttft_s is nan and must be 0.001 to"),
+        ("models.a.b.slo_itl_s=x", "Expected `float | null`"),
+        ("models.a.aging=1", r"'models\.a\.aging' is no live setting; there are .* models\.MODEL\.slo_itl_s"),
+        ("models.slo_itl_s=1", r"'models\.slo_itl_s' is no live setting"),
+        ("models={}", "'models' is no live setting"),
     ],
 )
 def test_what_gateways_would_refuse_is_refused_at_once(change, message):

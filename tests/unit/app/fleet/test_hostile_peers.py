@@ -454,6 +454,7 @@ CONFIG = {
     "shadow_policy": "random",
     "queue_limit": 9,
     "slo_ttft_s": 1e9,
+    "models": {"m": {"slo_ttft_s": 1e9, "slo_itl_s": 1e6}},
     "aging": 1.0,
     "promote_after_s": 1.0,
     "quantum_tokens": 9,
@@ -470,7 +471,8 @@ def test_any_routing_setting(contents):
         for content in contents:
             gateway.config.take(content)
         # An SLO that nobody can meet is a setting like any other: it refuses what it says.
-        if (gateway.config.in_force.settings.slo_ttft_s or 1e9) < 1e6:
+        settings = gateway.config.in_force.settings
+        if any((slos.slo_ttft_s or 1e9) < 1e6 for slos in (settings, *settings.models.values())):
             gateway.config.take(None)
 
     against(act)

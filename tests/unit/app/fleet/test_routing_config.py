@@ -5,6 +5,7 @@ import pytest
 
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, routing_setup
 from app.settings import GatewaySettings
+from router.settings import ModelSlos
 
 STARTED = GatewaySettings(policy="dynamo", queue_limit=7, slo_ttft_s=2.0)
 
@@ -61,6 +62,20 @@ def test_what_the_key_names_replaces_what_was_started():
     assert follower.in_force is third
 
 
+def test_models_may_have_slos_of_their_own():
+    applied = []
+    follower = follow(applied.append)
+    follower.take(b'{"slo_itl_s": 0.05, "models": {"org/m-1.5": {"slo_ttft_s": 0.5}}}')
+    settings = applied[0].settings
+    assert (settings.slos_of("org/m-1.5").slo_ttft_s, settings.slos_of("org/m-1.5").slo_itl_s) == (0.5, None)
+    assert (settings.slos_of("other"), settings.slo_ttft_s, settings.slo_itl_s) == (ModelSlos(), 2.0, 0.05)
+    follower.take(b'{"models": {"org/m-1.5": {"slo_ttft_s": 1e-9}}}')
+    assert follower.refused_because == "models.org/m-1.5.slo_ttft_s is 1e-09 and must be 0.001 to 1e+09"
+    assert follower.in_force.settings is settings
+    follower.take(None)
+    assert follower.in_force.settings.models == {}
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -75,6 +90,9 @@ def test_what_the_key_names_replaces_what_was_started():
         b'{"promote_after_s": 1e-300}',
         b'{"quantum_tokens": 1' + b"0" * 400 + b"}",
         b'{"history": 99999999999}',
+        b'{"models": {"m": {"aging": 1}}}',
+        b'{"models": {"m": {"slo_itl_s": 0}}}',
+        b'{"models": {%s}}' % b",".join(b'"m%d": {}' % number for number in range(1025)),
         b"[" * 100_000,
         b"\xff",
     ],

@@ -21,6 +21,7 @@ from planes.wire.blocks import name_blocks, root
 from planes.wire.errors import InvalidRequest
 from planes.wire.frames import pack_tokens
 from planes.wire.messages import RequestId
+from router.request import SloSource
 
 SIM = Path("workers/sim/model")
 CONFIG = json.loads((SIM / "tokenizer_config.json").read_text())
@@ -127,6 +128,11 @@ async def test_a_request_that_says_nothing_has_what_its_key_has(gateway):
     tenant = Tenant("a", slo_ttft_s=2.0, slo_itl_s=0.05)
     silent = await read(gateway, tenant=tenant, messages=MESSAGES)
     assert (silent.slo_ttft_s, silent.slo_itl_s) == (2.0, 0.05)
+    assert (silent.slo_ttft_from, silent.slo_itl_from) == (SloSource.KEY, SloSource.KEY)
     headers = {"x-headrace-slo-itl-ms": "20"}
     request = await read(gateway, tenant=tenant, messages=MESSAGES, headers=headers, slo_ttft_ms=9000)
     assert (request.slo_ttft_s, request.slo_itl_s) == (9.0, 0.02)
+    assert (request.slo_ttft_from, request.slo_itl_from) == (SloSource.REQUEST, SloSource.REQUEST)
+    half = await read(gateway, tenant=tenant, messages=MESSAGES, slo_ttft_ms=9000)
+    asked = half.routable(num_tokens=0, excluded=frozenset(), is_retry=False)
+    assert (asked.slo_ttft_from, asked.slo_itl_from) == (SloSource.REQUEST, SloSource.KEY)
