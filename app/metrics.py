@@ -194,6 +194,17 @@ def router_gauges(stats: RouterStats) -> Iterator[Gauge]:
         yield Total("decisions", "Requests bound.", count, (("policy", policy),))
     for code, count in stats.refusals.items():
         yield Total("refusals", "Requests refused by the router.", count, (("code", code),))
+    yield Gauge(
+        "fairness_index",
+        "Jain's index of what tenants got of their even share in the last 10 s; 1: even, or no two of them asked.",
+        stats.fairness.index,
+    )
+    yield Gauge(
+        "fairness_shortfall_tokens",
+        "Uncached prompt tokens that a tenant got less than its even share in the last 10 s, at most.",
+        stats.fairness.shortfall_tokens,
+    )
+    yield Total("fairness_windows", "Times of 10 s in which several tenants asked.", stats.fairness.num_windows)
     for what, ratio in (
         ("prefill", stats.prefill_error_ratio),
         ("step", stats.step_error_ratio),

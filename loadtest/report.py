@@ -12,7 +12,8 @@ from typing import Any, Final
 import msgspec
 
 from loadtest.simulator.records import Ending, Record, Result
-from planes.wire.messages import Role
+from planes.wire.messages import RequestId, Role
+from router.fairness import WINDOW_S, ServiceMeter
 
 QUANTILES: Final = tuple(step / 100 for step in range(101))
 OURS: Final = "headrace"
@@ -78,6 +79,8 @@ class Row(msgspec.Struct, frozen=True):
     """Requests finished, from the first sending to the last end …"""
     tokens_per_s: float = 0.0
     """… and tokens of their answers."""
+    fairness: float | None = None
+    """Jain's index of what tenants got of their even share, mean over the run; None: no two of them asked."""
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -137,7 +140,30 @@ def summarise(result: Result, *, load: str, fleet: str, policy: str, slo: Slo, c
         recomputed_tokens=sum(record.recomputed_tokens for record in records),
         requests_per_s=_per_s(finished, len(finished)),
         tokens_per_s=_per_s(finished, sum(record.completion_tokens for record in finished)),
+        fairness=fairness(records),
     )
+
+
+def fairness(records: Sequence[Record]) -> float | None:
+    """Between tenants, as their clients saw it; None if no two of them asked at a time. A gateway measures the same."""
+    meter, happened = ServiceMeter(), []
+    for number, record in enumerate(records):
+        if record.ending in {Ending.REJECTED, Ending.FAILED} and record.first_at is None:
+            continue
+        happened.append((record.sent_at, False, number))
+        if record.first_at is not None:
+            happened.append((record.first_at, True, number))
+    for now, is_served, number in sorted(happened):
+        name, record = RequestId(str(number)), records[number]
+        if is_served:
+            meter.served(name, now=now)
+        else:
+            tokens = record.prompt_tokens - record.cached_tokens
+            meter.asks(name, record.tenant, tokens, model="", priority=0, now=now)
+    if not happened:
+        return None
+    found = meter.fairness(now=max(now for now, _, _ in happened) + WINDOW_S)
+    return found.mean_index if found.num_windows else None
 
 
 def is_good(record: Record, slo: Slo) -> bool:
@@ -203,6 +229,10 @@ COLUMNS: Final[Sequence[Column]] = (
 )
 
 
+FAIRNESS: Final[Column] = ("fairness", lambda row: row.fairness, ".3f", 1)
+"""Beside the others where there are tenants."""
+
+
 def price_columns(rows: Iterable[Row]) -> Sequence[Column]:
     """What faults came to, and how much worse the same load fared for them than without; `rows` has both."""
     calm = {(row.load, row.fleet, row.policy): row for row in rows}
@@ -258,7 +288,7 @@ def by_load(rows: Iterable[Row]) -> Iterable[tuple[str, list[Row]]]:
 def tables(rows: Sequence[Row]) -> Iterable[tuple[str, list[Row], Sequence[Column]]]:
     """Title, rows and columns of each table: one per load, and one more where there were faults."""
     for title, group in by_load(rows):
-        yield title, group, COLUMNS
+        yield title, group, (*COLUMNS, FAIRNESS) if any(row.fairness is not None for row in group) else COLUMNS
         if group[0].calm_fleet:
             yield f"{title}: what that costs", group, price_columns(rows)
 

@@ -49,6 +49,7 @@ class Session:
 
     start_s: float
     turns: tuple[Turn, ...]
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +326,23 @@ def code(block_size: int, rng: random.Random) -> Iterator[Session]:
         yield Session(at, (Turn(0.0, prompt_tokens, answer, segment_names([(number, prompt_tokens)], block_size)),))
 
 
+def flood(block_size: int, rng: random.Random) -> Iterator[Session]:
+    """Three tenants ask steadily, 1 request/s each; a fourth sends 30 requests/s from the 20th to the 40th second.
+
+    1,000 to 3,000 tokens in, uniformly, nothing shared; 50 out on average, exponential; 120 s.
+    """
+
+    def asks(tenant: str, rate: float, begin: float, end: float) -> Iterator[tuple[float, str]]:
+        return ((begin + at, tenant) for at in poisson(rng, end - begin, lambda _: rate, rate))
+
+    steady = [each for tenant in ("a", "b", "c") for each in asks(tenant, 1, 0, 120)]
+    arrivals = [*steady, *asks("loud", 30, 20, 40)]
+    for number, (at, tenant) in enumerate(sorted(arrivals)):
+        prompt_tokens = rng.randint(1000, 3000)
+        names = segment_names([(number, prompt_tokens)], block_size)
+        yield Session(at, (Turn(0.0, prompt_tokens, 1 + int(rng.expovariate(1 / 50)), names),), tenant)
+
+
 def bursty_gaps(rng: random.Random, count: int, *, cv: float, pauses: float) -> Iterator[float]:
     """Gaps between arrivals, 1 on average, with coefficient of variation `cv`: exponential ones of two kinds, a share
     `pauses` of them long (a hyperexponential distribution).
@@ -357,5 +375,6 @@ GENERATORS: Final[Mapping[str, Callable[[int, random.Random], Iterator[Session]]
     "documents": documents,
     "bursts": bursts,
     "code": code,
+    "flood": flood,
 }
 """Name → generator of a synthetic load."""

@@ -24,6 +24,7 @@ from planes.wire.messages import KvEvents, LoadReport, Registration, RequestId, 
 from router.decision import Decision, decide
 from router.decision_log import History
 from router.errors import DeadlineExceeded, DuplicateRequest, QueueFull, SloMissed
+from router.fairness import ServiceMeter
 from router.fleet import Fleet
 from router.late_binding import LateBinding, Walk
 from router.policies.headrace import Headrace
@@ -75,6 +76,7 @@ class Router:
         self._counts = Counts()
         self._length_shares: dict[str, float] = {}
         self._bind_rate = BindRate()
+        self._service = ServiceMeter()
 
     def configure(self, settings: RouterSettings, policy: Policy, *, shadow: Policy | None = None) -> None:
         """Change settings and policies. Waiting requests stay, and are decided anew at the next `dispatch`."""
@@ -134,6 +136,9 @@ class Router:
             raise
         uncached, seconds = self._late_binding.shortest(request)
         self._queue.add(request, uncached, seconds, explanation, now=now)
+        self._service.asks(
+            request.request, request.tenant, uncached, model=request.model, priority=request.priority, now=now
+        )
         self._history.add(explanation)
 
     def _completed(self, request: RoutableRequest) -> RoutableRequest:
@@ -169,11 +174,11 @@ class Router:
         A policy cannot make it raise; where it answers badly the request that it was asked about is refused.
         """
         answers: list[Route | Refusal] = [
-            self._turn_away(waiting, DeadlineExceeded(now - waiting.submitted_at))
+            self._turn_away(waiting, DeadlineExceeded(now - waiting.submitted_at), now)
             for waiting in self._queue.expired(now)
         ]
         if len(self._queue):
-            answers += self._refuse_unservable()
+            answers += self._refuse_unservable(now)
             self._queue.promote(now)
             self._queue.let_go(now)
             walk = self._late_binding.walk(now)
@@ -183,13 +188,13 @@ class Router:
                     answers.append(answer)
         return answers
 
-    def _refuse_unservable(self) -> list[Refusal]:
+    def _refuse_unservable(self, now: float) -> list[Refusal]:
         """Those that waited for workers which are gone: looked for only when the fleet has changed."""
         if self._fleet_version == self._fleet.version:
             return []
         self._fleet_version = self._fleet.version
         lost = [waiting for waiting in self._queue.all() if not self._fleet.can_serve(waiting.request)]
-        return [self._turn_away(waiting, self._fleet.refusal(waiting.request)) for waiting in lost]
+        return [self._turn_away(waiting, self._fleet.refusal(waiting.request), now) for waiting in lost]
 
     def _answer(self, waiting: Waiting, walk: Walk, now: float) -> Route | Refusal | None:
         """Ask the policy about one request, and bind or refuse it. None: it is held back."""
@@ -204,11 +209,11 @@ class Router:
             without_room=walk.without_room,
         )
         if view is None:
-            return self._turn_away(waiting, self._fleet.refusal(request))
+            return self._turn_away(waiting, self._fleet.refusal(request), now)
         try:
             decision = decide(self._policy, self._policy_name, request, view)
         except Rejected as exc:
-            return self._turn_away(waiting, exc)
+            return self._turn_away(waiting, exc, now)
         held_s = now - waiting.submitted_at
         explanation.policy = self._policy_name
         explanation.candidates, explanation.chosen = decision.kept, decision.chosen
@@ -223,7 +228,7 @@ class Router:
             if slo_s is not None:
                 self._check_slo(decision.chosen, held_s, slo_s)
         except SloMissed as exc:
-            return self._turn_away(waiting, exc)
+            return self._turn_away(waiting, exc, now)
         route = self._bind(waiting, decision, view, now)
         walk.bound(decision.chosen)
         return route
@@ -259,8 +264,9 @@ class Router:
         waiting.explanation.shadow = other
         self._counts.compare(chosen, other)
 
-    def _turn_away(self, waiting: Waiting, error: Rejected | Expired) -> Refusal:
+    def _turn_away(self, waiting: Waiting, error: Rejected | Expired, now: float) -> Refusal:
         self._queue.remove(waiting)
+        self._service.gave_up(waiting.request.request, now=now)
         self._refused(waiting.explanation, error)
         return Refusal(waiting.request.request, error)
 
@@ -295,6 +301,7 @@ class Router:
         waiting = self._queue.get(request)
         if waiting is not None:
             self._queue.remove(waiting)
+            self._service.gave_up(request, now=now)
             waiting.explanation.held_s = now - waiting.submitted_at
             waiting.explanation.refused_because = "withdrawn by its client"
 
@@ -307,11 +314,16 @@ class Router:
         bound = self._bound.get(request)
         if bound is not None:
             self._fleet.prefilled(bound[0], now)
+            self._service.served(request, now=now)
 
     def release(self, request: RequestId, observed: Observed, *, now: float) -> None:
         """Give back the reservation of a bound request, exactly once, and learn from it. Raises KeyError if unbound."""
         reservation, predicted = self._bound.pop(request)
         self._fleet.release(reservation, observed.completion_tokens, now)
+        if observed.outcome is Outcome.FINISHED:
+            self._service.served(request, now=now)
+        else:
+            self._service.gave_up(request, now=now)
         self._late_binding.room_changed()
         self._fleet.learn(reservation, observed)
         self._counts.observe(predicted, observed)
@@ -405,6 +417,7 @@ class Router:
             handover_error_ratio=self._fleet.links.error_ratio(),
             ttft_error_ratio=counts.ttft_error_ratio,
             shadow=shadow,
+            fairness=self._service.fairness(now=now),
         )
 
     def workers(self, *, now: float) -> list[WorkerStatus]:

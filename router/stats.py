@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from planes.wire.messages import LatencyPrior, Role, WorkerId, WorkerState
+from router.fairness import Fairness
 from router.request import Candidate, Observed
 
 _ERROR_GAIN = 0.05
@@ -53,6 +54,7 @@ class RouterStats:
     handover_error_ratio: float
     ttft_error_ratio: float
     shadow: ShadowStats | None
+    fairness: Fairness
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ _PATIENCE_S = 86_400.0
 """A client's: longer than a run, so that all policies serve the same requests."""
 
 
-def gateway_request(request: RequestId, turn: Turn, *, block_size: int, now: float) -> GatewayRequest:
+def gateway_request(request: RequestId, turn: Turn, *, block_size: int, now: float, tenant: str = "") -> GatewayRequest:
     """A turn as a gateway has it after parsing: streamed, its answer of the given length. Its tokens have no ids."""
     return GatewayRequest(
         request=request,
@@ -40,6 +40,7 @@ def gateway_request(request: RequestId, turn: Turn, *, block_size: int, now: flo
         format=Format("completion", request, MODEL, 0, is_streaming=True),
         arrived_at=now,
         deadline=now + _PATIENCE_S,
+        tenant=tenant,
     )
 
 

@@ -31,6 +31,7 @@ class Record:
     prompt_tokens: int
     completion_tokens: int
     """Asked for, and given unless the request did not finish."""
+    tenant: str = ""
     ending: Ending | None = None
     code: str = ""
     """Of the error that ended it; `ok` without."""

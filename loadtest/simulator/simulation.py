@@ -139,9 +139,13 @@ class Simulation:
 
     def _send(self, gateway: SimulatedGateway, session: Session, number: int) -> None:
         turn = session.turns[number]
-        record = Record(self.clock.now, turn.prompt_tokens, turn.completion_tokens)
+        record = Record(self.clock.now, turn.prompt_tokens, turn.completion_tokens, session.tenant)
         request = gateway_request(
-            RequestId(f"r{len(self._records)}"), turn, block_size=self.scenario.facts.block_size, now=self.clock.now
+            RequestId(f"r{len(self._records)}"),
+            turn,
+            block_size=self.scenario.facts.block_size,
+            now=self.clock.now,
+            tenant=session.tenant,
         )
         self._records.append(record)
 

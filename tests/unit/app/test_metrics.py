@@ -1,4 +1,7 @@
+from dataclasses import replace
+
 from app.metrics import Gauge, Metrics, RequestSummary, Total, router_gauges
+from router.fairness import Fairness
 from router.policies import load_policy
 from router.router import Router
 
@@ -59,8 +62,19 @@ def test_the_router_s_totals_are_counters_and_what_can_go_down_is_not():
     kinds = dict(line.removeprefix("# TYPE headrace_").split() for line in lines)
     for name in ("requests_held", "local_decisions", "shadow_decided", "shadow_failed", "shadow_differed"):
         assert kinds[f"{name}_total"] == "counter"
-    for name in ("requests_waiting", "requests_bound", "index_blocks", "shadow_faster_seconds"):
+    for name in ("requests_waiting", "requests_bound", "index_blocks", "shadow_faster_seconds", "fairness_index"):
         assert kinds[name] == "gauge"
+
+
+def test_who_is_served_unevenly_is_told_without_a_label_for_each_tenant():
+    metrics, router = Metrics(), Router()
+    stats = replace(router.stats(now=0.0), fairness=Fairness(0.5, 4000.0, 7, 0.75))
+    metrics.watch(lambda: router_gauges(stats))
+    assert exposed(metrics, "headrace_fairness_") == [
+        "headrace_fairness_index 0.5",
+        "headrace_fairness_shortfall_tokens 4000.0",
+        "headrace_fairness_windows_total 7.0",
+    ]
 
 
 def test_two_gateways_in_one_process_share_nothing():

@@ -2,7 +2,7 @@ import msgspec
 import pytest
 
 from loadtest.plots import plots
-from loadtest.report import Report, Row, Slo, is_good, markdown, page, quantile, slug, summarise, table, write
+from loadtest.report import Report, Row, Slo, fairness, is_good, markdown, page, quantile, slug, summarise, table, write
 from loadtest.simulator.records import Ending, Gaps, Record, Result, WorkerTotals
 from planes.wire.messages import Role, WorkerId
 
@@ -155,3 +155,17 @@ def test_the_price_of_faults_is_told_against_the_same_without(rows, killed):
 
 def test_faults_without_the_same_in_calm_have_no_price(killed):
     assert "| -" in markdown([killed]).splitlines()[-1]
+
+
+def test_fairness_is_a_column_where_there_are_tenants(result, row):
+    assert row.fairness is None
+    assert "fairness" not in table([row])
+    served = [record(second, 0.5, tenant="a") for second in range(30)]
+    starved = [record(5.0, 100.0, tenant="b"), Record(6.0, 100, 11, "c", ending=Ending.REJECTED)]
+    records = [*served, *starved]
+    assert fairness(served) is None
+    assert fairness(records) == pytest.approx(0.5)
+    found = Result(records, Gaps(), result.workers, duration_s=10.0)
+    lines = table([summarise(found, load="x", fleet="y", policy="z", slo=Slo())]).splitlines()
+    assert lines[-2].split()[-1] == "fairness"
+    assert lines[-1].split()[-1] == "0.500"

@@ -221,3 +221,13 @@ def test_bursty_gaps_have_the_coefficient_of_variation_asked_for():
 def test_gaps_that_cannot_be_had_are_refused():
     with pytest.raises(ValueError, match=r"a share of 0.5 of long gaps cannot give .* 14.0"):
         next(workloads.bursty_gaps(random.Random(1), 1, cv=14.0, pauses=0.5))
+
+
+def test_a_flood_is_one_tenant_beside_three_that_ask_steadily():
+    sessions = workloads.load("flood", block_size=16, seed=3).sessions
+    loud = [session.start_s for session in sessions if session.tenant == "loud"]
+    assert 20 <= min(loud) <= max(loud) < 40
+    assert len(loud) == pytest.approx(600, rel=0.15)
+    steady = Counter(session.tenant for session in sessions if session.tenant != "loud")
+    assert set(steady) == {"a", "b", "c"}
+    assert all(count == pytest.approx(120, rel=0.3) for count in steady.values())

@@ -659,3 +659,33 @@ def test_everything_balances_to_zero_after_any_history(history, policy):  # noqa
         assert (status.queue_s, status.free_blocks) == (0.0, 10_000)
     assert router._fleet._departed == {}
     assert router._fleet._computing == {}
+
+
+def test_stats_tell_how_evenly_tenants_were_served():
+    def fairness(served):
+        router = router_of(registration("b"), policy=LeastLoaded())
+        for second in range(40):
+            now = float(second)
+            send(router, f"loud {second}", tenant="loud", tokens=1000, now=now)
+            send(router, f"quiet {second}", tenant="quiet", tokens=1000, now=now)
+            for tenant in served:
+                router.prefilled(RequestId(f"{tenant} {second}"), now=now)
+        return router.stats(now=40.0).fairness
+
+    assert fairness(("loud", "quiet")).mean_index == 1.0
+    starved = fairness(("loud",))
+    assert starved.mean_index == pytest.approx(0.5)
+    assert starved.shortfall_tokens > 0
+    assert starved.num_windows == 3  # in the first nobody had waited for a whole one
+
+
+def test_a_request_that_ends_unserved_is_nobodys_lack():
+    router = router_of(registration("b"), policy=LeastLoaded())
+    send(router, "cancelled", tenant="quiet")
+    send(router, "waits", tenant="quiet", now=0.0)
+    router.release(RequestId("cancelled"), Observed(outcome=Outcome.CANCELLED), now=1.0)
+    router.release(RequestId("waits"), Observed(outcome=Outcome.FAILED), now=2.0)
+    for second in range(3, 30):
+        send(router, f"{second}", tenant="loud", now=float(second))
+        router.release(RequestId(f"{second}"), Observed(completion_tokens=1), now=float(second))
+    assert router.stats(now=40.0).fairness.num_windows == 0

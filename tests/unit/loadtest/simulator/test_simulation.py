@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from loadtest.report import fairness
 from loadtest.simulator.records import Ending
 from loadtest.simulator.scenario import Faults, Kill, Scenario, engine_facts
 from loadtest.simulator.simulation import Simulation
@@ -294,3 +295,22 @@ def test_equal_seeds_give_equal_results_and_others_do_not():
         return result.records, result.workers, result.duration_s
 
     assert run(1) == run(1) != run(2)
+
+
+@pytest.mark.parametrize("workers", [{"prefill": 1, "decode": 1}, {"both": 1}])
+def test_fairness_tells_a_rule_that_shares_from_those_that_let_a_flood_go_first(workers):
+    quiet = [Session(0.5 * second, (alone(2000, 4, second),), "quiet") for second in range(60)]
+    loud = [Session(5.0, (alone(2000, 4, 1000 + number),), "loud") for number in range(150)]
+    load_ = workload(*sorted(quiet + loud, key=lambda session: session.start_s))
+
+    def served(policy):
+        simulation = Simulation(scenario(policy, **workers), load_)
+        found = fairness(simulation.run().records)
+        router = simulation.gateways[0].router
+        told = router.stats(now=simulation.clock.now + 10).fairness
+        assert told.num_windows > 0
+        assert found == pytest.approx(told.mean_index, abs=0.05)  # a client's tokens come a little later
+        return found
+
+    assert served("headrace") > 0.97
+    assert served("least_loaded") < 0.8
