@@ -1,27 +1,18 @@
-"""API keys: who is asking, and how much of it at once. No key file means that everybody may ask.
+"""Who is asking, and how many sequences of theirs are under way.
 
-The file is TOML:
-
-    [[keys]]
-    tenant = "search"                # the name in metrics and fair shares; several keys may name the same tenant
-    sha256 = "9f86d0…"               # of the key, 64 hex digits; or in plain text: key = "sk-…"
-    priority = 0                     # class that its requests get; they may ask for a later one, never for a sooner
-    max_concurrent = 64              # sequences at once, n of a request with n choices; leave out for no limit
-    slo_ttft_ms = 2000               # what its requests have that say nothing themselves; without it the gateway's
-    slo_itl_ms = 50                  # the same for the time between tokens
-    cache_salt = "…"                 # tenants share cached prompts if theirs is the same; without it, with nobody
+Keys come from a file (`app/keys/file.py`), from etcd (`app/keys/record.py`), or from both. Without either everybody may
+ask. A key from etcd works as long as the gateway remembers it, whether etcd is there or not.
 """
 
-import hashlib
 import ipaddress
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
-import msgspec
-
-from app.openai.sampling import LEAST_MS, MOST_MS
+from app.keys.file import load_keys
+from app.keys.stored import StoredKeys
+from app.keys.tenant import ANYBODY, Tenant, digest_of
 from planes.wire.errors import InvalidRequest, Rejected
 
 
@@ -29,6 +20,27 @@ class Unauthenticated(InvalidRequest):
     """No key, or one that is not ours."""
 
     code = "invalid_api_key"
+
+
+class AdminOnly(InvalidRequest):
+    """What is everybody's is told to keys that may see it."""
+
+    code = "admin_only"
+
+    def __init__(self) -> None:
+        super().__init__("This needs a key that was made with --admin: it tells what is everybody's.")
+
+
+class KeysUnknown(Rejected):
+    """Keys are in etcd, which could not be asked since this gateway was started."""
+
+    code = "keys_unknown"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This gateway has just been started and does not know the API keys yet; try again in a moment.",
+            retry_after_s=1.0,
+        )
 
 
 class TooManyConcurrent(Rejected):
@@ -55,78 +67,35 @@ class TooManyChoices(InvalidRequest):
         )
 
 
-class KeyFileError(ValueError):
-    """The key file cannot be used; the message says where and why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tenant:
-    """Whoever holds a key."""
-
-    name: str = ""
-    priority: int = 0
-    max_concurrent: int | None = None
-    cache_salt: str = ""
-    slo_ttft_s: float | None = None
-    slo_itl_s: float | None = None
-    """Both of requests that say nothing themselves."""
-
-    def priority_of(self, requested: int | None) -> int:
-        """The class of a request: lower is sooner, and nobody gets ahead of their key."""
-        return self.priority if requested is None else max(self.priority, requested)
-
-    def salted(self, requested: str) -> str:
-        """The cache salt of a request. The length in front keeps one tenant from spelling another one's salt."""
-        if not self.cache_salt and not requested:
-            return ""
-        return f"{len(self.cache_salt)}:{self.cache_salt}{requested}"
-
-
-ANYBODY = Tenant()
-"""Who asks where no keys are configured."""
-
-
-class KeyEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One `[[keys]]` table."""
-
-    tenant: str
-    key: str | None = None
-    sha256: str | None = None
-    priority: int = 0
-    max_concurrent: int | None = None
-    cache_salt: str | None = None
-    slo_ttft_ms: float | None = None
-    slo_itl_ms: float | None = None
-
-
-class KeyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole file."""
-
-    keys: list[KeyEntry]
-
-
 class ApiKeys:
-    """The keys of one gateway, and the sequences that each tenant has under way."""
+    """The keys of one gateway, and the sequences that each of them has under way."""
 
-    def __init__(self, path: Path | None = None) -> None:
-        """Raises:  KeyFileError."""
-        self._path = path
+    def __init__(
+        self, path: Path | None = None, *, stored: StoredKeys | None = None, wall_clock: Callable[[], float] = time.time
+    ) -> None:
+        """Args:  path: of the file; None: there is none.  stored: those in etcd; None: they are not asked for.
+
+        Raises:  KeyFileError.
+        """
+        self.path = path
+        self.stored = stored
+        self._wall_clock = wall_clock
         self._tenants = {} if path is None else load_keys(path)
         self._running: dict[str, int] = {}
 
     @property
     def is_open(self) -> bool:
         """Whether requests need no key."""
-        return self._path is None
+        return self.path is None and self.stored is None
 
     def reload(self) -> None:
         """Read the file again; requests under way stay counted.  Raises:  KeyFileError: the old keys stay valid."""
-        if self._path is not None:
-            self._tenants = load_keys(self._path)
+        if self.path is not None:
+            self._tenants = load_keys(self.path)
 
     def authenticate(self, headers: Mapping[str, str]) -> Tenant:
-        """Who sent these headers (lower-case names).  Raises:  Unauthenticated."""
-        if self._path is None:
+        """Who sent these headers (lower-case names).  Raises:  Unauthenticated, KeysUnknown."""
+        if self.is_open:
             return ANYBODY
         key = _key_in(headers)
         if not key:
@@ -134,9 +103,23 @@ class ApiKeys:
                 "No API key was given; send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'."
             )
         # Looked up by digest: how long that takes tells nothing about a key, as its sender cannot choose the digest.
-        tenant = self._tenants.get(_digest(key))
+        digest = digest_of(key)
+        tenant = self._tenants.get(digest)
+        if tenant is None and self.stored is not None:
+            tenant = self.stored.tenants.get(digest)
+            if tenant is None and not self.stored.is_known:
+                raise KeysUnknown
         if tenant is None:
             raise Unauthenticated("The API key is not one of this server's.")
+        if tenant.expires_at is not None and self._wall_clock() >= tenant.expires_at:
+            raise Unauthenticated("The API key has expired; ask whoever runs this server for another.")
+        return tenant
+
+    def authenticate_admin(self, headers: Mapping[str, str]) -> Tenant:
+        """As `authenticate`, for what is everybody's.  Raises:  AdminOnly too."""
+        tenant = self.authenticate(headers)
+        if not tenant.is_admin:
+            raise AdminOnly
         return tenant
 
     def admitted(self, tenant: Tenant) -> "TenantSlots":
@@ -144,11 +127,11 @@ class ApiKeys:
         return TenantSlots(tenant, self._running)
 
     def num_running(self, tenant: Tenant) -> int:
-        return self._running.get(tenant.name, 0)
+        return self._running.get(tenant.account, 0)
 
 
 class TenantSlots:
-    """The sequences of one request under way. `running`: those of each tenant, by name; changed here."""
+    """The sequences of one request under way. `running`: those of each account; changed here."""
 
     __slots__ = ("_num", "_running", "_tenant")
 
@@ -164,21 +147,21 @@ class TenantSlots:
 
     def widen(self, n: int) -> None:
         """The request is for `n` sequences.  Raises:  TooManyConcurrent, TooManyChoices."""
-        name, limit = self._tenant.name, self._tenant.max_concurrent
-        others = self._running.get(name, 0) - self._num
+        account, limit = self._tenant.account, self._tenant.max_concurrent
+        others = self._running.get(account, 0) - self._num
         if limit is not None and n > limit:
-            raise TooManyChoices(name, n, limit)
+            raise TooManyChoices(self._tenant.name, n, limit)
         if limit is not None and others + n > limit:
-            raise TooManyConcurrent(name, others, n, limit)
-        self._running[name] = others + n
+            raise TooManyConcurrent(self._tenant.name, others, n, limit)
+        self._running[account] = others + n
         self._num = n
 
     def __exit__(self, *_: object) -> None:
-        left = self._running[self._tenant.name] - self._num
+        left = self._running[self._tenant.account] - self._num
         if left:
-            self._running[self._tenant.name] = left
+            self._running[self._tenant.account] = left
         else:
-            del self._running[self._tenant.name]
+            del self._running[self._tenant.account]
 
 
 def _key_in(headers: Mapping[str, str]) -> str:
@@ -189,70 +172,11 @@ def _key_in(headers: Mapping[str, str]) -> str:
     return headers.get("x-api-key", "").strip()
 
 
-def is_open_to_others(host: str, key_file: Path | None) -> bool:
+def is_open_to_others(host: str, key_file: Path | None, *, has_stored_keys: bool = False) -> bool:
     """Whether a gateway that listens on `host` serves whoever reaches this machine, no key needed."""
-    if key_file is not None or host == "localhost":
+    if key_file is not None or has_stored_keys or host == "localhost":
         return False
     try:
         return not ipaddress.ip_address(host).is_loopback
     except ValueError:
         return True  # a name may be anything
-
-
-def load_keys(path: Path) -> dict[bytes, Tenant]:
-    """Tenants by sha256 of their key.  Raises:  KeyFileError."""
-    try:
-        entries = msgspec.toml.decode(path.read_bytes(), type=KeyFile).keys
-    except OSError as exc:
-        raise KeyFileError(f"The key file {path} cannot be read: {exc.strerror}") from exc
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise KeyFileError(f"The key file {path} is not valid: {exc}") from exc
-    tenants: dict[bytes, Tenant] = {}
-    for index, entry in enumerate(entries):
-        digest = _digest_of(entry, f"The key file {path} is not valid: keys[{index}] ({entry.tenant!r})")
-        if digest in tenants:
-            raise KeyFileError(f"The key file {path} is not valid: keys[{index}] ({entry.tenant!r}) has a key twice")
-        tenants[digest] = _tenant(entry)
-    return tenants
-
-
-def _tenant(entry: KeyEntry) -> Tenant:
-    """Whether a prompt is cached tells that somebody has sent it: so by default every tenant has a salt of its own."""
-    salt = f"tenant {entry.tenant}" if entry.cache_salt is None else entry.cache_salt
-    return Tenant(
-        entry.tenant,
-        entry.priority,
-        entry.max_concurrent,
-        salt,
-        slo_ttft_s=None if entry.slo_ttft_ms is None else entry.slo_ttft_ms / 1000,
-        slo_itl_s=None if entry.slo_itl_ms is None else entry.slo_itl_ms / 1000,
-    )
-
-
-def _digest_of(entry: KeyEntry, where: str) -> bytes:
-    if not entry.tenant:
-        raise KeyFileError(f"{where} needs a tenant name")
-    if entry.max_concurrent is not None and entry.max_concurrent < 1:
-        raise KeyFileError(f"{where} has max_concurrent {entry.max_concurrent}; it must be at least 1")
-    if not -1000 <= entry.priority <= 1000:
-        raise KeyFileError(f"{where} has priority {entry.priority}; it must be from -1000 to 1000")
-    for name, value in (("slo_ttft_ms", entry.slo_ttft_ms), ("slo_itl_ms", entry.slo_itl_ms)):
-        if value is not None and not LEAST_MS <= value <= MOST_MS:
-            raise KeyFileError(f"{where} has {name} {value}; it must be from {LEAST_MS:g} to {MOST_MS:.0f}")
-    match entry.key, entry.sha256:
-        case (str(key), None) if key and key.isascii():
-            return _digest(key)
-        case (None, str(digest)):
-            try:
-                packed = bytes.fromhex(digest)
-            except ValueError:
-                packed = b""
-            if len(packed) != hashlib.sha256().digest_size:
-                raise KeyFileError(f"{where} has a sha256 that is not 64 hex digits")
-            return packed
-        case _:
-            raise KeyFileError(f"{where} needs either 'key' (ASCII text) or 'sha256'")
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.auth import ApiKeys, KeyFileError, is_open_to_others
+from app.auth import ApiKeys, is_open_to_others
 from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, RoutingSetup, routing_setup
 from app.gateway import Gateway
@@ -37,6 +37,9 @@ from app.http.routes.replies import error_reply
 from app.http.routes.responses import response_routes
 from app.http.routes.stored_responses import stored_response_routes
 from app.http.routes.tokens import token_routes
+from app.keys.file import KeyFileError
+from app.keys.record import KIND as KEYS
+from app.keys.stored import StoredKeys
 from app.metrics import Metrics, router_gauges
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
@@ -49,6 +52,7 @@ from app.serving.relay import Relay
 from app.serving.retries import ExchangeLimits
 from app.settings import GatewaySettings
 from planes.control import Etcd, WorkerDirectory, watch_config
+from planes.entries import Entries
 from planes.events import EventPlane
 from planes.keyed import KeyedStore
 from planes.objects import ObjectStore
@@ -238,7 +242,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop)
-    if gateway.keys.is_open:  # no keys to read anew: it is the terminal's farewell
+    if gateway.keys.path is None:  # no keys to read anew: it is the terminal's farewell
         loop.add_signal_handler(signal.SIGHUP, server.stop)
     else:
         loop.add_signal_handler(signal.SIGHUP, _reload_keys, gateway.keys)
@@ -254,6 +258,9 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
             background = tasks.create_task(gateway.background.run())
             if gateway.prefills is not None:
                 forever.append(tasks.create_task(gateway.prefills.run()))
+            if (stored := gateway.keys.stored) is not None:
+                followed = Entries(Etcd(settings.etcd), settings.namespace, KEYS)
+                forever.append(tasks.create_task(followed.watch(stored.take, stored.listed)))
             if gateway.recorder is not None:
                 forever.append(tasks.create_task(gateway.recorder.run()))
             host, port = listener.getsockname()[:2]
@@ -274,8 +281,8 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
 
 
 def _log_start(settings: GatewaySettings, host: str, port: int) -> None:
-    if is_open_to_others(settings.host, settings.api_keys_file):
-        _log.warning("gateway.open_to_all", host=host, advice="set --api-keys-file or listen on 127.0.0.1")
+    if is_open_to_others(settings.host, settings.api_keys_file, has_stored_keys=settings.api_keys):
+        _log.warning("gateway.open_to_all", host=host, advice="set --api-keys or listen on 127.0.0.1")
     _log.info("gateway.listening", host=host, port=port, policy=settings.policy)
 
 
@@ -323,7 +330,7 @@ def _routing(settings: GatewaySettings) -> RoutingSetup:
 
 def _keys(settings: GatewaySettings) -> ApiKeys:
     try:
-        return ApiKeys(settings.api_keys_file)
+        return ApiKeys(settings.api_keys_file, stored=StoredKeys() if settings.api_keys else None)
     except KeyFileError as exc:
         raise UnusableSetting("api_keys_file", str(settings.api_keys_file), str(exc)) from exc
 

@@ -92,8 +92,11 @@ class GatewaySettings(ProcessSettings):
     ] = 3.0
     api_keys_file: Annotated[
         Path | None,
-        Parameter(help="TOML file with the API keys that may ask, read anew on SIGHUP. Default: everybody may."),
+        Parameter(help="TOML file of API keys, read anew on SIGHUP. Default, without --api-keys: everybody may ask."),
     ] = None
+    api_keys: Annotated[
+        bool, Parameter(help="Ask for API keys, of those in etcd: headrace keys. May go with --api-keys-file.")
+    ] = False
     record: Annotated[
         Path | None,
         Parameter(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from app.cli.config import ConfigSettings, live_settings
 from app.cli.fleet import FleetTableSettings
+from app.cli.keys import KeySettings, RotateSettings
 from app.cli.role import RoleSettings
 from app.cli.up import UpSettings
 from app.main import create_app
@@ -28,6 +29,14 @@ COMMANDS = {
     "headrace worker": (WorkerSettings, "One worker."),
     "headrace fleet": (FleetTableSettings, "Who is registered, and what they do."),
     "headrace role": (RoleSettings, "`headrace role WORKER both|prefill|decode` changes a running worker's role."),
+    "headrace keys create": (
+        KeySettings,
+        "`headrace keys create TENANT` makes an API key in etcd and shows its secret, once.",
+    ),
+    "headrace keys rotate": (
+        RotateSettings,
+        "`headrace keys rotate ID` gives a key another secret; `list` and `revoke ID` know its first two flags alone.",
+    ),
     "headrace config": (
         ConfigSettings,
         "Routing settings that gateways follow while they run; `name=value` changes one, `name=null` undoes it.",

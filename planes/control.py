@@ -369,11 +369,18 @@ async def watch_config(etcd: Etcd, namespace: str, on_change: Callable[[bytes | 
 
 
 async def watch_keys(
-    etcd: Etcd, user: str, key: bytes, on_change: Callable[[bytes, bytes | None], None], *, is_prefix: bool = False
+    etcd: Etcd,
+    user: str,
+    key: bytes,
+    on_change: Callable[[bytes, bytes | None], None],
+    *,
+    is_prefix: bool = False,
+    on_listed: Callable[[], None] | None = None,
 ) -> None:
     """Call `on_change` with what a key holds, or all keys with this prefix, now and after each change, until cancelled.
 
-    None as a value: it is gone.  user: what the log calls whoever watches.
+    None as a value: it is gone.  user: what the log calls whoever watches.  on_listed: called after each time that all
+    which is there has been told.
     """
     end = prefix_range_end(key) if is_prefix else None
     known: dict[bytes, bytes] = {}
@@ -391,6 +398,8 @@ async def watch_keys(
         def listed(entries: dict[bytes, bytes]) -> None:
             for found in known.keys() | entries.keys():
                 take(found, entries.get(found))
+            if on_listed is not None:
+                on_listed()
             healthy()
 
         await _mirror(client, key, end, listed, take)

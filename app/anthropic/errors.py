@@ -4,6 +4,7 @@
 |---------------|-----------------------|
 | 400, 4xx      | invalid_request_error |
 | 401           | authentication_error  |
+| 403           | permission_error      |
 | 404           | not_found_error       |
 | 413           | request_too_large     |
 | 429           | rate_limit_error      |
@@ -21,6 +22,7 @@ from app.openai.errors import ErrorResponse
 
 _TYPES: Final = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",

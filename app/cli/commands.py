@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from dataclasses import fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from cyclopts import Parameter
 from app.cli import servers
 from app.cli.config import ConfigSettings, change_config, live_settings
 from app.cli.fleet import FleetTableSettings, show
+from app.cli.keys import KeySettings, RotateSettings, create_key, list_keys, revoke_key, rotate_key
 from app.cli.role import RoleSettings, change_role
 from app.cli.up import UpSettings, run_everything
 from app.settings import GatewaySettings
@@ -22,7 +24,7 @@ from planes.wire.errors import HeadraceError
 from planes.wire.messages import Role, WorkerId
 from process.environment import strangers
 from process.programs import program
-from process.settings import command_line
+from process.settings import EtcdSettings, command_line
 from process.signals import hold_sigterm
 from workers.settings import WorkerSettings
 
@@ -34,7 +36,16 @@ app = command_line(
 app.version = lambda: importlib.metadata.version("headrace")
 app.version_flags = ["--version"]
 
-_EVERYTHING = (UpSettings, GatewaySettings, WorkerSettings, FleetTableSettings, ConfigSettings, RoleSettings)
+_EVERYTHING = (
+    UpSettings,
+    GatewaySettings,
+    WorkerSettings,
+    FleetTableSettings,
+    ConfigSettings,
+    RoleSettings,
+    KeySettings,
+    RotateSettings,
+)
 """What variables may say in the shell where small commands run: that of a fleet's operator."""
 _FLAGS = Parameter(name="*")
 _Port = Annotated[int, Parameter(help="Port to listen on.")]
@@ -50,6 +61,8 @@ _Changes = Annotated[
 ]
 _WorkerName = Annotated[str, Parameter(show_env_var=False, help="Its name in the fleet: headrace fleet.")]
 _Role = Annotated[Literal["prefill", "decode", "both"], Parameter(show_env_var=False, help="What it shall be.")]
+_Tenant = Annotated[str, Parameter(show_env_var=False, help="Whose it is: the name in metrics, shares and usage.")]
+_KeyId = Annotated[str, Parameter(show_env_var=False, help="Its id, which is no secret: headrace keys list.")]
 _DataDir = Annotated[Path | None, Parameter(help="Where its data lives. Default: a new temporary folder.")]
 
 
@@ -133,6 +146,50 @@ def role(worker: _WorkerName, role: _Role, /, *, settings: Annotated[RoleSetting
     is_changed, told = asyncio.run(change_role(WorkerId(worker), Role(role), settings))
     print(told)
     return 0 if is_changed else 1
+
+
+keys = command_line("keys", "API keys in etcd, for gateways with --api-keys; all of them follow at once.")
+app.command(keys)
+
+
+@keys.command(name="create")
+def create(tenant: _Tenant, /, *, settings: Annotated[KeySettings | None, _FLAGS] = None) -> None:
+    """Make a key: headrace keys create search --tokens-per-minute 200000
+
+    Its secret is shown once, alone on the standard output, and kept by nobody.
+    """
+    settings = settings or KeySettings()
+    _tell_strangers(*_EVERYTHING)
+    name, secret = asyncio.run(create_key(tenant, settings, now=datetime.now(UTC)))
+    print(f"key {name}; its secret, which nobody can show again:", file=sys.stderr)
+    print(secret)
+
+
+@keys.command(name="list")
+def list_(settings: Annotated[EtcdSettings | None, _FLAGS] = None) -> None:
+    """Show the keys and what they allow, without their secrets."""
+    settings = settings or EtcdSettings()
+    _tell_strangers(*_EVERYTHING)
+    print(asyncio.run(list_keys(settings, now=datetime.now(UTC))))
+
+
+@keys.command
+def revoke(key: _KeyId, /, *, settings: Annotated[EtcdSettings | None, _FLAGS] = None) -> None:
+    """End a key at once: headrace keys revoke key_0123456789ab"""
+    settings = settings or EtcdSettings()
+    _tell_strangers(*_EVERYTHING)
+    asyncio.run(revoke_key(key, settings))
+
+
+@keys.command
+def rotate(key: _KeyId, /, *, settings: Annotated[RotateSettings | None, _FLAGS] = None) -> None:
+    """Give a key another secret: headrace keys rotate key_0123456789ab --grace-s 86400
+
+    The secret before works on for the grace period; limits and usage are those of the key.
+    """
+    settings = settings or RotateSettings()
+    _tell_strangers(*_EVERYTHING)
+    print(asyncio.run(rotate_key(key, settings, now=datetime.now(UTC))))
 
 
 class NotInstalled(HeadraceError):  # noqa: N818 - names what is wrong

@@ -22,9 +22,10 @@ from urllib.parse import urlsplit
 
 from cyclopts import Parameter
 
-from app.auth import is_open_to_others, load_keys
+from app.auth import is_open_to_others
 from app.cli.servers import Server, ServerNotStarted, etcd_server, nats_server
 from app.cli.supervisor import Child, Supervisor, ending, keep_running, say
+from app.keys.file import load_keys
 from app.settings import GatewaySettings
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import Role

@@ -5,11 +5,11 @@ from typing import Any
 
 import msgspec
 
-from app.auth import Tenant
 from app.gateway import Gateway
 from app.http.body import BodyLease
 from app.http.intake import max_body_bytes, prepared_request
 from app.http.routes.generate import Admitted
+from app.keys.tenant import Tenant
 from app.openai.responses.bodies import Item
 from app.openai.responses.items import known_items
 from app.openai.responses.request import ResponseRequest

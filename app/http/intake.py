@@ -8,12 +8,12 @@ from typing import Final, TypeVar
 import msgspec
 from starlette.requests import Request
 
-from app.auth import Tenant
 from app.gateway import Gateway
 from app.http.body import BodyLease, read_body, useful_bytes
+from app.keys.tenant import Tenant
+from app.openai.errors import ModelNotFound
 from app.openai.request_headers import SCRIPT, parse_header_options
 from app.openai.schema import Kind, ParsedRequest
-from app.prompt.catalog import Models
 from app.prompt.prepare import ModelEntry
 from app.prompt.script import scripted
 from app.serving.request import GatewayRequest, Prewarm
@@ -68,15 +68,25 @@ async def read_parsed(
 @asynccontextmanager
 async def parsed_body(
     gateway: Gateway, request: Request, parse: Callable[[bytes], Result]
-) -> AsyncIterator[tuple[Result, float]]:
-    """For routes that generate nothing: what `parse` makes of the body, and the deadline, within the key's limits.
+) -> AsyncIterator[tuple[Result, Tenant, float]]:
+    """For routes that generate nothing: what `parse` makes of the body, who sent it, and the deadline.
 
     Raises:  HeadraceError.
     """
     tenant, arrived_at = gateway.keys.authenticate(request.headers), gateway.clock()
     with gateway.keys.admitted(tenant), gateway.bodies.lease() as lease:
         parsed, _ = await read_parsed(gateway, request, parse, lease, arrived_at=arrived_at)
-        yield parsed, arrived_at + gateway.settings.request_timeout_s
+        yield parsed, tenant, arrived_at + gateway.settings.request_timeout_s
+
+
+def model_of(gateway: Gateway, tenant: Tenant, name: str) -> ModelEntry:
+    """What prepares a request for a model. One that the key may not use is as one that is not there.
+
+    Raises:  ModelNotFound, and others of `Models.entry`.
+    """
+    if not tenant.may_use(name):
+        raise ModelNotFound(name)
+    return gateway.models.entry(name)
 
 
 async def prepared_request(
@@ -116,8 +126,8 @@ async def _prepared_prompt(
         parsed = _prompt_alone(parsed)
     limit_s = gateway.settings.request_timeout_s
     deadline = arrived_at + min(limit_s, parsed.timeout_s or limit_s)
-    model = gateway.models.entry(parsed.model)
-    _check_task(parsed, model, gateway.models)
+    model = model_of(gateway, tenant, parsed.model)
+    _check_task(parsed, model, gateway, tenant)
     prepared = await gateway.preprocessor.prepare(
         parsed, model, cache_salt=tenant.salted(parsed.cache_salt), deadline=deadline
     )
@@ -185,13 +195,14 @@ def _prompt_alone(parsed: ParsedRequest) -> ParsedRequest:
     )
 
 
-def _check_task(parsed: ParsedRequest, model: ModelEntry, models: Models) -> None:
+def _check_task(parsed: ParsedRequest, model: ModelEntry, gateway: Gateway, tenant: Tenant) -> None:
     """Raises:  InvalidRequest."""
     is_embedding = parsed.kind is Kind.EMBEDDING
     if is_embedding == (model.embedding_size > 0):
         return
     does = "generates and embeds nothing" if is_embedding else "makes embeddings, which are at /v1/embeddings"
-    others = ", ".join(map(repr, models.for_task(is_embedding=is_embedding)))[:500] or "none"
+    names = filter(tenant.may_use, gateway.models.for_task(is_embedding=is_embedding))
+    others = ", ".join(map(repr, names))[:500] or "none"
     raise InvalidRequest(
         f"The model '{model.model}' {does}. Models here that {'embed' if is_embedding else 'generate'}: {others}.",
         param="model",

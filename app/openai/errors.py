@@ -4,6 +4,7 @@
 |-----------------------------------------|---------------------|-------------------------------------------|
 | InvalidRequest                          | 400, or by its code | invalid_request_error                     |
 | … code invalid_api_key                  | 401                 | authentication_error                      |
+| … code admin_only                       | 403                 | permission_error                          |
 | … code model_not_found, not_found       | 404                 | invalid_request_error                     |
 | … code method_not_allowed               | 405                 | invalid_request_error                     |
 | … code request_timeout                  | 408                 | invalid_request_error                     |
@@ -31,6 +32,7 @@ from planes.wire.errors import Expired, HeadraceError, Interrupted, InvalidReque
 
 _STATUS_OF_INVALID: Final = {
     "invalid_api_key": 401,
+    "admin_only": 403,
     "model_not_found": 404,
     "not_found": 404,
     "method_not_allowed": 405,
@@ -40,6 +42,7 @@ _STATUS_OF_INVALID: Final = {
     "too_many_pipelined": 429,
     "head_too_large": 431,
 }
+_TYPE_OF_INVALID: Final = {"invalid_api_key": "authentication_error", "admin_only": "permission_error"}
 _STATUS_OF_REJECTED: Final = {
     "queue_full": 429,
     "slo_missed": 429,
@@ -155,7 +158,7 @@ def status_of(exc: BaseException) -> int:
 def _type(exc: BaseException) -> str:
     match exc:
         case InvalidRequest():
-            return "authentication_error" if exc.code == "invalid_api_key" else "invalid_request_error"
+            return _TYPE_OF_INVALID.get(exc.code, "invalid_request_error")
         case Rejected():
             return "rate_limit_error" if status_of(exc) == 429 else "server_overloaded"
         case Expired():

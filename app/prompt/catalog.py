@@ -12,7 +12,7 @@ ids are.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -152,9 +152,12 @@ class Models:
         """The names of those that make vectors, or of those that generate."""
         return sorted(name for name, entry in self._current.items() if (entry.embedding_size > 0) == is_embedding)
 
-    def only(self) -> str:
-        """The name of the one model that there is.  Raises:  InvalidRequest if there are several; NoModelYet."""
-        names = sorted({served.registration.model for served in self._workers.values()})
+    def only(self, is_allowed: Callable[[str], bool] = lambda _: True) -> str:
+        """The name of the one model that there is.  Raises:  InvalidRequest if there are several; NoModelYet.
+
+        is_allowed: told a model's name, whether whoever asks may know of it.
+        """
+        names = sorted(filter(is_allowed, {served.registration.model for served in self._workers.values()}))
         if len(names) > 1:
             raise InvalidRequest(
                 f"Missing required parameter: 'model'. {len(names)} models are served here: {', '.join(names)[:500]}.",

@@ -25,9 +25,9 @@ import msgspec
 
 from app.anthropic.message import parse_count, parse_message
 from app.anthropic.schema import MessageBody
-from app.auth import Tenant
 from app.http.intake import prepared_request
 from app.http.routes.tokens import text_of, tokenized_body
+from app.keys.tenant import Tenant
 from app.openai.bodies import ChatBody, CompletionBody
 from app.openai.chat import parse_chat
 from app.openai.completions import parse_completion

@@ -26,20 +26,21 @@ def completion_routes(gateway: Gateway) -> APIRouter:
 
     @routes.get("/v1/models", response_model=None)
     async def models(request: Request) -> Response:
-        """The models that registered workers serve."""
-        gateway.keys.authenticate(request.headers)
+        """The models that registered workers serve and the key may use."""
+        tenant = gateway.keys.authenticate(request.headers)
+        names = {name: created for name, created in gateway.fleet.models().items() if tenant.may_use(name)}
         if _is_anthropic(request):
-            listed = [_anthropic_model(gateway, name, created) for name, created in gateway.fleet.models().items()]
+            listed = [_anthropic_model(gateway, name, created) for name, created in names.items()]
             ends = {"first_id": listed[0]["id"], "last_id": listed[-1]["id"]} if listed else {}
             return json_reply({"data": listed, "has_more": False, "first_id": None, "last_id": None, **ends})
-        served = [_model(gateway, name, created) for name, created in gateway.fleet.models().items()]
+        served = [_model(gateway, name, created) for name, created in names.items()]
         return json_reply({"object": "list", "data": served})
 
     @routes.get("/v1/models/{model:path}", response_model=None)
     async def model(request: Request, model: str) -> Response:
         """One of the models; 404 if no worker serves it."""
-        gateway.keys.authenticate(request.headers)
-        if (created := gateway.fleet.models().get(model)) is None:
+        tenant = gateway.keys.authenticate(request.headers)
+        if not tenant.may_use(model) or (created := gateway.fleet.models().get(model)) is None:
             raise ModelNotFound(model)
         shape = _anthropic_model if _is_anthropic(request) else _model
         return json_reply(shape(gateway, model, created))

@@ -8,12 +8,13 @@ import structlog
 from fastapi import Request
 from starlette.routing import Route
 
-from app.auth import Tenant, TenantSlots
+from app.auth import TenantSlots
 from app.gateway import Gateway
 from app.http.intake import read_request
 from app.http.merged import run_merged
 from app.http.prewarmed import PrewarmedResponse
 from app.http.response import ErrorDialect, Streamed, StreamedResponse
+from app.keys.tenant import Tenant
 from app.metrics import RequestSummary
 from app.openai import errors as openai_errors
 from app.openai.errors import code_of

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from app.anthropic import errors
 from app.anthropic.message import parse_count, parse_message
 from app.gateway import Gateway
-from app.http.intake import Parse, parsed_body
+from app.http.intake import Parse, model_of, parsed_body
 from app.http.routes.generate import generating_route
 from app.http.routes.replies import error_reply, json_reply, with_ignored
 from planes.wire.errors import HeadraceError
@@ -41,6 +41,6 @@ def message_routes(gateway: Gateway) -> APIRouter:
 
 async def _num_tokens(gateway: Gateway, request: Request, parse: Parse) -> tuple[int, tuple[str, ...]]:
     """Of the prompt; and the names of the fields that nobody knows."""
-    async with parsed_body(gateway, request, parse) as (parsed, deadline):
-        model = gateway.models.entry(parsed.model)
+    async with parsed_body(gateway, request, parse) as (parsed, tenant, deadline):
+        model = model_of(gateway, tenant, parsed.model)
         return len(await gateway.preprocessor.tokenize(parsed, model, deadline=deadline)), parsed.ignored

@@ -7,15 +7,15 @@ from typing import Final
 import structlog
 from fastapi import APIRouter, Request, Response
 
-from app.auth import Tenant
 from app.gateway import Gateway
 from app.http.conversation import Conversation, load_conversation, prepared_response
-from app.http.intake import read_parsed
+from app.http.intake import model_of, read_parsed
 from app.http.prewarmed import PrewarmedResponse
 from app.http.response import StreamedResponse
 from app.http.routes.generate import Admitted, served_route
 from app.http.routes.replies import json_reply, with_ignored
 from app.http.routes.stored_responses import JSON, send_stream
+from app.keys.tenant import Tenant
 from app.openai.responses.request import ResponseRequest, parse_response
 from app.responses.keeping import KeepingResponse
 from app.responses.store import NotKept, StoredResponse
@@ -72,7 +72,7 @@ def response_routes(gateway: Gateway) -> APIRouter:
         with gateway.keys.admitted(tenant), gateway.bodies.lease() as lease:
             asked, num_bytes = await read_parsed(gateway, request, parse, lease, arrived_at=arrived_at)
             conversation = await load_conversation(gateway, asked, tenant, lease, num_bytes, is_stored=False)
-            model = gateway.models.entry(conversation.parsed.model)
+            model = model_of(gateway, tenant, conversation.parsed.model)
             deadline = arrived_at + gateway.settings.request_timeout_s
             tokens = await gateway.preprocessor.tokenize(conversation.parsed, model, deadline=deadline)
         told = {"object": "response.input_tokens", "input_tokens": len(tokens)}

@@ -7,10 +7,10 @@ import structlog
 from fastapi import APIRouter, Request, Response
 from starlette.routing import Route
 
-from app.auth import Tenant
 from app.gateway import Gateway
 from app.http.response import Streamed, StreamedResponse
 from app.http.routes.replies import json_reply
+from app.keys.tenant import Tenant
 from app.openai.responses.items import listed_items
 from app.responses.background import Wish
 from app.responses.follow import NotStreamed, follow

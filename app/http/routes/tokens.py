@@ -5,7 +5,7 @@ from functools import partial
 from fastapi import APIRouter, Request, Response
 
 from app.gateway import Gateway
-from app.http.intake import parsed_body
+from app.http.intake import model_of, parsed_body
 from app.http.routes.replies import json_reply, with_ignored
 from app.openai.tokenize import parse_detokenize, parse_tokenize
 from app.prompt.prepare import ModelEntry, check_vocabulary
@@ -22,8 +22,8 @@ def token_routes(gateway: Gateway) -> APIRouter:
     @routes.post("/tokenize", response_model=None)
     async def tokenize(request: Request) -> Response:
         """The tokens of a prompt or of a conversation, as a request with it would have them."""
-        async with parsed_body(gateway, request, parse_asked) as (asked, deadline):
-            model = gateway.models.entry(asked.parsed.model or gateway.models.only())
+        async with parsed_body(gateway, request, parse_asked) as (asked, tenant, deadline):
+            model = model_of(gateway, tenant, asked.parsed.model or gateway.models.only(tenant.may_use))
             prepare = gateway.preprocessor
             tokens = await prepare.tokenize(asked.parsed, model, is_plain=asked.is_plain, deadline=deadline)
             body = await prepare.run(tokenized_body, model, tokens, asked.has_strings, num_bytes=4 * len(tokens))
@@ -32,8 +32,8 @@ def token_routes(gateway: Gateway) -> APIRouter:
     @routes.post("/detokenize", response_model=None)
     async def detokenize(request: Request) -> Response:
         """The text of tokens, control tokens included."""
-        async with parsed_body(gateway, request, parse_tokens) as (asked, deadline):
-            model = gateway.models.entry(asked.model or gateway.models.only())
+        async with parsed_body(gateway, request, parse_tokens) as (asked, tenant, deadline):
+            model = model_of(gateway, tenant, asked.model or gateway.models.only(tenant.may_use))
             text = await gateway.preprocessor.run(
                 text_of, model, asked.tokens, num_bytes=asked.num_bytes, deadline=deadline
             )

@@ -1,19 +1,23 @@
 import hashlib
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from app.auth import (
-    ANYBODY,
+    AdminOnly,
     ApiKeys,
-    KeyFileError,
-    Tenant,
+    KeysUnknown,
     TooManyChoices,
     TooManyConcurrent,
     Unauthenticated,
     is_open_to_others,
-    load_keys,
 )
+from app.keys.file import KeyFileError
+from app.keys.record import created, new_secret
+from app.keys.stored import StoredKeys
+from app.keys.tenant import ANYBODY, KeyTerms
 
 DIGEST = hashlib.sha256(b"sk-two").hexdigest()
 KEYS = f"""
@@ -45,7 +49,8 @@ def test_without_a_key_file_anybody_may_ask():
 
 def test_a_key_in_plain_text_or_hashed_names_its_tenant(path):
     keys = ApiKeys(path)
-    assert keys.authenticate({"authorization": "Bearer sk-one"}) == Tenant("one", 2, 2, "s")
+    one = keys.authenticate({"authorization": "Bearer sk-one"})
+    assert (one.name, one.priority, one.max_concurrent, one.cache_salt) == ("one", 2, 2, "s")
     assert keys.authenticate({"authorization": "bearer  sk-two "}).name == "two"
 
 
@@ -143,73 +148,6 @@ def test_an_unusable_file_leaves_the_old_keys_valid(path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("keys = 3", "Expected `array`"),
-        ("nonsense", "not valid"),
-        ("[[keys]]\nkey = 'x'", "missing required field `tenant`"),
-        ("[[keys]]\ntenant = 'a'\nkey = 'x'\nprioriti = 1", "unknown field `prioriti`"),
-        ("[[keys]]\ntenant = ''\nkey = 'x'", "needs a tenant name"),
-        ("[[keys]]\ntenant = 'a'", "either 'key' (ASCII text) or 'sha256'"),
-        ("[[keys]]\ntenant = 'a'\nkey = 'x'\nsha256 = 'y'", "either 'key'"),
-        ("[[keys]]\ntenant = 'a'\nkey = ''", "either 'key'"),
-        ("[[keys]]\ntenant = 'a'\nsha256 = 'abc'", "not 64 hex digits"),
-        ("[[keys]]\ntenant = 'a'\nkey = 'x'\nmax_concurrent = 0", "max_concurrent 0; it must be at least 1"),
-        ("[[keys]]\ntenant = 'a'\nkey = 'x'\npriority = 9999", "from -1000 to 1000"),
-        ("[[keys]]\ntenant = 'a'\nkey = 'x'\nslo_ttft_ms = 0", "slo_ttft_ms 0.0; it must be from 0.001 to 86400000"),
-        ("[[keys]]\ntenant = 'a'\nkey = 'x'\nslo_itl_ms = nan", "slo_itl_ms nan; it must be from 0.001 to"),
-        ("[[keys]]\ntenant = 'a'\nkey = 'x'\nslo_itl_ms = '5'", "Expected `float | null`, got `str`"),
-        ("[[keys]]\ntenant = 'a'\nkey = 'x'\n[[keys]]\ntenant = 'b'\nkey = 'x'", "has a key twice"),
-    ],
-)
-def test_an_unusable_file_is_refused_with_the_reason(tmp_path, text, said):
-    path = tmp_path / "keys.toml"
-    path.write_text(text)
-    with pytest.raises(KeyFileError) as caught:
-        load_keys(path)
-    assert said in str(caught.value)
-
-
-def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(KeyFileError, match="cannot be read"):
-        ApiKeys(tmp_path / "none.toml")
-
-
-def test_a_key_says_what_its_requests_shall_keep(tmp_path):
-    path = tmp_path / "keys.toml"
-    path.write_text("[[keys]]\ntenant = 'a'\nkey = 'x'\nslo_ttft_ms = 2000\nslo_itl_ms = 12.5\n")
-    (tenant,) = load_keys(path).values()
-    assert (tenant.slo_ttft_s, tenant.slo_itl_s) == (2.0, 0.0125)
-
-
-def test_nobody_gets_ahead_of_their_key():
-    tenant = Tenant("a", priority=2)
-    assert [tenant.priority_of(requested) for requested in (None, 0, 2, 5)] == [2, 2, 2, 5]
-
-
-def test_no_tenant_can_spell_the_salt_of_another():
-    salted, plain = Tenant("a", cache_salt="x"), Tenant("b")
-    assert plain.salted("") == ""
-    assert salted.salted("y") == "1:xy"
-    assert plain.salted("1:xy") != salted.salted("y")
-    assert Tenant("c", cache_salt="xy").salted("") != salted.salted("y")
-
-
-def test_tenants_share_cached_prompts_only_if_their_keys_say_so(tmp_path):
-    path = tmp_path / "keys.toml"
-
-    def salts(*salts):
-        entries = [f'[[keys]]\ntenant = "{i}"\nkey = "sk-{i}"\n{salt}\n' for i, salt in enumerate(salts)]
-        path.write_text("".join(entries))
-        return {tenant.salted("") for tenant in load_keys(path).values()}
-
-    assert len(salts("", "")) == 2
-    assert "" not in salts("", "")
-    assert len(salts('cache_salt = "x"', 'cache_salt = "x"')) == 1
-    assert salts('cache_salt = ""', 'cache_salt = ""') == {""}
-
-
-@pytest.mark.parametrize(
     ("host", "keys", "is_open"),
     [("0.0.0.0", None, True), ("::", None, True), ("10.0.0.1", None, True), ("0.0.0.0", Path("k"), False)]
     + [(host, None, False) for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost")]
@@ -217,3 +155,77 @@ def test_tenants_share_cached_prompts_only_if_their_keys_say_so(tmp_path):
 )
 def test_who_listens_beyond_this_machine_without_keys_is_open_to_others(host, keys, is_open):
     assert is_open_to_others(host, keys) is is_open
+
+
+NOW = datetime(2026, 11, 28, tzinfo=UTC)
+
+
+def bearer(secret):
+    return {"authorization": f"Bearer {secret}"}
+
+
+def stored_key(stored, name="key_1", **terms):
+    secret = new_secret()
+    record = created(KeyTerms(**({"tenant": "t"} | terms)), secret, now=NOW)
+    stored.take(name, msgspec.json.encode(record))
+    return secret
+
+
+def test_a_gateway_that_has_not_heard_from_etcd_knows_no_key_and_says_so(path):
+    stored = StoredKeys()
+    keys = ApiKeys(path, stored=stored)
+    assert not keys.is_open
+    assert keys.authenticate(bearer("sk-one")).name == "one", "the file's are known"
+    with pytest.raises(KeysUnknown):
+        keys.authenticate(bearer("sk-hr-x"))
+    stored.listed()
+    with pytest.raises(Unauthenticated, match="not one of this server's"):
+        keys.authenticate(bearer("sk-hr-x"))
+
+
+def test_a_key_in_etcd_works_from_when_it_is_heard_of_until_it_is_gone():
+    stored = StoredKeys()
+    keys = ApiKeys(stored=stored)
+    stored.listed()
+    secret = stored_key(stored, tenant="search", priority=3)
+    tenant = keys.authenticate({"x-api-key": secret})
+    assert (tenant.name, tenant.account, tenant.priority) == ("search", "key_1", 3)
+    stored.take("key_1", None)
+    with pytest.raises(Unauthenticated):
+        keys.authenticate(bearer(secret))
+
+
+def test_an_expired_key_lets_nobody_in():
+    stored, now = StoredKeys(), [NOW.timestamp()]
+    keys = ApiKeys(stored=stored, wall_clock=lambda: now[0])
+    secret = stored_key(stored, expires_at=NOW + timedelta(seconds=10))
+    now[0] += 9.9
+    keys.authenticate(bearer(secret))
+    now[0] += 0.1
+    with pytest.raises(Unauthenticated, match="expired"):
+        keys.authenticate(bearer(secret))
+
+
+def test_what_is_everybodys_is_told_to_admins_and_where_there_are_no_keys():
+    stored = StoredKeys()
+    keys = ApiKeys(stored=stored)
+    plain, admin = stored_key(stored), stored_key(stored, "key_2", admin=True)
+    assert keys.authenticate_admin(bearer(admin)).account == "key_2"
+    with pytest.raises(AdminOnly):
+        keys.authenticate_admin(bearer(plain))
+    with pytest.raises(Unauthenticated):
+        keys.authenticate_admin({})
+    assert ApiKeys().authenticate_admin({}) is ANYBODY
+
+
+def test_each_key_in_etcd_counts_its_own_sequences():
+    stored = StoredKeys()
+    keys = ApiKeys(stored=stored)
+    one, other = (stored_key(stored, name, max_concurrent=1) for name in ("key_1", "key_2"))
+    with (
+        keys.admitted(keys.authenticate(bearer(one))),
+        keys.admitted(keys.authenticate(bearer(other))),
+        pytest.raises(TooManyConcurrent),
+        keys.admitted(keys.authenticate(bearer(one))),
+    ):
+        pass

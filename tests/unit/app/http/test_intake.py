@@ -9,9 +9,9 @@ import pytest
 from starlette.requests import Request
 
 from app.anthropic.message import parse_message
-from app.auth import ANYBODY, Tenant
 from app.http.body import BodiesFull, BodyMemory
 from app.http.intake import read_request
+from app.keys.tenant import ANYBODY, Tenant
 from app.openai.chat import parse_chat
 from app.openai.completions import parse_completion
 from app.prompt.prepare import ModelEntry, Preprocessor
