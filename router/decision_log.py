@@ -1,7 +1,8 @@
-"""The router's recent decisions, in full."""
+"""The router's recent decisions, in full, and what became of the requests."""
 
 from collections import OrderedDict
 from heapq import nsmallest
+from itertools import islice
 from operator import attrgetter
 
 from planes.wire.messages import RequestId
@@ -42,6 +43,15 @@ class History:
         self.limit = limit
         while len(self._explanations) > limit:
             self._explanations.popitem(last=False)
+
+    def ended(self, tenant: str | None, limit: int) -> list[Explanation]:
+        """Of requests that have a timeline, the latest first.  tenant: whose; None: everybody's."""
+        found = (
+            each
+            for each in reversed(self._explanations.values())
+            if each.timeline is not None and tenant in (None, each.tenant)
+        )
+        return list(islice(found, limit))
 
     def get(self, request: RequestId) -> Explanation | None:
         return self._explanations.get(request)

@@ -7,6 +7,7 @@ import msgspec
 
 from planes.wire.blocks import Hashes
 from planes.wire.messages import RequestId, WorkerId
+from router.timeline import Timeline
 
 
 class Sacrifice(StrEnum):
@@ -213,3 +214,5 @@ class Explanation:
     """Which attempt to serve the request this is: a retry or a migration is decided anew."""
     earlier: tuple["Explanation", ...] = ()
     """The attempts before, oldest first; of many the latest."""
+    timeline: Timeline | None = None
+    """Where its time went; None until it has ended."""

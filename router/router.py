@@ -33,6 +33,7 @@ from router.queue import Queue, Waiting
 from router.request import Candidate, Explanation, Observed, Outcome, RoutableRequest, Route, SloSource
 from router.settings import RouterSettings
 from router.stats import Counts, LinkStatus, RouterStats, ShadowStats, WorkerStatus
+from router.timeline import Timeline
 from router.worker import Reservation
 
 _LENGTH_GAIN = 0.02
@@ -347,6 +348,16 @@ class Router:
     def explain(self, request: RequestId) -> Explanation | None:
         """What was decided for a recent request, and what came of it."""
         return self._history.get(request)
+
+    def ended(self, timeline: Timeline) -> None:
+        """A request is over, however it ended. One that is not remembered (any more) is nobody's question."""
+        explanation = self._history.get(timeline.request)
+        if explanation is not None:
+            explanation.timeline = timeline
+
+    def recent(self, tenant: str | None, limit: int) -> list[Explanation]:
+        """The last requests that have ended, the latest first.  tenant: whose; None: everybody's."""
+        return self._history.ended(tenant, limit)
 
     def preview(self, request: RoutableRequest, *, now: float) -> Explanation:
         """What would be decided now. Changes nothing: it is a copy of the policy that is asked."""

@@ -81,6 +81,7 @@ class FakeRouter:
         self.released: list = []
         self.withdrawn: list[RequestId] = []
         self.prefills: list[RequestId] = []
+        self.timelines: list = []
         self.up: dict[WorkerId, Registration] = {}
         self.log: list = []
         self.answers: list = []
@@ -88,6 +89,9 @@ class FakeRouter:
         self.refuses: Exception | None = None
         self.raises: Exception | None = None
         self.stale: list[WorkerId] = []
+
+    def ended(self, timeline):
+        self.timelines.append(timeline)
 
     def submit(self, request, *, now):
         if self.refuses is not None:

@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Route
 from app.anthropic import errors as anthropic_errors
 from app.anthropic.schema import ConversationBody, MessageBody
 from app.http.json_schema import Schemas
+from app.http.routes.operations import MOST_ROUTES_LISTED
 from app.openai import errors as openai_errors
 from app.openai.bodies import UNSUPPORTED_CHAT, UNSUPPORTED_COMPLETION, ChatBody, CompletionBody
 from app.openai.embeddings import EmbeddingBody
@@ -65,6 +66,9 @@ DETAILS: Final[dict[tuple[str, str], RouteDetails]] = {
     ("POST", "/v1/messages"): RouteDetails(MessageBody, is_streamed=True, statuses=_GENERATING, error=_ANTHROPIC),
     ("POST", "/v1/messages/count_tokens"): RouteDetails(ConversationBody, error=_ANTHROPIC),
     ("POST", "/v1/routes"): RouteDetails(ChatBody),
+    ("GET", "/v1/routes"): RouteDetails(
+        query=(("limit", {"type": "integer", "minimum": 1, "maximum": MOST_ROUTES_LISTED}),)
+    ),
     ("POST", "/v1/embeddings"): RouteDetails(EmbeddingBody, statuses=_GENERATING),
     ("POST", "/tokenize"): RouteDetails(TokenizeBody),
     ("POST", "/detokenize"): RouteDetails(DetokenizeBody),

@@ -20,7 +20,13 @@ class Attempt:
     first_at: float | None = None
     prefilled_by: WorkerId | None = None
     """Which worker took the prompt from the queue, if any did."""
-    is_prefilled: bool = False
+    prefilled_at: float | None = None
+    """Instant at which the prompt was known to be computed."""
+    handover_at: float | None = None
+    """Instant at which a leg was started that takes the KV cache."""
+    decoding_at: float | None = None
+    """Instant of the first news of the worker that decodes."""
+    ended_at: float | None = None
     prefill: Usage | None = None
     decode: Usage | None = None
     outcome: Outcome = Outcome.FAILED

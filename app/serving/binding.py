@@ -18,6 +18,7 @@ from planes.wire.messages import RequestId
 from router.errors import PolicyFailed
 from router.request import Observed, Outcome, RoutableRequest, Route
 from router.router import Refusal, Router
+from router.timeline import Timeline
 
 _log = structlog.get_logger()
 
@@ -88,6 +89,10 @@ class Dispatcher:
         """Give a bound request's reservation back, and say what came of it."""
         self._router.release(request, observed, now=self._clock())
         self.changed()
+
+    def ended(self, timeline: Timeline) -> None:
+        """A request has ended: what is kept of its decision tells where its time went."""
+        self._router.ended(timeline)
 
     def changed(self) -> None:
         """Something that the router knows has changed; it will be asked before this turn of the loop is over."""

@@ -61,7 +61,7 @@ class ExchangeDriver:
 
     def start(self) -> None:
         """Ask for the first route."""
-        self.perform(self.exchange.start())
+        self.perform(self.exchange.start(now=self._clock()))
         self._work_off()
 
     def receive(self, event: Event) -> None:

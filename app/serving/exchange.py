@@ -95,8 +95,11 @@ class Exchange:
         self.attempts: list[Attempt] = []
         self.code = ""
         """How it ended, for metrics and log; empty until then."""
+        self.submitted_at = request.arrived_at
+        """Instant at which the router was asked first."""
         self.first_at: float | None = None
         """Instant of the client's first token."""
+        self.ended_at: float | None = None
         self.is_begun = False
         """A streamed answer's head has been sent."""
         self._has_said = False
@@ -118,8 +121,9 @@ class Exchange:
         """The last one."""
         return self.attempts[-1] if self.attempts else None
 
-    def start(self) -> list[Effect]:
+    def start(self, *, now: float) -> list[Effect]:
         """Ask for the first route."""
+        self.submitted_at = now
         return [self._submit()]
 
     def receive(self, event: Event, *, now: float) -> list[Effect]:
@@ -162,7 +166,7 @@ class Exchange:
         if event.endpoint.mode is HandoverMode.PUSH:
             if self._has_prefill_queue:
                 told.append(self._bypass("push", "a handover by push needs both legs at once"))
-            self.state = State.PUSHING
+            self.state, self.attempts[-1].handover_at = State.PUSHING, now
             taking = self._start(route.decode, DecodeLeg(source=event.endpoint))
             return [*told, taking, self._start(route.prefill, PrefillLeg(HandoverMode.PUSH))]
         kind = PrefillLeg(HandoverMode.PULL, emit_first=self.request.is_first_token_early)
@@ -183,13 +187,13 @@ class Exchange:
             return self._wait(now)
         if not self.tokens or isinstance(error, DeadlineExceeded):
             # A worker that is well and cannot serve this says more than that nobody else can.
-            return self._give_up(self._lost if isinstance(self._lost, WorkerFailed | WorkerDisagrees) else error)
+            return self._give_up(self._lost if isinstance(self._lost, WorkerFailed | WorkerDisagrees) else error, now)
         told = list[Effect]()
         self._waits_for = error
         if self._retries.begin_wait(now):
             told.append(do.Note(Noted.WAITING, error.code, str(error)))
         if self._retries.is_out_of_patience(now):
-            return [*told, *self._give_up(error)]
+            return [*told, *self._give_up(error, now)]
         return [*told, *self._wait(now)]
 
     def _wait(self, now: float) -> list[Effect]:
@@ -198,7 +202,7 @@ class Exchange:
 
     def _look_again(self, _: on.TimeUp, now: float) -> list[Effect]:
         if self._waits_for is not None and self._retries.is_out_of_patience(now):
-            return self._give_up(self._waits_for)
+            return self._give_up(self._waits_for, now)
         return [self._submit()]
 
     def _joined(self, event: on.Joined, _: float) -> list[Effect]:
@@ -254,17 +258,19 @@ class Exchange:
         attempt = self.attempts[-1]
         if attempt.first_at is None:
             attempt.first_at = now
+        if attempt.decoding_at is None and not isinstance(kind, PrefillLeg):
+            attempt.decoding_at = now
         if self.first_at is None:
             self.first_at = now
         if isinstance(kind, DecodeLeg):
             self._kept = None  # it has been taken
-        return self._mark_prefilled() if isinstance(kind, LocalLeg) else []
+        return self._mark_prefilled(now) if isinstance(kind, LocalLeg) else []
 
-    def _mark_prefilled(self) -> list[Effect]:
+    def _mark_prefilled(self, now: float) -> list[Effect]:
         attempt = self.attempts[-1]
-        if attempt.is_prefilled:
+        if attempt.prefilled_at is not None:
             return []
-        attempt.is_prefilled = True
+        attempt.prefilled_at = now
         return [do.MarkPrefilled()]
 
     def _say(self, payload: bytes) -> list[Effect]:
@@ -288,7 +294,7 @@ class Exchange:
         if event.worker is not None:  # whichever worker took it from the queue
             worker = attempt.prefilled_by = event.worker
         attempt.prefill = done.usage
-        told = self._mark_prefilled()
+        told = self._mark_prefilled(now)
         if done.ticket is None:
             self._kept = None
             return [*told, *self._complete(done, kind, now)]
@@ -305,6 +311,7 @@ class Exchange:
         if worker == decode:  # it took the prompt from the queue itself, and has the KV cache already
             told += self._release_ticket()
             return [*told, self._start(decode, LocalLeg())]
+        attempt.handover_at = now
         return [*told, self._start(decode, DecodeLeg(ticket=done.ticket))]
 
     def _leg_done(self, event: on.LegDone, now: float) -> list[Effect]:
@@ -314,7 +321,7 @@ class Exchange:
         if isinstance(kind, PrefillLeg):
             attempt.prefill = event.done.usage
             self.state = State.DECODING
-            return self._mark_prefilled()
+            return self._mark_prefilled(now)
         attempt.decode = event.done.usage
         return self._complete(event.done, kind, now)
 
@@ -326,7 +333,7 @@ class Exchange:
         else:
             told.append(do.Reply(done.payload, self.headers()))
         self.attempts[-1].outcome = Outcome.FINISHED
-        return [*told, *self._leave(), *self._end("ok")]
+        return [*told, *self._leave(now), *self._end("ok", now)]
 
     # --- failures ------------------------------------------------------------------------------------------------
 
@@ -335,7 +342,7 @@ class Exchange:
         if isinstance(event.error, GrammarRefused):
             if isinstance(kind, PrefillLeg):
                 self._kept = None
-            return self._abandon(event.error, Outcome.FAILED)
+            return self._abandon(event.error, Outcome.FAILED, now)
         pair = self._pair(kind)
         is_lost = isinstance(event.error, WorkerLost)
         if isinstance(kind, PrefillLeg) or (is_lost and _may_be_reading(kind)):
@@ -347,14 +354,14 @@ class Exchange:
         attempt = self.attempts[-1]
         attempt.outcome = Outcome.INTERRUPTED
         attempt.failure = Failure(error.code, error.worker, error.for_client())
-        told = self._leave()
+        told = self._leave(now)
         self._lost = error
         if not self.request.is_resumable:
             if self._has_said:
-                return [*told, *self._give_up(NotResumable(self.request.sampling.n, str(error)))]
+                return [*told, *self._give_up(NotResumable(self.request.sampling.n, str(error)), now)]
             self.tokens.clear()  # it starts over
         if self._retries.failed(failure_of(error, pair=pair), num_tokens=len(self.tokens), now=now):
-            return [*told, *self._give_up(error)]
+            return [*told, *self._give_up(error, now)]
         what = Noted.MIGRATED if self.tokens else Noted.RETRIED
         return [*told, do.Note(what, error.code, str(error)), self._submit()]
 
@@ -369,31 +376,32 @@ class Exchange:
         kept, self._kept = self._kept, None
         return [] if kept is None else [kept]
 
-    def _leave(self) -> list[Effect]:
+    def _leave(self, now: float) -> list[Effect]:
         """Leave the attempt as it is now: nothing runs, is kept or reserved for it any more."""
         if any(_may_be_reading(kind) for _, kind in self._legs.values()):
             self._kept = None
         cancelled: list[Effect] = [do.CancelLeg(leg) for leg in self._legs]
         self._legs.clear()
         attempt = self.attempts[-1]
+        attempt.ended_at = now
         return [*cancelled, *self._release_ticket(), do.ReleaseReservation(attempt.observed(len(self.tokens)))]
 
     # --- ends ----------------------------------------------------------------------------------------------------
 
-    def _deadline(self, _: on.Deadline, __: float) -> list[Effect]:
+    def _deadline(self, _: on.Deadline, now: float) -> list[Effect]:
         timeout_s = self.request.deadline - self.request.arrived_at
-        return self._abandon(DeadlinePassed(timeout_s, len(self.tokens)), Outcome.FAILED)
+        return self._abandon(DeadlinePassed(timeout_s, len(self.tokens)), Outcome.FAILED, now)
 
-    def _stopping(self, _: on.Stopping, __: float) -> list[Effect]:
-        return self._abandon(GatewayStopping(), Outcome.CANCELLED)
+    def _stopping(self, _: on.Stopping, now: float) -> list[Effect]:
+        return self._abandon(GatewayStopping(), Outcome.CANCELLED, now)
 
-    def _bug(self, event: on.Bug, _: float) -> list[Effect]:
-        return self._abandon(event.error, Outcome.FAILED)
+    def _bug(self, event: on.Bug, now: float) -> list[Effect]:
+        return self._abandon(event.error, Outcome.FAILED, now)
 
-    def _client_gone(self, _: on.ClientGone, __: float) -> list[Effect]:
-        return self._abandon(None, Outcome.CANCELLED)
+    def _client_gone(self, _: on.ClientGone, now: float) -> list[Effect]:
+        return self._abandon(None, Outcome.CANCELLED, now)
 
-    def _abandon(self, error: Exception | None, outcome: Outcome) -> list[Effect]:
+    def _abandon(self, error: Exception | None, outcome: Outcome, now: float) -> list[Effect]:
         """End in whatever state this is. error: what the client is told; None: nobody listens."""
         told = list[Effect]()
         if self.state is State.ROUTING:
@@ -403,14 +411,14 @@ class Exchange:
             attempt.outcome = outcome
             if error is not None:
                 attempt.failure = Failure(_code_of(error), None, _reason_of(error))
-            told += self._leave()
-        return [*told, *(self._end("cancelled") if error is None else self._give_up(error))]
+            told += self._leave(now)
+        return [*told, *(self._end("cancelled", now) if error is None else self._give_up(error, now))]
 
-    def _give_up(self, error: Exception) -> list[Effect]:
-        return [do.Fail(error, self.headers()), *self._end(_code_of(error))]
+    def _give_up(self, error: Exception, now: float) -> list[Effect]:
+        return [do.Fail(error, self.headers()), *self._end(_code_of(error), now)]
 
-    def _end(self, code: str) -> list[Effect]:
-        self.state, self.code = State.ENDED, code
+    def _end(self, code: str, now: float) -> list[Effect]:
+        self.state, self.code, self.ended_at = State.ENDED, code, now
         return [do.Note(Noted.GAVE_UP)] if self._retries.is_waiting else []
 
     # --- the table in code ---------------------------------------------------------------------------------------

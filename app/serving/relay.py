@@ -22,6 +22,7 @@ from app.serving.exchange import Exchange, State
 from app.serving.prefill_queue import NotQueued, Prefilled
 from app.serving.request import GatewayRequest
 from app.serving.retries import ExchangeLimits
+from app.serving.timeline import timeline
 from app.serving.worker_stream import WorkerStream
 from planes.streams.client import WorkerConnection, WorkerUnreachable
 from planes.wire.blocks import Tokens
@@ -164,7 +165,8 @@ class _Serving(ExchangeDriver):
         self._deadline.cancel()
         if self._keepalive is not None:
             self._keepalive.cancel()
-        exchange, ended_at = self.exchange, self._relay.clock()
+        exchange = self.exchange
+        ended_at = self._relay.clock() if exchange.ended_at is None else exchange.ended_at
         attempt = exchange.attempt
         told = summary.summary(
             self._request,
@@ -175,6 +177,7 @@ class _Serving(ExchangeDriver):
             ended_at=ended_at,
         )
         self._relay.metrics.ended(told)
+        self._dispatcher.ended(timeline(exchange, told, ended_at=ended_at))
         if self._relay.recorder is not None:
             self._record(self._relay.recorder, told, ended_at)
         record = summary.log_record(

@@ -152,6 +152,23 @@ async def test_every_decision_can_be_explained(api, unique):
     assert (await api.get("/v1/routes/never-was")).status_code == 404
 
 
+async def test_a_handed_over_request_tells_where_its_time_went(api, unique):
+    response = await api.chat(unique, headers={"x-headrace-handover": "always"})
+    told = (await api.get(f"/v1/routes/{response.headers['x-request-id']}")).json()["timeline"]
+    stages = {stage["kind"]: stage for stage in told["stages"]}
+    assert list(stages) == ["prepare", "queue", "wait", "prefill", "handover", "decode"]
+    prefill, decode = response.headers["x-headrace-prefill"], response.headers["x-headrace-decode"]
+    assert (stages["prefill"]["worker"], stages["decode"]["worker"]) == (prefill, decode)
+    assert (stages["handover"]["source"], stages["handover"]["worker"]) == (prefill, decode)
+    assert stages["handover"]["num_bytes"] > 0
+    ends = [0.0, *(stage["end_s"] for stage in told["stages"])]
+    assert [stage["begin_s"] for stage in told["stages"]] == pytest.approx(ends[:-1])
+    assert ends[-1] == pytest.approx(told["end_s"])
+    assert told["code"] == "ok"
+    listed = (await api.get("/v1/routes", params={"limit": 1000})).json()["data"]
+    assert told["request"] in [each["request"] for each in listed]
+
+
 async def test_operators_can_ask(api, stack):
     assert (await api.get("/live")).json() == {"status": "ok"}
     assert (await api.get("/health")).json() == {"status": "ok", "workers": 3}

@@ -1,4 +1,4 @@
-"""What operators ask: health, metrics, the fleet, and why a request went where it went."""
+"""What operators ask: health, metrics, the fleet, why a request went where it went, and where its time went."""
 
 from dataclasses import asdict
 from functools import partial
@@ -16,6 +16,10 @@ from app.openai.chat import parse_chat
 from planes.wire.errors import InvalidRequest
 from planes.wire.messages import RequestId
 from router.request import Explanation
+from router.timeline import Timeline
+
+_DEFAULT_LISTED = 50
+MOST_ROUTES_LISTED = 1000
 
 
 class UnknownRequest(InvalidRequest):
@@ -68,14 +72,23 @@ def operation_routes(gateway: Gateway) -> APIRouter:
             }
         )
 
+    @routes.get("/v1/routes", response_model=None)
+    async def recent(request: Request) -> Response:
+        """The timelines of the last requests of yours that have ended, the latest first."""
+        tenant = gateway.keys.authenticate(request.headers)
+        found = gateway.router.recent(tenant.name, _num_listed(request))
+        clocks = gateway.clock(), gateway.wall_clock()
+        told = [_told_timeline(each.timeline, *clocks) for each in found if each.timeline is not None]
+        return json_reply({"object": "list", "data": told})
+
     @routes.get("/v1/routes/{request_id}", response_model=None)
     async def explain(request: Request, request_id: str) -> Response:
-        """Why a recent request of yours went where it went, and what came of it; `earlier`: its attempts before."""
+        """Why a recent request of yours went where it went, and where its time went; `earlier`: its attempts before."""
         tenant = gateway.keys.authenticate(request.headers)
         explanation = gateway.router.explain(RequestId(request_id))
         if explanation is None or explanation.tenant != tenant.name:
             raise UnknownRequest(request_id)
-        return json_reply(_told(explanation, gateway.clock()))
+        return json_reply(_told(explanation, gateway.clock(), gateway.wall_clock()))
 
     @routes.post("/v1/routes", response_model=None)
     async def preview(request: Request) -> Response:
@@ -93,7 +106,9 @@ def operation_routes(gateway: Gateway) -> APIRouter:
         now = gateway.clock()
         asked = job.routable(num_tokens=0, excluded=frozenset(), is_retry=False)
         return with_ignored(
-            json_reply(_told(gateway.router.preview(asked, now=now), now)), job.ignored, gateway.metrics
+            json_reply(_told(gateway.router.preview(asked, now=now), now, gateway.wall_clock())),
+            job.ignored,
+            gateway.metrics,
         )
 
     return routes
@@ -108,12 +123,31 @@ def _workers(gateway: Gateway) -> list[dict[str, Any]]:
     return workers
 
 
-def _told(explanation: Explanation, now: float) -> dict[str, Any]:
+def _told(explanation: Explanation, now: float, wall_now: float) -> dict[str, Any]:
     """As JSON; `age_s` in place of an instant on a clock that only this process has."""
     told: dict[str, Any] = msgspec.to_builtins(explanation)
     for attempt in (told, *told["earlier"]):
         attempt["age_s"] = now - attempt.pop("submitted_at")
+    if explanation.timeline is not None:
+        told["timeline"] = _told_timeline(explanation.timeline, now, wall_now)
     return told
+
+
+def _told_timeline(timeline: Timeline, now: float, wall_now: float) -> dict[str, Any]:
+    """As JSON; `received_at` in seconds since 1970."""
+    told: dict[str, Any] = msgspec.to_builtins(timeline)
+    told["received_at"] = wall_now - (now - timeline.received_at)
+    return told
+
+
+def _num_listed(request: Request) -> int:
+    """Raises:  InvalidRequest."""
+    value = request.query_params.get("limit", str(_DEFAULT_LISTED))
+    if not (value.isascii() and value.isdigit() and 1 <= int(value[:9]) <= MOST_ROUTES_LISTED):
+        raise InvalidRequest(
+            f"Invalid 'limit': it is {value[:100]!r} and must be from 1 to {MOST_ROUTES_LISTED}.", param="limit"
+        )
+    return int(value)
 
 
 def _routing(config: RoutingConfigFollower) -> dict[str, Any]:

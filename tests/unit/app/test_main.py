@@ -31,6 +31,7 @@ from planes.wire.messages import RequestId
 from router.errors import NoWorker
 from router.request import RoutableRequest
 from router.router import Router
+from router.timeline import Timeline
 from tests.fakes import FakeValues, registration
 from tests.raw_http import read_head, until
 
@@ -282,6 +283,30 @@ async def test_a_tenant_sees_the_routes_of_its_own_requests_only(gateway, client
     assert foreign.status_code == unknown.status_code == 404
     assert foreign.json()["error"]["code"] == unknown.json()["error"]["code"] == "not_found"
     assert foreign.text.replace("'r'", "'never-was'") == unknown.text
+
+
+async def test_a_timeline_is_listed_to_the_tenant_whose_request_it_was(gateway, client, tmp_path):
+    entries = [f'[[keys]]\ntenant = "{tenant}"\nkey = "sk-{tenant}"\n' for tenant in ("one", "two")]
+    (tmp_path / "keys.toml").write_text("".join(entries))
+    gateway.keys.__init__(tmp_path / "keys.toml")
+    with pytest.raises(NoWorker):
+        gateway.router.submit(RoutableRequest(RequestId("r"), "sim", {}, 9, 9, 60.0, tenant="one"), now=0.0)
+
+    async def listed(tenant, limit="9"):
+        key = {"authorization": f"Bearer sk-{tenant}"}
+        return await client.get("/v1/routes", params={"limit": limit}, headers=key)
+
+    assert (await listed("one")).json() == {"object": "list", "data": []}, "it has not ended yet"
+    gateway.router.ended(Timeline(RequestId("r"), "sim", gateway.clock() - 60.0, 1.0, "no_worker"))
+    gateway.router.ended(Timeline(RequestId("never-was"), "sim", 0.0, 1.0, "ok"))
+    (told,) = (await listed("one")).json()["data"]
+    assert (told["request"], told["code"]) == ("r", "no_worker")
+    assert told["received_at"] == pytest.approx(1_700_000_000.0 - 60.0, abs=30.0)
+    asked = await client.get("/v1/routes/r", headers={"authorization": "Bearer sk-one"})
+    assert asked.json()["timeline"]["stages"] == []
+    assert (await listed("two")).json()["data"] == []
+    for limit in ("0", "1001", "x", "", "-1", "9" * 30):
+        assert ((await listed("one", limit)).json()["error"]["param"]) == "limit"
 
 
 @pytest.mark.parametrize(

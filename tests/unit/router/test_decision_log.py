@@ -3,6 +3,7 @@ from msgspec.structs import replace
 from planes.wire.messages import RequestId
 from router.decision_log import History, worth_keeping
 from router.request import Explanation
+from router.timeline import Timeline
 from tests.fakes import candidate
 
 
@@ -44,3 +45,16 @@ def test_of_hundreds_of_candidates_the_cheapest_are_kept():
     some = tuple(replace(candidate(f"d{k}"), total_s=float(300 - k)) for k in range(300))
     assert [each.decode for each in worth_keeping(some)] == [f"d{k}" for k in range(299, 267, -1)]
     assert worth_keeping(some[:5]) == some[:5]
+
+
+def test_those_that_have_ended_are_listed_the_latest_first_to_whom_they_belong():
+    history = History(9)
+    for number, name in enumerate("abcd"):
+        history.add(explanation(name))
+        history.get(RequestId(name)).tenant = f"t{number % 2}"
+    for name in "dabc"[:3]:
+        history.get(RequestId(name)).timeline = Timeline(RequestId(name), "sim", 0.0, 1.0, "ok")
+    assert [each.request for each in history.ended(None, 9)] == ["d", "b", "a"]
+    assert [each.request for each in history.ended(None, 2)] == ["d", "b"]
+    assert [each.request for each in history.ended("t1", 9)] == ["d", "b"]
+    assert history.ended("nobody", 9) == []

@@ -110,7 +110,7 @@ class EveryOrder(RuleBasedStateMachine):
         self.owed = Owed()
         self.old_legs = [on.LegId(99)]
         self.excluded = frozenset()
-        self.perform(self.exchange.start())
+        self.perform(self.exchange.start(now=self.now))
 
     # --- the driver ----------------------------------------------------------------------------------------------
 
@@ -416,7 +416,7 @@ def failure(error, worker):
 )
 def test_an_attempt_that_is_left_is_recorded_as_what_ended_it(event, outcome, failure, code, is_begun):
     exchange = Exchange(request(), ExchangeLimits())
-    exchange.start()
+    exchange.start(now=0.0)
     (started,) = exchange.receive(on.Bound(route("r", "d0"), None), now=0.0)
     if is_begun:
         exchange.receive(on.LegOutput(started.leg, b"<0>", [0]), now=1.0)
@@ -429,7 +429,7 @@ def test_an_attempt_that_is_left_is_recorded_as_what_ended_it(event, outcome, fa
 @pytest.mark.parametrize("error", [WorkerFailed, WorkerRefused, WorkerDisagrees])
 def test_what_is_recorded_of_a_failed_leg_has_no_words_of_the_worker(error):
     exchange = Exchange(request(), ExchangeLimits())
-    exchange.start()
+    exchange.start(now=0.0)
     (started,) = exchange.receive(on.Bound(route("r", "d0"), None), now=0.0)
     failed = on.LegFailed(started.leg, error(WorkerId("d0"), "engine_error", "my pin is 4711"))
     (released,) = [each for each in exchange.receive(failed, now=1.0) if isinstance(each, do.ReleaseReservation)]

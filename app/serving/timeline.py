@@ -1,0 +1,122 @@
+"""Where a request's time went: a fold over its exchange, once, at its end.
+
+The gateway's own clock says when a request came, was queued, got its route, and when there was news of a leg; workers
+say how long they took. So a prefill ends at an instant of this clock and began so much earlier, a handover begins at
+one and ends so much later: no clock of another machine is compared with ours.
+
+    came ─prepare─ submitted ─queue─ bound ─wait─ ·─prefill─ prefilled ─handover─ ·─decode─ ended
+                       ▲                                                                      │
+                       └────────────────── the next attempt, where one fails ─────────────────┘
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from app.metrics import RequestSummary
+from app.serving.attempt import Attempt
+from app.serving.exchange import Exchange
+from router.request import Outcome
+from router.timeline import Interruption, Stage, StageKind, Timeline
+
+_MAX_TOLD = 8
+"""Attempts of one request that are told, the latest: a busy fleet may cost many."""
+
+
+def timeline(exchange: Exchange, told: RequestSummary, *, ended_at: float) -> Timeline:
+    """Of an ended exchange.  told: its summary."""
+    request, last = exchange.request, exchange.attempt
+    return Timeline(
+        request=request.request,
+        model=request.model,
+        received_at=request.arrived_at,
+        end_s=ended_at - request.arrived_at,
+        code=told.code,
+        policy=last.route.policy if last else "",
+        prefill=last.prefill_worker if last else None,
+        decode=last.route.decode if last else None,
+        prompt_tokens=told.prompt_tokens,
+        completion_tokens=told.completion_tokens,
+        cached_tokens=told.cached_tokens,
+        ttft_s=told.ttft_s,
+        itl_s=told.itl_s,
+        stages=tuple(_stages(exchange, ended_at)),
+        interruptions=tuple(_interruptions(exchange)),
+    )
+
+
+def _stages(exchange: Exchange, ended_at: float) -> Iterator[Stage]:
+    zero, unrouted_at = exchange.request.arrived_at, exchange.submitted_at
+    yield Stage(StageKind.PREPARE, 1, 0.0, unrouted_at - zero)
+    for number, attempt in _told_attempts(exchange):
+        if number > 1:
+            unrouted_at = exchange.attempts[number - 2].ended_at or unrouted_at
+        yield Stage(StageKind.QUEUE, number, unrouted_at - zero, attempt.bound_at - zero)
+        unrouted_at = ended_at if attempt.ended_at is None else attempt.ended_at
+        yield from _Served(exchange, number, attempt, unrouted_at).stages()
+    if unrouted_at < ended_at:
+        yield Stage(StageKind.QUEUE, len(exchange.attempts) + 1, unrouted_at - zero, ended_at - zero)
+
+
+def _told_attempts(exchange: Exchange) -> list[tuple[int, Attempt]]:
+    return list(enumerate(exchange.attempts, start=1))[-_MAX_TOLD:]
+
+
+def _num_tokens(exchange: Exchange, number: int) -> int:
+    """What the client had when this attempt was over, and the next one goes on from."""
+    attempts = exchange.attempts
+    return attempts[number].num_tokens_before if number < len(attempts) else len(exchange.tokens)
+
+
+class _Served:
+    """What workers did in one attempt, which was left at `left_at`."""
+
+    def __init__(self, exchange: Exchange, number: int, attempt: Attempt, left_at: float) -> None:
+        self._zero = exchange.request.arrived_at
+        self._number = number
+        self._attempt = attempt
+        self._left_at = left_at
+        self._known_tokens = len(exchange.request.prompt) + attempt.num_tokens_before
+        self._new_tokens = max(0, _num_tokens(exchange, number) - attempt.num_tokens_before)
+
+    def stages(self) -> Iterator[Stage]:
+        attempt, bound_at, prefilled_at = self._attempt, self._attempt.bound_at, self._attempt.prefilled_at
+        worker, computed = attempt.prefill_worker, attempt.computed
+        if prefilled_at is None:
+            yield self._stage(StageKind.PREFILL, bound_at, self._left_at, worker=worker)
+            return
+        begun_at, cached_tokens = bound_at, 0
+        if computed is not None:
+            begun_at, cached_tokens = max(bound_at, prefilled_at - computed.prefill_s), computed.cached_tokens
+            yield self._stage(StageKind.WAIT, bound_at, begun_at, worker=worker)
+        num_computed = max(0, self._known_tokens - cached_tokens)
+        counts = {"tokens": num_computed, "cached_tokens": cached_tokens}
+        yield self._stage(StageKind.PREFILL, begun_at, prefilled_at, worker=worker, **counts)
+        moved_at = prefilled_at
+        if attempt.handover_at is not None:
+            moved_at = self._moved_at(attempt.handover_at)
+            begun_at = min(max(attempt.handover_at, prefilled_at), moved_at)
+            num_bytes = attempt.moved.handover_bytes if attempt.moved else 0
+            places = {"worker": attempt.route.decode, "source": worker}
+            yield self._stage(StageKind.HANDOVER, begun_at, moved_at, **places, num_bytes=num_bytes)
+        if attempt.decoding_at is not None:
+            yield self._stage(
+                StageKind.DECODE, moved_at, self._left_at, worker=attempt.route.decode, tokens=self._new_tokens
+            )
+
+    def _moved_at(self, handover_at: float) -> float:
+        """When the KV cache was there, as far as is known: its taker says how long it took, or has begun to decode."""
+        attempt = self._attempt
+        latest = self._left_at if attempt.decoding_at is None else attempt.decoding_at
+        return latest if attempt.moved is None else min(latest, handover_at + attempt.moved.handover_s)
+
+    def _stage(self, kind: StageKind, begin: float, end: float, **told: Any) -> Stage:
+        return Stage(kind, self._number, begin - self._zero, end - self._zero, **told)
+
+
+def _interruptions(exchange: Exchange) -> Iterator[Interruption]:
+    for number, attempt in _told_attempts(exchange):
+        failure, ended_at = attempt.failure, attempt.ended_at
+        if attempt.outcome is Outcome.INTERRUPTED and failure is not None and ended_at is not None:
+            is_migration = _num_tokens(exchange, number) > 0
+            at_s = ended_at - exchange.request.arrived_at
+            yield Interruption(number, at_s, failure.code, failure.worker, is_migration)
