@@ -4,7 +4,7 @@ A decision names workers that were offered, holds numbers that can be added up, 
 router's own seconds. Whatever else a policy does is `PolicyFailed` for the one request that it was asked about.
 """
 
-from dataclasses import dataclass
+import msgspec
 
 from router import cost
 from router.decision_log import worth_keeping
@@ -18,8 +18,7 @@ from router.request import Candidate, RoutableRequest, Sacrifice
 _MOST = 1e15  # seconds, or a rule's own unit: beyond any prediction, and thousands of them still add up exactly enough
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True, eq=False):
     """A choice that can be carried out. `chosen` is priced by the router, whatever the policy predicts."""
 
     chosen: Candidate
@@ -35,11 +34,13 @@ class Decision:
 
 def decide(policy: Policy, name: str, request: RoutableRequest, view: FleetView) -> Decision:
     """Ask `policy`, which goes by `name`.  Raises:  PolicyFailed, whatever the policy did; NoPair."""
+    is_ours = _is_ours(policy)
     try:
         choice = policy.choose(request, view)
-        _check(choice, view)
+        if not is_ours:
+            _check(choice, view)
         kept = worth_keeping(choice.candidates)
-        if not _is_ours(policy):
+        if not is_ours:
             for option in kept:
                 _check_fields(option, request)
     except KeyboardInterrupt:
@@ -48,18 +49,18 @@ def decide(policy: Policy, name: str, request: RoutableRequest, view: FleetView)
         raise PolicyFailed(name, exc) from exc
     obeyed = enforced(request, choice, view)
     return Decision(
-        chosen=obeyed.chosen if _is_ours(policy) else cost.judge(request, obeyed.chosen, view),
-        candidates=obeyed.candidates,
-        kept=kept if obeyed is choice else worth_keeping(obeyed.candidates),
-        is_held=obeyed.is_held,
-        held_because=obeyed.held_because,
-        max_backlog_s=float(obeyed.max_backlog_s),
-        lacks_room=obeyed.lacks_room,
+        obeyed.chosen if is_ours else cost.judge(request, obeyed.chosen, view),
+        obeyed.candidates,
+        kept if obeyed is choice else worth_keeping(obeyed.candidates),
+        obeyed.is_held,
+        obeyed.held_because,
+        float(obeyed.max_backlog_s),
+        obeyed.lacks_room,
     )
 
 
 def _is_ours(policy: Policy) -> bool:
-    """Our own rule answers with the router's own seconds, and a total that is a number has parts that are."""
+    """Our own rule answers with the router's own seconds, which are finite whatever workers report."""
     return type(policy) is Headrace and policy.model is MEASURED
 
 

@@ -5,7 +5,7 @@ can pair (`always`). What remains is a policy that serves alone though it was to
 it has weighed is taken, and where it has weighed none the pair that `headrace` would take.
 """
 
-from dataclasses import replace
+import msgspec
 
 from router import cost
 from router.errors import NoPair
@@ -22,7 +22,7 @@ def enforced(request: RoutableRequest, choice: Choice, view: FleetView) -> Choic
     if not pairs:
         raise NoPair(request.model, num_workers=len(view.decode))
     if choice.chosen in pairs:
-        return replace(choice, candidates=pairs)
+        return msgspec.structs.replace(choice, candidates=pairs)
     chosen = min(pairs, key=_total)
     held_because = _held_because(chosen, view, choice.max_backlog_s)
     return Choice(

@@ -110,6 +110,13 @@ class Walk:
         """Requests that it has passed because they wait for room to decode there."""
         self._binding = binding
         self._now = now
+        self._is_set_up = False
+        self._num_refreshed = self._num_blocked = 0
+
+    def _set_up(self) -> None:
+        """Look at the workers: a walk past a single new request has no need of it."""
+        self._is_set_up = True
+        binding, now = self._binding, self._now
         queue_s = [worker.backlog_s(now) for worker in binding.fleet.workers.values()]
         self._room = {row for row, backlog_s in enumerate(queue_s) if backlog_s <= binding.max_backlog_s}
         """Rows of workers that may take another request."""
@@ -123,12 +130,17 @@ class Walk:
         is_wide = len(queue_s) >= _WIDE
         self._arrays = np.array((queue_s, self._passed_tokens, self._starts_in_s)) if is_wide else None
         """The three above once more, of many workers."""
-        self._num_refreshed = self._num_blocked = 0
 
     def __iter__(self) -> Iterator[Waiting]:
         """The requests to ask the policy about, in order of service."""
         binding, now = self._binding, self._now
         binding.wakeup = now + _POLL_S
+        if (only := binding.queue.only()) is not None and only.bids is None:
+            yield only
+            if self._is_set_up:
+                binding.wakeup = min(binding.wakeup, self._next_room())
+            return
+        self._set_up()
         max_asked, num_asked = max(4, _MAX_ASKED_WORKERS // max(1, len(binding.names))), 0
         for waiting in list(islice(binding.queue.walk(), _MAX_WALK)):
             if self._num_blocked >= _MAX_BLOCKED or not (self._room or self._most_passed):
@@ -145,6 +157,8 @@ class Walk:
 
     def bound(self, chosen: Candidate) -> None:
         """A request was bound: its worker has more to do."""
+        if not self._is_set_up:
+            return
         binding, name = self._binding, chosen.prefill or chosen.decode
         row, worker = binding.rows[name], binding.fleet.workers[name]
         backlog_s = worker.backlog_s(self._now)
@@ -159,6 +173,8 @@ class Walk:
 
     def held(self, waiting: Waiting, decision: Decision) -> None:
         """A request is held back: it bids for the workers from now on, and those after it come after its work."""
+        if not self._is_set_up:
+            self._set_up()
         binding, chosen, limit_s = self._binding, decision.chosen, decision.max_backlog_s
         known_s = 0.0 if binding.max_backlog_s == math.inf else 0.99 * binding.max_backlog_s
         binding.max_backlog_s = max(limit_s, known_s)

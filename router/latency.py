@@ -54,6 +54,8 @@ class Fit:
         self._a = [[0.0] * size for _ in range(size)]
         self._b = [0.0] * size
         self._indices = range(size)
+        self._is_news = False
+        """Samples have come that `solve` has not seen."""
 
     def predict(self, x: Sequence[float]) -> float:
         seconds: float = sum(map(mul, self.factors, x))
@@ -64,6 +66,7 @@ class Fit:
         predicted = self.predict(x)
         if predicted <= 0.0:
             return
+        self._is_news = True
         log_ratio = max(-_MAX_LOG_RATIO, min(_MAX_LOG_RATIO, math.log(seconds / predicted)))
         seconds = predicted * math.exp(log_ratio)
         weight = min(1.0, 0.7 / max(abs(log_ratio), 1e-9)) / (seconds * max(seconds, predicted))
@@ -81,18 +84,21 @@ class Fit:
 
     def solve(self) -> None:
         """Projected coordinate descent, warm: a few sweeps follow the slowly moving optimum."""
+        if not self._is_news:
+            return
+        self._is_news = False
         factors, a, b = self.factors, self._a, self._b
         total = sum(map(sum, a))
         if total <= 0.0:
             return
         common = sum(b) / total  # the one factor that fits best: directions that the data leave open go there
         anchor = _ANCHOR * sum(a[i][i] for i in self._indices)
+        pull = anchor * common
+        rows = [(i, a[i], a[i][i], b[i] + pull, a[i][i] + anchor) for i in self._indices]
         for _ in range(_SWEEPS):
-            for i in self._indices:
-                row = a[i]
-                rest = sum(map(mul, row, factors)) - row[i] * factors[i]
-                factor = (b[i] + anchor * common - rest) / (row[i] + anchor)
-                factors[i] = min(max(factor, 0.0), _MAX_FACTOR)
+            for i, row, own, wanted, weight in rows:
+                factor = (wanted - sum(map(mul, row, factors)) + own * factors[i]) / weight
+                factors[i] = min(factor, _MAX_FACTOR) if factor > 0.0 else 0.0
 
 
 class LatencyModel:
@@ -296,5 +302,4 @@ def _error(predicted: float, measured: float) -> float:
 
 
 def _scaled(prior: tuple[float, float, float], factors: Sequence[float], speed: float) -> tuple[float, float, float]:
-    fixed, first, second = (speed * factor * seconds for factor, seconds in zip(factors, prior, strict=True))
-    return fixed, first, second
+    return speed * factors[0] * prior[0], speed * factors[1] * prior[1], speed * factors[2] * prior[2]

@@ -3,7 +3,6 @@
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NewType, Protocol
 
 import msgspec
@@ -23,8 +22,8 @@ class WorkerView(msgspec.Struct, frozen=True, gc=False):
     what is in no cycle need not be looked at by the garbage collector.
     """
 
-    # The first six go by position: with more than fifteen keywords CPython makes a dictionary of them for each call,
-    # which takes five times as long.
+    # The first twelve go by position: with more than fifteen keywords CPython makes a dictionary of them for each call,
+    # which takes five times as long and more.
 
     worker: WorkerId
     role: Role
@@ -77,8 +76,7 @@ class WorkerView(msgspec.Struct, frozen=True, gc=False):
         return f"{self.worker} has {self.queue_s:.2f} s to compute"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FleetView:
+class FleetView(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """The workers that may serve a request; a worker of role `both` stands in both lists. Never empty in `decode`."""
 
     prefill: Sequence[WorkerView]
@@ -99,8 +97,7 @@ class Links(Protocol):
         """Never fails: an unknown pair answers with the priors."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A policy's answer. `candidates` holds what it weighed (for explain); `chosen` is one of them.
 
     `is_held`: the chosen worker is the right one but has enough to do; ask again when its `queue_s` has come down to

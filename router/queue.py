@@ -113,6 +113,10 @@ class Queue:
     def __contains__(self, request: RequestId) -> bool:
         return request in self._waiting
 
+    def only(self) -> Waiting | None:
+        """The one that waits; None: nobody does, or more than one."""
+        return next(iter(self._waiting.values())) if len(self._waiting) == 1 else None
+
     def get(self, request: RequestId) -> Waiting | None:
         return self._waiting.get(request)
 

@@ -91,11 +91,13 @@ class RoutableRequest(msgspec.Struct, frozen=True, eq=False):
     """Tokens that it may grow to, the prompt included: only workers with room for so many take it; 0: any."""
 
 
-class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class Candidate(msgspec.Struct, frozen=True, gc=False):
     """One way to serve a request, and what it would cost, in seconds. `prefill` is None: the decode worker does it.
 
     A msgspec struct for the reason that `WorkerView` is one.
     """
+
+    # By position where many are made, for the reason given there.
 
     prefill: WorkerId | None
     decode: WorkerId

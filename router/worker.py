@@ -62,6 +62,8 @@ class Worker:
 
     def __init__(self, registration: Registration) -> None:
         self.worker = registration.worker
+        self._idle_view: WorkerView | None = None
+        """How it looks to a request of which it holds nothing, while it has no prompts; None: to be found anew."""
         self.register(registration)
         self.latency = LatencyModel(registration.facts.latency, registration.facts.max_step_tokens)
         self.reported_at: float | None = None
@@ -93,6 +95,7 @@ class Worker:
 
     def register(self, registration: Registration) -> None:
         """Take over a changed registration of the same epoch."""
+        self._idle_view = None
         self.registration = registration
         self.role, self.facts = registration.takes or registration.role, registration.facts
         self.handover = _handover_group(registration)
@@ -110,6 +113,7 @@ class Worker:
     # --- reservations --------------------------------------------------------------------------------------------
 
     def reserve_prefill(self, reservation: Reservation, now: float) -> None:
+        self._idle_view = None
         if self.facts.is_shortest_first:
             for other in self.computing.values():
                 if reservation.prompt_tokens < other.uncached_tokens:
@@ -121,6 +125,7 @@ class Worker:
         self.plan.add(reservation.uncached_tokens, reservation.work_s, now, self.pace())
 
     def reserve_decode(self, reservation: Reservation) -> None:
+        self._idle_view = None
         self.decoding[reservation.request] = reservation
         self.expected_tokens += reservation.expected_tokens
         self._to_stream += reservation.expected_tokens > 1
@@ -165,6 +170,7 @@ class Worker:
     def release_decode(self, reservation: Reservation, completion_tokens: int) -> None:
         if self.decoding.pop(reservation.request, None) is None:
             return
+        self._idle_view = None
         self.expected_tokens -= reservation.expected_tokens
         self._own_streams -= reservation.is_stream
         self._to_stream -= reservation.expected_tokens > 1
@@ -190,6 +196,7 @@ class Worker:
     # --- reports -------------------------------------------------------------------------------------------------
 
     def apply_load(self, report: LoadReport, *, now: float, report_delay_s: float) -> None:
+        self._idle_view = None
         counted = now - report_delay_s
         while self._sent and self._sent[0].bound_at <= counted:
             self._see_prefill(self._sent.popleft())
@@ -320,10 +327,15 @@ class Worker:
     def view(
         self, cached_tokens: int, prompt_tokens: int, num_cached: int, ahead_s: float, now: float, without_room: int = 0
     ) -> WorkerView:
+        is_plain = not (cached_tokens or ahead_s or without_room)
+        known = self._idle_view
+        if known is not None and is_plain and known.num_cached == num_cached:
+            return known
         used, plan = self.utilisation, self.plan
         backlog_s, stall_left_s, shared_tokens, shared_s, num_sharing = 0.0, math.inf, 0, 0.0, 0
         # Most workers of a large fleet have no prompts at most times.
         if plan.ready_tokens or plan.ends_at > now or self.computing or self._stall_limits:
+            is_plain = False
             pace = self.pace()
             backlog_s = self.backlog_s(now, pace)
             if plan.ready_tokens:
@@ -334,19 +346,19 @@ class Worker:
         if self.facts.is_shortest_first:  # asked here, too: the call costs a decision among 256 workers 7 %
             passed_tokens, starts_in_s = self.passing(backlog_s)
         free_blocks = self.free_blocks - self.unseen_blocks
-        return WorkerView(
+        view = WorkerView(
             self.worker,
             self.role,
             self.facts,
             self.latency,
             self.handover,
             cached_tokens,
-            num_running=self.num_running + self.unseen_decodes,
-            num_waiting=self.num_waiting + self.unseen_prefills,
-            waiting_prefill_tokens=self.waiting_prefill_tokens + self.unseen_prefill_tokens,
-            queue_s=backlog_s + ahead_s,
-            kv_tokens=self.kv_tokens + self.unseen_kv_tokens,
-            free_blocks=free_blocks if free_blocks > 0 else 0,  # noqa: FURB136 - max() takes three times as long here
+            self.num_running + self.unseen_decodes,
+            self.num_waiting + self.unseen_prefills,
+            self.waiting_prefill_tokens + self.unseen_prefill_tokens,
+            backlog_s + ahead_s,
+            self.kv_tokens + self.unseen_kv_tokens,
+            free_blocks if free_blocks > 0 else 0,  # noqa: FURB136 - max() takes three times as long here
             utilisation=used.computing,
             prefill_utilisation=used.prefilling,
             mean_running=used.running,
@@ -361,6 +373,9 @@ class Worker:
             shared_s=shared_s,
             num_sharing=num_sharing,
         )
+        if is_plain:
+            self._idle_view = view
+        return view
 
 
 def _handover_group(registration: Registration) -> HandoverGroup | None:

@@ -47,13 +47,9 @@ class Role(StrEnum):
     DECODE = "decode"
     BOTH = "both"
 
-    @property
-    def can_prefill(self) -> bool:
-        return self is not Role.DECODE
-
-    @property
-    def can_decode(self) -> bool:
-        return self is not Role.PREFILL
+    def __init__(self, value: str) -> None:
+        self.can_prefill = value != "decode"
+        self.can_decode = value != "prefill"
 
 
 class WorkerState(StrEnum):

@@ -20,7 +20,7 @@ from operator import attrgetter
 
 from planes.wire.messages import WorkerId
 from router.cost import DecodeCost, PrefillCost, decode_cost, local, pair, prefill_cost
-from router.policy import Choice, FleetView, Links, WorkerView
+from router.policy import Choice, FleetView, HandoverGroup, Links, WorkerView
 from router.prices import MEASURED, CostModel, Goals, congestion
 from router.request import Candidate, RoutableRequest
 
@@ -37,83 +37,108 @@ class Headrace:
         model, congested, goals = self.model, congestion(view), Goals.of(request, view)
         decodes = [decode_cost(request, worker, model) for worker in view.decode]
         locals_ = [prefill_cost(request, worker, congested, model) for worker in view.decode]
-        options = [
-            local(request, prefill, decode, goals, model) for prefill, decode in zip(locals_, decodes, strict=True)
-        ]
-        if not request.is_local_only:
-            known = {leg.worker.worker: leg for leg in locals_}
+        options = [local(request, *legs, goals, model) for legs in zip(locals_, decodes, strict=True)]
+        best = min(options, key=_order)
+        if view.prefill and not request.is_local_only:
+            known = {leg.worker.worker: leg for leg in locals_ if leg.worker.role.can_prefill}
             prefills = [
                 known.get(worker.worker) or prefill_cost(request, worker, congested, model) for worker in view.prefill
             ]
-            for group in dict.fromkeys([leg.worker.handover for leg in prefills]):
-                if group is not None:
-                    senders = [leg for leg in prefills if leg.worker.handover == group]
-                    receivers = [leg for leg in decodes if leg.worker.handover == group]
-                    nearest = min(options[: len(decodes)], key=_order).decode
-                    options += _Pairs(request, senders, receivers, view.links, goals, model).weighed(nearest)
-        best = min(options, key=_order)
-        most_s, given_up = best.total_s * model.near, best.gives_up
-        near = [option for option in options if option.gives_up is given_up and option.total_s <= most_s]
-        if len(near) > 1:  # workers that do both need no handover that gains nothing
-            both = {worker.worker for worker in view.prefill}
-            near = [option for option in near if option.prefill is None and option.decode in both] or near
-        chosen = near[0] if len(near) == 1 else view.rng.choice(near)
+            pairs = _Pairs(request, view.links, goals, model).weighed(prefills, decodes, best.decode)
+            if pairs:
+                options += pairs
+                best = min(best, *pairs, key=_order)
+        chosen = best if len(options) == 1 else _one_of_the_best(options, best, view, model)
         return _bound_or_held(request, chosen, tuple(options), view, model)
 
 
-class _Pairs:
-    """The pairs of one handover group that are worth weighing, each weighed once."""
+def _one_of_the_best(options: list[Candidate], best: Candidate, view: FleetView, model: CostModel) -> Candidate:
+    """Any of those that are as good as the best."""
+    most_s, given_up = best.total_s * model.near, best.gives_up
+    near = [option for option in options if option.total_s <= most_s and option.gives_up is given_up]
+    if len(near) > 1:  # workers that do both need no handover that gains nothing
+        both = {worker.worker for worker in view.prefill}
+        near = [option for option in near if option.prefill is None and option.decode in both] or near
+    return near[0] if len(near) == 1 else view.rng.choice(near)
 
-    def __init__(
-        self,
-        request: RoutableRequest,
-        prefills: Sequence[PrefillCost],
-        decodes: Sequence[DecodeCost],
-        links: Links,
-        goals: Goals,
-        model: CostModel,
-    ) -> None:
+
+class _Pairs:
+    """The pairs that are worth weighing, each weighed once."""
+
+    def __init__(self, request: RoutableRequest, links: Links, goals: Goals, model: CostModel) -> None:
         self._request, self._links, self._goals, self._model = request, links, goals, model
-        self._prefills: dict[WorkerId | None, PrefillCost] = {leg.worker.worker: leg for leg in prefills}
-        self._decodes = {leg.worker.worker: leg for leg in decodes}
         self._found: dict[tuple[WorkerId, WorkerId], Candidate] = {}
 
-    def weighed(self, nearest: WorkerId) -> list[Candidate]:
-        """The cheapest prefill worker with its best decode worker, that one with its best prefill worker, and so on
-        until that is no cheaper; and the same from the worker that serves alone for least, `nearest`, on.
+    def weighed(
+        self, prefills: Sequence[PrefillCost], decodes: Sequence[DecodeCost], nearest: WorkerId
+    ) -> list[Candidate]:
+        """Of each handover group: the cheapest prefill worker with its best decode worker, that one with its best
+        prefill worker, and so on until that is no cheaper; and the same from the worker that serves alone for least,
+        `nearest`, on.
         """
-        self._improve(self._cheapest())
-        if self._found and nearest in self._decodes and len(self._prefills) > (nearest in self._prefills):
-            self._improve(self._prefills[self._best_prefill(self._decodes[nearest]).prefill])
+        groups: dict[HandoverGroup, tuple[list[PrefillCost], list[DecodeCost]]] = {}
+        for sender in prefills:
+            if sender.worker.handover is not None:
+                groups.setdefault(sender.worker.handover, ([], []))[0].append(sender)
+        for receiver in decodes:
+            group = groups.get(receiver.worker.handover) if receiver.worker.handover is not None else None
+            if group is not None:
+                group[1].append(receiver)
+        for senders, receivers in groups.values():
+            if len(senders) == 1 == len(receivers):
+                if senders[0].worker.worker != receivers[0].worker.worker:
+                    self._pair(senders[0], receivers[0])
+                continue
+            self._improve(senders, receivers, nearest)
         return list(self._found.values())
 
-    def _improve(self, prefill: PrefillCost | None) -> None:
-        while prefill is not None:
-            best = self._best_decode(prefill)
-            better = self._best_prefill(self._decodes[best.decode])
-            prefill = self._prefills.get(better.prefill) if better.order_s < best.order_s else None
+    def _improve(self, senders: Sequence[PrefillCost], receivers: Sequence[DecodeCost], nearest: WorkerId) -> None:
+        only = receivers[0].worker.worker if len(receivers) == 1 else None
+        able = [leg for leg in senders if leg.worker.worker != only]
+        if not able:  # there is nobody to hand over to
+            return
+        seen = self._descend(self._best_decode(min(able, key=_cost), receivers), senders, receivers)
+        for receiver in receivers:
+            if receiver.worker.worker == nearest and nearest not in seen:
+                first = self._best_prefill(receiver, senders)
+                if first is not None:
+                    self._descend(self._best_decode(_sender(first, senders), receivers), senders, receivers)
 
-    def _cheapest(self) -> PrefillCost | None:
-        """The prefill worker that costs least of those with another worker to hand over to."""
-        able = [leg for name, leg in self._prefills.items() if len(self._decodes) > (name in self._decodes)]
-        return min(able, key=_cost, default=None)
+    def _descend(
+        self, best: Candidate | None, senders: Sequence[PrefillCost], receivers: Sequence[DecodeCost]
+    ) -> set[WorkerId]:
+        """Exchange workers until that is no cheaper.  Returns the decode workers whose best partner was found."""
+        seen: set[WorkerId] = set()
+        while best is not None and best.decode not in seen:
+            seen.add(best.decode)
+            receiver = next(leg for leg in receivers if leg.worker.worker == best.decode)
+            better = self._best_prefill(receiver, senders)
+            if better is None or not better.order_s < best.order_s:
+                break
+            best = self._best_decode(_sender(better, senders), receivers)
+        return seen
 
-    def _best_decode(self, prefill: PrefillCost) -> Candidate:
-        name = prefill.worker.worker
-        return min([self._pair(prefill, leg) for other, leg in self._decodes.items() if other != name], key=_order)
+    def _best_decode(self, sender: PrefillCost, receivers: Sequence[DecodeCost]) -> Candidate | None:
+        name = sender.worker.worker
+        pairs = [self._pair(sender, leg) for leg in receivers if leg.worker.worker != name]
+        return min(pairs, key=_order, default=None)
 
-    def _best_prefill(self, decode: DecodeCost) -> Candidate:
-        name = decode.worker.worker
-        return min([self._pair(leg, decode) for other, leg in self._prefills.items() if other != name], key=_order)
+    def _best_prefill(self, receiver: DecodeCost, senders: Sequence[PrefillCost]) -> Candidate | None:
+        name = receiver.worker.worker
+        pairs = [self._pair(leg, receiver) for leg in senders if leg.worker.worker != name]
+        return min(pairs, key=_order, default=None)
 
-    def _pair(self, prefill: PrefillCost, decode: DecodeCost) -> Candidate:
-        names = prefill.worker.worker, decode.worker.worker
+    def _pair(self, sender: PrefillCost, receiver: DecodeCost) -> Candidate:
+        names = sender.worker.worker, receiver.worker.worker
         found = self._found.get(names)
         if found is None:
-            found = self._found[names] = pair(
-                self._request, prefill, decode, self._links.link(*names), self._goals, self._model
-            )
+            link = self._links.link(*names)
+            found = self._found[names] = pair(self._request, sender, receiver, link, self._goals, self._model)
         return found
+
+
+def _sender(option: Candidate, senders: Sequence[PrefillCost]) -> PrefillCost:
+    return next(leg for leg in senders if leg.worker.worker == option.prefill)
 
 
 _cost, _order = attrgetter("cost_s"), attrgetter("order_s")

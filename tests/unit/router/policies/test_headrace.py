@@ -1,4 +1,3 @@
-import dataclasses
 import random
 
 import numpy as np
@@ -35,10 +34,6 @@ class Links:
 
     def link(self, prefill, decode):
         return self.crawling if (prefill, decode) in self.slow else self.fast
-
-
-def replace_view(view, **fields):
-    return dataclasses.replace(view, **fields)
 
 
 def worker(name, role, **load):
@@ -157,7 +152,7 @@ def test_a_prompt_joins_a_step_unless_those_in_it_would_lose_more_than_a_step_of
     choice = choose(next_step, decode, routable=request(1500))
     assert choice.is_held
     assert "1 prompts would wait 0.19 s longer" in choice.held_because
-    view = replace_view(fleet(next_step, decode), num_waiting=40)  # a step less for each of 40
+    view = replace(fleet(next_step, decode), num_waiting=40)  # a step less for each of 40
     assert not Headrace().choose(request(1500), view).is_held
 
 
@@ -375,7 +370,7 @@ def test_no_seconds_outweigh_what_is_given_up_however_late_a_first_token_may_be(
 def test_what_a_request_has_waited_is_taken_off_its_slo():
     view = fleet(worker("p", Role.PREFILL, queue_s=3.0), worker("d", Role.DECODE, **BUSY, stall_left_s=0.01))
     for waited_s, given_up in ((0.0, Sacrifice.NOTHING), (2.0, Sacrifice.TTFT)):
-        chosen = Headrace().choose(request(**SLO), replace_view(view, waited_s=waited_s)).chosen
+        chosen = Headrace().choose(request(**SLO), replace(view, waited_s=waited_s)).chosen
         assert (chosen.prefill, chosen.gives_up) == ("p", given_up)
 
 
