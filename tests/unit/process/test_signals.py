@@ -59,3 +59,32 @@ def test_sigterm_counts_while_a_process_is_still_importing(tmp_path, module, arg
 def test_sigterm_counts_while_a_worker_s_interpreter_starts(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(SLOW_START)
     assert terminated(begin(tmp_path, "app.cli", "worker", "--engine", "sim")) == (128 + signal.SIGTERM, "")
+
+
+@pytest.mark.parametrize("place", ["weakref.ref(key, sigterm)", "weakref.finalize(key, sigterm)", "Finalizer()"])
+def test_sigterm_counts_where_exceptions_lead_nowhere(place):
+    begun = f"""
+import os, signal, sys, weakref
+from process.signals import end_on_sigterm
+
+def sigterm(*_):
+    signal.raise_signal(signal.SIGTERM)
+
+class Finalizer:
+    __del__ = sigterm
+
+end_on_sigterm()
+key = Finalizer if "Finalizer" in sys.argv[1] else type("Key", (), {{}})()
+kept = {place}
+del key, kept
+while True:
+    signal.pause()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", begun, place],
+        capture_output=True,
+        check=False,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGTERM, b"")
