@@ -105,6 +105,8 @@ class StreamedResponse:
 
     def write(self, payload: bytes) -> None:
         """Send one chunk, verbatim. `payload` must not be empty: an empty chunk would end the answer."""
+        if self._transport.is_closing():  # the client has gone and its worker goes on for a moment: uvloop would raise
+            return
         data = b"%x\r\n%b\r\n" % (len(payload), payload) if self._is_chunked else payload
         if self._head:  # also where silence ends, so that keeping alive costs a token nothing
             data = self._taken_head() + data
@@ -165,7 +167,7 @@ class StreamedResponse:
         """What uvicorn's `send` does with the last bytes."""
         self._state, self._head = _State.ENDED, b""
         cycle = self._cycle
-        if cycle.disconnected:
+        if cycle.disconnected or self._transport.is_closing():
             return
         self._transport.write(data)
         cycle.response_complete = True

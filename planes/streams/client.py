@@ -4,6 +4,7 @@ import asyncio
 from typing import Protocol
 
 import msgspec
+import structlog
 
 from planes.streams.peer import Peer
 from planes.streams.protocol import FROM_WORKER, ProtocolError, StreamLimits, framed
@@ -23,6 +24,8 @@ from planes.wire.frames import (
     StreamId,
 )
 from planes.wire.messages import Registration, RequestId, WorkerId
+
+_log = structlog.get_logger()
 
 
 class WorkerUnreachable(Rejected):
@@ -193,15 +196,30 @@ class WorkerConnection(Peer):
         for delta in step.deltas:
             sink = sinks.get(delta.stream)
             if sink is not None:
-                sink.on_delta(delta.payload, delta.tokens)
+                try:
+                    sink.on_delta(delta.payload, delta.tokens)
+                except Exception:  # noqa: BLE001 - logged there
+                    self.cancel(delta.stream)
+                    self._defective(sink)
         for done in step.done:
             sink = sinks.pop(done.stream, None)
             if sink is not None:
-                sink.on_done(done)
+                try:
+                    sink.on_done(done)
+                except Exception:  # noqa: BLE001 - logged there
+                    self._defective(sink)
         for failed in step.failed:
             sink = sinks.pop(failed.stream, None)
             if sink is not None:
-                sink.on_failed(failed)
+                try:
+                    sink.on_failed(failed)
+                except Exception:  # noqa: BLE001 - logged there
+                    self._defective(sink)
+
+    def _defective(self, sink: Sink) -> None:
+        """A defect of ours in one request's path: to be called while it is handled. The other requests go on."""
+        _log.exception("stream.defect", worker=self.worker)
+        self._loop.call_soon(sink.on_lost, WorkerLost(self.worker, "its news could not be passed on"))
 
     def _greeted(self, hello: Hello) -> None:
         if (hello.worker, hello.epoch) != (self.worker, self._epoch):

@@ -234,6 +234,31 @@ async def test_a_client_that_does_not_read_is_cut_off_at_the_limit(recorder, con
     assert written > MAX_UNSENT
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_what_comes_for_a_client_that_was_cut_off_goes_nowhere(recorder, connect, version):
+    tokens = []
+
+    async def flood(response):
+        for _ in range(1_000):  # a worker's connection does not know yet that this client has gone
+            response.write(b"x" * 10_000)
+            await asyncio.sleep(0)
+        response.keep_alive()
+        response.end(b"last")
+
+    async def begin(request, response):
+        response.begin([])
+        tokens.append(asyncio.create_task(flood(response)))
+        await asyncio.Event().wait()
+
+    recorder.produce = begin
+    async with connect() as (_, writer):
+        writer.transport.pause_reading()
+        writer.write(post(version))
+        assert await asyncio.wait_for(recorder.ended.get(), 20) == "cancelled"
+    await tokens[0]
+    assert recorder.cut_off == 1
+
+
 async def test_a_slow_client_below_the_limit_gets_everything(recorder, connect):
     async def burst(request, response):
         response.begin([])

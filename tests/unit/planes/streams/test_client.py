@@ -71,6 +71,45 @@ async def test_what_has_been_asked_is_sent_before_the_end(worker_side):
     assert [message.stream for message in transport.sent(FromGateway)] == [stream]
 
 
+class Broken(FakeSink):
+    """A defect of ours."""
+
+    def on_delta(self, payload, tokens):
+        raise RuntimeError("planted")
+
+    on_done = on_delta
+
+
+async def test_one_request_s_defect_is_no_other_s_end(worker_side):
+    connection, transport = worker_side
+    broken, whole = Broken(), FakeSink()
+    connection.start(REQUEST, broken)
+    connection.start(REQUEST, whole)
+    await asyncio.sleep(0)
+    transport.sent(FromGateway)
+    step = Step([Delta(StreamId(1), b"a", [1]), Delta(StreamId(2), b"b", [2])])
+    connection.data_received(frame(step) + frame(step))
+    connection.data_received(frame(Step([], [msgspec.structs.replace(DONE, stream=StreamId(2))])))
+    await asyncio.sleep(0)
+    assert whole.news == [(b"bb", [2, 2]), msgspec.structs.replace(DONE, stream=StreamId(2))]
+    assert [type(news) for news in broken.news] == [WorkerLost]
+    assert transport.sent(FromGateway) == [Cancel(StreamId(1))]
+    assert not transport.is_closed
+
+
+async def test_a_defect_at_a_request_s_end_is_its_own(worker_side):
+    connection, transport = worker_side
+    broken, whole = FakeSink(), FakeSink()
+    broken.on_done = Broken().on_done
+    connection.start(REQUEST, broken)
+    connection.start(REQUEST, whole)
+    connection.data_received(frame(Step([], [DONE, msgspec.structs.replace(DONE, stream=StreamId(2))])))
+    await asyncio.sleep(0)
+    assert len(whole.news) == 1
+    assert [type(news) for news in broken.news] == [WorkerLost]
+    assert not transport.is_closed
+
+
 async def test_a_cancelled_request_hears_nothing_more(worker_side):
     connection, transport = worker_side
     sink = FakeSink()
