@@ -11,6 +11,7 @@ from router.stats import RouterStats
 
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _ITL_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
+_OVERHEAD_BUCKETS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 _SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
@@ -28,6 +29,8 @@ class RequestSummary(Struct, frozen=True):
     prefill_s: float | None = None
     handover_s: float | None = None
     handover_bytes: int = 0
+    overhead_s: float | None = None
+    """What the gateway took itself, before the first worker was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,9 @@ class Metrics:
             "prefill_seconds", "Computing the prompt, as its worker says.", _SECONDS_BUCKETS
         )
         self._handover = self._histogram("handover_seconds", "Moving a KV cache, as its taker says.", _SECONDS_BUCKETS)
+        self._overhead = self._histogram(
+            "overhead_seconds", "What the gateway took itself, before the first worker was asked.", _OVERHEAD_BUCKETS
+        )
         self._retries = Counter(
             "headrace_retries", "Legs that failed and were run elsewhere, by why.", ("code",), registry=self._registry
         )
@@ -125,6 +131,7 @@ class Metrics:
             (self._itl, request.itl_s),
             (self._prefill, request.prefill_s),
             (self._handover, request.handover_s),
+            (self._overhead, request.overhead_s),
         ):
             if seconds is not None:
                 # Looking a label up takes as long as observing.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from app.cli.config import ConfigSettings, live_settings
 from app.cli.fleet import FleetTableSettings
+from app.cli.gateway_url import GatewayUrlSettings
 from app.cli.keys import KeySettings, RotateSettings
 from app.cli.role import RoleSettings
 from app.cli.up import UpSettings
@@ -28,6 +29,10 @@ COMMANDS = {
     "headrace gateway": (GatewaySettings, "One gateway."),
     "headrace worker": (WorkerSettings, "One worker."),
     "headrace fleet": (FleetTableSettings, "Who is registered, and what they do."),
+    "headrace trace": (
+        GatewayUrlSettings,
+        "`headrace trace ID`: where a request's time went, and why; without an id the last ones.",
+    ),
     "headrace role": (RoleSettings, "`headrace role WORKER both|prefill|decode` changes a running worker's role."),
     "headrace keys create": (
         KeySettings,
@@ -82,6 +87,16 @@ HEADERS = (
     ("x-headrace-script", "request", "What the simulated engine alone says: a JSON list of texts, one for each turn."),
     ("x-headrace-ignored", "response", "Body fields that nobody here knows; they changed nothing."),
     ("x-request-id", "response", "For `GET /v1/routes/{request_id}` and the logs."),
+    (
+        "x-headrace-overhead-ms",
+        "response",
+        (
+            "What the gateway took itself until the first worker was asked, in milliseconds: reading the body (as "
+            "slowly as it is sent), checking, rendering and tokenizing it, and deciding; without the wait for a worker "
+            "with room. Of a request that got no worker: until then. It is what is known when the head is made; what "
+            "workers say is passed on as it comes."
+        ),
+    ),
     ("x-headrace-prefill", "response", "The worker that computed the prompt; the decode worker without a handover."),
     ("x-headrace-decode", "response", "The worker that generates."),
     ("x-headrace-policy", "response", "The policy that chose them."),

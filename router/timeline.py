@@ -70,6 +70,8 @@ class Timeline(msgspec.Struct, frozen=True):
     ttft_s: float | None = None
     itl_s: float | None = None
     """Mean gap between two tokens."""
+    overhead_s: float = 0.0
+    """What the gateway took itself, before the first worker was asked; without its router's queue."""
     stages: tuple[Stage, ...] = ()
     """In order of time; they overlap only where a handover by push does."""
     interruptions: tuple[Interruption, ...] = ()

@@ -16,8 +16,10 @@ from cyclopts import Parameter
 from app.cli import servers
 from app.cli.config import ConfigSettings, change_config, live_settings
 from app.cli.fleet import FleetTableSettings, show
+from app.cli.gateway_url import GatewayUrlSettings
 from app.cli.keys import KeySettings, RotateSettings, create_key, list_keys, revoke_key, rotate_key
 from app.cli.role import RoleSettings, change_role
+from app.cli.trace import trace as show_trace
 from app.cli.up import UpSettings, run_everything
 from app.settings import GatewaySettings
 from planes.wire.errors import HeadraceError
@@ -45,6 +47,7 @@ _EVERYTHING = (
     RoleSettings,
     KeySettings,
     RotateSettings,
+    GatewayUrlSettings,
 )
 """What variables may say in the shell where small commands run: that of a fleet's operator."""
 _FLAGS = Parameter(name="*")
@@ -60,6 +63,7 @@ _Changes = Annotated[
     ),
 ]
 _WorkerName = Annotated[str, Parameter(show_env_var=False, help="Its name in the fleet: headrace fleet.")]
+_RequestId = Annotated[str, Parameter(show_env_var=False, help="As `x-request-id` of its answer said.")]
 _Role = Annotated[Literal["prefill", "decode", "both"], Parameter(show_env_var=False, help="What it shall be.")]
 _Tenant = Annotated[str, Parameter(show_env_var=False, help="Whose it is: the name in metrics, shares and usage.")]
 _KeyId = Annotated[str, Parameter(show_env_var=False, help="Its id, which is no secret: headrace keys list.")]
@@ -190,6 +194,17 @@ def rotate(key: _KeyId, /, *, settings: Annotated[RotateSettings | None, _FLAGS]
     settings = settings or RotateSettings()
     _tell_strangers(*_EVERYTHING)
     print(asyncio.run(rotate_key(key, settings, now=datetime.now(UTC))))
+
+
+@app.command
+def trace(request: _RequestId = "", /, *, settings: Annotated[GatewayUrlSettings | None, _FLAGS] = None) -> None:
+    """Show where a request's time went, and why it went where it went: headrace trace ID
+
+    The id is `x-request-id` of its answer. Without one: the last requests.
+    """
+    settings = settings or GatewayUrlSettings()
+    _tell_strangers(*_EVERYTHING)
+    show_trace(request, settings)
 
 
 class NotInstalled(HeadraceError):  # noqa: N818 - names what is wrong

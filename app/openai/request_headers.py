@@ -20,7 +20,7 @@ from router.request import HandoverPreference, Route
 
 HANDOVER, EXPLAIN, ROUTE = "x-headrace-handover", "x-headrace-explain", "x-headrace-route"
 SLO_TTFT, SLO_ITL = "x-headrace-slo-ttft-ms", "x-headrace-slo-itl-ms"
-SCRIPT, IGNORED = "x-headrace-script", "x-headrace-ignored"
+SCRIPT, IGNORED, OVERHEAD = "x-headrace-script", "x-headrace-ignored", "x-headrace-overhead-ms"
 _OPTIONS = frozenset({HANDOVER, EXPLAIN, SLO_TTFT, SLO_ITL})
 _MOST_IGNORED_CHARS = 512
 
@@ -37,6 +37,11 @@ def ignored_header(names: Sequence[str]) -> str:
             break
         told.append(shown)
     return ", ".join(told)
+
+
+def overhead_header(overhead_s: float) -> tuple[str, str]:
+    """What the gateway took itself, until the head was made."""
+    return OVERHEAD, f"{overhead_s * 1000:.3f}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,6 +121,15 @@ class Exchange:
         """The last one."""
         return self.attempts[-1] if self.attempts else None
 
+    @property
+    def overhead_s(self) -> float:
+        """What this gateway took itself: from the request's coming to its first route, without the router's queue."""
+        begun_at = self.request.arrived_at
+        if not self.attempts:
+            return self.submitted_at - begun_at
+        first = self.attempts[0]
+        return max(0.0, first.bound_at - first.route.held_s - begun_at)
+
     def start(self, *, now: float) -> list[Effect]:
         """Ask for the first route."""
         self.submitted_at = now
@@ -285,7 +294,7 @@ class Exchange:
 
     def headers(self) -> do.Headers:
         """What the answer's head says, as things stand."""
-        return summary.headers(self.request, self.attempt, self._fallback)
+        return summary.headers(self.request, self.attempt, self._fallback, overhead_s=self.overhead_s)
 
     def _prefill_done(self, event: on.LegDone, now: float) -> list[Effect]:
         """Of a prompt that was to be pulled."""

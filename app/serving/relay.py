@@ -175,6 +175,7 @@ class _Serving(ExchangeDriver):
             num_tokens=len(exchange.tokens),
             first_at=exchange.first_at,
             ended_at=ended_at,
+            overhead_s=exchange.overhead_s,
         )
         self._relay.metrics.ended(told)
         self._dispatcher.ended(timeline(exchange, told, ended_at=ended_at))

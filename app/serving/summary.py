@@ -3,15 +3,18 @@
 from typing import Any
 
 from app.metrics import RequestSummary
-from app.openai.request_headers import IGNORED, ROUTE, ignored_header, route_header
+from app.openai.request_headers import IGNORED, ROUTE, ignored_header, overhead_header, route_header
 from app.serving.attempt import Attempt
 from app.serving.effects import Headers
 from app.serving.request import GatewayRequest
 
 
-def headers(request: GatewayRequest, attempt: Attempt | None, fallback: str) -> Headers:
-    """What the answer's head says. fallback: why it was not served as it should have been; empty: it was."""
-    told = [("x-request-id", str(request.request))]
+def headers(request: GatewayRequest, attempt: Attempt | None, fallback: str, *, overhead_s: float) -> Headers:
+    """What the answer's head says.
+
+    fallback: why it was not served as it should have been; empty: it was.  overhead_s: see `Exchange`.
+    """
+    told = [("x-request-id", str(request.request)), overhead_header(overhead_s)]
     if attempt is not None:
         told += [
             ("x-headrace-prefill", attempt.prefill_worker),
@@ -35,6 +38,7 @@ def summary(
     num_tokens: int,
     first_at: float | None,
     ended_at: float,
+    overhead_s: float,
 ) -> RequestSummary:
     """For the metrics. attempt: the last one.  first_at: instant of the client's first token."""
     computed = attempt.computed if attempt else None
@@ -53,6 +57,7 @@ def summary(
         prefill_s=computed.prefill_s if computed else None,
         handover_s=moved.handover_s if moved else None,
         handover_bytes=moved.handover_bytes if moved else 0,
+        overhead_s=overhead_s,
     )
 
 

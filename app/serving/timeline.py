@@ -39,6 +39,7 @@ def timeline(exchange: Exchange, told: RequestSummary, *, ended_at: float) -> Ti
         cached_tokens=told.cached_tokens,
         ttft_s=told.ttft_s,
         itl_s=told.itl_s,
+        overhead_s=exchange.overhead_s,
         stages=tuple(_stages(exchange, ended_at)),
         interruptions=tuple(_interruptions(exchange)),
     )

@@ -18,6 +18,7 @@ from app.keys.tenant import Tenant
 from app.metrics import RequestSummary
 from app.openai import errors as openai_errors
 from app.openai.errors import code_of
+from app.openai.request_headers import overhead_header
 from app.openai.schema import Limits, ParsedRequest
 from planes.wire.errors import HeadraceError, InvalidRequest
 from planes.wire.messages import RequestId
@@ -100,7 +101,7 @@ def _why(exc: HeadraceError) -> dict[str, str | None]:
 
 
 async def _admit(gateway: Gateway, request: Request, serve: Serve, response: StreamedResponse) -> None:
-    request_id = gateway.new_request_id()
+    request_id, came_at = gateway.new_request_id(), gateway.clock()
     # A dictionary, because starlette's own headers are searched one by one for each that is not there.
     headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in request.scope["headers"]}
     try:
@@ -112,7 +113,7 @@ async def _admit(gateway: Gateway, request: Request, serve: Serve, response: Str
         code = code_of(exc)
         gateway.metrics.ended(RequestSummary(model="", code=code))
         _log.info("request.finished", request_id=request_id, outcome=code, **_why(exc))
-        response.fail(exc, [("x-request-id", request_id)])
+        response.fail(exc, [("x-request-id", request_id), overhead_header(gateway.clock() - came_at)])
     except Exception as exc:  # noqa: BLE001 - our own bug: it is logged, and the client gets an answer all the same
         _log.exception("request.bug", request_id=request_id)
-        response.fail(exc, [("x-request-id", request_id)])
+        response.fail(exc, [("x-request-id", request_id), overhead_header(gateway.clock() - came_at)])

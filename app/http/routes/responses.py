@@ -16,6 +16,7 @@ from app.http.routes.generate import Admitted, served_route
 from app.http.routes.replies import json_reply, with_ignored
 from app.http.routes.stored_responses import JSON, send_stream
 from app.keys.tenant import Tenant
+from app.openai.request_headers import overhead_header
 from app.openai.responses.request import ResponseRequest, parse_response
 from app.responses.keeping import KeepingResponse
 from app.responses.store import NotKept, StoredResponse
@@ -123,7 +124,7 @@ async def _start(gateway: Gateway, job: GatewayRequest, conversation: Conversati
 
 
 async def _begun(gateway: Gateway, job: GatewayRequest, response: StreamedResponse) -> None:
-    headers = [("x-request-id", str(job.request))]
+    headers = [("x-request-id", str(job.request)), overhead_header(gateway.clock() - job.arrived_at)]
     if job.format.is_streaming:
         await send_stream(gateway, Tenant(job.tenant), job.format.response_id, -1, response, headers)
     else:

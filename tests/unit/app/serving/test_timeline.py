@@ -1,6 +1,7 @@
 """Where a request's time went, told from what an exchange knows at its end."""
 
 import pytest
+from msgspec.structs import replace
 
 from app.serving import events as on
 from app.serving.exchange import Exchange
@@ -55,6 +56,7 @@ class Told:
             num_tokens=len(exchange.tokens),
             first_at=exchange.first_at,
             ended_at=ended_at,
+            overhead_s=exchange.overhead_s,
         )
         return timeline(exchange, told, ended_at=ended_at)
 
@@ -179,3 +181,18 @@ def test_of_many_attempts_the_last_eight_are_told(max_attempts):
     assert [each.attempt for each in queued] == list(range(first, max_attempts + 1))
     assert {each.end_s - each.begin_s for each in queued} == {0.5}
     assert told.end_s == queued[-1].end_s + 0.5
+
+
+def test_what_the_gateway_took_itself_has_neither_the_queue_nor_workers_in_it():
+    scene = Told().at(4.0, on.Bound(replace(route("r", "d0"), held_s=3.0), None))
+    leg = scene.new_leg()
+    scene.at(9.0, on.LegFailed(leg, WorkerLost(D0, "killed"))).bound(15.0, "d1")
+    assert scene.exchange.overhead_s == 1.0
+    assert dict(scene.exchange.headers())["x-headrace-overhead-ms"] == "1000.000"
+    told = scene.at(20.0, on.LegDone(scene.new_leg(), done(PREFILL_USAGE, [2]))).timeline()
+    assert (told.overhead_s, told.end_s) == (1.0, 20.0)
+
+
+def test_a_request_without_a_route_was_prepared_all_the_same():
+    scene = Told().at(7.0, on.RouteRefused(NoWorker("sim", num_workers=0)))
+    assert dict(scene.exchange.headers())["x-headrace-overhead-ms"] == "500.000"
