@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from app.auth import ApiKeys
 from app.fleet.connections import WorkerConnections
@@ -16,9 +17,18 @@ from app.responses.store import ResponseStore
 from app.serving.binding import Clock, Dispatcher
 from app.serving.prefill_queue import QueuedPrefills
 from app.serving.relay import Relay
+from app.serving.relay import Tracer as RelayTracer
 from app.settings import GatewaySettings
+from app.telemetry.trace_context import TraceContext
 from planes.wire.messages import RequestId
 from router.router import Router
+
+
+class Tracer(RelayTracer, Protocol):
+    """What `app.telemetry.tracing.Tracing` does."""
+
+    def started(self) -> TraceContext: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,5 +53,7 @@ class Gateway:
     new_request_id: Callable[[], RequestId]
     prefills: QueuedPrefills | None = None
     """The queue for prompts; None: they are sent to the worker chosen."""
+    tracer: Tracer | None = None
+    """Where traces of requests go; None: nowhere."""
     recorder: Recorder | None = None
     """Where served requests are written down; None: nowhere."""

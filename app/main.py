@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.auth import ApiKeys, is_open_to_others
 from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, RoutingSetup, routing_setup
-from app.gateway import Gateway
+from app.gateway import Gateway, Tracer
 from app.http.body import BodyMemory
 from app.http.connection import ConnectionLimits, StreamingProtocol
 from app.http.openapi import described
@@ -46,7 +46,7 @@ from app.prompt.prepare import Preprocessor
 from app.recording import Recorder
 from app.responses.background import Background
 from app.responses.store import ResponseStore
-from app.serving.binding import Dispatcher
+from app.serving.binding import Clock, Dispatcher
 from app.serving.prefill_queue import QueuedPrefills
 from app.serving.relay import Relay
 from app.serving.retries import ExchangeLimits
@@ -162,6 +162,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
             wall_clock=time.time,
         )
         metrics.watch(recorder.gauges)
+    tracer = _tracer(settings, clock)
     relay = Relay(
         dispatcher,
         fleet,
@@ -171,6 +172,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         prefills=prefills,
         keepalive_s=settings.sse_keepalive_s,
         recorder=recorder,
+        tracer=tracer,
     )
     values = KeyedStore(
         events,
@@ -197,6 +199,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         relay=relay,
         prefills=prefills,
         recorder=recorder,
+        tracer=tracer,
         responses=responses,
         background=background,
         metrics=metrics,
@@ -277,6 +280,8 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
     finally:
         gateway.dispatcher.stop()
         gateway.preprocessor.close()
+        if gateway.tracer is not None:
+            await asyncio.to_thread(gateway.tracer.close)
     _log.info("gateway.stopped")
 
 
@@ -326,6 +331,24 @@ def _routing(settings: GatewaySettings) -> RoutingSetup:
         return routing_setup(settings, RoutingConfig())
     except ValueError as exc:
         raise UnusableSetting("policy", settings.policy, str(exc)) from exc
+
+
+def _tracer(settings: GatewaySettings, clock: Clock) -> Tracer | None:
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        from app.telemetry.tracing import otlp_tracing  # noqa: PLC0415 - an extra, and nobody else should pay for it
+    except ImportError as exc:
+        why = f"it needs OpenTelemetry ({exc}): pip install 'headrace[otel]'"
+        raise UnusableSetting("otlp_endpoint", settings.otlp_endpoint, why) from exc
+    return otlp_tracing(
+        settings.otlp_endpoint,
+        version=version("headrace"),
+        ratio=settings.trace_ratio,
+        clock=clock,
+        wall_clock=time.time,
+        rng=random.Random(),
+    )
 
 
 def _keys(settings: GatewaySettings) -> ApiKeys:

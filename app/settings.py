@@ -10,7 +10,7 @@ from app.openai.schema import Limits
 from planes.streams.protocol import StreamLimits
 from planes.wire.errors import UnusableSetting
 from process.paths import cache_dir
-from process.settings import ProcessSettings
+from process.settings import ProcessSettings, check_setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +108,17 @@ class GatewaySettings(ProcessSettings):
         64 << 20
     )
     record_files: Annotated[int, Parameter(help="Most recorded files in the folder; the oldest make room.")] = 16
+    otlp_endpoint: Annotated[
+        str | None,
+        Parameter(
+            help="URL of an OpenTelemetry collector that takes OTLP over HTTP, such as http://127.0.0.1:4318: requests "
+            "are traced. Needs the extra otel. Default: nothing is traced."
+        ),
+    ] = None
+    trace_ratio: Annotated[
+        float,
+        Parameter(help="Share of requests that are traced, 0 to 1; a client that sends traceparent decides itself."),
+    ] = 1.0
     cache_dir: Annotated[
         Path | None,
         Parameter(
@@ -147,6 +158,8 @@ class GatewaySettings(ProcessSettings):
         for name in ("drain_s", "replacement_s", "sse_keepalive_s"):
             if not getattr(self, name) >= 0:
                 raise UnusableSetting(name, getattr(self, name), "it must be 0 seconds or more")
+        check_setting("trace_ratio", self.trace_ratio, _check_share)
+        check_setting("otlp_endpoint", self.otlp_endpoint, _check_collector)
         if self.dead_after_s <= self.heartbeat_s:
             raise UnusableSetting(
                 "dead_after_s", self.dead_after_s, f"it must exceed --heartbeat-s ({self.heartbeat_s})"
@@ -164,3 +177,13 @@ class GatewaySettings(ProcessSettings):
     @property
     def stream_limits(self) -> StreamLimits:
         return StreamLimits(ping_s=self.heartbeat_s, dead_s=self.dead_after_s)
+
+
+def _check_share(value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError("it must be from 0 to 1")
+
+
+def _check_collector(url: str | None) -> None:
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise ValueError("it must be http://host:port or https://host:port")

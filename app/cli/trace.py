@@ -71,8 +71,8 @@ def _bar(stage: dict[str, Any], whole_s: float) -> str:
     if whole_s <= 0:
         return ""
     begin = min(_BAR - 1, int(stage["begin_s"] / whole_s * _BAR))
-    end = min(_BAR, max(begin + 1, round(stage["end_s"] / whole_s * _BAR)))
-    return "·" * begin + "█" * (end - begin) + "·" * (_BAR - end)
+    end: int = min(_BAR, max(begin + 1, round(stage["end_s"] / whole_s * _BAR)))
+    return f"{'·' * begin}{'█' * (end - begin)}{'·' * (_BAR - end)}"
 
 
 def _what(stage: dict[str, Any]) -> str:
@@ -80,10 +80,11 @@ def _what(stage: dict[str, Any]) -> str:
         case "prefill":
             return f"{stage['tokens']} tokens computed, {stage['cached_tokens']} cached"
         case "handover":
-            return f"{stage['num_bytes']:,} bytes"
+            return f"{int(stage['num_bytes']):,} bytes"
         case "decode":
             return f"{stage['tokens']} tokens"
-    return ""
+        case _:
+            return ""
 
 
 def _decision(told: dict[str, Any]) -> Iterator[RenderableType]:

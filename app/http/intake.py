@@ -17,6 +17,7 @@ from app.openai.schema import Kind, ParsedRequest
 from app.prompt.prepare import ModelEntry
 from app.prompt.script import scripted
 from app.serving.request import GatewayRequest, Prewarm
+from app.telemetry.trace_context import TRACEPARENT, TraceContext, parse_traceparent
 from planes.wire.errors import InvalidRequest
 from planes.wire.frames import Format, Parsing, Sampling
 from planes.wire.messages import RequestId
@@ -107,7 +108,8 @@ async def prepared_request(
     for number, prompt in enumerate(parsed.more_prompts, start=1):
         other = msgspec.structs.replace(parsed, prompt=prompt)
         one = await prepare(other, request_id=RequestId(f"{request_id}-{number}"))
-        beside.append(msgspec.structs.replace(one, format=msgspec.structs.replace(job.format, echo=one.format.echo)))
+        answer = msgspec.structs.replace(job.format, echo=one.format.echo)
+        beside.append(msgspec.structs.replace(one, format=answer, trace=job.trace))
     return msgspec.structs.replace(job, beside=tuple(beside))
 
 
@@ -173,7 +175,14 @@ async def _prepared_prompt(
         card_digest=model.digest,
         ignored=parsed.ignored,
         prewarm=prewarm,
+        trace=_trace(gateway, headers),
     )
+
+
+def _trace(gateway: Gateway, headers: Mapping[str, str]) -> TraceContext | None:
+    """The client's; else a new one where requests are traced."""
+    trace = parse_traceparent(headers[TRACEPARENT]) if TRACEPARENT in headers else None
+    return gateway.tracer.started() if trace is None and gateway.tracer is not None else trace
 
 
 def _settled(by_request: float | None, by_key: float | None) -> tuple[float | None, SloSource]:

@@ -22,13 +22,14 @@ from app.serving.exchange import Exchange, State
 from app.serving.prefill_queue import NotQueued, Prefilled
 from app.serving.request import GatewayRequest
 from app.serving.retries import ExchangeLimits
-from app.serving.timeline import timeline
+from app.serving.timeline import timeline_of
 from app.serving.worker_stream import WorkerStream
 from planes.streams.client import WorkerConnection, WorkerUnreachable
 from planes.wire.blocks import Tokens
 from planes.wire.errors import HeadraceError
 from planes.wire.frames import Generate
 from planes.wire.messages import RequestId, WorkerId
+from router.timeline import Timeline
 
 _log = structlog.get_logger()
 
@@ -71,11 +72,18 @@ class Recorder(Protocol):
     def ended(self, prompt: Tokens, root: str, *, completion_tokens: int, ago_s: float) -> None: ...
 
 
+class Tracer(Protocol):
+    """What `app.telemetry.tracing.Tracing` does."""
+
+    def ended(self, request: GatewayRequest, timeline: Timeline) -> None: ...
+
+
 class Relay:
     """Serves requests. One for each gateway process.
 
     clock: the event loop's.  prefills: the queue for prompts; None: they are sent to the worker chosen.
     keepalive_s: longest silence of a stream; 0: it may be silent.  recorder: told of every request that was served.
+    tracer: told of every request that has ended.
     """
 
     def __init__(
@@ -89,6 +97,7 @@ class Relay:
         prefills: Prefills | None = None,
         keepalive_s: float = 0.0,
         recorder: Recorder | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self.dispatcher = dispatcher
         self.workers = workers
@@ -98,6 +107,7 @@ class Relay:
         self.prefills = prefills
         self.keepalive_s = keepalive_s
         self.recorder = recorder
+        self.tracer = tracer
 
     async def run(self, request: GatewayRequest, response: Response) -> None:
         """Answer `request`, whatever happens. Raises nothing but CancelledError."""
@@ -146,7 +156,7 @@ class _Serving(ExchangeDriver):
 
     def _bug(self, exc: Exception) -> None:
         """It is logged, and the client gets an answer all the same."""
-        _log.exception("request.bug", request_id=self._request.request, exc_info=exc)
+        _log.exception("request.bug", **summary.log_ids(self._request), exc_info=exc)
         if self.exchange.state is not State.ENDED:
             self._events.append(on.Bug(exc))
         elif not self.response.is_ended:
@@ -178,7 +188,10 @@ class _Serving(ExchangeDriver):
             overhead_s=exchange.overhead_s,
         )
         self._relay.metrics.ended(told)
-        self._dispatcher.ended(timeline(exchange, told, ended_at=ended_at))
+        timeline = timeline_of(exchange, told, ended_at=ended_at)
+        self._dispatcher.ended(timeline)
+        if self._relay.tracer is not None:
+            self._relay.tracer.ended(self._request, timeline)
         if self._relay.recorder is not None:
             self._record(self._relay.recorder, told, ended_at)
         record = summary.log_record(
@@ -265,7 +278,7 @@ class _Serving(ExchangeDriver):
     # --- to the log and the metrics --------------------------------------------------------------------------------
 
     def _note(self, effect: do.Note) -> None:
-        metrics, request = self._relay.metrics, self._request.request
+        metrics = self._relay.metrics
         match effect.what:
             case Noted.RETRIED | Noted.MIGRATED:
                 metrics.retried(effect.code, is_migration=effect.what is Noted.MIGRATED)
@@ -276,7 +289,7 @@ class _Serving(ExchangeDriver):
                 metrics.queue_bypassed(effect.code)
             case Noted.REPLACED | Noted.GAVE_UP:
                 metrics.waited_for_worker(is_replaced=effect.what is Noted.REPLACED)
-        _log.warning(effect.what.value, request_id=request, code=effect.code, reason=effect.reason)
+        _log.warning(effect.what.value, **summary.log_ids(self._request), code=effect.code, reason=effect.reason)
 
     PERFORM: ClassVar[dict[type, Callable[[Any, Any], None]]] = {
         **ExchangeDriver.PERFORM,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from app.openai.request_headers import HeaderOptions
+from app.telemetry.trace_context import TraceContext
 from planes.wire.blocks import Hashes, Tokens
 from planes.wire.frames import Format, Generate, Leg, Sampling, StreamId, pack_tokens
 from planes.wire.messages import RequestId, WorkerId
@@ -47,6 +48,8 @@ class GatewayRequest(Struct, frozen=True, eq=False):
     ignored: tuple[str, ...] = ()
     """Names of fields that nobody knows."""
     prewarm: Prewarm | None = None
+    trace: TraceContext | None = None
+    """None: nobody follows it."""
     beside: "tuple[GatewayRequest, ...]" = ()
     """Those that are answered in the same answer, after this one."""
 

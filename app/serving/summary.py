@@ -61,12 +61,20 @@ def summary(
     )
 
 
+def log_ids(request: GatewayRequest) -> dict[str, str]:
+    """By what a line of the log is found."""
+    ids: dict[str, str] = {"request_id": request.request}
+    if request.trace is not None:
+        ids["trace_id"] = request.trace.trace_id
+    return ids
+
+
 def log_record(
     request: GatewayRequest, attempt: Attempt | None, told: RequestSummary, *, num_attempts: int, ended_at: float
 ) -> dict[str, Any]:
     """The one line at the end of a request."""
     return {
-        "request_id": request.request,
+        **log_ids(request),
         "model": request.model,
         "outcome": told.code,
         "prefill": attempt and attempt.prefill_worker,

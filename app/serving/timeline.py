@@ -22,7 +22,7 @@ _MAX_TOLD = 8
 """Attempts of one request that are told, the latest: a busy fleet may cost many."""
 
 
-def timeline(exchange: Exchange, told: RequestSummary, *, ended_at: float) -> Timeline:
+def timeline_of(exchange: Exchange, told: RequestSummary, *, ended_at: float) -> Timeline:
     """Of an ended exchange.  told: its summary."""
     request, last = exchange.request, exchange.attempt
     return Timeline(

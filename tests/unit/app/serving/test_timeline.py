@@ -7,7 +7,7 @@ from app.serving import events as on
 from app.serving.exchange import Exchange
 from app.serving.retries import ExchangeLimits
 from app.serving.summary import summary
-from app.serving.timeline import timeline
+from app.serving.timeline import timeline_of
 from planes.streams.client import WorkerLost
 from planes.wire.frames import Done, FinishReason, StreamId, Usage
 from planes.wire.messages import HandoverEndpoint, HandoverMode, WorkerId
@@ -58,7 +58,7 @@ class Told:
             ended_at=ended_at,
             overhead_s=exchange.overhead_s,
         )
-        return timeline(exchange, told, ended_at=ended_at)
+        return timeline_of(exchange, told, ended_at=ended_at)
 
 
 def shown(told):
