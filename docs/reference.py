@@ -20,6 +20,9 @@ from app.cli.up import UpSettings
 from app.main import create_app
 from app.metrics import Metrics
 from app.settings import GatewaySettings
+from planes.wire.messages import WorkerId
+from workers.engine.base import EngineLoad
+from workers.metrics import WorkerMetrics
 from workers.settings import WorkerSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,6 +135,8 @@ def reference() -> str:
     parts += [f"| `{name}` | {text} |" for name, text in FIELDS.items()]
     parts += ["", "## Metrics", "", "| metric | type | meaning |", "|---|---|---|"]
     parts += [f"| `{name}` | {kind} | {text} |" for name, kind, text in _metrics()]
+    parts += ["", "### Of workers", "", "With `--metrics-port`.", "", "| metric | type | meaning |", "|---|---|---|"]
+    parts += [f"| `{name}` | {kind} | {text} |" for name, kind, text in sorted(set(_families(_worker_metrics())))]
     return "\n".join(parts) + "\n"
 
 
@@ -156,18 +161,27 @@ def _routes() -> list[tuple[str, str, str]]:
     return sorted(found, key=lambda row: (row[1], row[0]))
 
 
-def _metrics() -> list[tuple[str, str, str]]:
-    """Counters and histograms from the registry; what exists per scrape only, from the calls that make it."""
-    lines = [line.split(" ", 3) for line in Metrics().exposition().decode().splitlines()]
+def _worker_metrics() -> bytes:
+    return WorkerMetrics(WorkerId(""), "", num_blocks=1, load=EngineLoad, role=lambda: None).exposition()
+
+
+def _families(exposition: bytes) -> list[tuple[str, str, str]]:
+    lines = [line.split(" ", 3) for line in exposition.decode().splitlines()]
     kinds = {words[2]: words[3] for words in lines if words[1] == "TYPE"}
     found = [(words[2], kinds[words[2]], words[3]) for words in lines if words[1] == "HELP"]
+    return [row for row in found if not row[0].endswith("_created")]
+
+
+def _metrics() -> list[tuple[str, str, str]]:
+    """Counters and histograms from the registry; what exists per scrape only, from the calls that make it."""
+    found = _families(Metrics().exposition())
     for source in sorted((ROOT / "app").rglob("*.py")):
         for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Gauge", "Total"):
                 name, text = (arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant))
                 is_total = node.func.id == "Total"
                 found.append((f"headrace_{name}{'_total' * is_total}", "counter" if is_total else "gauge", text))
-    return sorted({row for row in found if not row[0].endswith("_created")})
+    return sorted(set(found))
 
 
 def main() -> int:

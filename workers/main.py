@@ -37,6 +37,8 @@ from workers.answer.detokenizer import Vocabulary, load_vocabulary
 from workers.engine.base import Engine, EngineStartError
 from workers.engine.make import make_engine
 from workers.kv_events import Publisher
+from workers.metrics import WorkerMetrics
+from workers.metrics_port import MetricsPort
 from workers.model_card import CardPublisher, read_card, read_parser_names
 from workers.parsers import NO_PARSERS, ParserNames, engine_reasoning, make_parsers
 from workers.prefill_queue import Puller
@@ -185,6 +187,7 @@ class _Worker:
                 make_parsers, self.parsers, vocabulary, settings.model_path, engine=settings.engine
             ),
         )
+        metrics = await self._watched(server)
         limits = StreamLimits(ping_s=settings.heartbeat_s, dead_s=settings.dead_after_s)
         streams = StreamServer(server, worker=self.worker, epoch=self.epoch, limits=limits)
         rendering = await asyncio.to_thread(rendering_of, settings.model_path, settings.engine)
@@ -213,9 +216,28 @@ class _Worker:
                 await puller.until_idle(_LAST_NEWS_S)
             await registrar.close()
             await streams.stop()
+            if metrics is not None:
+                metrics.close()
             server.hear_no_more()
             for task in tasks:
                 task.cancel()
+
+    async def _watched(self, server: WorkerServer) -> MetricsPort | None:
+        """Let others look on, where that is wanted.  Raises:  UnusableSetting."""
+        settings = self.settings
+        if settings.metrics_port is None:
+            return None
+        server.tally = metrics = WorkerMetrics(
+            self.worker,
+            settings.model_name,
+            num_blocks=self.engine.facts.num_blocks,
+            load=self.engine.load,
+            role=lambda: server.role,
+        )
+        listener = MetricsPort(metrics.exposition)
+        port = await listener.listen(settings.host, settings.metrics_port)
+        _log.info("metrics.listening", host=settings.host, port=port)
+        return listener
 
     async def _register(self, registrar: Registrar) -> None:
         try:

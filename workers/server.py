@@ -28,6 +28,7 @@ from planes.wire.frames import (
     FailureKind,
     FinishReason,
     Generate,
+    Leg,
     Parsing,
     PrefillLeg,
     StreamId,
@@ -81,6 +82,13 @@ class Connection(Protocol):
     """What a request needs of `planes.streams.server.GatewayConnection`."""
 
     def post(self, item: Delta | Done | Failed) -> None: ...
+
+
+class Tally(Protocol):
+    """What `workers.metrics.WorkerMetrics` does."""
+
+    def done(self, leg: Leg, usage: Usage, reason: FinishReason) -> None: ...
+    def failed(self, code: str) -> None: ...
 
 
 class _State(Enum):
@@ -175,6 +183,13 @@ class WorkerServer:
         """Set by each request's end."""
         self._idle = asyncio.Event()
         self._idle.set()
+        self.tally: Tally | None = None
+        """Is told of each leg's end; None: nobody is."""
+
+    @property
+    def role(self) -> Role | None:
+        """What is taken now; None: nothing."""
+        return None if self._is_draining else self._role
 
     @property
     def num_requests(self) -> int:
@@ -228,6 +243,8 @@ class WorkerServer:
             self._begin(connection, self._admitted(request), request)
         except HeadraceError as exc:
             connection.post(_failed(request.stream, exc))
+            if self.tally is not None:
+                self.tally.failed(exc.code)
 
     def cancel(self, connection: Connection, stream: StreamId) -> None:
         running = self._running.get(connection, {}).get(stream)
@@ -383,6 +400,7 @@ class WorkerServer:
         request = running.request
         self._handed_over.keep(request.request, running.connection, request.stream, ticket.lease_s)
         running.connection.post(Done(request.stream, FinishReason.LENGTH, usage, payload, tokens, ticket))
+        self._count(running, usage, FinishReason.LENGTH)
 
     def _complete(
         self, running: _RunningRequest, finish: FinishReason, payload: bytes, tokens: list[int], *, is_engine_done: bool
@@ -393,6 +411,11 @@ class WorkerServer:
         usage = running.usage()
         payload += running.formatter.finish(usage)
         running.connection.post(Done(running.request.stream, finish, usage, payload, tokens))
+        self._count(running, usage, finish)
+
+    def _count(self, running: _RunningRequest, usage: Usage, reason: FinishReason) -> None:
+        if self.tally is not None:
+            self.tally.done(running.request.leg, usage, reason)
 
     def _fail(
         self, running: _RunningRequest, kind: FailureKind, code: str, message: str, *, reason: str | None = None
@@ -401,12 +424,16 @@ class WorkerServer:
         self._end(running)
         self._engine.abort(running.request.request)
         running.connection.post(Failed(running.request.stream, kind, code, message))
+        if self.tally is not None:
+            self.tally.failed(code)
         reason = message if reason is None else reason
         _log.warning("request.failed", request_id=running.request.request, kind=kind, code=code, reason=reason)
 
     def _refuse(self, running: _RunningRequest, error: InvalidRequest) -> None:
         self._end(running)
         running.connection.post(_failed(running.request.stream, error))
+        if self.tally is not None:
+            self.tally.failed(error.code)
 
     def _engine_failed(self, running: _RunningRequest, output: EngineOutput) -> None:
         """Clients hear what it is called; the engine's words, and its libraries', are for the log."""

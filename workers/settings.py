@@ -55,6 +55,13 @@ class WorkerSettings(ProcessSettings):
         ),
     ] = None
     port: Annotated[int, Parameter(help="Port to listen on for gateways; 0 takes a free one.")] = 0
+    metrics_port: Annotated[
+        int | None,
+        Parameter(
+            help="Port for GET /metrics (Prometheus, under vLLM's names too) and GET /live; 0 takes a free one. "
+            "Default: none."
+        ),
+    ] = None
     handover: Annotated[
         Literal["pull", "push", "none"],
         Parameter(help="Who moves the KV cache: the decode worker, the prefill worker, or nobody."),
@@ -132,6 +139,7 @@ class WorkerSettings(ProcessSettings):
 
     def __post_init__(self) -> None:
         ProcessSettings.__post_init__(self)
+        _check_ports(self)
         _check_numbers(self)
         _check_model(self)
         _check_names(self)
@@ -212,9 +220,13 @@ class WorkerSettings(ProcessSettings):
         return tuple(sorted(cores))
 
 
+def _check_ports(settings: WorkerSettings) -> None:
+    for name in ("port", "metrics_port"):
+        if not 0 <= (getattr(settings, name) or 0) <= 65535:
+            raise UnusableSetting(name, getattr(settings, name), "a port is 0 to 65535")
+
+
 def _check_numbers(settings: WorkerSettings) -> None:
-    if not 0 <= settings.port <= 65535:
-        raise UnusableSetting("port", settings.port, "a port is 0 to 65535")
     counts = ("context_length", "block_size", "num_blocks", "kv_cache_bytes", "max_batch", "max_step_tokens")
     for name in (*counts, "tensor_parallel", "lease_s", "pull_ahead"):
         value = getattr(settings, name)

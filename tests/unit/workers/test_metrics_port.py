@@ -1,0 +1,47 @@
+import asyncio
+
+import pytest
+
+from planes.wire.errors import UnusableSetting
+from workers.metrics_port import MetricsPort
+
+
+async def asked(port, head):
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(head)
+    answer = await reader.read()
+    writer.close()
+    return answer
+
+
+@pytest.fixture
+async def listening():
+    listener = MetricsPort(lambda: b"up 1\n")
+    yield await listener.listen("127.0.0.1", 0)
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "body"),
+    [
+        (b"GET /metrics HTTP/1.1", b"200", b"up 1\n"),
+        (b"GET /metrics?x=1 HTTP/1.0", b"200", b"up 1\n"),
+        (b"HEAD /metrics HTTP/1.1", b"200", b""),
+        (b"GET /live HTTP/1.1", b"200", b'{"status":"ok"}'),
+        (b"GET / HTTP/1.1", b"404", b"/metrics and /live are possible\n"),
+        (b"POST /metrics HTTP/1.1", b"405", b"GET is possible\n"),
+        (b"nonsense", b"405", b"GET is possible\n"),
+    ],
+)
+async def test_two_paths_are_answered(listening, line, status, body):
+    head, _, told = (await asked(listening, line + b"\r\nhost: x\r\n\r\n")).partition(b"\r\n\r\n")
+    assert (head.split(b" ")[1], told) == (status, body)
+
+
+async def test_an_endless_head_is_not_answered(listening):
+    assert await asked(listening, b"GET /metrics HTTP/1.1\r\n" + b"a: b\r\n" * 4000) == b""
+
+
+async def test_a_taken_port_is_named(listening):
+    with pytest.raises(UnusableSetting, match="--metrics-port"):
+        await MetricsPort(lambda: b"").listen("127.0.0.1", listening)

@@ -1,0 +1,71 @@
+"""The worker's HTTP listener for those who watch it: `GET /metrics`, and `GET /live` for probes; no more than that.
+
+One answer a connection; a head has a few seconds and 8 KiB, and only so many may be at it at once.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from planes.wire.errors import UnusableSetting
+
+_PATIENCE_S = 5.0
+_HEAD_BYTES = 8192
+_MAX_CONNECTIONS = 64
+
+
+class MetricsPort:
+    """exposition: the text for Prometheus."""
+
+    def __init__(self, exposition: Callable[[], bytes]) -> None:
+        self._exposition = exposition
+        self._server: asyncio.Server | None = None
+        self._num_connections = 0
+
+    async def listen(self, host: str, port: int) -> int:
+        """Returns the port.  Raises:  UnusableSetting."""
+        try:
+            self._server = await asyncio.start_server(self._answer, host, port, limit=_HEAD_BYTES)
+        except OSError as exc:
+            raise UnusableSetting("metrics_port", port, f"{host} cannot listen there: {exc.strerror}") from exc
+        bound: int = self._server.sockets[0].getsockname()[1]
+        return bound
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._num_connections += 1
+        try:
+            if self._num_connections <= _MAX_CONNECTIONS:
+                async with asyncio.timeout(_PATIENCE_S):
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    writer.write(self._reply(head.split(b"\r\n", 1)[0].split(b" ")))
+                    await writer.drain()
+        except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            pass  # whoever asks so is not answered
+        finally:
+            self._num_connections -= 1
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    def _reply(self, words: list[bytes]) -> bytes:
+        method, path = (words[0], words[1].split(b"?")[0]) if len(words) == 3 else (b"", b"")
+        if method not in (b"GET", b"HEAD"):
+            return _message("405 Method Not Allowed", "text/plain", b"GET is possible\n")
+        if path == b"/metrics":
+            return _message("200 OK", CONTENT_TYPE_LATEST, self._exposition(), is_head=method == b"HEAD")
+        if path == b"/live":
+            return _message("200 OK", "application/json", b'{"status":"ok"}', is_head=method == b"HEAD")
+        return _message("404 Not Found", "text/plain", b"/metrics and /live are possible\n", is_head=method == b"HEAD")
+
+
+def _message(status: str, content_type: str, body: bytes, *, is_head: bool = False) -> bytes:
+    head = (
+        f"HTTP/1.1 {status}\r\ncontent-type: {content_type}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode() + (b"" if is_head else body)
