@@ -38,7 +38,7 @@ async def plane_to(url: str, namespace: str = "ns", *, is_waiting: bool = True) 
     task = asyncio.create_task(plane.run())
     try:
         if is_waiting:
-            await plane.wait_connected(10)
+            await plane.wait_connected(60)
         yield plane
     finally:
         task.cancel()

@@ -12,7 +12,7 @@ def post(version="1.1", method="POST", body=b"", extra=b""):
 
 
 async def read_head(reader):
-    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
     status, *lines = head.decode().strip().split("\r\n")
     return status.split()[1], dict(line.split(": ", 1) for line in lines)
 
@@ -20,7 +20,7 @@ async def read_head(reader):
 async def read_chunks(reader):
     chunks = []
     while True:
-        size = int(await asyncio.wait_for(reader.readline(), 5), 16)
+        size = int(await asyncio.wait_for(reader.readline(), 60), 16)
         chunks.append(await reader.readexactly(size))
         assert await reader.readexactly(2) == b"\r\n"
         if not size:
@@ -29,6 +29,6 @@ async def read_chunks(reader):
 
 async def until(holds):
     """Wait for something that no event tells of."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not holds():  # noqa: ASYNC110
             await asyncio.sleep(0.001)

@@ -30,7 +30,7 @@ from schemathesis.specs.openapi.checks import (
 
 from loadtest.stack import stack
 
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 """For one answer; longer is a hang."""
 ALLOWED_FAULTS = (503, 504)
 CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]

@@ -24,7 +24,7 @@ import pytest_asyncio
 from app.cli.servers import tied_to_parent
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 """A deadline for what should happen soon; only a failing test waits so long."""
 
 
@@ -194,7 +194,7 @@ class Api:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._http = httpx.AsyncClient(base_url=url, timeout=60)
+        self._http = httpx.AsyncClient(base_url=url, timeout=PATIENCE_S)
         self.get = self._http.get
         self.post = self._http.post
 

@@ -10,7 +10,7 @@ from anthropic.types import RawMessageStreamEvent
 
 from tests.openai_types import checked, sse
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 RECORDED = Path(__file__).parent / "recorded" / "coding_agent_messages.json"
 CALL = '<tool_call>{"name": "Read", "arguments": {"file_path": "README.md"}}</tool_call>'

@@ -16,7 +16,7 @@ import pytest
 
 from tests.up import ROOT, free_port
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
@@ -102,7 +102,7 @@ async def test_what_is_published_is_whole_and_serves_beside_packages_of_the_same
 
         await until(is_listening, f"it listens: {output}")
         body = {"model": "sim", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=180, trust_env=False) as client:
             answer = await client.post("/v1/chat/completions", json=body, headers={"x-headrace-handover": "always"})
         assert answer.status_code == 200, answer.text
         assert answer.json()["usage"]["completion_tokens"] == 8

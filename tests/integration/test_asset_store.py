@@ -8,7 +8,7 @@ from planes.bucket import NoJetStream, StoreUnusable
 from planes.objects import ObjectStore
 from tests.nats_servers import call, client_of, own_nats, plane_to
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize("limit", [2048, 64 * 1024])

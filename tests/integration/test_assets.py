@@ -15,7 +15,7 @@ from planes.bucket import ObjectMissing
 from planes.events import EventPlane
 from planes.objects import ObjectStore, StoreFull
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 @asynccontextmanager
@@ -23,7 +23,7 @@ async def store(url: str, namespace: str) -> AsyncIterator[ObjectStore]:
     plane = EventPlane(url, namespace)
     task = asyncio.create_task(plane.run())
     try:
-        await plane.wait_connected(10)
+        await plane.wait_connected(60)
         yield ObjectStore(plane)
     finally:
         task.cancel()

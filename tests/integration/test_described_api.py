@@ -6,7 +6,7 @@ import pytest
 
 from tests.fuzz import bodies, routes
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 async def test_every_answer_to_a_generated_request_is_described(stack):

@@ -7,7 +7,7 @@ import pytest
 
 from workers.settings import SIM_MODEL
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 LONG = "word " * 400
 

@@ -10,7 +10,7 @@ from openai.types import CreateEmbeddingResponse
 
 from tests.openai_types import checked
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 EMBED = ("--task", "embed", "--served-model-name", "vectors")
 

@@ -6,7 +6,7 @@ import signal
 import httpx
 import pytest
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 async def test_a_stopped_worker_finishes_its_streams_and_is_gone_at_once(site, reach, alone, unique, until):

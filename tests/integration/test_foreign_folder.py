@@ -10,7 +10,7 @@ import pytest
 
 from tests.up import free_port, start_up
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 HEADRACE = str(Path(sys.executable).with_name("headrace"))
 NAMES = ("app", "workers", "router", "planes", "process", "cyclopts", "structlog", "uvloop", "json")

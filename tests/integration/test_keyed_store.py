@@ -8,7 +8,7 @@ from planes.bucket import NoJetStream, ObjectMissing
 from planes.keyed import KeyedStore, ValueTooLarge
 from tests.nats_servers import call, client_of, own_nats, plane_to
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 STREAM = "KV_headrace-ns-things"
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 async def test_sighup_reads_the_keys_again_and_keeps_the_old_ones_if_they_are_broken(site, reach, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from planes.control import Etcd, put_config
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import re
 import httpx
 import pytest
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 MIDDLE_BYTES = 900
 """So long is the middle of each story, which is said again and again: long enough to be killed in."""
@@ -74,7 +74,7 @@ class Answer:
         headers = {"x-headrace-script": json.dumps([self._script])}
         body = {"model": "sim", "stream": True, **self._body}
         async with (
-            httpx.AsyncClient(base_url=self._url, timeout=60) as client,
+            httpx.AsyncClient(base_url=self._url, timeout=180) as client,
             client.stream("POST", self._route, json=body, headers=headers) as answer,
         ):
             assert answer.status_code == 200, await answer.aread()

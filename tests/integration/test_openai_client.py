@@ -7,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What drives a mill?"}]
 CHAT: dict[str, Any] = {"model": "sim", "messages": MESSAGES, "max_tokens": 24, "extra_body": {"ignore_eos": True}}

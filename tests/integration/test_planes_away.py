@@ -7,7 +7,7 @@ import pytest
 
 from app.cli.servers import etcd_server, nats_server
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 class Traffic:

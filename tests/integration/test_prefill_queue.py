@@ -9,7 +9,7 @@ import pytest
 
 from app.cli.servers import nats_server
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 QUEUE = ("--prefill-dispatch", "queue")
 SLOW = (

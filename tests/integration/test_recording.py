@@ -10,7 +10,7 @@ from loadtest.report import Slo
 from loadtest.simulate import Case, Comparison
 from loadtest.workloads import read_trace
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 def texts(folder):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.openai_types import checked_event, sse
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 RECORDED = Path(__file__).parent / "recorded"
 WIDTH = {

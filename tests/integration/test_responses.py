@@ -10,7 +10,7 @@ import pytest
 from tests.nats_servers import call, client_of, own_nats
 from tests.openai_types import checked_event, checked_response, sse
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 RECORDED = Path(__file__).parent / "recorded"
 BODY = {"model": "sim", "input": "What drives a mill?", "max_output_tokens": 24, "ignore_eos": True}
@@ -18,14 +18,14 @@ BODY = {"model": "sim", "input": "What drives a mill?", "max_output_tokens": 24,
 
 @pytest.fixture
 async def one(stack):
-    async with httpx.AsyncClient(base_url=stack.gateway.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=stack.gateway.url, timeout=180) as client:
         yield client
 
 
 @pytest.fixture
 async def other(stack):
     """Another gateway of the same namespace."""
-    async with httpx.AsyncClient(base_url=stack.pairing.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=stack.pairing.url, timeout=180) as client:
         yield client
 
 
@@ -173,7 +173,7 @@ async def test_a_background_response_whose_gateway_is_gone_has_failed(site, unti
     async with httpx.AsyncClient(base_url=gateway.url) as client:
         begun = await made(client, background=True, max_output_tokens=3000)
     gateway.process.kill()
-    async with httpx.AsyncClient(base_url=other.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=other.url, timeout=180) as client:
 
         async def failed():
             found = (await client.get(f"/v1/responses/{begun['id']}")).json()
@@ -189,7 +189,7 @@ async def test_a_gateway_that_stops_says_so_of_its_background_responses(site):
         begun = await made(client, background=True, max_output_tokens=3000)
     gateway.process.popen.terminate()
     assert await gateway.process.ended() == 0
-    async with httpx.AsyncClient(base_url=other.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=other.url, timeout=180) as client:
         found = (await client.get(f"/v1/responses/{begun['id']}")).json()
     assert found["status"] == "failed"
     assert "stopping" in found["error"]["message"]
@@ -211,7 +211,7 @@ async def test_without_nats_the_stateless_part_goes_on_and_the_rest_says_what_is
         await site.worker("both-1")
         gateway = await site.gateway(num_workers=1)
     await gateway.process.says("event=nats.disconnected")
-    async with httpx.AsyncClient(base_url=gateway.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=180) as client:
         response = await client.post("/v1/responses", json=BODY)
         assert (response.status_code, response.headers["x-headrace-unstored"]) == (200, "responses_not_kept")
         assert response.json()["store"] is False
@@ -240,7 +240,7 @@ async def test_a_tenant_sees_its_own_responses_alone(site, tmp_path, until):
     line = await gateway.process.says("event=gateway.listening")
     url = "http://127.0.0.1:" + next(w for w in line.split() if w.startswith("port=")).removeprefix("port=")
     mine, theirs = [
-        httpx.AsyncClient(base_url=url, timeout=60, headers={"authorization": f"Bearer sk-{name}"}) for name in "ab"
+        httpx.AsyncClient(base_url=url, timeout=180, headers={"authorization": f"Bearer sk-{name}"}) for name in "ab"
     ]
     async with mine, theirs:
 

@@ -9,7 +9,7 @@ import pytest
 from app.cli.role import RoleRefused, RoleSettings, change_role
 from planes.wire.messages import Role, WorkerId
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 NUM_CHANGES = 50
 WORKERS = ("prefill-1", "prefill-2", "decode-1", "decode-2")

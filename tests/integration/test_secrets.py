@@ -12,7 +12,7 @@ from app.cli.servers import etcd_server, free_port, nats_argv
 from tests.up import free_port as port_for_up
 from tests.up import start_up
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 SECRET = "s3cr3t@/x"
 ENCODED = "s3cr3t%40%2Fx"

@@ -5,7 +5,7 @@ import openai
 import pytest
 from anthropic.types import ModelInfo
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What drives a mill?"}]
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}

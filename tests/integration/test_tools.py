@@ -7,7 +7,7 @@ import anthropic
 import openai
 import pytest
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 CALL = '<tool_call>{"name": "weather", "arguments": {"at": "sea"}}</tool_call>'
 PARAMETERS = {"type": "object", "properties": {"at": {"type": "string"}}, "required": ["at"]}

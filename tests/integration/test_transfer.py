@@ -62,7 +62,7 @@ async def push(kind):
 
 
 async def until(condition):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - nobody sets an event for it
             await asyncio.sleep(0.001)
 
@@ -76,9 +76,9 @@ async def test_a_pull_brings_the_last_blocks_where_they_belong_and_ends_the_leas
     prefill.pool.write([7, 3, 9], words(3))
     taken = asyncio.Event()
     params = prefill.offer("r", [7, 3, 9], taken.set)
-    await decode.receive(decode.parse(params), "r", [40, 41], 3, timeout_s=10)
+    await decode.receive(decode.parse(params), "r", [40, 41], 3, timeout_s=60)
     assert decode.pool.read([40, 41]).tolist() == [1001, 1002]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await taken.wait()
 
 
@@ -86,8 +86,8 @@ async def test_a_pull_of_nothing_still_ends_the_lease(pull):
     prefill, decode = pull
     taken = asyncio.Event()
     params = prefill.offer("r", [7], taken.set)
-    await decode.receive(decode.parse(params), "r", [], 1, timeout_s=10)
-    async with asyncio.timeout(10):
+    await decode.receive(decode.parse(params), "r", [], 1, timeout_s=60)
+    async with asyncio.timeout(60):
         await taken.wait()
 
 
@@ -102,11 +102,11 @@ async def test_a_lease_ends_though_the_prefill_side_was_busy_when_it_should_have
         prefill._advance = lambda: not is_busy and advance()
         taken = asyncio.Event()
         params = prefill.offer("r", [7], taken.set)
-        await decode.receive(decode.parse(params), "r", [], 1, timeout_s=10)
+        await decode.receive(decode.parse(params), "r", [], 1, timeout_s=60)
         ends = asyncio.get_running_loop().time() + 0.3
         await until(lambda: asyncio.get_running_loop().time() > ends)
         is_busy = False
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await taken.wait()
 
 
@@ -117,7 +117,7 @@ async def test_a_push_writes_the_announced_blocks_whoever_comes_first(push, is_a
     taken = asyncio.Event()
 
     async def announce():
-        await decode.receive(prefill.endpoint, "r", [50, 51], 3, timeout_s=10)
+        await decode.receive(prefill.endpoint, "r", [50, 51], 3, timeout_s=60)
 
     async with asyncio.TaskGroup() as group:
         if not is_announced_first:
@@ -127,7 +127,7 @@ async def test_a_push_writes_the_announced_blocks_whoever_comes_first(push, is_a
             await until(lambda: prefill._announced)
             prefill.offer("r", [1, 2, 3], taken.set)
     assert decode.pool.read([50, 51]).tolist() == [1001, 1002]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await taken.wait()
 
 
@@ -135,7 +135,7 @@ async def test_a_push_of_nothing_is_answered(push):
     prefill, decode = push
     taken = asyncio.Event()
     prefill.offer("r", [1], taken.set)
-    await decode.receive(prefill.endpoint, "r", [], 1, timeout_s=10)
+    await decode.receive(prefill.endpoint, "r", [], 1, timeout_s=60)
     assert taken.is_set()
 
 
@@ -147,7 +147,7 @@ async def test_many_handovers_at_once_keep_apart(pull):
         params.append(prefill.offer(f"r{i}", [i, 16 + i], lambda: None))
     async with asyncio.TaskGroup() as group:
         for i, offered in enumerate(params):
-            group.create_task(decode.receive(decode.parse(offered), f"r{i}", [32 + 2 * i, 33 + 2 * i], 2, timeout_s=10))
+            group.create_task(decode.receive(decode.parse(offered), f"r{i}", [32 + 2 * i, 33 + 2 * i], 2, timeout_s=60))
     for i in range(16):
         assert decode.pool.read([32 + 2 * i, 33 + 2 * i]).tolist() == [10 * i, 10 * i + 1]
 
@@ -156,7 +156,7 @@ async def test_a_prefill_worker_that_has_gone_fails_a_push_at_once(push):
     prefill, decode = push
     await prefill.stop()
     with pytest.raises(HandoverFailed, match="cannot be reached"):
-        await decode.receive(prefill.endpoint, "r", [1], 1, timeout_s=10)
+        await decode.receive(prefill.endpoint, "r", [1], 1, timeout_s=60)
 
 
 async def test_a_prefill_worker_that_goes_away_meanwhile_fails_a_push_at_once(push):
@@ -191,7 +191,7 @@ async def test_a_restarted_engine_refuses_what_was_meant_for_the_one_before(push
     await again.start()
     try:
         with pytest.raises(HandoverFailed, match="is gone"):
-            await decode.receive(old, "r", [1], 1, timeout_s=10)
+            await decode.receive(old, "r", [1], 1, timeout_s=60)
     finally:
         await again.stop()
 
@@ -200,7 +200,7 @@ async def test_blocks_that_do_not_add_up_are_refused(push):
     prefill, decode = push
     prefill.offer("r", [1, 2, 3], lambda: None)
     with pytest.raises(HandoverFailed, match="the prompt has 3"):
-        await decode.receive(prefill.endpoint, "r", [1], 2, timeout_s=10)
+        await decode.receive(prefill.endpoint, "r", [1], 2, timeout_s=60)
 
 
 async def test_a_stopped_prefill_worker_fails_a_pull_with_a_clear_error(pull):
@@ -263,13 +263,13 @@ async def prefill_process(mode, transports):
         sys.executable, "-c", PREFILL_PROCESS, mode, stdin=PIPE, stdout=PIPE, env=env, limit=1 << 20
     )
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             port, params = (await process.stdout.readline()).split()
         yield process, HandoverEndpoint(mode, "child", "127.0.0.1", int(port)), bytes.fromhex(params.decode())
     finally:
         if process.returncode is None:
             process.stdin.close()
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 assert await process.wait() == 0
         process._transport.close()  # type: ignore[attr-defined]
 
@@ -281,9 +281,9 @@ async def test_real_bytes_cross_between_processes(mode, transports):
     await decode.start()
     async with prefill_process(mode, transports) as (process, endpoint, params):
         source = decode.parse(params) if mode is HandoverMode.PULL else endpoint
-        await decode.receive(source, "r", list(range(100, 390)), 300, timeout_s=20)
+        await decode.receive(source, "r", list(range(100, 390)), 300, timeout_s=60)
         assert decode.pool.read(list(range(100, 390))).tolist() == list(range(17, 307))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert await process.stdout.readline() == b"taken\n"
     await decode.stop()
 
@@ -336,7 +336,7 @@ async def run(engine, request, prompt, leg):
 
     sampling = Sampling(max_tokens=10, ignore_eos=True)
     engine.submit(EngineRequest(RequestId(request), prompt, sampling, leg), take)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         return tokens, await ended
 
 

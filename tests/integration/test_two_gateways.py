@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 LONG = "Water turns the wheel and the wheel turns the stone. " * 10
 

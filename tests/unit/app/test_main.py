@@ -128,7 +128,7 @@ async def reach():
             reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
             writer.write(data)
             status, headers = await read_head(reader)
-            body = await asyncio.wait_for(reader.readexactly(int(headers["content-length"])), 5)
+            body = await asyncio.wait_for(reader.readexactly(int(headers["content-length"])), 60)
             writer.close()
             return status, json.loads(body)["error"]
 

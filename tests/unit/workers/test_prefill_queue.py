@@ -145,7 +145,7 @@ async def settle():
 
 
 async def until(condition):
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - the fakes have nothing to wait for
             await asyncio.sleep(0.001)
 
@@ -317,7 +317,7 @@ async def test_stopped_while_a_job_arrives_it_gives_the_job_back_and_ends():
     world.puller.stop()
     await settle()
     world.server.runs[0].post(BUSY)  # what a draining server says at once
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await running
     assert world.queue.coming.said == ["nak"]
     assert len(world.queue.asked) == 1

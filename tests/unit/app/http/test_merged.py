@@ -45,7 +45,7 @@ class Script:
 
 async def run(*plays):
     relay, response = Script(*plays), FakeResponse()
-    await asyncio.wait_for(run_merged(relay, [job(number) for number in range(len(plays))], response), 5)
+    await asyncio.wait_for(run_merged(relay, [job(number) for number in range(len(plays))], response), 60)
     assert response.is_ended
     return relay, response
 

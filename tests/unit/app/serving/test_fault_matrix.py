@@ -265,7 +265,7 @@ class Scene:
             deadline=now + timeout_s,
             options=HeaderOptions(handover),
         )
-        await asyncio.wait_for(self.relay.run(request, response), 30)
+        await asyncio.wait_for(self.relay.run(request, response), 60)
         for _ in range(5):
             await asyncio.sleep(0)
         return response

@@ -95,7 +95,7 @@ class Scene:
         return connection.started[number], connection.sinks[number]
 
     async def finished(self):
-        await asyncio.wait_for(self.task, 5)
+        await asyncio.wait_for(self.task, 60)
         assert self.router.bound == set()
         assert self.response.is_ended
         return self.response

@@ -141,7 +141,7 @@ class Client:
             self.ended.set()
 
     async def done(self):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await self.ended.wait()
         return self
 
@@ -485,7 +485,7 @@ async def test_five_abandoned_prompts_pin_nothing(make_engine, wire, leave):
                 PrefillLeg(HandoverMode.PULL),
             ),
         )
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await gateway.ended.wait()
         assert gateway.done.ticket is not None
         assert engine.load().free_blocks == FACTS.num_blocks - 25
