@@ -31,6 +31,7 @@ _STAYS: Final = 5.0
 """The sample lasts at least so many times as long as a request stays …"""
 _MOST_REQUESTS: Final = 4
 """… but has at most so many times the requests asked for."""
+_TOLD_EVERY_S: Final = 5.0
 
 app = App(name="headrace plan", help="Find the cheapest fleet that holds an SLO.", version_flags=[])
 
@@ -44,25 +45,39 @@ class Search:
     most: int
 
     def trials(self, kind: str) -> list[Trial]:
-        found = Trials(self.bench)
+        found = Trials(self.bench, self.most)
         (search_both if kind == "both" else search_split)(found.trial, self.need, self.most)
         return list(found.made.values())
 
 
 @dataclass(slots=True)
 class Trials:
-    """Every fleet is tried once; each is told on standard error."""
+    """Every fleet is tried once, the largest to the end; each is told on standard error, and how far it is."""
 
     bench: Bench
+    most: int
     made: dict[Fleet, Trial] = field(default_factory=dict)
 
     def trial(self, fleet: Fleet) -> Trial:
         if fleet not in self.made:
             begun = time.monotonic()
-            found = self.made[fleet] = self.bench.trial(fleet)
+            found = self.made[fleet] = self.bench.trial(fleet, told(fleet), is_whole=fleet.workers == self.most)
             outcome = "holds" if found.holds else f"misses by {missed(found)}"
             print(f"{fleet}: {outcome} ({time.monotonic() - begun:.1f} s)", file=sys.stderr, flush=True)
         return self.made[fleet]
+
+
+def told(fleet: Fleet, clock: Callable[[], float] = time.monotonic) -> Callable[[int, int], None]:
+    """What a trial calls with requests ended and all of them: a line every few seconds."""
+    told_at = clock()
+
+    def tell(ended: int, count: int) -> None:
+        nonlocal told_at
+        if clock() >= told_at + _TOLD_EVERY_S:
+            told_at = clock()
+            print(f"{fleet}: {ended} of {count} requests …", file=sys.stderr, flush=True)
+
+    return tell
 
 
 def plan(bench: Bench, *, most: int, jobs: int) -> Plan:

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from loadtest.plan.search import cheapest
-from loadtest.plan.trial import Trial
+from loadtest.plan.trial import SURELY, Trial
 from loadtest.report import Slo
 
 _SHORT = 0.6
@@ -58,9 +58,9 @@ def table(plan: Plan) -> str:
                 marks.get(trial, ""),
                 str(trial.fleet),
                 str(trial.fleet.workers),
-                f"{trial.attainment:.1%}",
-                _number(trial.ttft_p99_s, ".2f"),
-                _number(trial.itl_p99_s * 1e3, ".1f"),
+                f"{'<' if trial.is_cut else ''}{trial.attainment:.1%}",
+                _least(trial, trial.ttft_p99_s, ".2f"),
+                _least(trial, trial.itl_p99_s * 1e3, ".1f"),
                 "" if trial.holds else missed(trial),
                 *(f"{each:.0%}" for each in (shares.prefill, shares.decode, shares.kv_memory, shares.handover)),
                 shares.bottleneck,
@@ -76,7 +76,10 @@ def table(plan: Plan) -> str:
             for index, (text, width) in enumerate(zip(line, widths, strict=True))
         ]
         lines.append("  ".join(texts).rstrip())
-    lines += ["", "* the plan   + the fewest of the other kind   shares are demand over supply"]
+    told = "* the plan   + the fewest of the other kind   shares are demand over supply"
+    if any(trial.is_cut for trial in plan.trials):
+        told += f"   > at least: not tried to the end, since {SURELY:g} times the SLO was sure"
+    lines += ["", told]
     return "\n".join(lines)
 
 
@@ -84,7 +87,13 @@ def missed(trial: Trial) -> str:
     """`TTFT x1.8`: by which of three, and how many times what is allowed it takes."""
     misses = {"TTFT": trial.ttft_miss, "ITL": trial.itl_miss, "load": trial.load}
     what = max(misses, key=misses.__getitem__)
-    return f"{what} x{_number(math.ceil(trial.miss * 100) / 100 if math.isfinite(trial.miss) else math.inf, '.2f')}"
+    times = math.ceil(trial.miss * 100) / 100 if math.isfinite(trial.miss) else math.inf
+    return f"{what} {'>' if trial.is_cut else ''}x{_number(times, '.2f')}"
+
+
+def _least(trial: Trial, value: float, form: str) -> str:
+    """A time of a trial that may have been cut."""
+    return f"{'>' if trial.is_cut and value else ''}{_number(value, form)}"
 
 
 def _number(value: float, form: str) -> str:
@@ -131,9 +140,9 @@ def _just_short(plan: Plan) -> Iterator[Trial]:
         enough = cheapest(kind)
         fewer = [each for each in kind if not each.holds and enough and each.fleet.workers < enough.fleet.workers]
         if fewer:
-            yield max(fewer, key=lambda each: (each.fleet.workers, -each.miss))
+            yield max(fewer, key=lambda each: (each.fleet.workers, not each.is_cut, -each.miss))
         elif kind and enough is None:
-            yield min(kind, key=lambda each: each.miss)
+            yield min(kind, key=lambda each: each.distance)
 
 
 def _why(trial: Trial) -> str:
@@ -141,9 +150,12 @@ def _why(trial: Trial) -> str:
     if trial.load >= max(trial.ttft_miss, trial.itl_miss):
         what = f"{trial.load:.0%} of the seconds that it has are wanted, so it falls behind, if slowly"
     elif trial.ttft_miss >= trial.itl_miss:
-        what = f"p99 TTFT is {_number(trial.ttft_p99_s, '.2f')} s, {_number(trial.ttft_miss, '.1f')} times the SLO"
+        least = "at least " if trial.is_cut else ""
+        ttft = f"{_number(trial.ttft_p99_s, '.2f')} s, {_number(trial.ttft_miss, '.1f')} times the SLO"
+        what = f"p99 TTFT is {least}{ttft}"
     else:
-        what = f"p99 ITL is {trial.itl_p99_s * 1e3:.1f} ms, {trial.itl_miss:.1f} times the SLO"
+        least = "at least " if trial.is_cut else ""
+        what = f"p99 ITL is {least}{trial.itl_p99_s * 1e3:.1f} ms, {trial.itl_miss:.1f} times the SLO"
         if trial.fleet.num_both and shares.prefill >= shares.decode:
             return f"{what}; prompts take {shares.prefill:.0%} of its time, and each stalls the streams beside it."
         if not trial.fleet.num_both and shares.prefill > 1:
@@ -157,7 +169,7 @@ def _why(trial: Trial) -> str:
 
 def _unreachable(plan: Plan) -> Iterator[str]:
     most = max(plan.trials, key=lambda each: each.fleet.workers)
-    least = min(plan.trials, key=lambda each: each.miss)
+    least = min(plan.trials, key=lambda each: each.distance)
     yield (f"No fleet of up to {most.fleet.workers} workers holds the SLO. The nearest is {least.fleet}: {_why(least)}")
     if plan.alone_p99_s > plan.slo.ttft_s:
         yield (

@@ -10,6 +10,9 @@ What is short is told by demand over supply of four resources while requests arr
 Workers that do both prefill and decode in the same seconds: either share counts against all of them, and the two add
 up. Preempted answers mean that memory ran out, whatever its mean was.
 
+A run ends as soon as the SLO is surely missed by `SURELY` times: overloaded fleets take the longest to simulate, and
+nobody asks for them. Where it does, p99 is what it is at least.
+
 A sample is short: a fleet that falls behind by a fiftieth shows it after minutes only. So no fleet holds that is asked
 for more seconds than it has (`load`).
 """
@@ -34,6 +37,8 @@ from planes.wire.messages import EngineFacts
 P99: Final = 0.99
 WARM_UP: Final = 0.2
 """Share of the sample's time that fills caches and batches, and is not judged."""
+SURELY: Final = 2.0
+"""A fleet that takes so many times the SLO is not tried to the end."""
 _FEW_PREEMPTIONS: Final = 0.01  # of the requests
 
 
@@ -92,6 +97,8 @@ class Trial(msgspec.Struct, frozen=True):
     """p99 over the SLO: 1.2 is a fifth too long."""
     itl_miss: float
     pressure: Pressure
+    is_cut: bool = False
+    """It was not tried to the end: times and misses are at least so, attainment at most."""
 
     @property
     def load(self) -> float:
@@ -109,6 +116,11 @@ class Trial(msgspec.Struct, frozen=True):
     @property
     def holds(self) -> bool:
         return self.miss <= 1.0
+
+    @property
+    def distance(self) -> tuple[bool, float]:
+        """From holding: what was cut is farther than what was not."""
+        return self.is_cut, self.miss
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +142,93 @@ class Bench:
         )
         return scenario if self.like is None else self.like.scenario(scenario)
 
-    def trial(self, fleet: Fleet, on_progress: Callable[[int, int], None] = lambda _ended, _all: None) -> Trial:
+    def trial(
+        self,
+        fleet: Fleet,
+        on_progress: Callable[[int, int], None] = lambda _ended, _all: None,
+        *,
+        is_whole: bool = False,
+    ) -> Trial:
+        """is_whole: to the end, however far the SLO is missed."""
         scenario = self.scenario(fleet)
-        return judged(Simulation(scenario, self.workload, on_progress).run(), fleet, scenario, self.slo)
+        watch = None if is_whole else Watch.over(self.workload, self.slo)
+        simulation = Simulation(
+            scenario, self.workload, on_progress, give_up=None if watch is None else watch.is_hopeless
+        )
+        result = simulation.run()
+        if watch is not None and simulation.is_given_up:
+            return watch.cut(result, fleet, scenario)
+        return judged(result, fleet, scenario, self.slo)
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Tells while a fleet is tried what its p99 will be at least.
+
+    from_s: when the judged requests begin.  num_requests: how many there will be.  num_streams: with several tokens.
+    """
+
+    slo: Slo
+    from_s: float
+    num_requests: int
+    num_streams: int
+
+    @classmethod
+    def over(cls, workload: Workload, slo: Slo) -> "Watch | None":
+        """None where it is not known when requests are sent: a session's next turn waits for an answer."""
+        sessions = workload.sessions
+        if workload.num_clients is not None or any(len(session.turns) > 1 for session in sessions):
+            return None
+        first, last = sessions[0].start_s, sessions[-1].start_s
+        from_s = first + WARM_UP * (last - first)
+        judged = [session.turns[0] for session in sessions if session.start_s >= from_s]
+        return cls(slo, from_s, len(judged), sum(turn.completion_tokens > 1 for turn in judged))
+
+    def is_hopeless(self, records: Sequence[Record], now: float) -> bool:
+        ttft_p99_s, itl_p99_s = self._at_least(self._judged(records), now)
+        return max(ttft_p99_s / self.slo.ttft_s, itl_p99_s / self.slo.tpot_s) > SURELY
+
+    def cut(self, result: Result, fleet: Fleet, scenario: Scenario) -> Trial:
+        records, now, slo = self._judged(result.records), result.duration_s, self.slo
+        ttft_p99_s, itl_p99_s = self._at_least(records, now)
+        num_bad = sum(_ttft_so_far(each, now) > slo.ttft_s or _itl_so_far(each, now) > slo.tpot_s for each in records)
+        return Trial(
+            fleet=fleet,
+            num_requests=self.num_requests,
+            num_unserved=sum(record.ending not in {Ending.FINISHED, Ending.UNFINISHED} for record in records),
+            attainment=1 - num_bad / self.num_requests,
+            ttft_p99_s=ttft_p99_s,
+            itl_p99_s=itl_p99_s,
+            ttft_miss=ttft_p99_s / slo.ttft_s,
+            itl_miss=itl_p99_s / slo.tpot_s,
+            pressure=pressure(records, fleet, scenario, slo),
+            is_cut=True,
+        )
+
+    def _judged(self, records: Sequence[Record]) -> list[Record]:
+        return [record for record in records if record.sent_at >= self.from_s]
+
+    def _at_least(self, records: Sequence[Record], now: float) -> tuple[float, float]:
+        """p99 of the time to first token and between tokens, if all that is still to come took no time."""
+        ttfts = [_ttft_so_far(record, now) for record in records]
+        itls = [_itl_so_far(record, now) for record in records if record.completion_tokens > 1]
+        return _p99_of(ttfts, self.num_requests), _p99_of(itls, self.num_streams)
+
+
+def _ttft_so_far(record: Record, now: float) -> float:
+    return (now if record.first_at is None else record.first_at) - record.sent_at
+
+
+def _itl_so_far(record: Record, now: float) -> float:
+    if record.first_at is None or record.completion_tokens < 2:
+        return 0.0
+    return ((now if record.last_at is None else record.last_at) - record.first_at) / (record.completion_tokens - 1)
+
+
+def _p99_of(values: Sequence[float], count: int) -> float:
+    """Of `count` values, of which those that are not there are 0."""
+    place = count - max(1, math.ceil(P99 * count))  # from the largest
+    return sorted(values, reverse=True)[place] if 0 <= place < len(values) else 0.0
 
 
 def judged(result: Result, fleet: Fleet, scenario: Scenario, slo: Slo) -> Trial:
@@ -214,11 +310,13 @@ def largest_batch(facts: EngineFacts, context: float, slo: Slo) -> int:
 class Need:
     """Workers that a formula says are needed, in fractions: where the search begins, nothing more.
 
+    both: of workers that do both; a stream stands still while its worker computes prompts.
     stay_s: how long a request stays, roughly.  alone_p99_s: what a prompt of p99's length takes on an idle worker.
     """
 
     prefill: float
     decode: float
+    both: float
     stay_s: float
     alone_p99_s: float
 
@@ -231,10 +329,26 @@ def need(bench: Bench, rate: float) -> Need:
     prefill_s = statistics.fmean(_prefill_s(record, facts) for record in records)
     decode_s = statistics.fmean(_decode_s(record, facts, slo) for record in records)
     answer = statistics.fmean(turn.completion_tokens for turn in turns)
+    context = statistics.fmean(turn.prompt_tokens + turn.completion_tokens / 2 for turn in turns)
     longest = quantile(sorted(turn.prompt_tokens for turn in turns), P99) or 1
     return Need(
         prefill=rate * prefill_s,
         decode=rate * decode_s,
+        both=_both(rate * prefill_s, rate * decode_s, rate * answer * slo.tpot_s, context, facts, slo),
         stay_s=prefill_s + answer * min(slo.tpot_s, 2 * facts.latency.step_fixed_s),
         alone_p99_s=alone_s(facts, int(longest)),
     )
+
+
+def _both(prefill: float, decode: float, streams: float, context: float, facts: EngineFacts, slo: Slo) -> float:
+    """Workers that leave streams the time for steps within the SLO: of n, a share `prefill` / n of the time goes to
+    prompts, and streams / n decode together.
+    """
+    workers = prefill + decode
+    for _ in range(3):  # fewer streams a worker, shorter steps
+        batch = max(1, round(streams / max(1.0, workers)))
+        left = 1 - step_s(facts.latency, batch, batch * context) / slo.tpot_s
+        if left <= 0:
+            break
+        workers = max(prefill + decode, prefill / left)
+    return workers

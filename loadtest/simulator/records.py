@@ -31,7 +31,6 @@ class Record:
     prompt_tokens: int
     completion_tokens: int
     """Asked for, and given unless the request did not finish."""
-    tenant: str = ""
     ending: Ending | None = None
     code: str = ""
     """Of the error that ended it; `ok` without."""
@@ -56,6 +55,7 @@ class Record:
     """Input tokens that attempts after the first had to compute."""
     token_at: float | None = None
     """Instant of its last token so far, at the worker that made it."""
+    tenant: str = ""
 
     @property
     def ttft_s(self) -> float | None:

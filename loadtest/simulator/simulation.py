@@ -1,7 +1,7 @@
 """One workload served by one simulated fleet."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from loadtest.simulator.clock import Clock
@@ -18,7 +18,11 @@ from workers.publications import BUSY_REPORT_S
 MakeRouter = Callable[[Scenario, int], Router]
 """Scenario and number of the gateway → its router."""
 
+GiveUp = Callable[[Sequence[Record], float], bool]
+"""Records of all that was sent, and now → whether the rest is not worth serving."""
+
 _FIRST_EPOCH: Final = 1
+_ASKED_EVERY_S: Final = 1.0
 
 
 class Simulation:
@@ -31,7 +35,9 @@ class Simulation:
         on_progress: Callable[[int, int], None] = lambda _ended, _all: None,
         *,
         make_router: MakeRouter = default_router,
+        give_up: GiveUp | None = None,
     ) -> None:
+        """give_up: asked once a second of the run's time; once it says so the run ends (`is_given_up`)."""
         self.scenario = scenario
         self.clock = Clock()
         self.lives: dict[WorkerId, SimulatedWorker] = {}
@@ -46,6 +52,8 @@ class Simulation:
         self._records: list[Record] = []
         self._totals = {worker: WorkerTotals(worker, role) for worker, role in scenario.workers()}
         self._num_ended = self._num_started = 0
+        self._give_up = give_up
+        self.is_given_up = False
         self._faults_rng = scenario.rng("faults")
 
     def run(self) -> Result:
@@ -53,10 +61,18 @@ class Simulation:
         self.start_workers()
         self._plan_kills()
         last, num_requests = self._plan_sessions(), self._workload.num_requests
-        self.clock.run(until=last + self.scenario.drain_s, is_over=lambda: self._num_ended == num_requests)
+        if self._give_up is not None:
+            self.clock.call_later(_ASKED_EVERY_S, self._ask_whether_to_give_up, self._give_up)
+        self.clock.run(
+            until=last + self.scenario.drain_s, is_over=lambda: self.is_given_up or self._num_ended == num_requests
+        )
         for record in self._records:
             record.ending = record.ending or Ending.UNFINISHED
         return Result(self._records, self._gaps, list(self._totals.values()), self.clock.now)
+
+    def _ask_whether_to_give_up(self, give_up: GiveUp) -> None:
+        self.is_given_up = give_up(self._records, self.clock.now)
+        self.clock.call_later(_ASKED_EVERY_S, self._ask_whether_to_give_up, give_up)
 
     # --- workers -------------------------------------------------------------------------------------------------
 
@@ -139,7 +155,7 @@ class Simulation:
 
     def _send(self, gateway: SimulatedGateway, session: Session, number: int) -> None:
         turn = session.turns[number]
-        record = Record(self.clock.now, turn.prompt_tokens, turn.completion_tokens, session.tenant)
+        record = Record(self.clock.now, turn.prompt_tokens, turn.completion_tokens, tenant=session.tenant)
         request = gateway_request(
             RequestId(f"r{len(self._records)}"),
             turn,

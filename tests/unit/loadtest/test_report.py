@@ -161,7 +161,7 @@ def test_fairness_is_a_column_where_there_are_tenants(result, row):
     assert row.fairness is None
     assert "fairness" not in table([row])
     served = [record(second, 0.5, tenant="a") for second in range(30)]
-    starved = [record(5.0, 100.0, tenant="b"), Record(6.0, 100, 11, "c", ending=Ending.REJECTED)]
+    starved = [record(5.0, 100.0, tenant="b"), Record(6.0, 100, 11, Ending.REJECTED, tenant="c")]
     records = [*served, *starved]
     assert fairness(served) is None
     assert fairness(records) == pytest.approx(0.5)

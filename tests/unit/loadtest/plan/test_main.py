@@ -74,13 +74,24 @@ def test_each_fleet_is_tried_once():
     asked = []
 
     class Bench:
-        def trial(self, fleet):
-            asked.append(fleet)
+        def trial(self, fleet, on_progress, *, is_whole):
+            on_progress(1, 2)
+            asked.append((fleet, is_whole))
             return type("Found", (), {"holds": True})()
 
-    trials = command.Trials(Bench())
+    trials = command.Trials(Bench(), most=2)
     assert trials.trial(Fleet(num_both=1)) is trials.trial(Fleet(num_both=1))
-    assert asked == [Fleet(num_both=1)]
+    trials.trial(Fleet(num_prefill=1, num_decode=1))
+    assert asked == [(Fleet(num_both=1), False), (Fleet(num_prefill=1, num_decode=1), True)]
+
+
+def test_a_trial_tells_how_far_it_is_every_few_seconds(capsys):
+    now = 0.0
+    tell = command.told(Fleet(num_both=3), lambda: now)
+    for ended in range(1, 101):
+        now += 0.125
+        tell(ended, 100)
+    assert capsys.readouterr().err.splitlines() == ["3 both: 40 of 100 requests …", "3 both: 80 of 100 requests …"]
 
 
 def headrace(*flags, code="from app.cli.main import main; main()"):

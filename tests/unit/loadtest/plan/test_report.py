@@ -3,6 +3,7 @@ import re
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from loadtest.plan.report import Plan, explained, in_order, table
 from loadtest.plan.trial import Fleet, Pressure, Trial
@@ -46,6 +47,16 @@ def test_one_that_never_serves_is_told_as_such():
     text = table(plan(both(1, ttft_s=math.inf), both(2)))
     assert "TTFT xnever" in text
     assert msgspec.json.decode(msgspec.json.encode(plan(both(1, ttft_s=math.inf))))["trials"][0]["ttft_p99_s"] is None
+
+
+def test_what_was_not_tried_to_the_end_is_at_least_so_much():
+    far = replace(both(2, ttft_s=4.1), is_cut=True)
+    lines = table(plan(far, both(4))).splitlines()
+    assert {"<99.0%", ">4.10", ">20.0", "TTFT", ">x2.05"} <= set(lines[3].split())
+    assert "> at least: not tried to the end, since 2 times the SLO was sure" in lines[-1]
+    assert "at least" not in table(plan(both(4)))
+    assert "2 both miss it: p99 TTFT is at least 4.10 s" in said(far, both(4))
+    assert "The nearest is 64 both" in said(far, both(64, ttft_s=9.0))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from loadtest.plan.search import best_split, cheapest, fewest, search_both, search_split
 from loadtest.plan.trial import Fleet, Need, Pressure, Trial
@@ -15,7 +16,7 @@ def made(fleet, ttft_miss=0.5, itl_miss=0.5):
 
 
 def needing(prefill, decode):
-    return Need(prefill=prefill, decode=decode, stay_s=1.0, alone_p99_s=0.1)
+    return Need(prefill=prefill, decode=decode, both=prefill + decode, stay_s=1.0, alone_p99_s=0.1)
 
 
 @given(st.integers(1, 200), st.integers(1, 300), st.integers(1, 200))
@@ -43,6 +44,34 @@ def test_workers_that_do_not_help_are_not_added_for_ever():
     assert fewest(miss, least=1, guess=8, most=1000) is None
     assert len(asked) <= 4
     assert max(asked) <= 24
+
+
+@pytest.mark.parametrize(("threshold", "guess"), [(42, 41), (46, 40), (38, 41), (44, 40)])
+def test_near_the_formula_s_number_few_trials_are_enough(threshold, guess):
+    asked = []
+
+    def miss(number):
+        asked.append(number)
+        return (threshold - 0.5) ** 3 / number**3
+
+    assert fewest(miss, least=1, guess=guess, most=64) == threshold
+    assert len(asked) <= 5
+
+
+def test_fleets_that_miss_by_far_do_not_tell_that_more_workers_are_in_vain():
+    """They were not tried to the end: all that is known is twice the SLO."""
+    assert fewest(lambda number: 2.05 if number < 30 else 0.9, least=1, guess=8, most=64) == 30
+
+
+def test_a_split_that_is_far_too_small_is_looked_for_further():
+    asked = []
+
+    def trial(fleet):
+        asked.append(fleet.num_prefill)
+        return replace(made(fleet, ttft_miss=2.01 + 0.01 * fleet.num_prefill), is_cut=True)
+
+    assert best_split(trial, 8, needing(2.0, 6.0)).is_cut
+    assert asked == [2, 3, 4, 5]
 
 
 def test_a_miss_of_the_first_token_moves_workers_to_prefill_and_slow_streams_move_them_back():

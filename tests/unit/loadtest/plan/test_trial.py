@@ -1,14 +1,30 @@
 import math
+from dataclasses import replace
 
 import msgspec
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loadtest.like import LiveFleet, LiveWorker
 from loadtest.plan import sample
-from loadtest.plan.trial import Bench, Fleet, Pressure, Trial, after_warm_up, judged, largest_batch, need, pressure
+from loadtest.plan.trial import (
+    Bench,
+    Fleet,
+    Pressure,
+    Trial,
+    Watch,
+    after_warm_up,
+    judged,
+    largest_batch,
+    need,
+    pressure,
+)
 from loadtest.report import Slo
 from loadtest.simulator.records import Ending, Gaps, Record, Result
 from loadtest.simulator.scenario import Scenario, engine_facts
+from loadtest.workloads import Session, Turn, Workload, load
 from planes.wire.messages import LatencyPrior, Role, WorkerId
 
 FACTS = engine_facts(block_size=512, num_blocks=1000, link_gbps=100)
@@ -113,10 +129,57 @@ def test_a_load_twice_as_fast_needs_twice_the_workers():
 
 def test_a_fleet_with_more_workers_serves_a_load_better():
     bench = Bench(sample.generated(8.0, 1500, 50, block_size=512, num_requests=150, seed=1), FACTS, SLO)
-    few, many = (bench.trial(Fleet(num_both=count)) for count in (1, 4))
+    few, many = (bench.trial(Fleet(num_both=count), is_whole=True) for count in (1, 4))
     assert many.ttft_p99_s < few.ttft_p99_s
     assert many.pressure.prefill == pytest.approx(few.pressure.prefill / 4, rel=0.01)
     assert (few.holds, many.num_unserved) == (False, 0)
+
+
+def test_a_fleet_that_surely_takes_twice_the_slo_is_not_tried_to_the_end():
+    bench = Bench(sample.generated(8.0, 1500, 50, block_size=512, num_requests=150, seed=1), FACTS, SLO)
+    ended = []
+    cut = bench.trial(Fleet(num_both=1), lambda count, _: ended.append(count))
+    whole = bench.trial(Fleet(num_both=1), is_whole=True)
+    assert (cut.is_cut, whole.is_cut, bench.trial(Fleet(num_both=4)).is_cut) == (True, False, False)
+    assert max(ended) < 120
+    assert 2.0 < cut.miss <= whole.miss
+    assert cut.ttft_p99_s <= whole.ttft_p99_s
+    assert cut.attainment >= whole.attainment
+    assert (cut.num_requests, cut.holds) == (whole.num_requests, False)
+    assert cut.distance > (False, 1e9)
+
+
+def test_sessions_whose_turns_wait_for_answers_are_tried_to_the_end():
+    assert Watch.over(load("tools", block_size=512, seed=0), SLO) is None
+    assert Watch.over(load("uniform", block_size=512, seed=0), SLO) is not None
+
+
+arrivals = st.lists(st.tuples(st.floats(0, 10), st.floats(0.01, 9), st.integers(1, 5)), min_size=5, max_size=60)
+
+
+@given(arrivals, st.floats(0, 25))
+def test_who_gives_up_is_right_whenever_that_is(drawn, now):
+    """Of each request its arrival, its time to first token in seconds, and its tokens, 0.07 s apart."""
+    drawn.sort()
+    empty = np.array([], dtype=np.uint64)
+    turns = [Session(at, (Turn(0.0, 10, tokens, empty),)) for at, _, tokens in drawn]
+    whole = [record(at, ttft_s=ttft_s, itl_s=0.07, completion_tokens=tokens) for at, ttft_s, tokens in drawn]
+    seen = []
+    for each in whole:
+        if each.sent_at <= now:
+            first_at = each.first_at if each.first_at <= now else None
+            last_at = each.last_at if first_at is not None and each.last_at <= now else None
+            seen.append(replace(each, first_at=first_at, last_at=last_at))
+    if Watch.over(Workload("w", 512, tuple(turns)), SLO).is_hopeless(seen, now):
+        assert max(of(whole).ttft_miss, of(whole).itl_miss) > 2.0
+
+
+def test_workers_that_do_both_are_needed_for_what_prompts_leave_of_the_time():
+    bench = Bench(sample.generated(8.0, 4000, 400, block_size=512, num_requests=300, seed=1), FACTS, Slo(2.0, 0.02))
+    tight, loose = need(bench, 8.0), need(replace(bench, slo=SLO), 8.0)
+    assert 1.5 * tight.prefill < tight.both < 2.2 * tight.prefill
+    assert loose.both < tight.both
+    assert need(replace(bench, slo=Slo(2.0, 0.001)), 8.0).both >= tight.prefill
 
 
 def test_the_most_wanted_is_the_bottleneck():
