@@ -34,7 +34,7 @@ class Decision(msgspec.Struct, frozen=True, eq=False):
 
 def decide(policy: Policy, name: str, request: RoutableRequest, view: FleetView) -> Decision:
     """Ask `policy`, which goes by `name`.  Raises:  PolicyFailed, whatever the policy did; NoPair."""
-    is_ours = _is_ours(policy)
+    is_ours = is_our_own(policy)
     try:
         choice = policy.choose(request, view)
         if not is_ours:
@@ -59,7 +59,7 @@ def decide(policy: Policy, name: str, request: RoutableRequest, view: FleetView)
     )
 
 
-def _is_ours(policy: Policy) -> bool:
+def is_our_own(policy: Policy) -> bool:
     """Our own rule answers with the router's own seconds, which are finite whatever workers report."""
     return type(policy) is Headrace and policy.model is MEASURED
 

@@ -40,6 +40,8 @@ class Fleet:
         self.links = LinkTable()
         self.version = 0
         """Grows when workers come, go or change."""
+        self.changes = 0
+        """Grows with all that views are made from, the index apart."""
         self._departed: dict[WorkerId, Worker] = {}
         self._ready: dict[tuple[str, str], _Serving] = {}
         self._ready_version = -1
@@ -48,6 +50,7 @@ class Fleet:
     def up(self, registration: Registration) -> None:
         """Take in a new or changed registration; one of an older epoch is ignored."""
         name = registration.worker
+        self.changes += 1
         known = self.workers.get(name)
         if known is not None and registration.epoch < known.registration.epoch:
             return
@@ -69,6 +72,7 @@ class Fleet:
         if worker is None:
             return
         self.version += 1
+        self.changes += 1
         self.index.drop(name)
         self.links.drop(name)
         if worker.has_reservations:
@@ -78,6 +82,7 @@ class Fleet:
         worker = self.workers.get(report.worker)
         if worker is None or report.epoch != worker.registration.epoch:
             return
+        self.changes += 1
         self.index.check(report)
         if report.state is not worker.state:
             self.version += 1
@@ -86,6 +91,7 @@ class Fleet:
     # --- reservations --------------------------------------------------------------------------------------------
 
     def reserve(self, request: RoutableRequest, candidate: Candidate, now: float) -> Reservation:
+        self.changes += 1
         decoding = self.workers[candidate.decode]
         computing = decoding if candidate.prefill is None else self.workers[candidate.prefill]
         uncached_tokens = max(0, request.prompt_tokens - candidate.cached_tokens)
@@ -113,6 +119,7 @@ class Fleet:
     def prefilled(self, reservation: Reservation, now: float) -> None:
         if reservation.is_prefilled:
             return
+        self.changes += 1
         reservation.is_prefilled = True
         reservation.computing.release_prefill(reservation, now)
         reservation.decoding.arrived(reservation, now)
@@ -126,6 +133,7 @@ class Fleet:
                     del self._computing[first]
 
     def release(self, reservation: Reservation, completion_tokens: int, now: float) -> None:
+        self.changes += 1
         self.prefilled(reservation, now)
         reservation.decoding.release_decode(reservation, completion_tokens)
         for worker in (reservation.computing, reservation.decoding):

@@ -142,7 +142,8 @@ class Walk:
             return
         self._set_up()
         max_asked, num_asked = max(4, _MAX_ASKED_WORKERS // max(1, len(binding.names))), 0
-        for waiting in list(islice(binding.queue.walk(), _MAX_WALK)):
+        in_reach = list(islice(binding.queue.walk(), _MAX_WALK)) if self._room or self._most_passed else []
+        for waiting in in_reach:
             if self._num_blocked >= _MAX_BLOCKED or not (self._room or self._most_passed):
                 break
             if not self._room and waiting.request.prompt_tokens >= self._most_passed:

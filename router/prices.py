@@ -38,6 +38,9 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     """Where no SLO says otherwise: a wait for the first token that is as bad, in such times between tokens."""
     round_trip_s: float = 0.01
     """From a worker's report to the next prompt's arrival there: work for so long has to lie ready."""
+    sending_s: float = 0.001
+    """A prompt's way through the gateway and into its worker, in CPU: of many that share a step the first are sent so
+    much earlier."""
     patience: float = 4.0
     """How many times as long as it took to compute a KV cache may wait for room to decode."""
     kept_s: float = 10.0

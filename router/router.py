@@ -21,7 +21,7 @@ import msgspec
 
 from planes.wire.errors import Expired, Rejected
 from planes.wire.messages import KvEvents, LoadReport, Registration, RequestId, Snapshot, WorkerId
-from router.decision import Decision, decide
+from router.decision import Decision, decide, is_our_own
 from router.decision_log import History
 from router.errors import DeadlineExceeded, DuplicateRequest, QueueFull, SloMissed
 from router.fairness import ServiceMeter
@@ -39,6 +39,7 @@ from router.worker import Reservation
 _LENGTH_GAIN = 0.02
 _LEAST_SHARE = 0.01
 _RATE_WINDOW_S = 10.0
+_FRESH_S = 0.002  # for so long a decision holds while nothing changes
 _MAX_MODELS = 1024  # whose answers' lengths are remembered; the one that has been silent for longest is forgotten
 
 
@@ -48,6 +49,17 @@ class Refusal:
 
     request: RequestId
     error: Rejected | Expired
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What was decided to see whether a request can be in time: it is bound so unless anything has changed since."""
+
+    request: RoutableRequest
+    decision: Decision
+    view: FleetView
+    changes: int
+    until: float
 
 
 class Router:
@@ -78,6 +90,7 @@ class Router:
         self._length_shares: dict[str, float] = {}
         self._bind_rate = BindRate()
         self._service = ServiceMeter()
+        self._asked: _Asked | None = None
 
     def configure(self, settings: RouterSettings, policy: Policy, *, shadow: Policy | None = None) -> None:
         """Change settings and policies. Waiting requests stay, and are decided anew at the next `dispatch`."""
@@ -90,6 +103,7 @@ class Router:
         self._queue.configure(settings)
         self._history.trim(settings.history)
         self._late_binding.forget()
+        self._asked = None
 
     # --- the fleet: control and event plane ---------------------------------------------------------------------
 
@@ -163,11 +177,13 @@ class Router:
         if not self._fleet.can_serve(request):
             raise self._fleet.refusal(request)
         slo_s = self._slo(request)
-        view = None if slo_s is None else self._fleet.view(request, {}, now, random.Random(0), len(self._queue) + 1)
+        view = None if slo_s is None else self._fleet.view(request, {}, now, self._rng, len(self._queue) + 1)
         if slo_s is not None and view is not None:
             # Our own rule, whatever the policy: that one may remember what it is asked, and is asked when it counts.
-            chosen = decide(self._estimate, self._estimate.name, request, view).chosen
-            self._check_slo(chosen, self._wait_s(request, chosen, now), slo_s)
+            decision = decide(self._estimate, self._estimate.name, request, view)
+            self._check_slo(decision.chosen, self._wait_s(request, decision.chosen, now), slo_s)
+            if is_our_own(self._policy) and not len(self._queue):
+                self._asked = _Asked(request, decision, view, self._fleet.changes, now + _FRESH_S)
 
     def dispatch(self, *, now: float) -> list[Route | Refusal]:
         """Bind every request whose time has come, and reserve for it. Call after anything changed, and at `wakeup`.
@@ -200,21 +216,26 @@ class Router:
     def _answer(self, waiting: Waiting, walk: Walk, now: float) -> Route | Refusal | None:
         """Ask the policy about one request, and bind or refuse it. None: it is held back."""
         request, explanation = waiting.request, waiting.explanation
-        view = self._fleet.view(
-            request,
-            walk.ahead,
-            now,
-            self._rng,
-            len(self._queue),
-            waited_s=now - waiting.submitted_at,
-            without_room=walk.without_room,
-        )
-        if view is None:
-            return self._turn_away(waiting, self._fleet.refusal(request), now)
-        try:
-            decision = decide(self._policy, self._policy_name, request, view)
-        except Rejected as exc:
-            return self._turn_away(waiting, exc, now)
+        asked, self._asked = self._asked, None
+        if asked is not None and self._still_holds(asked, request, now):
+            decision, view = asked.decision, asked.view
+        else:
+            looked = self._fleet.view(
+                request,
+                walk.ahead,
+                now,
+                self._rng,
+                len(self._queue),
+                waited_s=now - waiting.submitted_at,
+                without_room=walk.without_room,
+            )
+            if looked is None:
+                return self._turn_away(waiting, self._fleet.refusal(request), now)
+            view = looked
+            try:
+                decision = decide(self._policy, self._policy_name, request, view)
+            except Rejected as exc:
+                return self._turn_away(waiting, exc, now)
         held_s = now - waiting.submitted_at
         explanation.policy = self._policy_name
         explanation.candidates, explanation.chosen = decision.kept, decision.chosen
@@ -233,6 +254,10 @@ class Router:
         route = self._bind(waiting, decision, view, now)
         walk.bound(decision.chosen)
         return route
+
+    def _still_holds(self, asked: _Asked, request: RoutableRequest, now: float) -> bool:
+        is_alone = asked.request is request and len(self._queue) == 1
+        return is_alone and asked.changes == self._fleet.changes and now <= asked.until
 
     def _bind(self, waiting: Waiting, decision: Decision, view: FleetView, now: float) -> Route:
         request, chosen = waiting.request, decision.chosen

@@ -10,7 +10,8 @@ are equally fast, and decode workers have no prompts to compute, that is exact; 
 exchange of a single worker improves.
 
 A request is held in the gateway as long as its worker's next step with a place for it is further away than a round trip
-and a decode step: binding it now could not start it sooner, and by the time it can start another worker may be cheaper.
+and a decode step, and the time that it takes to send as many of those who wait as that step has places for: binding it
+now could not start it sooner, and by the time it can start another worker may be cheaper.
 It joins the prompts of that step unless they would lose more by it than a step of its own costs those who wait. Held,
 too, is a request whose decode worker has no room for it: its KV cache would only wait in the prefill worker's memory.
 """
@@ -154,6 +155,7 @@ def _bound_or_held(
     name, workers = (chosen.decode, view.decode) if chosen.prefill is None else (chosen.prefill, view.prefill)
     computing = next(worker for worker in workers if worker.worker == name)
     max_backlog_s = model.round_trip_s + computing.latency.step_s(computing.num_streams, computing.kv_tokens)
+    max_backlog_s += model.sending_s * _num_to_send(request, computing, view)
     because, lacks_room = computing.busy_because(max_backlog_s) or _shares_badly(request, computing, view), False
     if not because and chosen.waits_for_room:
         because, lacks_room = f"{chosen.decode} has no room to decode", True
@@ -165,6 +167,13 @@ def _bound_or_held(
         max_backlog_s=max_backlog_s,
         lacks_room=lacks_room,
     )
+
+
+def _num_to_send(request: RoutableRequest, worker: WorkerView, view: FleetView) -> float:
+    """Of those that wait, as many as one step of `worker` takes, were they all like this one."""
+    uncached = request.prompt_tokens - worker.cached_tokens
+    fitting = (worker.facts.max_step_tokens - worker.num_streams) / uncached
+    return max(0.0, min(fitting, (view.num_waiting - 1) / max(1, len(view.prefill) or len(view.decode))))
 
 
 def _shares_badly(request: RoutableRequest, worker: WorkerView, view: FleetView) -> str:

@@ -237,6 +237,51 @@ def test_waiting_the_retry_after_helps():
     router.submit(request("second"), now=later)
 
 
+class Counting(random.Random):
+    """Tells how often a tie was broken."""
+
+    ties = 0
+
+    def choice(self, options):
+        self.ties += 1
+        return super().choice(options)
+
+
+def with_slo_submitted(rng):
+    router = Router(RouterSettings(slo_ttft_s=60.0), rng=rng)
+    for name in "ab":
+        router.worker_up(registration(name))
+    router.submit(request("r"), now=0.0)
+    return router
+
+
+def test_a_request_with_an_slo_is_decided_once():
+    rng = Counting(0)
+    router = with_slo_submitted(rng)
+    assert len(router.dispatch(now=0.001)) == 1
+    assert rng.ties == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "now"),
+    [
+        (lambda router, name: router.worker_down(name), 0.0),
+        (lambda router, name: router.worker_up(registration(name, state=WorkerState.DRAINING)), 0.0),
+        (lambda router, name: router.apply_load(report(name, tokens=100_000), now=0.0), 0.0),
+        (lambda router, name: router.configure(RouterSettings(slo_ttft_s=60.0), Headrace()), 0.0),
+        (lambda router, name: None, 1.0),
+    ],
+    ids=["gone", "draining", "busy", "policy", "time"],
+)
+def test_what_was_decided_for_an_slo_is_decided_anew_when_anything_has_changed(change, now):
+    (expected,) = with_slo_submitted(random.Random(0)).dispatch(now=0.0)
+    rng = Counting(0)
+    router = with_slo_submitted(rng)
+    change(router, expected.decode)
+    (route,) = router.dispatch(now=now)
+    assert route.decode != expected.decode or rng.ties == 2
+
+
 def test_a_request_that_has_waited_past_its_slo_is_refused_rather_than_started():
     router = router_of(registration("b"))
     send(router, "first")

@@ -145,6 +145,14 @@ def test_a_busy_worker_holds_the_request_and_says_until_when():
     assert 0 < choice.max_backlog_s < 0.1
 
 
+def test_of_many_that_share_a_step_the_first_are_sent_so_much_earlier():
+    view = fleet(worker("b", Role.BOTH, queue_s=0.03))
+    assert Headrace().choose(request(60), view).is_held
+    many = replace(view, num_waiting=50)  # 34 of them fit into a step, and it takes 1 ms to send one
+    assert not Headrace().choose(request(60), many).is_held
+    assert Headrace().choose(request(1500), many).is_held  # one of these does
+
+
 def test_a_prompt_joins_a_step_unless_those_in_it_would_lose_more_than_a_step_of_its_own_costs():
     decode = worker("d", Role.DECODE, **BUSY)
     next_step = worker("p", Role.PREFILL, queue_s=0.005, shared_tokens=300, shared_s=0.0375, num_sharing=1)
