@@ -7,7 +7,7 @@ or cached prompt costs less where it decodes than a handover would, unless strea
 The cheapest of P x D pairs is found in O(P + D): for the cheapest prefill worker take the best decode worker, for that
 one the best prefill worker, and so on until nothing changes; then the same from the best single worker on. Where links
 are equally fast, and decode workers have no prompts to compute, that is exact; otherwise what is found is a way that no
-exchange of a single worker improves.
+exchange of a single worker improves. Where all workers do both, no pairs are weighed that cannot be cheaper.
 
 A request is held in the gateway as long as its worker's next step with a place for it is further away than a round trip
 and a decode step, and the time that it takes to send as many of those who wait as that step has places for: binding it
@@ -16,14 +16,14 @@ It joins the prompts of that step unless they would lose more by it than a step 
 too, is a request whose decode worker has no room for it: its KV cache would only wait in the prefill worker's memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 from planes.wire.messages import WorkerId
 from router.cost import DecodeCost, PrefillCost, decode_cost, local, pair, prefill_cost
 from router.policy import Choice, FleetView, HandoverGroup, Links, WorkerView
 from router.prices import MEASURED, CostModel, Goals, congestion
-from router.request import Candidate, RoutableRequest
+from router.request import Candidate, HandoverPreference, RoutableRequest, Sacrifice
 
 
 class Headrace:
@@ -45,12 +45,30 @@ class Headrace:
             prefills = [
                 known.get(worker.worker) or prefill_cost(request, worker, congested, model) for worker in view.prefill
             ]
-            pairs = _Pairs(request, view.links, goals, model).weighed(prefills, decodes, best.decode)
-            if pairs:
-                options += pairs
-                best = min(best, *pairs, key=_order)
+            is_free = request.handover is HandoverPreference.AUTO and len(known) == len(prefills)
+            if not (is_free and _beats_pairs(best, known, prefills, decodes, model)):
+                pairs = _Pairs(request, view.links, goals, model).weighed(prefills, decodes, best.decode)
+                if pairs:
+                    options += pairs
+                    best = min(best, *pairs, key=_order)
         chosen = best if len(options) == 1 else _one_of_the_best(options, best, view, model)
         return _bound_or_held(request, chosen, tuple(options), view, model)
+
+
+def _beats_pairs(
+    alone: Candidate,
+    both: Mapping[WorkerId, PrefillCost],
+    prefills: Sequence[PrefillCost],
+    decodes: Sequence[DecodeCost],
+    model: CostModel,
+) -> bool:
+    """Whether no pair can be cheaper than a worker of `both` that serves alone: the handover and the step after it,
+    which at best cost nothing, left out.
+    """
+    if alone.decode not in both or alone.gives_up is not Sacrifice.NOTHING:
+        return False
+    least_s = min([leg.cost_s for leg in prefills]) + min([leg.cost_s - leg.gap_s for leg in decodes])
+    return alone.total_s <= least_s * model.near
 
 
 def _one_of_the_best(options: list[Candidate], best: Candidate, view: FleetView, model: CostModel) -> Candidate:

@@ -133,6 +133,33 @@ def test_one_worker_that_does_both_serves_alone():
     assert (chosen.prefill, chosen.decode) == (None, "b")
 
 
+def both_ways(*workers, routable):
+    """What is chosen, and what is when no pair may be left out: a worker that nobody would choose sees to it."""
+    last = worker("unfit", Role.PREFILL, queue_s=1e6)
+    return choose(*workers, routable=routable).chosen, choose(*workers, last, routable=routable).chosen
+
+
+loads = st.fixed_dictionaries(
+    {
+        "queue_s": st.sampled_from((0.0, 0.005, 0.5)),
+        "cached_tokens": st.sampled_from((0, 48)),
+        "num_streams": st.sampled_from((0, 1, 30)),
+        "kv_tokens": st.sampled_from((0, 5000, 200_000)),
+        "without_room": st.sampled_from((0, 0, 2)),
+        "free_blocks": st.sampled_from((10_000, 1)),
+        "mean_running": st.sampled_from((0.0, 30.0)),
+    }
+)
+
+
+@given(st.lists(loads, min_size=2, max_size=4), st.sampled_from((60, 1000)), st.sampled_from((1, 100)))
+def test_a_pair_that_is_not_weighed_would_not_have_been_chosen(states, tokens, expected):
+    workers = [worker(f"b{number}", Role.BOTH, **state) for number, state in enumerate(states)]
+    short, full = both_ways(*workers, routable=request(tokens, expected))
+    assert short.gives_up is full.gives_up
+    assert short.total_s <= full.total_s * MEASURED.near**2
+
+
 def test_a_request_that_must_stay_local_does():
     workers = worker("p", Role.PREFILL), worker("d", Role.DECODE, **BUSY)
     assert choose(*workers, routable=request(is_local_only=True)).chosen.prefill is None
