@@ -4,7 +4,8 @@
 
 CPU seconds come from /proc, per process and divided by the tokens or requests of the same interval, so that a noisy
 machine changes them little. Added TTFT is measured at concurrency 1 against the worker's own stream, alternating in one
-run. The engine runs `--speedup` times faster than its simulated hardware, so that it is not what limits.
+run. The engine runs `--speedup` times faster than its simulated hardware, so that it is not what limits. What a
+decision of the router costs is measured before all that, in this process (`loadtest/decisions.py`).
 """
 
 import asyncio
@@ -21,6 +22,7 @@ import uvloop
 from cyclopts import App, Parameter
 
 from loadtest.client import Client, Sample
+from loadtest.decisions import measure_all
 from loadtest.processes import Process
 from loadtest.stack import Stack, stack
 from planes.streams.client import WorkerConnection, WorkerLost
@@ -183,7 +185,8 @@ def main(
     out: Annotated[Path | None, Parameter(name="--json", help="Write everything there too.")] = None,
 ) -> None:
     """Run every case once."""
-    result = uvloop.run(run(seconds))
+    decisions = measure_all(num_decisions=4000)
+    result = {"decisions": [asdict(each) for each in decisions]} | uvloop.run(run(seconds))
     if out is not None:
         out.write_text(json.dumps(result, indent=1))
 

@@ -195,7 +195,7 @@ def pair(
     ttft, pause = prefill.queue_s + prefill.prefill_s, 0.0
     left = max(0.0, decode.prompts_s - ttft - handover)
     stalled, early = decode.stall * left, 0.0
-    waits_for_room = _waits_for_room(request, prefill, decode, handover, left, model)
+    waits_for_room = decode.room_s > 0 and _waits_for_room(request, prefill, decode, handover, left, model)
     if waits_for_room:
         ttft += decode.room_s
     if request.is_first_token_exact:

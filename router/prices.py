@@ -78,6 +78,8 @@ class Congestion(msgspec.Struct, frozen=True, kw_only=True):
 
     def price(self, utilisation: float) -> float:
         """`utilisation`: 0.0 to less than 1."""
+        if not utilisation:
+            return self.waiting
         return max(float(utilisation**self.power) / (1 - utilisation), self.waiting)
 
 
