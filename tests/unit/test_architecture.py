@@ -51,6 +51,7 @@ ONLY_IN = {
     "nixl_cu12": set(),
     "nixl_cu13": set(),
     "aetcd": {"planes/control"},
+    "opentelemetry": {"app/telemetry/tracing"},
     "nats": {"planes/events"},
     "torch": {"workers/"},
     "transformers": {"workers/"},

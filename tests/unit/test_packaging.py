@@ -59,6 +59,8 @@ def test_what_a_package_imports_is_declared(package):
     declared = [*project["dependencies"]]
     if package == "workers":
         declared += [name for extra in project["optional-dependencies"].values() for name in extra]
+    if package == "app":  # with --otlp-endpoint alone: see test_architecture.py
+        declared += project["optional-dependencies"]["otel"]
     names = {name_of(requirement) for requirement in declared}
     names |= {new for new, brought_by in COMES_WITH.items() if brought_by in names}
     distributions = importlib.metadata.packages_distributions()
