@@ -11,11 +11,13 @@ import typing
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+from app.cli.chat import ChatSettings
 from app.cli.config import ConfigSettings, live_settings
 from app.cli.fleet import FleetTableSettings
 from app.cli.gateway_url import GatewayUrlSettings
 from app.cli.keys import KeySettings, RotateSettings
 from app.cli.role import RoleSettings
+from app.cli.top import TopSettings
 from app.cli.up import UpSettings
 from app.main import create_app
 from app.metrics import Metrics
@@ -32,6 +34,8 @@ COMMANDS = {
     "headrace gateway": (GatewaySettings, "One gateway."),
     "headrace worker": (WorkerSettings, "One worker."),
     "headrace fleet": (FleetTableSettings, "Who is registered, and what they do."),
+    "headrace top": (TopSettings, "What the fleet does now, live: rates, times, load by worker."),
+    "headrace chat": (ChatSettings, "A conversation in the terminal, with which workers served each answer."),
     "headrace trace": (
         GatewayUrlSettings,
         "`headrace trace ID`: where a request's time went, and why; without an id the last ones.",

@@ -1,6 +1,7 @@
 """The command line `headrace`: one command per process, and `up` for all of them."""
 
 import asyncio
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -14,11 +15,15 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from app.cli import servers
+from app.cli.chat import ChatSettings, typed
+from app.cli.chat import chat as run_chat
 from app.cli.config import ConfigSettings, change_config, live_settings
 from app.cli.fleet import FleetTableSettings, show
 from app.cli.gateway_url import GatewayUrlSettings
 from app.cli.keys import KeySettings, RotateSettings, create_key, list_keys, revoke_key, rotate_key
 from app.cli.role import RoleSettings, change_role
+from app.cli.top import TopSettings
+from app.cli.top import top as show_top
 from app.cli.trace import trace as show_trace
 from app.cli.up import UpSettings, run_everything
 from app.settings import GatewaySettings
@@ -48,6 +53,8 @@ _EVERYTHING = (
     KeySettings,
     RotateSettings,
     GatewayUrlSettings,
+    ChatSettings,
+    TopSettings,
 )
 """What variables may say in the shell where small commands run: that of a fleet's operator."""
 _FLAGS = Parameter(name="*")
@@ -205,6 +212,23 @@ def trace(request: _RequestId = "", /, *, settings: Annotated[GatewayUrlSettings
     settings = settings or GatewayUrlSettings()
     _tell_strangers(*_EVERYTHING)
     show_trace(request, settings)
+
+
+@app.command
+def chat(settings: Annotated[ChatSettings | None, _FLAGS] = None) -> None:
+    """Talk to a model: a line is a question, answers are streamed, with which workers served them. Ctrl-D ends it."""
+    settings = settings or ChatSettings()
+    _tell_strangers(*_EVERYTHING)
+    run_chat(settings, asked=typed())
+
+
+@app.command
+def top(settings: Annotated[TopSettings | None, _FLAGS] = None) -> None:
+    """Show what the fleet does, live, until Ctrl-C."""
+    settings = settings or TopSettings()
+    _tell_strangers(*_EVERYTHING)
+    with contextlib.suppress(KeyboardInterrupt):
+        show_top(settings)
 
 
 class NotInstalled(HeadraceError):  # noqa: N818 - names what is wrong

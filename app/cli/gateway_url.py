@@ -3,7 +3,7 @@
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
@@ -64,9 +64,16 @@ class GatewayClient:
             raise
 
     @contextmanager
-    def opened(self, path: str, body: Any = None, *, timeout_s: float | None = None) -> Iterator[HTTPResponse]:
+    def opened(
+        self,
+        path: str,
+        body: Any = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Iterator[HTTPResponse]:
         """The answer to a GET, or to a POST where there is a body."""
-        headers = {"content-type": "application/json"}
+        headers = {"content-type": "application/json", **(headers or {})}
         if self._settings.api_key is not None:
             headers["authorization"] = f"Bearer {self._settings.api_key}"
         data = None if body is None else json.dumps(body).encode()

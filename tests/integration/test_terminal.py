@@ -1,0 +1,48 @@
+"""`headrace trace`, `top` and `chat` as a person runs them, against a real gateway."""
+
+import asyncio
+import sys
+
+import pytest
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+
+
+async def headrace(stack, command, *arguments, typed=""):
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "app.cli", command, *arguments, "--url", stack.pairing.url),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    told, errors = await process.communicate(typed.encode())
+    return process.returncode, told.decode(), errors.decode()
+
+
+async def test_a_conversation_tells_who_served_and_its_id_is_traced(stack, unique):
+    status, told, errors = await headrace(stack, "chat", "--max-tokens", "8", typed=f"{unique}\nand more\n")
+    assert (status, errors) == (0, "")
+    served = [line for line in told.splitlines() if line.startswith("  [prefill-1 → decode-")]
+    assert len(served) == 2
+    assert "8 generated" in served[1]
+    request = served[1].rstrip("]").rsplit(", ", 1)[1]
+    status, told, errors = await headrace(stack, "trace", request)
+    assert (status, errors) == (0, "")
+    for words in (f"{request} sim: ok after", "prefill-1 → decode-", "handover", "8 tokens", "round_robin weighed"):
+        assert words in told
+    status, told, errors = await headrace(stack, "trace")
+    assert request in told
+
+
+async def test_a_request_that_nobody_knows_is_told_with_exit_status_2(stack):
+    status, _, errors = await headrace(stack, "trace", "never-was")
+    assert status == 2
+    assert "No decision is kept for request 'never-was'" in errors
+
+
+async def test_the_fleet_is_seen_at_a_glance(stack):
+    status, told, errors = await headrace(stack, "top", "--every-s", "0.2")
+    assert (status, errors) == (0, "")
+    for words in ("requests/s", "prefill-1", "decode-2", "ready"):
+        assert words in told
