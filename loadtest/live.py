@@ -218,7 +218,7 @@ async def _planned(sampled: Callable[[EngineFacts], Workload], slo: Slo, seed: i
         print(f"{len(arrivals)} requests within {arrivals[-1].at_s:.0f} s …", flush=True)
         began = time.monotonic()
         samples = await replay(running, arrivals)
-        idle = 1 - (_cpu_s() - cpu_s) / ((time.monotonic() - began) * (os.cpu_count() or 1))
+        idle = max(0.0, 1 - (_cpu_s() - cpu_s) / ((time.monotonic() - began) * (os.cpu_count() or 1)))
     from_s = WARM_UP * arrivals[-1].at_s
     judged = [each for arrival, each in zip(arrivals, samples, strict=True) if arrival.at_s >= from_s]
     result: dict[str, Any] = {
