@@ -13,6 +13,7 @@ from pathlib import Path
 
 from app.cli.chat import ChatSettings
 from app.cli.config import ConfigSettings, live_settings
+from app.cli.doctor import DoctorSettings
 from app.cli.fleet import FleetTableSettings
 from app.cli.gateway_url import GatewayUrlSettings
 from app.cli.keys import KeySettings, RotateSettings
@@ -34,6 +35,10 @@ COMMANDS = {
     "headrace gateway": (GatewaySettings, "One gateway."),
     "headrace worker": (WorkerSettings, "One worker."),
     "headrace fleet": (FleetTableSettings, "Who is registered, and what they do."),
+    "headrace doctor": (
+        DoctorSettings,
+        "What is wrong with this machine, the planes, workers or a gateway, and what to do.",
+    ),
     "headrace top": (TopSettings, "What the fleet does now, live: rates, times, load by worker."),
     "headrace chat": (ChatSettings, "A conversation in the terminal, with which workers served each answer."),
     "headrace trace": (

@@ -18,6 +18,7 @@ from app.cli import servers
 from app.cli.chat import ChatSettings, typed
 from app.cli.chat import chat as run_chat
 from app.cli.config import ConfigSettings, change_config, live_settings
+from app.cli.doctor import DoctorSettings, examine
 from app.cli.fleet import FleetTableSettings, show
 from app.cli.gateway_url import GatewayUrlSettings
 from app.cli.keys import KeySettings, RotateSettings, create_key, list_keys, revoke_key, rotate_key
@@ -55,6 +56,7 @@ _EVERYTHING = (
     GatewayUrlSettings,
     ChatSettings,
     TopSettings,
+    DoctorSettings,
 )
 """What variables may say in the shell where small commands run: that of a fleet's operator."""
 _FLAGS = Parameter(name="*")
@@ -229,6 +231,14 @@ def top(settings: Annotated[TopSettings | None, _FLAGS] = None) -> None:
     _tell_strangers(*_EVERYTHING)
     with contextlib.suppress(KeyboardInterrupt):
         show_top(settings)
+
+
+@app.command
+def doctor(settings: Annotated[DoctorSettings | None, _FLAGS] = None) -> int:
+    """Look at this machine, etcd, NATS, workers and a gateway, and say what to do. Exit status 1: all is not well."""
+    settings = settings or DoctorSettings()
+    _tell_strangers(*_EVERYTHING)
+    return asyncio.run(examine(settings))
 
 
 class NotInstalled(HeadraceError):  # noqa: N818 - names what is wrong

@@ -46,3 +46,20 @@ async def test_the_fleet_is_seen_at_a_glance(stack):
     assert (status, errors) == (0, "")
     for words in ("requests/s", "prefill-1", "decode-2", "ready"):
         assert words in told
+
+
+async def test_a_sound_fleet_is_found_sound(stack):
+    planes = ("--etcd", stack.site.etcd, "--nats", stack.site.nats, "--namespace", stack.site.namespace)
+    status, told, errors = await headrace(stack, "doctor", *planes)
+    assert (status, errors) == (0, ""), told
+    for words in ("etcd version: ", "JetStream: ", "worker prefill-1: prefill, ready", "connected to 3 of 3 workers"):
+        assert words in told
+    assert "the gateway knows every worker's blocks" in told
+
+
+async def test_a_namespace_without_workers_is_wrong_and_so_is_a_nats_that_is_away(stack):
+    planes = ("--etcd", stack.site.etcd, "--nats", "nats://127.0.0.1:9", "--namespace", "nobody")
+    status, told, _ = await headrace(stack, "doctor", *planes)
+    assert status == 1
+    assert "wrong NATS" in told
+    assert "wrong workers: none is registered" in told
