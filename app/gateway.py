@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from app.auth import ApiKeys
+from app.console.live import Live
 from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfigFollower
 from app.http.body import BodyMemory
@@ -57,3 +58,5 @@ class Gateway:
     """Where traces of requests go; None: nowhere."""
     recorder: Recorder | None = None
     """Where served requests are written down; None: nowhere."""
+    live: Live | None = None
+    """What the console shows; None: it is not served."""

@@ -22,6 +22,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.auth import ApiKeys, is_open_to_others
+from app.console.live import Live
+from app.console.routes import console_routes
 from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, RoutingSetup, routing_setup
 from app.gateway import Gateway, Tracer
@@ -90,6 +92,8 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.include_router(token_routes(gateway))
     app.router.routes.append(embedding_route(gateway))
     app.include_router(operation_routes(gateway))
+    if gateway.live is not None:
+        app.include_router(console_routes(gateway, gateway.live))
     description = functools.cache(lambda: described(app.routes, version=version("headrace")))
     app.openapi = description  # type: ignore[method-assign]  # FastAPI's own knows neither bodies nor streaming routes
 
@@ -149,6 +153,10 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         )
 
     fleet = WorkerConnections(router, dispatcher, models, events, connect=connect, clock=clock, rng=random.Random())
+    live = None
+    if settings.console:
+        about = {"version": version("headrace"), "namespace": settings.namespace}
+        live = Live(fleet, router, dispatcher, routing_config, clock=clock, wall_clock=time.time, about=about)
     prefills = None
     if settings.prefill_dispatch == "queue":
         prefills = QueuedPrefills(PrefillQueue(events), events, fleet, gateway=secrets.token_hex(8))
@@ -200,6 +208,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         prefills=prefills,
         recorder=recorder,
         tracer=tracer,
+        live=live,
         responses=responses,
         background=background,
         metrics=metrics,
@@ -212,6 +221,10 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
 class _Server(uvicorn.Server):
     """uvicorn's server without its signal handlers, which would end the process before our own tasks have ended."""
 
+    def __init__(self, config: uvicorn.Config, live: Live | None) -> None:
+        super().__init__(config)
+        self._live = live
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave signals alone."""
@@ -221,6 +234,8 @@ class _Server(uvicorn.Server):
         """Let running answers end, up to the drain limit; said twice: do not."""
         self.force_exit = self.should_exit
         self.should_exit = True
+        if self._live is not None:  # its streams would go on for as long as they may
+            self._live.stop()
 
     async def cut_off(self) -> None:
         """Let the answers that are left tell their clients, while the workers' streams are still there."""
@@ -241,7 +256,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
     )
     await events.subscribe_kv(fleet.kv_changed)
     await events.subscribe_load(fleet.load_reported)
-    server = _Server(_uvicorn_config(settings, streams_first(create_app(gateway)), gateway.metrics))
+    server = _Server(_uvicorn_config(settings, streams_first(create_app(gateway)), gateway.metrics), gateway.live)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop)

@@ -77,6 +77,7 @@ class GatewaySettings(ProcessSettings):
     slow_client_bytes: Annotated[
         int, Parameter(help="Most unsent bytes of one answer; a client that reads more slowly is cut off.")
     ] = 1 << 20
+    console: Annotated[bool, Parameter(help="Serve the console, a page that shows the fleet live, at /console.")] = True
     keep_prompt_nonces: Annotated[
         bool,
         Parameter(help="Keep a first line of a system prompt such as x-…-header: ID, which ends all prefix caching."),

@@ -132,7 +132,7 @@ def body_of(operation: dict[str, typing.Any]) -> str:
 
 
 def described() -> dict[str, typing.Any]:
-    gateway = types.SimpleNamespace(settings=GatewaySettings(), metrics=Metrics())
+    gateway = types.SimpleNamespace(settings=GatewaySettings(), metrics=Metrics(), live=object())
     return create_app(typing.cast("typing.Any", gateway)).openapi()
 
 

@@ -160,7 +160,7 @@ def _flag(settings: type, field: "typing.Any") -> str:
 
 
 def _routes() -> list[tuple[str, str, str]]:
-    gateway = types.SimpleNamespace(settings=GatewaySettings(), metrics=Metrics())
+    gateway = types.SimpleNamespace(settings=GatewaySettings(), metrics=Metrics(), live=object())
     app = create_app(typing.cast("typing.Any", gateway))
     found = []
     for route in app.routes:

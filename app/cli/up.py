@@ -290,6 +290,7 @@ def _announce(settings: UpSettings, model: str, seconds: float, state: Path) -> 
         say(f"warning: {settings.host} lets everybody in who reaches this machine; --api-keys-file asks for keys")
     if settings.prefill:
         say("the router would serve a prompt as short as the one below where it decodes; its second header says not to")
+    say(f"the console is at {url}/console")
     print(f"\nHeadrace listens on {url}\n")
     print(f"  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\")
     if settings.prefill:

@@ -16,13 +16,13 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from app.fleet.joins import JoinWatchers
 from app.fleet.snapshots import Snapshots, SnapshotSource
 from app.fleet.split import split_gauges, splits_of
 from app.fleet.status import RegisteredWorker, registered_worker, worker_gauges
 from app.metrics import Gauge, Total
 from app.prompt.card import CardUnusable
 from app.serving.binding import Clock, Dispatcher
+from app.watchers import Watchers
 from planes.streams.client import WorkerConnection, WorkerUnreachable
 from planes.wire.errors import HeadraceError
 from planes.wire.messages import KvEvents, LoadReport, Registration, WorkerId, WorkerState
@@ -98,7 +98,9 @@ class WorkerConnections:
         self._members: dict[WorkerId, _Member] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._snapshots = Snapshots(router, snapshots, is_current=self._is_current, on_applied=dispatcher.changed)
-        self._joins = JoinWatchers()
+        self._joins: Watchers[WorkerId] = Watchers()
+        self.reports: Watchers[LoadReport] = Watchers()
+        """Who is told of load reports as they come."""
         self.splits: Mapping[str, str] = {}
         """Where the registered workers disagree on what a model is, in a sentence each."""
         self._bytes_of_closed = [0, 0]
@@ -161,6 +163,7 @@ class WorkerConnections:
             if report.state is not member.registration.state:
                 self._change(member, msgspec.structs.replace(member.registration, state=report.state))
             self._router.apply_load(report, now=self._clock())
+            self.reports.tell(report)
         except Exception as exc:  # noqa: BLE001 - as above
             self._refused("report.refused", report.worker, exc)
         self._snapshots.check()

@@ -89,6 +89,9 @@ DETAILS: Final[dict[tuple[str, str], RouteDetails]] = {
     ),
     ("GET", "/live"): _OPEN,
     ("GET", "/health"): _OPEN,
+    ("GET", "/console"): RouteDetails(is_open=True, media_type="text/html"),
+    ("GET", "/console/{name}"): RouteDetails(is_open=True, media_type="text/javascript"),
+    ("GET", "/console/state"): RouteDetails(is_streamed=True, statuses=frozenset({403})),
     ("GET", "/metrics"): RouteDetails(is_open=True, media_type="text/plain"),
 }
 _PLAIN: Final = RouteDetails()

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import structlog
 
+from app.watchers import Watchers
 from planes.wire.errors import Expired, Rejected
 from planes.wire.messages import RequestId
 from router.errors import PolicyFailed
@@ -60,6 +61,8 @@ class Dispatcher:
         self._waiting: dict[RequestId, OnAnswer] = {}
         self._soon: Timer | None = None
         self._timer: Timer | None = None
+        self.endings: Watchers[Timeline] = Watchers()
+        """Who is told of requests that have ended."""
 
     @property
     def num_waiting(self) -> int:
@@ -93,6 +96,7 @@ class Dispatcher:
     def ended(self, timeline: Timeline) -> None:
         """A request has ended: what is kept of its decision tells where its time went."""
         self._router.ended(timeline)
+        self.endings.tell(timeline)
 
     def changed(self) -> None:
         """Something that the router knows has changed; it will be asked before this turn of the loop is over."""

@@ -4,10 +4,10 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
-from app.fleet.joins import JoinWatchers
 from app.serving.binding import Dispatcher
 from app.serving.effects import Noted
 from app.serving.events import Event, LegFailed, LegOutput
+from app.watchers import Watchers
 from loadtest.simulator.clock import Clock
 from loadtest.simulator.leg import SimulatedLeg
 from loadtest.simulator.scenario import Scenario
@@ -77,7 +77,7 @@ class SimulatedGateway:
         self.dispatcher = Dispatcher(router, clock=clock.time, timers=clock)
         self.noted: Counter[Noted] = Counter()
         self._connections: dict[WorkerId, SimulatedConnection] = {}
-        self._joins = JoinWatchers()
+        self._joins: Watchers[WorkerId] = Watchers()
         self._snapshots: set[WorkerId] = set()
 
     # --- workers -------------------------------------------------------------------------------------------------

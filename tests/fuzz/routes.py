@@ -35,6 +35,8 @@ PATIENCE_S = 180.0
 ALLOWED_FAULTS = (503, 504)
 CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+ENDLESS = "/console/state"
+"""Goes on for as long as somebody reads it."""
 _WEIGHT_WITH_BODY = 8
 """A route with a body gets so many times the cases of one without."""
 
@@ -57,6 +59,7 @@ def run(url: str, num_cases: int, number: int, model: str, *, is_shown: bool = F
     document = requests.get(f"{url}/openapi.json", timeout=PATIENCE_S).json()
     schema = schemathesis.openapi.from_dict(document)
     operations = [each.ok() for each in schema.get_all_operations()]
+    operations = [each for each in operations if each.path != ENDLESS]
     weights = [_WEIGHT_WITH_BODY if "requestBody" in each.definition.raw else 1 for each in operations]
     report, session = Report(), requests.Session()
     began = time.monotonic()

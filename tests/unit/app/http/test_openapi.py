@@ -20,7 +20,7 @@ USER = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def app():
-    return create_app(SimpleNamespace(settings=GatewaySettings(), metrics=Metrics()))
+    return create_app(SimpleNamespace(settings=GatewaySettings(), metrics=Metrics(), live=object()))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""The console: a page that shows the fleet live, and what it is told."""

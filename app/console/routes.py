@@ -1,0 +1,73 @@
+"""The console's routes: its page is open and holds no secret; its stream needs an admin's key, if there are keys."""
+
+import structlog
+from fastapi import APIRouter, Request, Response
+from starlette.routing import Route
+
+from app.console.files import HEADERS, page_files
+from app.console.live import Live
+from app.gateway import Gateway
+from app.http.response import Streamed, StreamedResponse
+from planes.wire.errors import HeadraceError, InvalidRequest
+
+_log = structlog.get_logger()
+
+
+class NoSuchFile(InvalidRequest):
+    """The console has no file of this name."""
+
+    code = "not_found"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"The console has no file {name[:100]!r}.")
+
+
+def console_routes(gateway: Gateway, live: Live) -> APIRouter:
+    """The routes of one gateway."""
+    routes, files = APIRouter(), page_files()
+
+    def file(request: Request, name: str) -> Response:
+        found = files.get(name)
+        if found is None:
+            raise NoSuchFile(name)
+        headers = {**HEADERS, "etag": found.etag}
+        if request.headers.get("if-none-match") == found.etag:
+            return Response(status_code=304, headers=headers)
+        return Response(found.content, media_type=found.media_type, headers=headers)
+
+    async def state(request: Request, response: StreamedResponse) -> None:
+        """The console's stream: the fleet's state whole, then what changed, once a second."""
+        try:
+            gateway.keys.authenticate_admin(request.headers)
+            with live.watched():
+                response.begin([("x-content-type-options", "nosniff")])
+                async for frame in live.frames():
+                    response.write(frame)
+                response.end()
+        except HeadraceError as exc:
+            response.fail(exc, [])
+        except Exception as exc:  # noqa: BLE001 - our own bug: it is logged, and the watcher gets an answer all the same
+            _log.exception("request.bug")
+            response.fail(exc, [])
+
+    @routes.get("/console", response_model=None)
+    async def page(request: Request) -> Response:
+        """The console: a page that shows the fleet live."""
+        return file(request, "index.html")
+
+    routes.routes.append(
+        Route(
+            "/console/state",
+            Streamed(
+                state, max_unsent_bytes=gateway.settings.slow_client_bytes, on_cut_off=gateway.metrics.client_cut_off
+            ),
+            methods=["GET"],
+        )
+    )
+
+    @routes.get("/console/{name:path}", response_model=None)
+    async def asset(request: Request, name: str) -> Response:
+        """What the console's page is made of."""
+        return file(request, name)
+
+    return routes
