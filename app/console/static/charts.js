@@ -22,7 +22,7 @@ export class Chart {
     this.empty = h("p", { class: "plot-empty" }, "No request has ended yet");
     this.items = this.series.map((each, index) =>
       h("span", { class: `key key-${each.colour}${each.slo ? " key-dash" : ""}` }, h("i", { "aria-hidden": "true" }), `${each.label} `, this.values[index]));
-    this.root = h("figure", { class: "chart panel" }, h("figcaption", {}, h("h3", {}, title), h("div", { class: "keys" }, this.items)), h("div", { class: "plot-box" }, this.plot, this.empty));
+    this.root = h("figure", { class: "chart panel" }, h("figcaption", {}, h("h2", {}, title), h("div", { class: "keys" }, this.items)), h("div", { class: "plot-box" }, this.plot, this.empty));
     charts.add(this);
     new ResizeObserver(() => this.resize()).observe(this.plot);
   }
