@@ -40,6 +40,7 @@ def gateway(model):
     preprocessor = Preprocessor()
     yield SimpleNamespace(
         settings=SimpleNamespace(request_timeout_s=60.0, max_body_bytes=1 << 24),
+        tracer=None,
         bodies=BodyMemory(1 << 24),
         models=SimpleNamespace(longest_context=4096, entry=lambda name: model),
         preprocessor=preprocessor,
