@@ -1,7 +1,9 @@
 """A model that thinks, on real vLLM and through a handover: thoughts, their budget and their count, in each dialect."""
 
+import asyncio
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import httpx
 import jsonschema
 import pytest
 
+from app.cli.role import RoleSettings, change_role
+from planes.wire.messages import Role, WorkerId
 from tests.e2e.stack import Stack
 from tests.e2e.thinking_model import END_THINK
 
@@ -34,7 +38,8 @@ def stack(tmp_path_factory, thinking_model):
         "HEADRACE_REASONING_PARSER": "think",
         "HEADRACE_REPLACEMENT_S": "600",
     }
-    running = Stack(folder, "--model", str(thinking_model), env=environment)
+    workers = ("--prefill", "0", "--decode", "0", "--both", "2")  # what was started so can change its role
+    running = Stack(folder, "--model", str(thinking_model), *workers, env=environment)
     try:
         yield running.wait_until_ready()
     finally:
@@ -206,9 +211,46 @@ def worker_pid(stack, worker):
     raise AssertionError(f"{worker} does not run")
 
 
+def become(stack, worker, role, **settings):
+    """What `headrace role` does."""
+    told = dict(re.findall(r"HEADRACE_(ETCD|NAMESPACE)=(\S+)", stack.said()))
+    wish = RoleSettings(etcd=told["ETCD"], namespace=told["NAMESPACE"], wait_s=300, **settings)
+    is_changed, said = asyncio.run(change_role(WorkerId(worker), role, wish))
+    assert is_changed, said
+
+
+def test_a_worker_gives_up_decoding_under_a_stream_which_goes_on_elsewhere_token_for_token(stack):
+    path, body = chat(max_tokens=300, ignore_eos=True, return_token_ids=True, stream=True)
+    body |= {"model": "thinker"} | USAGE_TOO
+
+    def stream(disturb=lambda worker: None):
+        events, alone = [], {"x-headrace-handover": "never"}
+        with httpx.stream("POST", f"{stack.url}{path}", json=body, headers=alone, timeout=600) as answer:
+            worker = answer.headers["x-headrace-decode"]
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    events.append(json.loads(line[6:]))
+                    if len(events) == 5:
+                        disturb(worker)
+        assert not [event for event in events if "error" in event]
+        tokens = [token for event in events for choice in event["choices"] for token in choice.get("token_ids") or ()]
+        return worker, tokens, streamed_chat_split(events)
+
+    _, tokens, split = stream()
+    assert len(tokens) == 300
+    before = stack.metric("headrace_migrations_total")
+    worker, again, split_again = stream(lambda worker: become(stack, worker, Role.PREFILL, migrate_after_s=0.0))
+    assert (again, split_again) == (tokens, split)
+    assert stack.metric("headrace_migrations_total") == before + 1
+    pair = ask(stack, chat(), "always").headers
+    assert pair["x-headrace-prefill"] == worker != pair["x-headrace-decode"]
+    become(stack, worker, Role.BOTH)
+
+
 def test_zz_a_thought_goes_on_after_its_worker_was_killed_and_its_budget_counts_once(stack):
     path, body = chat(**LASTING, thinking_token_budget=30, max_tokens=44, return_token_ids=True, stream=True)
     body |= {"model": "thinker"} | USAGE_TOO
+    become(stack, "both-1", Role.PREFILL)  # nobody decodes until the other one is back
     undisturbed = streamed_chat_split(events_of(ask(stack, (path, body), "always")))
     events, headers = [], {"x-headrace-handover": "always"}
     with httpx.stream("POST", f"{stack.url}{path}", json=body, headers=headers, timeout=600) as answer:
@@ -216,7 +258,7 @@ def test_zz_a_thought_goes_on_after_its_worker_was_killed_and_its_budget_counts_
             if line.startswith("data: {"):
                 events.append(json.loads(line[6:]))
                 if len(events) == 9:
-                    os.kill(worker_pid(stack, "decode-1"), signal.SIGKILL)
+                    os.kill(worker_pid(stack, "both-2"), signal.SIGKILL)
     assert streamed_chat_split(events) == undisturbed
     tokens = [token for event in events for choice in event["choices"] for token in choice.get("token_ids") or ()]
     assert (tokens.index(END_THINK), tokens.count(END_THINK), len(tokens)) == (30 - 1, 1, 44)
