@@ -58,10 +58,13 @@ from planes.entries import Entries
 from planes.events import EventPlane
 from planes.keyed import KeyedStore
 from planes.objects import ObjectStore
+from planes.security.tls import http_tls
 from planes.streams.client import WorkerConnection
+from planes.streams.greeting import StreamKeys
 from planes.wire.errors import HeadraceError, InvalidRequest, UnusableSetting
 from planes.wire.messages import Registration, RequestId
 from planes.work_queue import PrefillQueue
+from process.exposure import refuse_open_gateway
 from process.logging import LineWriter, configure
 from router.router import Router
 
@@ -78,6 +81,7 @@ def serve(settings: GatewaySettings) -> None:
     """Run a gateway until SIGINT or SIGTERM.  Raises:  UnusableSetting if it cannot start."""
     with LineWriter(sys.stderr) as lines:
         configure(settings.log_level, as_json=settings.log_json, lines=lines)
+        refuse_open_gateway(settings, settings.host, has_keys=settings.has_keys)
         with _listening(settings) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(settings, listener))
 
@@ -135,6 +139,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
     """
     clock = asyncio.get_running_loop().time
     metrics = Metrics()
+    keys = StreamKeys(settings.stream_security)
     start = _routing(settings)
     router = Router(start.settings, start.policy, shadow=start.shadow, rng=random.Random())
     dispatcher = Dispatcher(router, clock=clock)
@@ -149,7 +154,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
     async def connect(worker: Registration) -> WorkerConnection:
         limits, deadline = settings.stream_limits, clock() + _CONNECT_TIMEOUT_S
         return await WorkerConnection.open(
-            worker.worker, worker.epoch, worker.address, deadline=deadline, limits=limits
+            worker.worker, worker.epoch, worker.address, deadline=deadline, limits=limits, keys=keys
         )
 
     fleet = WorkerConnections(router, dispatcher, models, events, connect=connect, clock=clock, rng=random.Random())
@@ -248,11 +253,14 @@ class _Server(uvicorn.Server):
 
 
 async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
-    events = EventPlane(settings.nats, settings.namespace, name="gateway")
+    events = EventPlane(settings.nats, settings.namespace, security=settings.nats_security, name="gateway")
     gateway = create_gateway(settings, events)
     fleet = gateway.fleet
     directory = WorkerDirectory(
-        Etcd(settings.etcd), settings.namespace, on_up=fleet.worker_up, on_down=fleet.worker_down
+        Etcd(settings.etcd, security=settings.etcd_security),
+        settings.namespace,
+        on_up=fleet.worker_up,
+        on_down=fleet.worker_down,
     )
     await events.subscribe_kv(fleet.kv_changed)
     await events.subscribe_load(fleet.load_reported)
@@ -269,7 +277,13 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
             forever = [
                 tasks.create_task(events.run()),
                 tasks.create_task(directory.run()),
-                tasks.create_task(watch_config(Etcd(settings.etcd), settings.namespace, gateway.routing_config.take)),
+                tasks.create_task(
+                    watch_config(
+                        Etcd(settings.etcd, security=settings.etcd_security),
+                        settings.namespace,
+                        gateway.routing_config.take,
+                    )
+                ),
                 tasks.create_task(fleet.run()),
                 tasks.create_task(_watch_loop(gateway.metrics)),
             ]
@@ -277,7 +291,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
             if gateway.prefills is not None:
                 forever.append(tasks.create_task(gateway.prefills.run()))
             if (stored := gateway.keys.stored) is not None:
-                followed = Entries(Etcd(settings.etcd), settings.namespace, KEYS)
+                followed = Entries(Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, KEYS)
                 forever.append(tasks.create_task(followed.watch(stored.take, stored.listed)))
             if gateway.recorder is not None:
                 forever.append(tasks.create_task(gateway.recorder.run()))
@@ -303,7 +317,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
 def _log_start(settings: GatewaySettings, host: str, port: int) -> None:
     if is_open_to_others(settings.host, settings.api_keys_file, has_stored_keys=settings.api_keys):
         _log.warning("gateway.open_to_all", host=host, advice="set --api-keys or listen on 127.0.0.1")
-    _log.info("gateway.listening", host=host, port=port, policy=settings.policy)
+    _log.info("gateway.listening", host=host, port=port, policy=settings.policy, tls=settings.tls_cert is not None)
 
 
 def _settle_memory() -> None:
@@ -327,7 +341,7 @@ def _uvicorn_config(settings: GatewaySettings, app: ASGIApp, metrics: Metrics) -
         num_connections=settings.max_connections,
     )
     protocol = functools.partial(StreamingProtocol, limits=limits, on_refused=metrics.connection_refused)
-    return uvicorn.Config(
+    config = uvicorn.Config(
         app,
         http=protocol,  # type: ignore[arg-type] # all that uvicorn does is call it
         ws="none",
@@ -339,6 +353,10 @@ def _uvicorn_config(settings: GatewaySettings, app: ASGIApp, metrics: Metrics) -
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
     )
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        config.load()
+        config.ssl = http_tls(settings.tls_cert, settings.tls_key)  # uvicorn's own would keep what it read once
+    return config
 
 
 def _routing(settings: GatewaySettings) -> RoutingSetup:

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from app.openai.schema import Limits
+from planes.security.tls import http_tls
 from planes.streams.protocol import StreamLimits
 from planes.wire.errors import UnusableSetting
 from process.paths import cache_dir
-from process.settings import ProcessSettings, check_setting
+from process.settings import ProcessSettings, check_pair, check_setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,11 @@ class GatewaySettings(ProcessSettings):
 
     host: Annotated[str, Parameter(help="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Parameter(help="Port to listen on; 0 takes a free one.")] = 8000
+    tls_cert: Annotated[
+        Path | None,
+        Parameter(help="PEM file: the certificate for HTTPS, with those between it and its CA. Default: plain HTTP."),
+    ] = None
+    tls_key: Annotated[Path | None, Parameter(help="PEM file: its key. Both are read anew when they change.")] = None
     policy: Annotated[str, Parameter(help="Routing policy: a name, or package.module:Class of your own.")] = "headrace"
     shadow_policy: Annotated[
         str | None, Parameter(help="A second policy that decides too, is measured, and is not obeyed; empty: none.")
@@ -161,10 +167,18 @@ class GatewaySettings(ProcessSettings):
                 raise UnusableSetting(name, getattr(self, name), "it must be 0 seconds or more")
         check_setting("trace_ratio", self.trace_ratio, _check_share)
         check_setting("otlp_endpoint", self.otlp_endpoint, _check_collector)
+        check_pair(self, "tls_cert", "tls_key")
+        if self.tls_cert is not None and (key := self.tls_key) is not None:
+            check_setting("tls_cert", str(self.tls_cert), lambda cert: http_tls(Path(cert), key))
         if self.dead_after_s <= self.heartbeat_s:
             raise UnusableSetting(
                 "dead_after_s", self.dead_after_s, f"it must exceed --heartbeat-s ({self.heartbeat_s})"
             )
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether who asks must have a key."""
+        return self.api_keys or self.api_keys_file is not None
 
     @property
     def assets_dir(self) -> Path:

@@ -20,6 +20,7 @@ COPY --from=wheel /dist /dist
 RUN pip install --no-cache-dir "$(echo /dist/*.whl)${EXTRAS}"
 RUN useradd --create-home headrace && install --directory --owner headrace /data
 USER headrace
+# So it starts only with keys and secured planes, or with HEADRACE_INSECURE=true.
 ENV HEADRACE_HOST=0.0.0.0
 EXPOSE 8000
 ENTRYPOINT ["headrace"]

@@ -35,6 +35,7 @@ RUN pip install --no-cache-dir --no-deps . && rm -rf /src /wheels
 WORKDIR /
 RUN useradd --create-home headrace && install --directory --mode 1777 /cache
 USER headrace
+# So it starts only with secured streams and planes, or with HEADRACE_INSECURE=true.
 ENV HEADRACE_HOST=0.0.0.0 HEADRACE_CACHE=/cache
 ENTRYPOINT ["headrace", "worker"]
 

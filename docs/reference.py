@@ -12,6 +12,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from app.cli.chat import ChatSettings
+from app.cli.certs import CertsSettings
 from app.cli.config import ConfigSettings, live_settings
 from app.cli.doctor import DoctorSettings
 from app.cli.fleet import FleetTableSettings
@@ -34,6 +35,10 @@ COMMANDS = {
     "headrace up": (UpSettings, "Everything on this machine."),
     "headrace gateway": (GatewaySettings, "One gateway."),
     "headrace worker": (WorkerSettings, "One worker."),
+    "headrace certs": (
+        CertsSettings,
+        "`headrace certs FOLDER`: a CA, certificates and a token for trying a secured fleet out.",
+    ),
     "headrace fleet": (FleetTableSettings, "Who is registered, and what they do."),
     "headrace doctor": (
         DoctorSettings,
@@ -156,7 +161,8 @@ def _flag(settings: type, field: "typing.Any") -> str:
     allowed = f" One of {', '.join(choices)}." if choices else ""
     default = "" if field.default in (None, MISSING) else f"`{field.default}`"
     name = field.name.replace("_", "-")
-    return f"| `--{name}` | `HEADRACE_{field.name.upper()}` | {default} | {help_text}{allowed} |"
+    variable = f"`HEADRACE_{field.name.upper()}`" if hint.__metadata__[0].show_env_var is not False else ""
+    return f"| `--{name}` | {variable} | {default} | {help_text}{allowed} |"
 
 
 def _routes() -> list[tuple[str, str, str]]:

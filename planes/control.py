@@ -1,4 +1,4 @@
-"""The control plane: worker registrations and live settings in etcd. The only module that imports the etcd client.
+"""The control plane: worker registrations and live settings in etcd. With `control_client.py`, the only user of aetcd.
 
 Nothing here ends because etcd did. Work happens in sessions: one connection to one endpoint. Whatever fails ends the
 session; after a pause the next one begins at the next endpoint, from what etcd says then:
@@ -7,7 +7,7 @@ session; after a pause the next one begins at the next endpoint, from what etcd 
     WorkerDirectory   list, tell the difference to what was known, watch from that revision on
     watch_keys        the same for other keys
 
-Of aetcd we use the connection, the calls and the generated stubs. Not its watcher: that does not notice a watch which
+Of aetcd we use the calls and the generated stubs. Not its watcher: that does not notice a watch which
 the server cancels, nor a stream that ends without an error, and its queue has no bound.
 """
 
@@ -26,6 +26,8 @@ import structlog
 from aetcd import rpc
 from aetcd.utils import prefix_range_end
 
+from planes.control_client import Client, EtcdKeys
+from planes.security.planes import EtcdSecurity
 from planes.wire.errors import HeadraceError, UnusableSetting
 from planes.wire.messages import Registration, WorkerId
 from planes.wire.names import check_namespace
@@ -72,13 +74,21 @@ IsRunning = Callable[[Registration], Awaitable[bool]]
 class Etcd:
     """Where etcd is. Endpoints are used one at a time, the next one after a failure.
 
-    url: `http://[user:password@]host:port[,host:port…]`.  timeout_s: for one call.
-    Raises:  ValueError for an unusable url.
+    url: `http[s]://[user:password@]host:port[,host:port…]`.  timeout_s: for one call.
+    Raises:  ValueError for an unusable url or file.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 3.0, rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        security: EtcdSecurity | None = None,
+        timeout_s: float = 3.0,
+        rng: random.Random | None = None,
+    ) -> None:
         address = parse_etcd(url)
-        self._endpoints, self._login = address.endpoints, address.login
+        self._endpoints = address.endpoints
+        self._keys = EtcdKeys(address, security or EtcdSecurity())
         self._current = 0
         self._timeout_s = timeout_s
         self._rng = rng or random.Random()
@@ -88,8 +98,7 @@ class Etcd:
         """A connected `aetcd.Client`.  Raises:  ControlPlaneUnavailable for every error of etcd inside the block."""
         used = self._current
         host, port = self._endpoints[used]
-        user, password = (None, None) if self._login is None else (self._login.user, self._login.password)
-        client = aetcd.Client(host, port, user, password, timeout=self._timeout_s, options=_CHANNEL_OPTIONS)
+        client = Client(host, port, self._keys, timeout_s=self._timeout_s, options=_CHANNEL_OPTIONS)
         try:
             async with client:
                 yield client

@@ -1,4 +1,5 @@
-"""The event plane: KV events, load reports and snapshots over NATS. The only module that imports the NATS client.
+"""The event plane: KV events, load reports and snapshots over NATS. With `events_client.py`, the only
+user of nats-py.
 
     headrace.{ns}.kv.{worker}        KvEvents, published; lost ones are noticed by digest
     headrace.{ns}.load.{worker}      LoadReport, published
@@ -24,10 +25,11 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 import nats.errors
 import structlog
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
+from planes.events_client import Client, NatsKeys
+from planes.security.planes import NatsSecurity
 from planes.wire.errors import HeadraceError
 from planes.wire.messages import KvEvents, LoadReport, Snapshot, WorkerId
 from planes.wire.names import check_namespace, subject_token
@@ -130,11 +132,21 @@ class _Part(msgspec.Struct, frozen=True, array_like=True):
 class EventPlane:
     """One connection to NATS, and everything of one namespace that goes over it.
 
-    url: `nats://[user:password@]host:port[,nats://host:port…]`.  Raises:  ValueError for an unusable url or namespace.
+    url: `nats://[user:password@]host:port[,nats://host:port…]`, or `tls://`.
+    Raises:  ValueError for an unusable url, file or namespace.
     """
 
-    def __init__(self, url: str, namespace: str, *, name: str = "headrace", rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        namespace: str,
+        *,
+        security: NatsSecurity | None = None,
+        name: str = "headrace",
+        rng: random.Random | None = None,
+    ) -> None:
         self._address = parse_nats(url)
+        self._keys = NatsKeys(self._address, security or NatsSecurity())
         self.namespace = check_namespace(namespace)
         self._name = name
         self._rng = rng or random.Random()
@@ -160,7 +172,7 @@ class EventPlane:
         """Stay connected until cancelled."""
         while True:
             closed = asyncio.Event()
-            client = Client()
+            client = Client(self._keys)
             try:
                 await self._connect(client, closed)
                 await closed.wait()  # nats-py reconnects by itself, but gives up after some errors of the protocol
@@ -206,9 +218,6 @@ class EventPlane:
 
         await client.connect(
             servers=list(self._address.servers),
-            user=None if self._address.login is None else self._address.login.user,
-            password=None if self._address.login is None else self._address.login.password,
-            token=self._address.token,
             name=self._name,
             connect_timeout=2,
             max_reconnect_attempts=-1,

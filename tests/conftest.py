@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
+from app.cli.certs import CertSet, CertsSettings, make_certs
 from app.cli.servers import etcd_server, nats_server
 
 
@@ -19,6 +20,18 @@ async def etcd_url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[st
 async def nats_url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
     async with nats_server(tmp_path_factory.mktemp("nats") / "data") as server:
         yield server.url
+
+
+@pytest.fixture(scope="session")
+def certs(tmp_path_factory: pytest.TempPathFactory) -> CertSet:
+    """A fleet's certificates and token, for localhost. Not to be changed."""
+    return make_certs(tmp_path_factory.mktemp("certs"), CertsSettings())
+
+
+@pytest.fixture(scope="session")
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> CertSet:
+    """Those of another fleet."""
+    return make_certs(tmp_path_factory.mktemp("strangers"), CertsSettings())
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import socket
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -28,11 +29,13 @@ from planes.events import EventPlane
 from planes.objects import ObjectStore
 from planes.role_wishes import watch_role_wishes
 from planes.streams.client import greets
+from planes.streams.greeting import StreamKeys
 from planes.streams.protocol import StreamLimits
 from planes.streams.server import StreamServer
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import Registration, WorkerId
 from planes.work_queue import PrefillQueue
+from process.exposure import refuse_open_worker
 from workers.answer.detokenizer import Vocabulary, load_vocabulary
 from workers.engine.base import Engine, EngineStartError
 from workers.engine.make import make_engine
@@ -113,9 +116,13 @@ async def serve(settings: WorkerSettings, ending: Ending, *, make_engine: Engine
     worker = WorkerId(settings.new_worker_id())
     if cores := settings.core_numbers():
         _take_cores(settings, cores)
+    refuse_open_worker(settings, settings.host)
     _refuse_taken_port(settings)
+    keys = StreamKeys(settings.stream_security)
+    is_running = partial(greets, keys=keys)
+    etcd = Etcd(settings.etcd, security=settings.etcd_security)
     with contextlib.suppress(ControlPlaneUnavailable):  # it will be asked again
-        await check_id_is_free(Etcd(settings.etcd), settings.namespace, worker, is_running=greets)
+        await check_id_is_free(etcd, settings.namespace, worker, is_running=is_running)
     vocabulary = await asyncio.to_thread(load_vocabulary, settings.model_path / "tokenizer.json")
     epoch = time.time_ns()
     names = NO_PARSERS
@@ -133,13 +140,14 @@ async def serve(settings: WorkerSettings, ending: Ending, *, make_engine: Engine
         vocab_size=len(vocabulary.names),
         reasoning_parser=engine_reasoning(names, vocabulary),
     )
-    plane = EventPlane(settings.nats, settings.namespace, name=worker)
+    plane = EventPlane(settings.nats, settings.namespace, security=settings.nats_security, name=worker)
     publisher = Publisher(worker, epoch, plane, load=engine.load, on_death=ending.engine_died)
     try:
         if await ending.run_until_ending(engine.start(publisher, progress=progressed)):
             gc.collect()
             gc.freeze()  # what the start has left stays; collections need not look at it again
-            await _Worker(settings, worker, epoch, engine, plane, publisher, ending, names).run(vocabulary, started_at)
+            running = _Worker(settings, worker, epoch, engine, plane, publisher, ending, names, etcd, keys)
+            await running.run(vocabulary, started_at)
     finally:
         await engine.stop()
     if ending.refusal is not None:
@@ -163,6 +171,8 @@ class _Worker:
     publisher: Publisher
     ending: Ending
     parsers: ParserNames
+    etcd: Etcd
+    keys: StreamKeys
 
     async def run(self, vocabulary: Vocabulary, started_at: float) -> None:
         settings, facts = self.settings, self.engine.facts
@@ -189,10 +199,11 @@ class _Worker:
         )
         metrics = await self._watched(server)
         limits = StreamLimits(ping_s=settings.heartbeat_s, dead_s=settings.dead_after_s)
-        streams = StreamServer(server, worker=self.worker, epoch=self.epoch, limits=limits)
+        streams = StreamServer(server, worker=self.worker, epoch=self.epoch, limits=limits, keys=self.keys)
         rendering = await asyncio.to_thread(rendering_of, settings.model_path, settings.engine)
         registration = self._registration(await self._listen(streams), cards.digest, rendering)
-        registrar = Registrar(Etcd(settings.etcd), settings.namespace, registration, is_running=greets)
+        is_running = partial(greets, keys=self.keys)
+        registrar = Registrar(self.etcd, settings.namespace, registration, is_running=is_running)
         puller = self._puller(server) if settings.may_pull else None
         keeper = RoleKeeper(registration, server, registrar, puller)
         async with asyncio.TaskGroup() as group:
@@ -246,8 +257,7 @@ class _Worker:
             self.ending.refused(exc)
 
     async def _hear_wishes(self, keeper: RoleKeeper) -> None:
-        settings = self.settings
-        await watch_role_wishes(Etcd(settings.etcd), settings.namespace, keeper.wished, worker=self.worker)
+        await watch_role_wishes(self.etcd, self.settings.namespace, keeper.wished, worker=self.worker)
 
     async def _listen(self, streams: StreamServer) -> str:
         """Returns:  the address to register."""

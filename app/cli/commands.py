@@ -17,6 +17,7 @@ from cyclopts import Parameter
 from app.cli import servers
 from app.cli.chat import ChatSettings, typed
 from app.cli.chat import chat as run_chat
+from app.cli.certs import CertsSettings, make_certs, told
 from app.cli.config import ConfigSettings, change_config, live_settings
 from app.cli.doctor import DoctorSettings, examine
 from app.cli.fleet import FleetTableSettings, show
@@ -127,6 +128,20 @@ def nats(*, host: _Host = "127.0.0.1", port: _Port = 4222, data_dir: _DataDir = 
     _tell_strangers(*_EVERYTHING)
     port = servers.free_port("nats", port, host)
     servers.run_in_foreground(servers.nats_argv(data_dir or _scratch("nats"), port, host))
+
+
+@app.command
+def certs(
+    folder: Annotated[Path, Parameter(show_env_var=False, help="Where they go; made if it is not there.")],
+    /,
+    *,
+    settings: Annotated[CertsSettings | None, Parameter(name="*", show_env_var=False)] = None,
+) -> None:
+    """Make a CA, certificates and a token for trying a secured fleet out, or renew them: headrace certs certs
+
+    The CA and the token that are there stay.
+    """
+    print(told(make_certs(folder, settings or CertsSettings())))
 
 
 @app.command

@@ -69,7 +69,7 @@ async def change_config(changes: tuple[str, ...], settings: ConfigSettings) -> s
 
     Returns:  what etcd holds now, as JSON.  Raises:  UnusableConfig; ControlPlaneUnavailable.
     """
-    etcd, namespace = Etcd(settings.etcd), settings.namespace
+    etcd, namespace = Etcd(settings.etcd, security=settings.etcd_security), settings.namespace
     if settings.clear and changes:
         raise UnusableConfig(f"--clear takes no settings, and there is {changes[0]!r}")
     if settings.clear:

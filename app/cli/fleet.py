@@ -117,11 +117,15 @@ async def show(settings: FleetTableSettings) -> int:
     """Returns the exit status.  Raises:  NoAnswer if etcd does not answer in time."""
     configure("error")
     fleet = FleetTable()
-    directory = WorkerDirectory(Etcd(settings.etcd), settings.namespace, on_up=fleet.up, on_down=fleet.down)
-    events = EventPlane(settings.nats, settings.namespace)
+    directory = WorkerDirectory(
+        Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, on_up=fleet.up, on_down=fleet.down
+    )
+    events = EventPlane(settings.nats, settings.namespace, security=settings.nats_security)
     await events.subscribe_load(fleet.reported)
     async with asyncio.TaskGroup() as group:
-        wishes = watch_role_wishes(Etcd(settings.etcd), settings.namespace, fleet.wished)
+        wishes = watch_role_wishes(
+            Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, fleet.wished
+        )
         tasks = [group.create_task(work) for work in (directory.run(), events.run(), wishes)]
         is_known = await _within(settings.timeout_s, lambda: directory.is_current)
         if is_known:

@@ -164,7 +164,7 @@ def _day(instant: datetime) -> str:
 
 
 def _entries(settings: EtcdSettings) -> Entries:
-    return Entries(Etcd(settings.etcd), settings.namespace, KIND)
+    return Entries(Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, KIND)
 
 
 _SHOWN = (

@@ -51,7 +51,7 @@ async def change_role(worker: WorkerId, role: Role, settings: RoleSettings) -> t
 
     Returns:  whether it has the role now, and a sentence.  Raises:  RoleRefused; ControlPlaneUnavailable.
     """
-    etcd, namespace = Etcd(settings.etcd), settings.namespace
+    etcd, namespace = Etcd(settings.etcd, security=settings.etcd_security), settings.namespace
     workers = await get_workers(etcd, namespace)
     before = checked(workers, worker, role, is_forced=settings.force)
     await put_role_wish(etcd, namespace, worker, RoleWish(before.epoch, role, settings.migrate_after_s))

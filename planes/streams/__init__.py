@@ -6,7 +6,7 @@ they have heard nothing for a while, and give the other up when several in a row
 
     gateway (client.py)                        worker (server.py)
     WorkerConnection.open  ── connect ──────►  StreamServer
-                           ◄───────── Hello ──
+                           ◄───────── Hello ──  after what `greeting.py` asks for
     start                  ── Generate ─────►  handler.generate
     sink.on_delta …        ◄────────── Step ──  connection.post(Delta)
     sink.on_done           ◄────────── Step ──  connection.post(Done)

@@ -6,17 +6,20 @@ from typing import Protocol
 import msgspec
 import structlog
 
+from planes.streams.greeting import MIN_NONCE_BYTES, StreamKeys, gateway_proof, is_proof, new_nonce, worker_proof
 from planes.streams.peer import Peer
 from planes.streams.protocol import FROM_WORKER, ProtocolError, StreamLimits, framed
 from planes.wire.errors import Interrupted, Rejected
 from planes.wire.frames import (
     Cancel,
+    Challenge,
     Delta,
     Done,
     Failed,
     FromWorker,
     Generate,
     Hello,
+    Introduction,
     Ping,
     Pong,
     Release,
@@ -63,17 +66,18 @@ class Sink(Protocol):
 class WorkerConnection(Peer):
     """The gateway's end of the stream to one worker. Made by `open`; when it ends, a new one is made."""
 
-    def __init__(self, worker: WorkerId, epoch: int, limits: StreamLimits) -> None:
+    def __init__(self, worker: WorkerId, epoch: int, limits: StreamLimits, *, token: bytes | None = None) -> None:
         super().__init__(limits, FROM_WORKER)
         self.worker = worker
+        self._token = token
+        self._nonce = new_nonce()
+        self._challenge: bytes | None = None
+        """The worker's nonce, which has been answered."""
         self._epoch = epoch
         self._decode = msgspec.msgpack.Decoder(FromWorker).decode
         self._sinks: dict[StreamId, Sink] = {}
         self._posted: list[bytes] = []
         self._next_stream = 1
-        self._ready: asyncio.Future[None] = self._loop.create_future()
-        self.closed: asyncio.Future[str] = self._loop.create_future()
-        """Done when the connection has ended; the result is the reason, for the log."""
 
     @classmethod
     async def open(
@@ -84,18 +88,25 @@ class WorkerConnection(Peer):
         *,
         deadline: float,
         limits: StreamLimits | None = None,
+        keys: StreamKeys | None = None,
     ) -> "WorkerConnection":
         """Connect and hear the worker's Hello.
 
-        Args:  address: host:port.  deadline: on the event loop's clock.
+        Args:  address: host:port.  deadline: on the event loop's clock.  keys: None: the fleet's streams are open.
         Raises:  WorkerUnreachable, also when another worker or another epoch answers at `address`.
         """
         host, _, port = address.rpartition(":")
         loop = asyncio.get_running_loop()
-        connection = cls(worker, epoch, limits or StreamLimits())
+        keys = keys or StreamKeys()
+        connection = cls(worker, epoch, limits or StreamLimits(), token=keys.token)
         try:
             async with asyncio.timeout_at(deadline):
-                await loop.create_connection(lambda: connection, host.strip("[]"), int(port))
+                await loop.create_connection(
+                    lambda: connection,
+                    host.strip("[]"),
+                    int(port),
+                    ssl=keys.to_worker,
+                )
                 await connection._greeting()
         except TimeoutError as exc:
             raise WorkerUnreachable(worker, f"no answer from {address} before the deadline") from exc
@@ -105,7 +116,7 @@ class WorkerConnection(Peer):
 
     async def _greeting(self) -> None:
         try:
-            await self._ready
+            await self.greeted
         except asyncio.CancelledError:
             self.close()
             raise
@@ -165,11 +176,6 @@ class WorkerConnection(Peer):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if not self._ready.done():
-            self._ready.set_exception(ConnectionError(self._reason))
-            self._ready.exception()  # `open` may have gone already
-        if not self.closed.done():
-            self.closed.set_result(self._reason)
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
             sink.on_lost(WorkerLost(self.worker, self._reason))
@@ -182,12 +188,14 @@ class WorkerConnection(Peer):
             except msgspec.ValidationError as exc:
                 self._pass_over(frame, exc)
                 continue
-            if type(message) is Step:
+            if type(message) is Step and self._is_known:
                 steps.append(message)
             elif type(message) is Ping:
                 self._send(Pong())
             elif type(message) is Hello:
-                self._greeted(message)
+                self._heard(message)
+            elif type(message) is Challenge:
+                self._challenged(message)
         if steps:
             self._stepped(steps[0] if len(steps) == 1 else _joined(steps))
 
@@ -221,14 +229,33 @@ class WorkerConnection(Peer):
         _log.exception("stream.defect", worker=self.worker)
         self._loop.call_soon(sink.on_lost, WorkerLost(self.worker, "its news could not be passed on"))
 
-    def _greeted(self, hello: Hello) -> None:
+    def _challenged(self, challenge: Challenge) -> None:
+        if self._is_known or self._challenge is not None:
+            raise ProtocolError("the worker asks for a proof a second time")
+        if self._token is None:
+            raise ProtocolError("the worker asks for the fleet's token; --stream-token-file names none here")
+        if len(challenge.nonce) < MIN_NONCE_BYTES:
+            raise ProtocolError(f"the worker's nonce has {len(challenge.nonce)} bytes, fewer than {MIN_NONCE_BYTES}")
+        self._challenge = challenge.nonce
+        proof = gateway_proof(self._token, of_worker=challenge.nonce, of_gateway=self._nonce)
+        self._send(Introduction(self._nonce, proof))
+
+    def _heard(self, hello: Hello) -> None:
         if (hello.worker, hello.epoch) != (self.worker, self._epoch):
             self._reason = (
                 f"{hello.worker} of epoch {hello.epoch} answers there; wanted {self.worker} of epoch {self._epoch}"
             )
             self._transport.abort()
-        elif not self._ready.done():
-            self._ready.set_result(None)
+        elif not self._is_known:
+            if self._token is not None and not self._has_proved(hello, self._token):
+                raise ProtocolError("whoever answers there has not proved that it knows the fleet's token")
+            self._now_known()
+
+    def _has_proved(self, hello: Hello, token: bytes) -> bool:
+        if self._challenge is None:
+            return False
+        nonces = {"of_worker": self._challenge, "of_gateway": self._nonce}
+        return is_proof(hello.proof, worker_proof(token, **nonces, worker=hello.worker, epoch=hello.epoch))
 
 
 def _joined(steps: list[Step]) -> Step:
@@ -249,11 +276,13 @@ def _joined_deltas(run: list[Delta]) -> Delta:
     return Delta(run[0].stream, b"".join([delta.payload for delta in run]), tokens)
 
 
-async def greets(worker: Registration, *, timeout_s: float = 2.0) -> bool:
+async def greets(worker: Registration, *, keys: StreamKeys | None = None, timeout_s: float = 2.0) -> bool:
     """Whether this very worker, of this epoch, greets who connects to its address."""
     deadline = asyncio.get_running_loop().time() + timeout_s
     try:
-        connection = await WorkerConnection.open(worker.worker, worker.epoch, worker.address, deadline=deadline)
+        connection = await WorkerConnection.open(
+            worker.worker, worker.epoch, worker.address, deadline=deadline, keys=keys
+        )
     except WorkerUnreachable:
         return False
     connection.close()

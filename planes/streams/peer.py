@@ -1,4 +1,8 @@
-"""What both ends of a stream share: the bytes of the socket, the timer of the heartbeat, the limit on unsent bytes."""
+"""What both ends of a stream share: the bytes of the socket, the timer of the heartbeat, the limits.
+
+Until the other end has said who it is (`greeting.py`) it is a stranger: it may send MAX_GREETING_BYTES, and no heart
+beats, since nothing it sends shall be answered. Its time is limited by who waits for the greeting.
+"""
 
 import asyncio
 from typing import cast
@@ -6,6 +10,7 @@ from typing import cast
 import msgspec
 import structlog
 
+from planes.streams.greeting import MAX_GREETING_BYTES
 from planes.streams.protocol import Beat, FrameBuffer, Heartbeat, ProtocolError, StreamLimits, framed, tag_of
 from planes.wire.frames import FromGateway, FromWorker, Ping
 
@@ -20,8 +25,13 @@ class Peer(asyncio.Protocol):
         self._tags = tags
         self._has_passed_over = False
         self._loop = asyncio.get_running_loop()
-        self._frames = FrameBuffer(limits.max_frame_bytes)
+        self._frames = FrameBuffer(MAX_GREETING_BYTES)
+        self._is_known = False
+        self.greeted: asyncio.Future[None] = self._loop.create_future()
+        """Done when the other end is known; fails with ConnectionError if it ends before."""
         self._heartbeat = Heartbeat(limits)
+        self.closed: asyncio.Future[str] = self._loop.create_future()
+        """Done when the connection has ended; the result is the reason, for the log."""
         self._transport: asyncio.Transport
         self._timer: asyncio.TimerHandle | None = None
         self._reason = ""
@@ -38,11 +48,20 @@ class Peer(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from asyncio's
+
+    def _now_known(self) -> None:
+        self._is_known = True
+        if not self.greeted.done():
+            self.greeted.set_result(None)
+        self._frames.max_frame_bytes = self._limits.max_frame_bytes
         self._timer = self._loop.call_later(self._limits.ping_s, self._beat)
 
     def data_received(self, data: bytes) -> None:
         self._heartbeat.was_heard = True
         self.num_bytes_received += len(data)
+        if not self._is_known and self.num_bytes_received > MAX_GREETING_BYTES:
+            self._give_up(f"it sent more than {MAX_GREETING_BYTES} bytes and has not said who it is")
+            return
         try:
             self._received(self._frames.feed(data))
         except (ProtocolError, msgspec.MsgspecError) as exc:
@@ -52,6 +71,11 @@ class Peer(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._reason = self._reason or (str(exc) or type(exc).__name__ if exc else "the peer closed the connection")
+        if not self.closed.done():
+            self.closed.set_result(self._reason)
+        if not self.greeted.done():
+            self.greeted.set_exception(ConnectionError(self._reason))
+            self.greeted.exception()  # whoever waits may have gone already
 
     def _pass_over(self, frame: memoryview, exc: msgspec.ValidationError) -> None:
         """Leave alone what only a later version knows.  Raises:  `exc` if this version should have understood it."""
@@ -88,5 +112,6 @@ class Peer(asyncio.Protocol):
 
     def _give_up(self, reason: str) -> None:
         self._reason = self._reason or reason
-        _log.warning("stream.given_up", peer=self.peer_name, reason=reason)
+        if self._is_known:  # of strangers there may be many: their end is told by who waits for the greeting
+            _log.warning("stream.given_up", peer=self.peer_name, reason=reason)
         self._transport.abort()

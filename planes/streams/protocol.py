@@ -26,12 +26,15 @@ class StreamLimits:
 
     ping_s: seconds of silence before a Ping.  dead_s: seconds of silence after which the peer counts as dead.
     max_frame_bytes: longest frame accepted or sent.  max_unsent_bytes: most bytes waiting for a peer that reads slowly.
+    greeting_s: longest time until the peer has said who it is.  max_strangers: most peers that have not yet.
     """
 
     ping_s: float = 1.0
     dead_s: float = 3.0
     max_frame_bytes: int = 64 << 20
     max_unsent_bytes: int = 128 << 20
+    greeting_s: float = 5.0
+    max_strangers: int = 64
 
     def __post_init__(self) -> None:
         if not 0 < self.ping_s < self.dead_s:
@@ -42,7 +45,7 @@ class FrameBuffer:
     """Cuts a byte stream into frames."""
 
     def __init__(self, max_frame_bytes: int) -> None:
-        self._max_frame_bytes = max_frame_bytes
+        self.max_frame_bytes = max_frame_bytes
         self._rest = bytearray()
         self._needed = 4
 
@@ -58,8 +61,8 @@ class FrameBuffer:
         self._needed = 4
         while end - at >= 4:
             size = int.from_bytes(view[at : at + 4], "little")
-            if size > self._max_frame_bytes:
-                raise ProtocolError(f"the peer announces a frame of {size} bytes; the limit is {self._max_frame_bytes}")
+            if size > self.max_frame_bytes:
+                raise ProtocolError(f"the peer announces a frame of {size} bytes; the limit is {self.max_frame_bytes}")
             if end - at - 4 < size:
                 self._needed = 4 + size
                 break

@@ -1,14 +1,19 @@
 """The worker's end of its streams."""
 
 import asyncio
+import socket
+from functools import partial
 from typing import Protocol
 
 import msgspec
+import structlog
 
+from planes.streams.greeting import MIN_NONCE_BYTES, StreamKeys, gateway_proof, is_proof, new_nonce, worker_proof
 from planes.streams.peer import Peer
 from planes.streams.protocol import FROM_GATEWAY, ProtocolError, StreamLimits, stream_of, tag_of
 from planes.wire.frames import (
     Cancel,
+    Challenge,
     Delta,
     Done,
     Failed,
@@ -16,6 +21,7 @@ from planes.wire.frames import (
     FromGateway,
     Generate,
     Hello,
+    Introduction,
     Ping,
     Pong,
     Release,
@@ -23,6 +29,13 @@ from planes.wire.frames import (
     StreamId,
 )
 from planes.wire.messages import RequestId, WorkerId
+
+_log = structlog.get_logger()
+
+_LAST_WORDS_S = 1.0
+"""How long what has been posted at the end may take to be sent."""
+_PAUSE_S = 0.1
+"""After a connection that could not be taken, as when there are too many files: it waits, and would at once be next."""
 
 
 class StreamHandler(Protocol):
@@ -53,6 +66,9 @@ class GatewayConnection(Peer):
         self._failed: list[Failed] = []
         self._has_flush = False
         self._peer_name = "gateway"
+        self._token = server.keys.token
+        self._nonce = new_nonce()
+        self.is_connected = False
 
     @property
     def peer_name(self) -> str:
@@ -75,20 +91,53 @@ class GatewayConnection(Peer):
         self._flush()
         self._transport.close()
 
+    def abort(self) -> None:
+        """End the connection at once."""
+        self._transport.abort()
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self.is_connected = True
         peer = transport.get_extra_info("peername")
         self._peer_name = f"{peer[0]}:{peer[1]}" if peer else "gateway"
-        self._server.connections.add(self)
-        self._send(self._server.hello)
+        if self._token is None:
+            self._welcome(self._server.hello)
+        else:
+            self._send(Challenge(self._nonce))
 
     def connection_lost(self, exc: Exception | None) -> None:
+        was_known = self._is_known
         super().connection_lost(exc)
         self._server.connections.discard(self)
-        self._server.handler.gone(self)
+        if was_known:
+            self._server.handler.gone(self)
+
+    def _welcome(self, hello: Hello) -> None:
+        self._server.connections.add(self)
+        self._send(hello)
+        self._now_known()
+
+    def _introduced(self, introduction: Introduction) -> None:
+        """Raises:  ProtocolError for one without the token."""
+        token, hello = self._token, self._server.hello
+        if self._is_known or token is None:
+            return
+        nonces = {"of_worker": self._nonce, "of_gateway": introduction.nonce}
+        has_proved = is_proof(introduction.proof, gateway_proof(token, **nonces))
+        if not has_proved or len(introduction.nonce) < MIN_NONCE_BYTES:
+            raise ProtocolError("it has not proved that it knows the fleet's token")
+        proof = worker_proof(token, **nonces, worker=hello.worker, epoch=hello.epoch)
+        self._welcome(msgspec.structs.replace(hello, proof=proof))
+
+    def end_if_unknown(self) -> None:
+        """Let go of a stranger."""
+        if not self._is_known and self.is_connected:
+            self._transport.abort()
 
     def _received(self, frames: list[memoryview]) -> None:
         for frame in frames:
+            if not self._is_known and tag_of(frame) != "introduction":
+                raise ProtocolError(f"its first frame is {tag_of(frame)[:64]!r}: it has not said who it is")
             try:
                 message = self._decode(frame)
             except msgspec.ValidationError as exc:
@@ -102,6 +151,8 @@ class GatewayConnection(Peer):
                 self._server.handler.release(self, message.request)
             elif type(message) is Ping:
                 self._send(Pong())
+            elif type(message) is Introduction:
+                self._introduced(message)
 
     def _refuse(self, frame: memoryview, exc: msgspec.ValidationError) -> None:
         """Answer a request that cannot be read: it may use what a later version can, and the others here do not."""
@@ -124,7 +175,10 @@ class GatewayConnection(Peer):
 
 
 class StreamServer:
-    """Listens for gateways and hands what they say to `handler`."""
+    """Listens for gateways and hands what they say to `handler`.
+
+    Its tasks are its own, from `listen` to `stop`: one that accepts, and one for each stranger until it is known.
+    """
 
     def __init__(
         self,
@@ -133,25 +187,84 @@ class StreamServer:
         worker: WorkerId,
         epoch: int,
         limits: StreamLimits | None = None,
+        keys: StreamKeys | None = None,
     ) -> None:
+        """Args:  keys: None: whoever connects is a gateway."""
         self.handler = handler
         self.hello = Hello(worker, epoch)
         self.limits = limits or StreamLimits()
+        self.keys = keys or StreamKeys()
         self.connections: set[GatewayConnection] = set()
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
+        self._strangers: dict[asyncio.Task[None], None] = {}
+        """The longest here first."""
+        self._num_refused = 0
 
     async def listen(self, host: str, port: int) -> int:
         """Start listening; port 0 takes a free one.  Returns: the port.  Raises: OSError if it is taken."""
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: GatewayConnection(self), host, port)
-        bound: int = self._server.sockets[0].getsockname()[1]
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family, backlog=128)
+        self._listener.setblocking(False)
+        self._accepting = asyncio.get_running_loop().create_task(self._accept(self._listener))
+        bound: int = self._listener.getsockname()[1]
         return bound
 
     async def stop(self) -> None:
         """Stop listening and end every connection after what has been posted."""
-        if self._server is None:
+        if self._listener is None or self._accepting is None:
             return
-        self._server.close()
+        ending = [self._accepting, *self._strangers]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
+        self._listener.close()
+        left = [connection.closed for connection in self.connections]
         for connection in list(self.connections):
             connection.close()
-        await self._server.wait_closed()
+        if left:  # TLS takes a round trip to end
+            await asyncio.wait(left, timeout=_LAST_WORDS_S)
+        for connection in list(self.connections):
+            connection.abort()
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connected, _ = await loop.sock_accept(listener)
+            except OSError as exc:
+                _log.warning("stream.not_accepted", reason=str(exc))
+                await asyncio.sleep(_PAUSE_S)
+                continue
+            # The longest here goes: if the newest did, strangers who wait would keep every gateway out.
+            while len(self._strangers) >= self.limits.max_strangers:
+                eldest = next(iter(self._strangers))
+                del self._strangers[eldest]
+                eldest.cancel()
+            connection = GatewayConnection(self)
+            stranger = loop.create_task(self._greet(connection, connected))
+            self._strangers[stranger] = None
+            stranger.add_done_callback(partial(self._seen_off, connection, connected))
+
+    def _seen_off(self, connection: GatewayConnection, connected: socket.socket, stranger: asyncio.Task[None]) -> None:
+        self._strangers.pop(stranger, None)
+        connection.end_if_unknown()
+        if not connection.is_connected:  # let go of before it was looked at
+            connected.close()
+
+    async def _greet(self, connection: GatewayConnection, connected: socket.socket) -> None:
+        """See a connection through until it is known."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self.limits.greeting_s):
+                await loop.connect_accepted_socket(lambda: connection, connected, ssl=self.keys.to_gateway)
+                await asyncio.shield(connection.greeted)  # which is not to be cancelled with us
+        except TimeoutError:
+            self._refused(connection, f"it has not said who it is within {self.limits.greeting_s:g} s")
+        except OSError as exc:
+            self._refused(connection, str(exc) or type(exc).__name__)
+
+    def _refused(self, connection: GatewayConnection, reason: str) -> None:
+        self._num_refused += 1
+        if self._num_refused.bit_count() == 1:  # 1, 2, 4, 8 …: a flood is logged, and does not flood the log
+            _log.warning("stream.refused", peer=connection.peer_name, reason=reason, total=self._num_refused)

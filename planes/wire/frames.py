@@ -208,11 +208,29 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
     """The answer to Ping."""
 
 
+class Challenge(msgspec.Struct, frozen=True, tag="challenge"):
+    """Worker → gateway, its first frame where the fleet has a token: prove that you know it."""
+
+    nonce: bytes
+
+
+class Introduction(msgspec.Struct, frozen=True, tag="introduction"):
+    """Gateway → worker, the answer to Challenge: `planes/streams/greeting.py` says what the proof is."""
+
+    nonce: bytes
+    proof: bytes
+
+
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """Worker → gateway, its first frame: who answers here. An address may have passed on to another worker by now."""
+    """Worker → gateway, its first frame, or the answer to Introduction: who answers here.
+
+    An address may have passed on to another worker by now.
+    """
 
     worker: WorkerId
     epoch: int
+    proof: bytes = b""
+    """That this worker knows the token, too."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -280,5 +298,5 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     failed: list[Failed] = []
 
 
-FromGateway = Generate | Cancel | Release | Ping | Pong
-FromWorker = Step | Ping | Pong | Hello
+FromGateway = Generate | Cancel | Release | Ping | Pong | Introduction
+FromWorker = Step | Ping | Pong | Hello | Challenge

@@ -1,5 +1,6 @@
 """Where etcd and NATS are, as an operator writes it: addresses apart from credentials, which no text of ours shows."""
 
+import ipaddress
 import re
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -10,8 +11,8 @@ _Secret = TypeVar("_Secret")
 _USERINFO = re.compile(r"(://)(?:(?!,\s*\w+://).)*@", re.DOTALL)
 """From a scheme to the last @ before the next url: a password may hold what should have been encoded."""
 
-_ETCD_FORM = "must look like http://[user:password@]host:port[,host:port...]; TLS is not supported"
-_NATS_FORM = "must look like nats://[user:password@ or token@]host:port[,nats://host:port...]"
+_ETCD_FORM = "must look like http[s]://[user:password@]host:port[,host:port...], with one scheme for all"
+_NATS_FORM = "must look like nats://[user:password@ or token@]host:port[,nats://host:port...], or tls://"
 
 
 def redacted(text: str) -> str:
@@ -33,6 +34,12 @@ class EtcdAddress:
 
     endpoints: tuple[tuple[str, int], ...]
     login: Login | None = None
+    is_tls: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on this machine, and reached by nobody else."""
+        return all(is_loopback(host.strip("[]")) for host, _ in self.endpoints)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +50,38 @@ class NatsAddress:
     login: Login | None = None
     token: str | None = field(default=None, repr=False)
 
+    @property
+    def is_tls(self) -> bool:
+        """Whether any server must speak TLS, and so all."""
+        return any(server.startswith("tls:") for server in self.servers)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on this machine, and reached by nobody else."""
+        return all(is_loopback(urlsplit(server).hostname or "") for server in self.servers)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host`; of a name other than localhost nobody knows."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
 
 def parse_etcd(url: str) -> EtcdAddress:
     """Raises:  ValueError with the url, less its secrets, and what is expected."""
     endpoints, logins = [], set()
+    schemes: list[str] = []
     for part in url.split(","):
         text = part.strip()
-        address = _split(text if "://" in text else f"http://{text}")
-        if address is None or address.scheme != "http" or not address.hostname:
+        address = _split(text if "://" in text else f"{schemes[0] if schemes else 'http'}://{text}")
+        if address is None or address.scheme not in ("http", "https") or not address.hostname:
+            raise ValueError(f"etcd url {redacted(url)!r} {_ETCD_FORM}")
+        schemes.append(address.scheme)
+        if address.scheme != schemes[0]:
             raise ValueError(f"etcd url {redacted(url)!r} {_ETCD_FORM}")
         host = f"[{address.hostname}]" if ":" in address.hostname else address.hostname
         endpoints.append((host, address.port or 2379))
@@ -58,7 +89,7 @@ def parse_etcd(url: str) -> EtcdAddress:
             if not address.username or not address.password:
                 raise ValueError(f"etcd url {redacted(url)!r} needs a user and a password before the @")
             logins.add(Login(unquote(address.username), unquote(address.password)))
-    return EtcdAddress(tuple(endpoints), _only(logins, "etcd", url))
+    return EtcdAddress(tuple(endpoints), _only(logins, "etcd", url), schemes[0] == "https")
 
 
 def parse_nats(url: str) -> NatsAddress:

@@ -7,6 +7,7 @@ token sequences, and a lost or repeated token shows in every character after it.
 import asyncio
 import inspect
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -112,9 +113,15 @@ class Site:
 
     @property
     def flags(self) -> list[str]:
-        return ["--etcd", self.etcd, "--nats", self.nats, "--namespace", self.namespace]
+        return ["--namespace", self.namespace]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Urls come this way: a secret in one must not be on a command line."""
+        return {"HEADRACE_ETCD": self.etcd, "HEADRACE_NATS": self.nats}
 
     def start(self, name: str, argv: list[str], env: dict[str, str] | None = None) -> Process:
+        env = (dict(os.environ) if env is None else env) | self.environment
         log = self.logs / f"{len(self.processes)}-{name}.log"
         process = Process(name, [sys.executable, "-m", *argv], log, env)
         self.processes.append(process)

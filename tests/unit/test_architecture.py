@@ -52,6 +52,7 @@ ONLY_IN = {
     "nixl_cu13": set(),
     "aetcd": {"planes/control"},
     "opentelemetry": {"app/telemetry/tracing"},
+    "cryptography": {"app/cli/"},
     "nats": {"planes/events"},
     "torch": {"workers/"},
     "transformers": {"workers/"},
@@ -113,7 +114,7 @@ def test_the_planes_do_not_know_each_other(plane):
         for path in modules()
         if str(path.relative_to(ROOT)).startswith(f"planes/{plane}")
         for name, line in imports(path)
-        if name.startswith("planes.") and name.split(".")[1] not in {plane, "wire"}
+        if name.startswith("planes.") and name.split(".")[1] not in {plane, f"{plane}_client", "security", "wire"}
     ]
     assert not wrong
 
@@ -160,3 +161,20 @@ def test_heavy_libraries_are_not_loaded_with(module):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+SECURED = {"Etcd": "security", "EventPlane": "security", "StreamServer": "keys", "WorkerConnection.open": "keys"}
+"""What connects or listens, and the argument that says how it is secured. Tests may leave it out, processes may not."""
+
+
+@pytest.mark.parametrize("package", ["app", "workers"])
+def test_every_connection_is_secured_as_the_settings_say(package):
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node.func)} without {SECURED[ast.unparse(node.func)]}="
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in SECURED
+        and SECURED[ast.unparse(node.func)] not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert not wrong

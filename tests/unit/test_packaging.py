@@ -57,7 +57,7 @@ def test_every_package_gets_into_the_images(package):
 def test_what_a_package_imports_is_declared(package):
     project = PROJECT["project"]
     declared = [*project["dependencies"]]
-    if package == "workers":
+    if package in ("app", "workers"):  # what is an extra's they import where it is used
         declared += [name for extra in project["optional-dependencies"].values() for name in extra]
     if package == "app":  # with --otlp-endpoint alone: see test_architecture.py
         declared += project["optional-dependencies"]["otel"]

@@ -45,7 +45,13 @@ def test_the_heartbeat_of_streams_is_the_one_set():
             for value in (-0.1, float("nan"))
         ),
         ({"heartbeat_s": 3.0}, "--dead-after-s is 3.0: it must exceed --heartbeat-s (3.0)"),
-        ({"etcd": "https://x"}, "--etcd is 'https://x': etcd url 'https://x' must look like"),
+        ({"etcd": "ftp://x"}, "--etcd is 'ftp://x': etcd url 'ftp://x' must look like"),
+        ({"tls_cert": Path("c.pem")}, "--tls-cert is 'c.pem': it needs --tls-key"),
+        ({"tls_key": Path("k.pem")}, "--tls-key is 'k.pem': it needs --tls-cert"),
+        (
+            {"tls_cert": Path("/no.pem"), "tls_key": Path("/no.key")},
+            "--tls-cert is '/no.pem': /no.pem: is no certificate",
+        ),
         ({"nats": "x:4222"}, "--nats is 'x:4222': NATS url 'x:4222' must look like"),
         ({"namespace": "a/b"}, "--namespace is 'a/b': namespace 'a/b' must be 1 to 64"),
     ],

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from planes.security.tls import TlsFiles
 from planes.wire.errors import UnusableSetting
-from process.settings import ProcessSettings, command_line, run
+from process.settings import EtcdSettings, ProcessSettings, command_line, run
 
 COMMAND = """
 import os, signal, sys, time
@@ -57,3 +58,79 @@ def test_an_address_that_cannot_be_used_stops_the_start_and_shows_no_password(ch
     with pytest.raises(UnusableSetting, match=message) as refused:
         ProcessSettings(**changed)
     assert "s3cr3t" not in str(refused.value)
+
+
+@pytest.mark.parametrize("argument", ["--etcd=http://u:s3cr3t@h", "--nats=nats://s3cr3t@h", "--nats"])
+def test_a_secret_that_ps_would_show_is_refused_without_it(capsys, argument):
+    app = command_line("mill", "")
+    app.default(lambda *, etcd="", nats="": None)
+    assert run(app, [argument, *(["nats://u:s3cr3t@h"] if "=" not in argument else [])]) == 2
+    said = capsys.readouterr()
+    assert "s3cr3t" not in said.out + said.err
+    assert f"HEADRACE_{argument[2:6].upper()}" in said.err
+    assert "password-file" in said.err
+
+
+def test_a_secret_by_variable_is_none_that_ps_shows(monkeypatch):
+    monkeypatch.setenv("HEADRACE_ETCD", "http://u:s3cr3t@h")
+    app, heard = command_line("mill", ""), []
+    app.default(lambda *, etcd="": heard.append(etcd))
+    with pytest.raises(SystemExit, match="0"):
+        run(app, [])
+    assert heard == ["http://u:s3cr3t@h"]
+
+
+def test_one_set_of_files_is_for_all_planes_and_a_plane_s_own_goes_before(certs, strangers):
+    cert, key = certs.plane
+    own = {"plane_ca": certs.ca, "plane_cert": cert, "plane_key": key, "etcd": "https://e", "nats": "tls://n"}
+    security = ProcessSettings(**own).security
+    everywhere = TlsFiles(certs.ca, cert, key)
+    assert (security.etcd.tls, security.nats.tls, security.streams.tls) == (everywhere, everywhere, everywhere)
+    theirs = {"etcd_ca": strangers.ca, "nats_cert": strangers.plane[0], "nats_key": strangers.plane[1]}
+    security = ProcessSettings(**own, **theirs).security
+    assert security.etcd.tls == TlsFiles(strangers.ca, cert, key)
+    assert security.nats.tls == TlsFiles(certs.ca, *strangers.plane)
+    assert security.streams.tls == everywhere
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"plane_cert": "c"}, "--plane-cert is 'c': it needs --plane-key"),
+        ({"etcd_key": "k", "etcd": "https://e"}, "--etcd-key is 'k': it needs --etcd-cert"),
+        ({"etcd_user": "u"}, "--etcd-user is 'u': it needs --etcd-password-file"),
+        ({"nats_password_file": "p"}, "--nats-password-file is 'p': it needs --nats-user"),
+        ({"etcd_ca": "c"}, "--etcd-ca is 'c': it needs an --etcd that begins with https://"),
+        ({"nats_ca": "c"}, "--nats-ca is 'c': it needs a --nats that begins with tls://"),
+        ({"plane_ca": "nothing", "etcd": "https://e"}, "--etcd is 'https://e': nothing: holds no certificate of a CA"),
+        ({"nats_token_file": "nothing"}, "nothing: cannot be read"),
+        ({"nats_token_file": "t", "nats_nkey_file": "n"}, "--nats-token-file is 't': --nats-nkey-file names a secret"),
+        ({"nats_token_file": "t", "nats": "nats://u:p@h"}, "--nats-token-file is 't': --nats names a secret"),
+        ({"etcd_user": "u", "etcd_password_file": "p", "etcd": "http://v:q@e"}, "--etcd names a user, too"),
+        ({"stream_token_file": "nothing"}, "--stream-token-file is 'nothing': nothing: cannot be read"),
+    ],
+)
+def test_a_wrong_choice_of_keys_stops_the_start(changed, message):
+    paths = {
+        name: Path(value) if name.endswith(("_file", "_ca", "_cert", "_key")) else value
+        for name, value in changed.items()
+    }
+    with pytest.raises(UnusableSetting, match=message) as refused:
+        ProcessSettings(**paths)
+    assert "s3cr3t" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", ["SUMILL", "", "s3cr3t"])
+@pytest.mark.parametrize("name", ["nats_nkey_file", "nats_credentials_file"])
+def test_a_file_that_holds_no_nkey_is_refused_and_not_shown(tmp_path, name, content):
+    file = tmp_path / "nkey"
+    file.write_text(content)
+    with pytest.raises(UnusableSetting, match=str(file)) as refused:
+        ProcessSettings(**{name: file})
+    assert "s3cr3t" not in str(refused.value)
+
+
+def test_settings_hold_names_of_files_and_no_secret(certs):
+    settings = ProcessSettings(stream_token_file=certs.token)
+    assert certs.token.read_text().strip() not in repr(settings) + repr(settings.security)
+    assert EtcdSettings().etcd_security.user is None

@@ -3,7 +3,7 @@ import pytest
 from planes.streams.client import WorkerConnection
 from planes.streams.server import GatewayConnection, StreamServer
 from planes.wire.frames import FromWorker, Hello
-from tests.streams import LIMITS, WORKER, FakeHandler, FakeTransport
+from tests.streams import LIMITS, WORKER, FakeHandler, FakeTransport, frame
 
 
 @pytest.fixture
@@ -11,6 +11,7 @@ async def worker_side():
     """The gateway's end: a WorkerConnection on a fake transport."""
     connection, transport = WorkerConnection(WORKER, 7, LIMITS), FakeTransport()
     connection.connection_made(transport)
+    connection.data_received(frame(Hello(WORKER, 7)))
     yield connection, transport
     connection.connection_lost(None)
 

@@ -18,6 +18,27 @@ def test_endpoints_of_an_etcd_list() -> None:
     assert address.login is None
 
 
+def test_an_etcd_url_says_whether_it_is_tls() -> None:
+    assert parse_etcd("https://a:1,b:2,https://c").is_tls
+    assert parse_etcd("https://a:1,b:2").endpoints == (("a", 1), ("b", 2))
+    assert not parse_etcd("a:1").is_tls
+
+
+def test_one_server_with_tls_means_all() -> None:
+    assert parse_nats("nats://a:1,tls://b:2").is_tls
+    assert not parse_nats("nats://a:1").is_tls
+
+
+@pytest.mark.parametrize(
+    ("host", "is_local"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("[::1]", True), ("localhost", True), ("10.0.0.1", False), ("x", False)],
+)
+def test_an_address_says_whether_it_is_this_machine_alone(host: str, is_local: bool) -> None:
+    assert parse_etcd(f"http://{host}:1").is_local is is_local
+    assert parse_etcd(f"http://127.0.0.1:1,{host}:1").is_local is is_local
+    assert parse_nats(f"nats://{host}:1").is_local is is_local
+
+
 def test_servers_of_a_nats_list() -> None:
     address = parse_nats("nats://a:1, tls://b:2")
     assert address.servers == ("nats://a:1", "tls://b:2")
@@ -36,7 +57,7 @@ def test_credentials_are_kept_apart_from_addresses_and_decoded() -> None:
     "url",
     [
         "",
-        "https://a:1",
+        "ftp://a:1",
         "http://a:1,https://b:2",
         "http://",
         "http://a:1/path",
@@ -79,7 +100,7 @@ def test_an_unusable_nats_url_is_refused(url: str) -> None:
         f"://u:{SECRET}@",
         f"nats://u:{SECRET}@h:port",
         f"http://u:{SECRET}@h:1/path",
-        f"https://u:{SECRET}@h:1",
+        f"ftp://u:{SECRET}@h:1",
         f"nats://{SECRET}@h:0",
         f"nats://u:{SECRET}/x@h:1",
         f"nats://u:x/{SECRET}@h:1",
