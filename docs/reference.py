@@ -11,8 +11,8 @@ import typing
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from app.cli.chat import ChatSettings
 from app.cli.certs import CertsSettings
+from app.cli.chat import ChatSettings
 from app.cli.config import ConfigSettings, live_settings
 from app.cli.doctor import DoctorSettings
 from app.cli.fleet import FleetTableSettings

@@ -81,6 +81,16 @@ class Client(NatsClient):
             raise nats.errors.Error("the url begins with tls:// and the server does not ask for TLS")
         await super()._process_info(info, initial_connection=initial_connection)
 
+    async def _process_connect_init(self) -> None:
+        """Greet the server that has just been connected to."""
+        try:
+            await super()._process_connect_init()
+        except OSError:  # nats-py would wait forever for the end of a connection whose handshake of TLS has failed
+            if self._transport is not None:
+                self._transport.close()  # type: ignore[no-untyped-call]
+                self._transport = None
+            raise
+
     def _connect_command(self) -> bytes:
         """What is sent first on every connection."""
         login, seed, jwt = self._keys.login, self._keys.seed, self._keys.jwt

