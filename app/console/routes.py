@@ -1,5 +1,7 @@
 """The console's routes: its page is open and holds no secret; its stream needs an admin's key, if there are keys."""
 
+from typing import Final
+
 import structlog
 from fastapi import APIRouter, Request, Response
 from starlette.routing import Route
@@ -11,6 +13,9 @@ from app.http.response import Streamed, StreamedResponse
 from planes.wire.errors import HeadraceError, InvalidRequest
 
 _log = structlog.get_logger()
+
+_WHOLE_STATE_BYTES: Final = 4 << 20
+"""May wait for a watcher, whatever answers to clients may: the state of some thousand workers."""
 
 
 class NoSuchFile(InvalidRequest):
@@ -59,7 +64,9 @@ def console_routes(gateway: Gateway, live: Live) -> APIRouter:
         Route(
             "/console/state",
             Streamed(
-                state, max_unsent_bytes=gateway.settings.slow_client_bytes, on_cut_off=gateway.metrics.client_cut_off
+                state,
+                max_unsent_bytes=max(gateway.settings.slow_client_bytes, _WHOLE_STATE_BYTES),
+                on_cut_off=gateway.metrics.client_cut_off,
             ),
             methods=["GET"],
         )

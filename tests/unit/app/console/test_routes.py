@@ -91,6 +91,36 @@ async def test_the_stream_needs_a_key_where_there_are_keys(gateway, opened, tmp_
     writer.close()
 
 
+@pytest.fixture
+def keyed(gateway, tmp_path):
+    """The same gateway with a key of an admin, and one of somebody else."""
+    tables = ('tenant = "operator"\nkey = "sk-admin"\nadmin = true', 'tenant = "t"\nkey = "sk-t"')
+    (tmp_path / "keys.toml").write_text("\n".join(f"[[keys]]\n{table}" for table in tables))
+    return dataclasses.replace(gateway, keys=ApiKeys(tmp_path / "keys.toml"))
+
+
+@pytest.mark.parametrize(("key", "status"), [("sk-admin", "200"), ("sk-t", "403")])
+async def test_the_stream_tells_of_all_tenants_and_so_is_an_admins(keyed, opened, key, status):
+    _, writer, answered, _ = await opened(keyed, f"Authorization: Bearer {key}")
+    assert answered == status
+    writer.close()
+
+
+async def test_an_admin_sees_the_requests_of_all_and_others_their_own(keyed, fleet):
+    fleet.end_request(ago_s=0.0)
+    [found] = keyed.router.recent(None, 1)
+    transport = httpx.ASGITransport(create_app(keyed))
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+
+        async def told(key, path):
+            return await client.get(path, headers={"authorization": f"Bearer {key}"})
+
+        assert [each["request"] for each in (await told("sk-admin", "/v1/routes")).json()["data"]] == [found.request]
+        assert (await told("sk-t", "/v1/routes")).json()["data"] == []
+        assert (await told("sk-admin", f"/v1/routes/{found.request}")).status_code == 200
+        assert (await told("sk-t", f"/v1/routes/{found.request}")).status_code == 404
+
+
 async def test_one_watcher_too_many_is_told_when_to_come_again(gateway, opened):
     gateway.live._num_watchers = MOST_WATCHERS
     reader, writer, status, headers = await opened(gateway)
