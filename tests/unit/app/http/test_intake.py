@@ -17,6 +17,7 @@ from app.openai.completions import parse_completion
 from app.prompt.prepare import ModelEntry, Preprocessor
 from app.prompt.template import ChatTemplate
 from app.prompt.tokenizer import Tokenizer
+from app.telemetry.trace_context import TraceContext
 from planes.wire.blocks import name_blocks, root
 from planes.wire.errors import InvalidRequest
 from planes.wire.frames import pack_tokens
@@ -137,3 +138,21 @@ async def test_a_request_that_says_nothing_has_what_its_key_has(gateway):
     half = await read(gateway, tenant=tenant, messages=MESSAGES, slo_ttft_ms=9000)
     asked = half.routable(num_tokens=0, excluded=frozenset(), is_retry=False)
     assert (asked.slo_ttft_from, asked.slo_itl_from) == (SloSource.REQUEST, SloSource.KEY)
+
+
+async def test_a_client_s_trace_goes_on_and_others_begin_one_where_requests_are_traced(gateway):
+    theirs, ours = TraceContext("a" * 32, "b" * 16), TraceContext("c" * 32)
+    asked = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+    assert (await read(gateway, messages=MESSAGES)).trace is None
+    assert (await read(gateway, messages=MESSAGES, headers=asked)).trace == theirs
+    gateway.tracer = SimpleNamespace(started=lambda: ours)
+    assert (await read(gateway, messages=MESSAGES, headers=asked)).trace == theirs
+    for headers in ({}, {"traceparent": "nonsense"}):
+        assert (await read(gateway, messages=MESSAGES, headers=headers)).trace == ours
+
+
+async def test_prompts_of_one_completion_are_of_one_trace(gateway):
+    started = iter([TraceContext("1" * 32), TraceContext("2" * 32)])
+    gateway.tracer = SimpleNamespace(started=lambda: next(started))
+    job = await read(gateway, parse_completion, prompt=["one", "two"])
+    assert [each.trace for each in job.beside] == [job.trace]
