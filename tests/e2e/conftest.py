@@ -1,4 +1,4 @@
-"""Real engines for the end-to-end tests, one process each, shared by a module: a start takes half a minute of CPU."""
+"""Real engines for the end-to-end tests, one process each: a start takes half a minute of CPU, so they are shared."""
 
 import asyncio
 import base64
@@ -12,9 +12,10 @@ from pathlib import Path
 import msgspec
 import pytest
 import pytest_asyncio
+from xdist.scheduler import LoadScopeScheduling
 
 from planes.wire.frames import Sampling, Ticket
-from planes.wire.messages import HandoverEndpoint
+from planes.wire.messages import HandoverEndpoint, HandoverMode
 from tests.e2e.thinking_model import write_thinking_model
 from workers.demo_model.convert import ensure_demo_model
 
@@ -23,6 +24,23 @@ ROOT = DRIVER.parents[2]
 MODEL = "demo"
 PATIENCE_S = 600.0
 """For machines with other things to do; nothing waits so long unless something is broken."""
+PUSH_TIMEOUT_S = 20.0
+"""One test waits for it."""
+
+OF_THE_PAIR = ("test_one_engine.py", "test_vllm_engine.py")
+
+
+class ByEngines(LoadScopeScheduling):
+    """What `pytest -n 2` has one process run, in order: the tests of the same engines."""
+
+    def _split_scope(self, nodeid):
+        file, _, test = nodeid.partition("::")
+        mode = next((mode for mode in HandoverMode if f"[{mode}" in test), "")
+        return f"{'pair' if file.endswith(OF_THE_PAIR) else file} {mode}"
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return ByEngines(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -155,16 +173,16 @@ class EngineProcess:
             await self.reading
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
     """Where torch would put what it compiles."""
     return tmp_path_factory.mktemp("compiled")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def start_engine(demo_model, compiled):
-    """Starts engines of the demo model in float32, small and cheap, and stops them after the module's last test."""
-    engines = []
+@contextlib.asynccontextmanager
+async def engines(model_path, compiled):
+    """Starts engines of one model in float32, small and cheap, and stops them in the end."""
+    started = []
 
     async def start(worker, **options):
         small = {
@@ -172,14 +190,46 @@ async def start_engine(demo_model, compiled):
             "max_model_len": 1024,
             "max_num_seqs": 8,
             "kv_cache_bytes": 96 << 20,
-            "lease_s": 60,  # on a busy machine, too, longer than any test that measures what is given up before
+            "lease_s": 300,  # on a busy machine, too, longer than any test that measures what is given up before
         }
-        place = {"model_path": str(demo_model), "model": MODEL, "worker": worker}
+        place = {"model_path": str(model_path), "model": MODEL, "worker": worker}
         environment = {"TORCHINDUCTOR_CACHE_DIR": str(compiled)}
         engine = await EngineProcess.launch(environment=environment, **(place | small | options))
-        engines.append(engine)
+        started.append(engine)
         await engine.started()
         return engine
 
-    yield start
-    await asyncio.gather(*(engine.stop() for engine in engines))
+    try:
+        yield start
+    finally:
+        await asyncio.gather(*(engine.stop() for engine in started))
+
+
+@contextlib.asynccontextmanager
+async def engine_pair(mode, model_path, compiled, **options):
+    """A prefill and a decode engine that hand over in one mode, on a core each."""
+    cores = sorted(os.sched_getaffinity(0))
+    if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":  # prefill has more to do: not on the core of the other pair's
+        cores.reverse()
+    async with engines(model_path, compiled) as start:
+        prefill, decode = await asyncio.gather(
+            start(f"p-{mode}", role="prefill", handover=mode, cores=cores[:1], **options),
+            start(f"d-{mode}", role="decode", handover=mode, cores=cores[-1:], **options),
+        )
+        yield mode, prefill, decode
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def start_engine(demo_model, compiled):
+    async with engines(demo_model, compiled) as start:
+        yield start
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session", params=list(HandoverMode), ids=str)
+async def pair(request, thinking_model, compiled):
+    """Of a model with thoughts: engines with all that a request can ask for."""
+    mode = request.param
+    parser = {HandoverMode.PULL: "deepseek_r1", HandoverMode.PUSH: "hf"}[mode]
+    options = {"reasoning_parser": parser, "push_timeout_s": PUSH_TIMEOUT_S}
+    async with engine_pair(mode, thinking_model, compiled, **options) as both:
+        yield both

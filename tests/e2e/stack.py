@@ -24,7 +24,7 @@ class Stack:
         return self.output.read_text()
 
     def wait_until_ready(self):
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + 600
         while "Headrace listens on" not in self.said() or "curl" not in self.said().rpartition("listens on")[2]:
             assert self.process.poll() is None, self.said()
             assert time.monotonic() < deadline, self.said()
@@ -33,7 +33,7 @@ class Stack:
 
     def stop(self):
         self.process.send_signal(signal.SIGINT)
-        return self.process.wait(90)
+        return self.process.wait(300)
 
     def metric(self, name):
         text = httpx.get(f"{self.url}/metrics").text
@@ -41,7 +41,7 @@ class Stack:
 
     def post(self, path, body, *, handover):
         """The answer, whatever it is."""
-        return httpx.post(f"{self.url}{path}", json=body, headers={"x-headrace-handover": handover}, timeout=300)
+        return httpx.post(f"{self.url}{path}", json=body, headers={"x-headrace-handover": handover}, timeout=600)
 
     def chat(self, content, *, handover, salt, max_tokens=16):
         body = {

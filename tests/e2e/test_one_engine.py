@@ -4,14 +4,12 @@ can be compared, and greedy or seeded.
 
 import asyncio
 import json
-import os
 from typing import Any
 
 import jsonschema
 import msgspec
 import numpy as np
 import pytest
-import pytest_asyncio
 from tokenizers import Tokenizer
 
 from planes.wire.frames import DecodeLeg, PrefillLeg, StructuredOutput
@@ -19,7 +17,7 @@ from planes.wire.messages import HandoverMode
 from tests.e2e.thinking_model import END_THINK, THINK
 from workers.vllm.config import eos_tokens
 
-pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 
 PERSON = {
     "type": "object",
@@ -82,19 +80,6 @@ QUESTIONS = ("Tell me of a person.", "JSON, please:", "Who is Ada?", "The weathe
 
 def schema(value):
     return StructuredOutput(json_schema=json.dumps(value))
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=list(HandoverMode), ids=str)
-async def pair(request, start_engine, thinking_model):
-    """A prefill and a decode engine that hand over in one mode, of a model with thoughts."""
-    mode, cores = request.param, sorted(os.sched_getaffinity(0))
-    parser = {HandoverMode.PULL: "deepseek_r1", HandoverMode.PUSH: "hf"}[mode]
-    model = {"model_path": str(thinking_model), "reasoning_parser": parser, "handover": mode}
-    prefill, decode = await asyncio.gather(
-        start_engine(f"p-{mode}", role="prefill", cores=cores[:1], **model),
-        start_engine(f"d-{mode}", role="decode", cores=cores[-1:], **model),
-    )
-    return mode, prefill, decode
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +200,7 @@ async def test_json_that_is_handed_over_validates_whatever_is_drawn(pair, tokeni
         (question, wanted, sampling)
         for question in QUESTIONS
         for wanted in (PERSON, CALLS)
-        for sampling in ({}, {"temperature": 1.0, "seed": 1}, {"temperature": 1.0, "seed": 2}, {"temperature": 1.0})
+        for sampling in ({}, {"temperature": 1.0, "seed": 1}, {"temperature": 1.0})
     ]
     room = asyncio.Semaphore(8)
 
@@ -263,7 +248,7 @@ async def test_a_thinking_budget_is_one_answer_s_wherever_it_goes_on(pair, token
     assert alone.tokens.count(END_THINK) == 1
     if wanted:
         assert tokenizer.decode(alone.tokens[budget + 1 :]).lstrip().startswith("{")
-    places = range(1, len(alone.tokens), 3 if budget == 0 else 1)
+    places = [place for place in range(1, len(alone.tokens)) if place <= budget + 3 or place % 4 == 0]
     rests = await asyncio.gather(
         *(decode.run(prompt, fields, resume=alone.tokens[:place], parsing=THOUGHTS) for place in places)
     )

@@ -1,7 +1,6 @@
 """Handovers of a model whose KV cache comes in groups: layers with a sliding window hold the end of a prompt alone."""
 
 import asyncio
-import os
 
 import msgspec
 import numpy as np
@@ -11,10 +10,11 @@ import pytest_asyncio
 from planes.wire.blocks import name_blocks, root
 from planes.wire.frames import DecodeLeg, PrefillLeg
 from planes.wire.messages import HandoverMode
+from tests.e2e.conftest import engine_pair
 from tests.e2e.legs import hand_over, tagged
 from tests.e2e.sliding_model import VOCAB_SIZE, WINDOW_TOKENS, write_sliding_model
 
-pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 
 BLOCK = 32
 ELSEWHERE = "another tenant"  # a salt: nothing cached under it
@@ -29,19 +29,11 @@ def blocks_of(tokens):
     return set(name_blocks(np.array(tokens, dtype=np.uint32), BLOCK, root("demo", "")).tolist())
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=list(HandoverMode), ids=str)
-async def pair(request, start_engine, tmp_path_factory):
-    mode, cores = request.param, sorted(os.sched_getaffinity(0))
-    small = {
-        "model_path": str(write_sliding_model(tmp_path_factory.mktemp("sliding") / "model")),
-        "handover": mode,
-        "kv_cache_bytes": 16 << 20,
-    }
-    prefill, decode = await asyncio.gather(
-        start_engine(f"p-{mode}", role="prefill", cores=cores[:1], **small),
-        start_engine(f"d-{mode}", role="decode", cores=cores[-1:], **small),
-    )
-    return mode, prefill, decode
+@pytest_asyncio.fixture(scope="module", loop_scope="session", params=list(HandoverMode), ids=str)
+async def pair(request, compiled, tmp_path_factory):
+    model = write_sliding_model(tmp_path_factory.mktemp("sliding") / "model")
+    async with engine_pair(request.param, model, compiled, kv_cache_bytes=16 << 20) as both:
+        yield both
 
 
 async def test_a_token_depends_on_tokens_far_outside_the_window(pair):

@@ -220,7 +220,7 @@ def become(stack, worker, role, **settings):
 
 
 def test_a_worker_gives_up_decoding_under_a_stream_which_goes_on_elsewhere_token_for_token(stack):
-    path, body = chat(max_tokens=300, ignore_eos=True, return_token_ids=True, stream=True)
+    path, body = chat(max_tokens=160, ignore_eos=True, return_token_ids=True, stream=True)
     body |= {"model": "thinker"} | USAGE_TOO
 
     def stream(disturb=lambda worker: None):
@@ -237,7 +237,7 @@ def test_a_worker_gives_up_decoding_under_a_stream_which_goes_on_elsewhere_token
         return worker, tokens, streamed_chat_split(events)
 
     _, tokens, split = stream()
-    assert len(tokens) == 300
+    assert len(tokens) == 160
     before = stack.metric("headrace_migrations_total")
     worker, again, split_again = stream(lambda worker: become(stack, worker, Role.PREFILL, migrate_after_s=0.0))
     assert (again, split_again) == (tokens, split)

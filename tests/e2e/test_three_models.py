@@ -18,7 +18,11 @@ from tokenizers import Tokenizer
 
 from tests.integration.conftest import PATIENCE_S, Api, Site, poll_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(900),
+]
 
 DRIVER = Path(__file__).parent / "vectors_driver.py"
 ROOT = DRIVER.parents[2]
@@ -34,7 +38,7 @@ SHRUNK = {
     "num_key_value_heads": 1,
     "head_dim": 32,
 }
-START_S = 10 * PATIENCE_S
+START_S = 4 * PATIENCE_S
 """For a machine with other things to do."""
 
 

@@ -10,12 +10,12 @@ import pytest_asyncio
 from planes.wire.blocks import name_blocks, root
 from tests.e2e.encoder_model import HIDDEN, MOST_TOKENS, VOCAB_SIZE, write_encoder_model
 
-pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 
 BLOCK, STEP_TOKENS, CONTEXT = 32, 64, 512
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def engines(start_engine, tmp_path_factory):
     """The demo model, in steps of few tokens, and the encoder."""
     encoder = write_encoder_model(tmp_path_factory.mktemp("encoder") / "model")

@@ -1,4 +1,7 @@
-"""VllmEngine on real weights: two engine processes and NIXL; float32 and greedy, so that tokens can be compared."""
+"""VllmEngine on real weights: two engine processes and NIXL; float32 and greedy, so that tokens can be compared.
+
+The engines are those of `test_one_engine.py`, which comes first: the last test here kills them.
+"""
 
 import asyncio
 import os
@@ -7,17 +10,16 @@ import signal
 import msgspec
 import numpy as np
 import pytest
-import pytest_asyncio
 
 from planes.wire.blocks import name_blocks, root
 from planes.wire.frames import DecodeLeg, PrefillLeg
 from planes.wire.messages import HandoverMode
+from tests.e2e.conftest import PATIENCE_S
 from tests.e2e.legs import hand_over, tagged
 
-pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 
 BLOCK = 32
-PUSH_TIMEOUT_S = 15.0
 ELSEWHERE = "another tenant"  # a salt: nothing cached under it
 
 
@@ -27,18 +29,6 @@ def prompt(seed, num_tokens):
 
 def blocks_of(tokens, salt=""):
     return set(name_blocks(np.array(tokens, dtype=np.uint32), BLOCK, root("demo", salt)).tolist())
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=list(HandoverMode), ids=str)
-async def pair(request, start_engine):
-    """A prefill and a decode engine that hand over in one mode."""
-    mode = request.param
-    cores = sorted(os.sched_getaffinity(0))
-    prefill, decode = await asyncio.gather(
-        start_engine(f"p-{mode}", role="prefill", handover=mode, cores=cores[:1], push_timeout_s=PUSH_TIMEOUT_S),
-        start_engine(f"d-{mode}", role="decode", handover=mode, cores=cores[-1:], push_timeout_s=PUSH_TIMEOUT_S),
-    )
-    return mode, prefill, decode
 
 
 async def test_a_handed_over_answer_equals_one_engine_s_token_for_token(pair):
@@ -169,24 +159,34 @@ async def test_malformed_handover_parameters_are_refused_and_the_engine_lives(pa
     assert (await decode.run(tokens, None, tagged(DecodeLeg(ticket=good)))).last["finish"] == "length"
 
 
-async def test_a_prefill_worker_that_is_gone_fails_the_request_and_not_the_engine(pair):
-    mode, prefill, decode = pair
-    if mode is HandoverMode.PUSH:
-        return  # nothing has been promised: see the next test
-    tokens = prompt(8, 100)
-    good = (await prefill.run(tokens, None, tagged(PrefillLeg(mode)))).ticket
-    params = msgspec.msgpack.decode(good.params) | {"remote_port": 9, "remote_engine_id": "nobody"}
-    nowhere = msgspec.structs.replace(good, params=msgspec.msgpack.encode(params))
-    failed = await decode.run(tokens, None, tagged(DecodeLeg(ticket=nowhere)))
-    assert failed.last["finish"] == "error"
-    assert (await decode.run(tokens)).last["finish"] == "length"
-
-
 async def free_blocks(engine):
     engine.said = [news for news in engine.said if news["kind"] != "load"]
     engine.send("load")
     await engine.until(lambda: "load" in engine.kinds())
     return next(news for news in engine.said if news["kind"] == "load")["free_blocks"]
+
+
+async def give_up(engine, name, *, until):
+    """Say that nobody will fetch a KV cache, and wait until so many blocks are free."""
+    engine.send("abort", id=name)
+    async with asyncio.timeout(PATIENCE_S):
+        while await free_blocks(engine) < until:  # noqa: ASYNC110 - it tells its load when it is asked
+            await asyncio.sleep(0.01)
+
+
+async def test_a_prefill_worker_that_is_gone_fails_the_request_and_not_the_engine(pair):
+    mode, prefill, decode = pair
+    if mode is HandoverMode.PUSH:
+        return  # nothing has been promised: see the next test
+    tokens = prompt(8, 100)
+    before = await free_blocks(prefill)
+    good = (await prefill.run(tokens, None, tagged(PrefillLeg(mode)), name="unfetched")).ticket
+    params = msgspec.msgpack.decode(good.params) | {"remote_port": 9, "remote_engine_id": "nobody"}
+    nowhere = msgspec.structs.replace(good, params=msgspec.msgpack.encode(params))
+    failed = await decode.run(tokens, None, tagged(DecodeLeg(ticket=nowhere)))
+    assert failed.last["finish"] == "error"
+    assert (await decode.run(tokens)).last["finish"] == "length"
+    await give_up(prefill, "unfetched", until=before)
 
 
 async def test_a_kv_cache_that_nobody_will_fetch_is_given_up_before_its_lease_is_over(pair):
@@ -202,10 +202,11 @@ async def test_a_kv_cache_that_nobody_will_fetch_is_given_up_before_its_lease_is
     assert control.ticket is not None is not abandoned.ticket
     assert with_both < with_control - 2 < before - 4
     prefill.send("abort", id="abandoned")
-    async with asyncio.timeout(300):
+    async with asyncio.timeout(PATIENCE_S):
         while (left := await free_blocks(prefill)) == with_both:  # noqa: ASYNC110 - it tells its load when it is asked
             await asyncio.sleep(0.01)
     assert left == with_control
+    await give_up(prefill, "control", until=before)
 
 
 async def test_a_kv_cache_that_nobody_writes_costs_the_request_and_no_blocks(pair):
@@ -217,7 +218,7 @@ async def test_a_kv_cache_that_nobody_writes_costs_the_request_and_no_blocks(pai
     failed = await decode.run(tokens, None, tagged(DecodeLeg(source=prefill.endpoint)), name="unwritten")
     assert failed.last["finish"] == "error"
     assert await free_blocks(decode) < before
-    async with asyncio.timeout(20 * PUSH_TIMEOUT_S):
+    async with asyncio.timeout(PATIENCE_S):
         while await free_blocks(decode) < before:  # noqa: ASYNC110 - it tells its load when it is asked
             await asyncio.sleep(0.5)
     others = [prompt(51 + i, 900) for i in range(3)]  # they take all blocks
@@ -295,7 +296,7 @@ async def test_the_engine_process_ends_with_its_worker_and_the_worker_hears_of_i
     orphan, has_ended = os.pidfd_open(prefill.ready["pids"][0]), asyncio.Event()
     asyncio.get_running_loop().add_reader(orphan, has_ended.set)
     prefill.process.kill()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         await has_ended.wait()
     asyncio.get_running_loop().remove_reader(orphan)
     os.close(orphan)

@@ -15,7 +15,11 @@ from workers.engine.base import EngineOutput
 from workers.parsers import ParserNames, make_parsers
 from workers.settings import SIM_MODEL
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore"),
+]
 
 TOOLS = [
     {
