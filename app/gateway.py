@@ -9,6 +9,7 @@ from app.console.live import Live
 from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfigFollower
 from app.http.body import BodyMemory
+from app.keys.ledger import Ledger
 from app.metrics import Metrics
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
@@ -38,6 +39,7 @@ class Gateway:
 
     settings: GatewaySettings
     keys: ApiKeys
+    ledger: Ledger
     models: Models
     preprocessor: Preprocessor
     bodies: BodyMemory

@@ -40,6 +40,8 @@ from app.http.routes.responses import response_routes
 from app.http.routes.stored_responses import stored_response_routes
 from app.http.routes.tokens import token_routes
 from app.keys.file import KeyFileError
+from app.keys.ledger import KIND as BUDGETS
+from app.keys.ledger import Ledger
 from app.keys.record import KIND as KEYS
 from app.keys.stored import StoredKeys
 from app.metrics import Metrics, router_gauges
@@ -196,12 +198,16 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
     )
     responses = ResponseStore(values)
     background = Background(responses, events, relay, gateway=secrets.token_hex(8))
+    budgets = Entries(Etcd(settings.etcd), settings.namespace, BUDGETS)
+    ledger = Ledger(budgets, gateway=secrets.token_hex(8), wall_clock=time.time)
+    metrics.watch(ledger.gauges)
     metrics.watch(fleet.gauges)
     metrics.watch(routing_config.gauges)
     metrics.watch(lambda: router_gauges(router.stats(now=clock())))
     return Gateway(
         settings=settings,
         keys=_keys(settings),
+        ledger=ledger,
         models=models,
         preprocessor=Preprocessor(keeps_nonces=settings.keep_prompt_nonces),
         bodies=BodyMemory(settings.body_memory_bytes),
@@ -293,6 +299,8 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
             if (stored := gateway.keys.stored) is not None:
                 followed = Entries(Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, KEYS)
                 forever.append(tasks.create_task(followed.watch(stored.take, stored.listed)))
+            if not gateway.keys.is_open:
+                forever.append(tasks.create_task(gateway.ledger.run()))
             if gateway.recorder is not None:
                 forever.append(tasks.create_task(gateway.recorder.run()))
             host, port = listener.getsockname()[:2]
@@ -306,6 +314,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
             await background
             for task in forever:
                 task.cancel()
+            await gateway.ledger.stop()
     finally:
         gateway.dispatcher.stop()
         gateway.preprocessor.close()

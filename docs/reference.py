@@ -120,6 +120,9 @@ HEADERS = (
     ("x-headrace-unstored", "response", "Why a response of `/v1/responses` is not kept though it should be: a code."),
     ("x-headrace-route", "response", "The choice, its predicted seconds and what it gives up, as JSON."),
     ("x-headrace-fallback", "response", "Why it was not served as chosen first: the code of what failed."),
+    ("x-ratelimit-limit-requests, -tokens", "response", "Of a limited key: its limit in a minute, else in a day."),
+    ("x-ratelimit-remaining-requests, -tokens", "response", "What is left of it, as far as this gateway knows."),
+    ("x-ratelimit-reset-requests, -tokens", "response", "Until all of it is there again, as in `59s` or `6m0s`."),
     ("retry-after, retry-after-ms", "response", "When a refused request is worth another try."),
 )
 

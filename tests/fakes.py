@@ -162,6 +162,8 @@ class FakeConnection:
         self.sinks: list = []
         self.cancelled: list[int] = []
         self.released: list[RequestId] = []
+        self.on_rest = None
+        """Who was told last what had been used when a stream was cancelled."""
         self.refuses = False
         self.script = None
         """Called with each request and its sink, in the same turn."""
@@ -175,8 +177,9 @@ class FakeConnection:
             self.script(request, sink)
         return len(self.started)
 
-    def cancel(self, stream):
+    def cancel(self, stream, on_rest=None):
         self.cancelled.append(stream)
+        self.on_rest = on_rest
 
     def release(self, request):
         self.released.append(request)

@@ -1,8 +1,8 @@
 """The worker's side of the streams: each Generate becomes an engine request and is answered once.
 
-    state     output     complete  error            cancelled  deadline
-    QUEUED    → RUNNING  → Done    → interrupted    → (quiet)  → rejected
-    RUNNING   → RUNNING  → Done    → interrupted    → (quiet)  → interrupted
+    state     output     complete  error            cancelled     deadline
+    QUEUED    → RUNNING  → Done    → interrupted    → Done,abort  → rejected
+    RUNNING   → RUNNING  → Done    → interrupted    → Done,abort  → interrupted
 
 A request that has ended stands in no table any more and hears nothing, so there is no second answer to give. Every
 ending but the engine's own takes the request back from the engine at once.
@@ -238,7 +238,7 @@ class WorkerServer:
     # --- what gateways say ----------------------------------------------------------------------------------------
 
     def generate(self, connection: Connection, request: Generate) -> None:
-        self.cancel(connection, request.stream)  # a gateway that uses a stream again has forgotten what ran there
+        self._abort(connection, request.stream)  # a gateway that uses a stream again has forgotten what ran there
         try:
             self._begin(connection, self._admitted(request), request)
         except HeadraceError as exc:
@@ -247,12 +247,20 @@ class WorkerServer:
                 self.tally.failed(exc.code)
 
     def cancel(self, connection: Connection, stream: StreamId) -> None:
-        running = self._running.get(connection, {}).get(stream)
+        """The last word on it is what it has used: the gateway has not heard of tokens that are under way."""
+        running = self._abort(connection, stream)
         if running is not None:
+            connection.post(Done(stream, FinishReason.ABORT, running.usage()))
+
+    def _abort(self, connection: Connection, stream: StreamId) -> _RunningRequest | None:
+        """Take back what runs there, and say nothing."""
+        running = self._running.get(connection, {}).get(stream)
+        if running is None:
+            self._handed_over.cancelled(connection, stream)
+        else:
             self._end(running)
             self._engine.abort(running.request.request)
-            return
-        self._handed_over.cancelled(connection, stream)
+        return running
 
     def release(self, connection: Connection, request: RequestId) -> None:  # noqa: ARG002 - any gateway may say it
         """Give up the KV cache kept for a request that has been handed over; one that runs here goes on."""
@@ -260,7 +268,7 @@ class WorkerServer:
 
     def gone(self, connection: Connection) -> None:
         for stream in list(self._running.get(connection, ())):
-            self.cancel(connection, stream)
+            self._abort(connection, stream)
         self._handed_over.gone(connection)
 
     def hear_no_more(self) -> None:

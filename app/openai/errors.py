@@ -13,7 +13,7 @@
 | … code too_many_pipelined               | 429                 | invalid_request_error                     |
 | … code head_too_large                   | 431                 | invalid_request_error                     |
 | Rejected                                | 503, or by its code | server_overloaded                         |
-| … code queue_full, slo_missed, concurrency_limit, worker_busy | 429 | rate_limit_error                    |
+| … code queue_full, slo_missed, concurrency_limit, worker_busy, rate_limit_exceeded | 429 | rate_limit_error |
 | … code duplicate_request                | 409                 | server_overloaded                         |
 | … code policy_failed, internal_error    | 500                 | server_overloaded                         |
 | Expired                                 | 504                 | timeout_error                             |
@@ -48,6 +48,7 @@ _STATUS_OF_REJECTED: Final = {
     "slo_missed": 429,
     "concurrency_limit": 429,
     "worker_busy": 429,
+    "rate_limit_exceeded": 429,
     "duplicate_request": 409,
     "policy_failed": 500,
     "internal_error": 500,

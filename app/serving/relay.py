@@ -27,7 +27,7 @@ from app.serving.worker_stream import WorkerStream
 from planes.streams.client import WorkerConnection, WorkerUnreachable
 from planes.wire.blocks import Tokens
 from planes.wire.errors import HeadraceError
-from planes.wire.frames import Generate
+from planes.wire.frames import Generate, Usage
 from planes.wire.messages import RequestId, WorkerId
 from router.timeline import Timeline
 
@@ -144,6 +144,8 @@ class _Serving(ExchangeDriver):
         self._write = response.write if request.format.is_streaming else None
         self._tasks = tasks
         self._legs: dict[LegId, WorkerStream | asyncio.Task[None]] = {}
+        self._spent = self._rest_tokens = 0
+        self._is_prompt_spent = self._is_closed = False
         self._deadline = loop.call_at(request.deadline, self.receive, on.Deadline())
         self._call_later = loop.call_later
         self._keepalive: asyncio.TimerHandle | None = None
@@ -175,6 +177,8 @@ class _Serving(ExchangeDriver):
         self._deadline.cancel()
         if self._keepalive is not None:
             self._keepalive.cancel()
+        self._is_closed = True
+        self._tell_spent()
         exchange = self.exchange
         ended_at = self._relay.clock() if exchange.ended_at is None else exchange.ended_at
         attempt = exchange.attempt
@@ -198,6 +202,26 @@ class _Serving(ExchangeDriver):
             self._request, attempt, told, num_attempts=len(exchange.attempts), ended_at=ended_at
         )
         _log.info("request.finished", **record)
+
+    def _tell_spent(self) -> None:
+        """Tell the meter what it has not heard. A prompt counts once, when a worker has computed all of it."""
+        exchange, request = self.exchange, self._request
+        if request.meter is None:
+            return
+        completion_tokens = len(exchange.tokens) + self._rest_tokens
+        is_computed = completion_tokens > 0 or exchange.first_at is not None
+        is_computed = is_computed or any(attempt.prefilled_at is not None for attempt in exchange.attempts)
+        is_news = is_computed and not self._is_prompt_spent
+        prompt_tokens, more = len(request.prompt) if is_news else 0, completion_tokens - self._spent
+        self._is_prompt_spent, self._spent = is_computed, completion_tokens
+        if prompt_tokens or more:
+            request.meter.spent(prompt_tokens=prompt_tokens, completion_tokens=more)
+
+    def _rested(self, usage: Usage) -> None:
+        """What a worker had computed when it heard that nobody waits any more; the last of it was still under way."""
+        self._rest_tokens = max(0, usage.completion_tokens - len(self.exchange.tokens))
+        if self._is_closed:
+            self._tell_spent()
 
     def _record(self, recorder: Recorder, told: RequestSummary, ended_at: float) -> None:
         """What no worker has computed is left out. Choices count as one answer as long as their mean."""
@@ -249,7 +273,9 @@ class _Serving(ExchangeDriver):
 
     def _cancel_leg(self, effect: do.CancelLeg) -> None:
         leg = self._legs.pop(effect.leg, None)
-        if leg is not None:
+        if isinstance(leg, WorkerStream) and self.exchange.state is State.ENDED and self._request.meter is not None:
+            leg.cancel(self._rested)
+        elif leg is not None:
             leg.cancel()
 
     def _release_ticket(self, effect: do.ReleaseTicket) -> None:

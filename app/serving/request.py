@@ -1,6 +1,7 @@
 """A request as the gateway serves it: parsed, checked and tokenized."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from msgspec import Struct
 
@@ -10,6 +11,16 @@ from planes.wire.blocks import Hashes, Tokens
 from planes.wire.frames import Format, Generate, Leg, Sampling, StreamId, pack_tokens
 from planes.wire.messages import RequestId, WorkerId
 from router.request import HandoverPreference, RoutableRequest, SloSource
+
+
+class Meter(Protocol):
+    """Counts what a request has used; `app.keys.meter.RequestMeter` does."""
+
+    def spent(self, *, prompt_tokens: int, completion_tokens: int) -> None:
+        """More has been used. May be called after the request has ended."""
+
+    def headers(self) -> list[tuple[str, str]]:
+        """What the answer's head says of it."""
 
 
 class Prewarm(Struct, frozen=True):
@@ -50,8 +61,14 @@ class GatewayRequest(Struct, frozen=True, eq=False):
     prewarm: Prewarm | None = None
     trace: TraceContext | None = None
     """None: nobody follows it."""
+    meter: Meter | None = None
     beside: "tuple[GatewayRequest, ...]" = ()
     """Those that are answered in the same answer, after this one."""
+
+    @property
+    def answer_tokens(self) -> int:
+        """Of all choices, at most."""
+        return 0 if self.format.kind == "embedding" else self.sampling.n * self.sampling.max_tokens
 
     @property
     def is_resumable(self) -> bool:

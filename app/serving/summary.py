@@ -27,6 +27,8 @@ def headers(request: GatewayRequest, attempt: Attempt | None, fallback: str, *, 
         told.append((IGNORED, ignored_header(request.ignored)))
     if fallback:
         told.append(("x-headrace-fallback", fallback))
+    if request.meter is not None:
+        told += request.meter.headers()
     return [(name, _printable(value)) for name, value in told]
 
 

@@ -1,7 +1,8 @@
 """The gateway's end of a stream."""
 
 import asyncio
-from typing import Protocol
+from collections.abc import Callable
+from typing import Final, Protocol
 
 import msgspec
 import structlog
@@ -25,10 +26,14 @@ from planes.wire.frames import (
     Release,
     Step,
     StreamId,
+    Usage,
 )
 from planes.wire.messages import Registration, RequestId, WorkerId
 
 _log = structlog.get_logger()
+
+_REST_S: Final = 10.0
+"""So long the last word on a cancelled stream is waited for."""
 
 
 class WorkerUnreachable(Rejected):
@@ -76,6 +81,8 @@ class WorkerConnection(Peer):
         self._epoch = epoch
         self._decode = msgspec.msgpack.Decoder(FromWorker).decode
         self._sinks: dict[StreamId, Sink] = {}
+        self._rests: dict[StreamId, Callable[[Usage], None]] = {}
+        """Who waits for the last word on a cancelled stream."""
         self._posted: list[bytes] = []
         self._next_stream = 1
 
@@ -145,10 +152,17 @@ class WorkerConnection(Peer):
         self._sinks[stream] = sink
         return stream
 
-    def cancel(self, stream: StreamId) -> None:
-        """The sink hears nothing more. Streams that have ended are ignored."""
-        if self._sinks.pop(stream, None) is not None:
-            self._post(Cancel(stream))
+    def cancel(self, stream: StreamId, on_rest: Callable[[Usage], None] | None = None) -> None:
+        """The sink hears nothing more. Streams that have ended are ignored.
+
+        on_rest: called with what the worker has computed for it in all, if it says so; older ones do not.
+        """
+        if self._sinks.pop(stream, None) is None:
+            return
+        self._post(Cancel(stream))
+        if on_rest is not None:
+            self._rests[stream] = on_rest
+            self._loop.call_later(_REST_S, self._rests.pop, stream, None)
 
     def release(self, request: RequestId) -> None:
         """The worker need not keep what it has for the decode leg of this request, which has been handed over."""
@@ -216,6 +230,8 @@ class WorkerConnection(Peer):
                     sink.on_done(done)
                 except Exception:  # noqa: BLE001 - logged there
                     self._defective(sink)
+            elif self._rests and (on_rest := self._rests.pop(done.stream, None)) is not None:
+                on_rest(done.usage)
         for failed in step.failed:
             sink = sinks.pop(failed.stream, None)
             if sink is not None:

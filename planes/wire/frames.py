@@ -189,7 +189,9 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """Gateway → worker: nobody waits for this any more; nothing is answered."""
+    """Gateway → worker: nobody waits for this any more. A request that ran ends with Done, reason `abort`, which tells
+    what it has used; older workers answer nothing.
+    """
 
     stream: StreamId
 

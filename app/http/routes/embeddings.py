@@ -35,8 +35,8 @@ def embedding_route(gateway: Gateway) -> Route:
                 arrived_at=arrived_at,
             )
         _check_dimensions(asked, gateway.models.entry(job.model))
-        jobs = [_whole(each) for each in (job, *job.beside)]
-        admitted.slots.widen(min(MOST_AT_ONCE, len(jobs)))
+        whole = [_whole(each) for each in (job, *job.beside)]
+        jobs = await admitted.metered(gateway, whole, num_slots=min(MOST_AT_ONCE, len(whole)))
         if job.ignored:
             gateway.metrics.fields_ignored(len(job.ignored))
         await run_embedded(gateway.relay, jobs, asked, response)

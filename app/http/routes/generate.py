@@ -1,9 +1,10 @@
 """One generating route: from an HTTP request to the relay that answers it, whatever the dialect."""
 
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import structlog
 from fastapi import Request
 from starlette.routing import Route
@@ -14,12 +15,14 @@ from app.http.intake import read_request
 from app.http.merged import run_merged
 from app.http.prewarmed import PrewarmedResponse
 from app.http.response import ErrorDialect, Streamed, StreamedResponse
-from app.keys.tenant import Tenant
+from app.keys.meter import RequestMeter
+from app.keys.tenant import ANYBODY, Tenant
 from app.metrics import RequestSummary
 from app.openai import errors as openai_errors
 from app.openai.errors import code_of
 from app.openai.request_headers import overhead_header
 from app.openai.schema import Limits, ParsedRequest
+from app.serving.request import GatewayRequest
 from planes.wire.errors import HeadraceError, InvalidRequest
 from planes.wire.messages import RequestId
 
@@ -36,6 +39,23 @@ class Admitted:
     request_id: RequestId
     slots: TenantSlots
     held: contextlib.ExitStack
+
+    async def metered(
+        self, gateway: Gateway, jobs: Sequence[GatewayRequest], *, num_slots: int
+    ) -> list[GatewayRequest]:
+        """The same jobs, let in within the key's limits; what they use is counted.
+
+        Args:  num_slots: sequences of all at once.  Raises:  TooManyConcurrent, TooManyChoices, RateLimited, …
+        """
+        self.slots.widen(num_slots)
+        prompt_tokens = sum([len(job.prompt) for job in jobs])
+        answer_tokens = sum([job.answer_tokens for job in jobs])
+        reservation = await gateway.ledger.reserve(
+            self.tenant, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens, slots=num_slots
+        )
+        meter = RequestMeter(reservation)
+        self.held.callback(meter.close)
+        return [msgspec.structs.replace(job, meter=meter) for job in jobs]
 
 
 Serve = Callable[[Admitted, StreamedResponse], Awaitable[None]]
@@ -61,13 +81,14 @@ def generating_route(
             request_id=admitted.request_id,
             parse=lambda body: parse(body, limits),
         )
-        admitted.slots.widen(job.sampling.n * (1 + len(job.beside)))
+        asked = (job, *job.beside)
+        job, *beside = await admitted.metered(gateway, asked, num_slots=job.sampling.n * len(asked))
         if job.ignored:
             gateway.metrics.fields_ignored(len(job.ignored))
         if job.prewarm is not None:
             await gateway.relay.run(job, PrewarmedResponse(response, job.prewarm))
-        elif job.beside:
-            await run_merged(gateway.relay, (job, *job.beside), response)
+        elif beside:
+            await run_merged(gateway.relay, (job, *beside), response)
         else:
             await gateway.relay.run(job, response)
 
@@ -104,6 +125,7 @@ async def _admit(gateway: Gateway, request: Request, serve: Serve, response: Str
     request_id, came_at = gateway.new_request_id(), gateway.clock()
     # A dictionary, because starlette's own headers are searched one by one for each that is not there.
     headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in request.scope["headers"]}
+    tenant = ANYBODY
     try:
         tenant = gateway.keys.authenticate(headers)
         with contextlib.ExitStack() as held:
@@ -113,7 +135,8 @@ async def _admit(gateway: Gateway, request: Request, serve: Serve, response: Str
         code = code_of(exc)
         gateway.metrics.ended(RequestSummary(model="", code=code))
         _log.info("request.finished", request_id=request_id, outcome=code, **_why(exc))
-        response.fail(exc, [("x-request-id", request_id), overhead_header(gateway.clock() - came_at)])
+        told = [("x-request-id", request_id), overhead_header(gateway.clock() - came_at)]
+        response.fail(exc, [*told, *gateway.ledger.headers(tenant)])
     except Exception as exc:  # noqa: BLE001 - our own bug: it is logged, and the client gets an answer all the same
         _log.exception("request.bug", request_id=request_id)
         response.fail(exc, [("x-request-id", request_id), overhead_header(gateway.clock() - came_at)])

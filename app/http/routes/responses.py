@@ -46,6 +46,7 @@ def response_routes(gateway: Gateway) -> APIRouter:
                 gateway, asked, admitted.tenant, lease, num_bytes, is_stored=asked.is_stored and not unstored
             )
             job = await prepared_response(gateway, asked, conversation.parsed, admitted, arrived_at)
+        (job,) = await admitted.metered(gateway, [job], num_slots=1)
         if job.ignored:
             gateway.metrics.fields_ignored(len(job.ignored))
         if asked.is_background:

@@ -1,6 +1,7 @@
 import asyncio
 import json
 import random
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, routing_setup
 from app.gateway import Gateway
 from app.http.body import BodyMemory
+from app.keys.ledger import Ledger
 from app.main import _log_start, _uvicorn_config, create_app, streams_first
 from app.metrics import Metrics, router_gauges
 from app.prompt.catalog import Models
@@ -26,6 +28,8 @@ from app.serving.binding import Dispatcher
 from app.serving.relay import Relay
 from app.serving.retries import ExchangeLimits
 from app.settings import GatewaySettings
+from planes.control import Etcd
+from planes.entries import Entries
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import RequestId
 from router.errors import NoWorker
@@ -85,6 +89,7 @@ async def gateway(settings, tmp_path):
     yield Gateway(
         settings=settings,
         keys=ApiKeys(),
+        ledger=Ledger(Entries(Etcd(settings.etcd), "n", "budgets"), gateway="g", wall_clock=time.time),
         models=models,
         preprocessor=preprocessor,
         bodies=BodyMemory(1 << 20),

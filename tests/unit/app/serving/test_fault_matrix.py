@@ -187,7 +187,7 @@ class Connection:
         task.add_done_callback(lambda _: self.world.running.pop((self.worker, stream), None))
         return stream
 
-    def cancel(self, stream):
+    def cancel(self, stream, on_rest=None):
         task = self.world.running.get((self.worker, stream))
         leg = self.requests[stream].leg
         if task is not None:

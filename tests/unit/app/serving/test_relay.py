@@ -802,3 +802,85 @@ async def test_a_request_that_no_worker_began_is_not_recorded(scene):
     scene.task = asyncio.create_task(scene.relay.run(scene.request(), scene.response))
     await scene.finished()
     assert scene.relay.recorder.lines == []
+
+
+# --- what is counted --------------------------------------------------------------------------------------------------
+
+
+class FakeMeter:
+    def __init__(self):
+        self.told = []
+
+    def spent(self, *, prompt_tokens, completion_tokens):
+        self.told.append((prompt_tokens, completion_tokens))
+
+    def headers(self):
+        return [("x-ratelimit-remaining-tokens", "7")]
+
+
+async def metered(scene, *routes, **job):
+    """Start a request that is counted."""
+    meter = FakeMeter()
+    plain = scene.request
+    scene.request = lambda **fields: msgspec.structs.replace(plain(**fields), meter=meter)
+    await scene.start(*routes, **job)
+    return meter
+
+
+async def cancelled(scene):
+    scene.response.is_gone = True
+    scene.task.cancel()
+    await asyncio.gather(scene.task, return_exceptions=True)
+
+
+async def test_a_request_counts_as_its_prompt_and_what_it_was_answered(scene):
+    meter = await metered(scene, (None, "d0"))
+    _, sink = scene.leg("d0")
+    sink.on_delta(b"a", [1])
+    assert meter.told == []
+    sink.on_done(done(b"b", [2, 3]))
+    await scene.finished()
+    assert meter.told == [(20, 3)]
+    assert scene.response.headers["x-ratelimit-remaining-tokens"] == "7"
+
+
+async def test_a_cancelled_stream_counts_what_its_worker_had_computed(scene):
+    meter = await metered(scene, (None, "d0"))
+    _, sink = scene.leg("d0")
+    sink.on_delta(b"a", [1])
+    sink.on_delta(b"b", [2])
+    await cancelled(scene)
+    assert meter.told == [(20, 2)]
+    scene.workers.connections["d0"].on_rest(Usage(20, 5, 0))
+    assert meter.told == [(20, 2), (0, 3)]
+
+
+async def test_a_prompt_counts_when_it_has_been_computed(scene):
+    meter = await metered(scene, (None, "d0"))
+    await cancelled(scene)
+    assert meter.told == []
+    scene.workers.connections["d0"].on_rest(Usage(20, 0, 0))
+    assert meter.told == []
+    scene.workers.connections["d0"].on_rest(Usage(20, 1, 0))
+    assert meter.told == [(20, 1)], "its first token was under way"
+
+
+async def test_a_prompt_that_was_handed_over_counts_though_nothing_was_decoded(scene):
+    meter = await metered(scene, ("p0", "d0"), is_streaming=False)
+    _, sink = scene.leg("p0")
+    sink.on_done(done(ticket=TICKET))
+    await settle()
+    await cancelled(scene)
+    assert meter.told == [(20, 0)]
+
+
+async def test_what_is_tried_again_counts_once(scene):
+    meter = await metered(scene, (None, "d0"), (None, "d1"))
+    _, sink = scene.leg("d0")
+    sink.on_delta(b"a", [1])
+    sink.on_lost(WorkerLost(WorkerId("d0"), "gone"))
+    await settle()
+    _, sink = scene.leg("d1")
+    sink.on_done(done(b"b", [2]))
+    await scene.finished()
+    assert meter.told == [(20, 2)]

@@ -110,6 +110,18 @@ async def test_a_defect_at_a_request_s_end_is_its_own(worker_side):
     assert not transport.is_closed
 
 
+async def test_the_last_word_on_a_cancelled_stream_is_for_whoever_asked_for_it(worker_side):
+    connection, _ = worker_side
+    sink, told = FakeSink(), []
+    stream = connection.start(REQUEST, sink)
+    connection.cancel(stream, told.append)
+    connection.data_received(frame(Step([Delta(stream, b"b", [5])], [DONE])))
+    connection.data_received(frame(Step([], [DONE])))
+    assert (told, sink.news) == ([DONE.usage], [])
+    connection.cancel(stream, told.append)
+    assert len(told) == 1, "it had ended"
+
+
 async def test_a_cancelled_request_hears_nothing_more(worker_side):
     connection, transport = worker_side
     sink = FakeSink()
