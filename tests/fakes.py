@@ -5,6 +5,8 @@ from contextlib import asynccontextmanager
 
 from app.openai import errors
 from planes.bucket import ObjectMissing
+from planes.control import ControlPlaneUnavailable
+from planes.entries import Entry
 from planes.keyed import ValueTooLarge
 from planes.streams.client import WorkerUnreachable
 from planes.wire.frames import Generate
@@ -151,6 +153,61 @@ class FakeRouter:
 
     def workers_to_snapshot(self):
         return self.stale
+
+
+class FakeEntries:
+    """`planes.entries.Entries` and `OpenEntries` in one, shared by all gateways of a test.
+
+    is_away: etcd does not answer.  fails_before_swap, fails_after_swap: it ends in the middle of a change.
+    """
+
+    def __init__(self):
+        self.values: dict[str, Entry] = {}
+        self.num_swaps = self.revision = 0
+        self.is_away = self.fails_before_swap = self.fails_after_swap = False
+        self.told = asyncio.Event()
+
+    async def find(self, name):
+        await self._answer(self.is_away)
+        return self.values.get(name)
+
+    async def list(self, start="", end=None):
+        await self._answer(self.is_away)
+        return {
+            name: self.values[name] for name in sorted(self.values) if start <= name and (end is None or name < end)
+        }
+
+    async def swap(self, name, value, *, revision):
+        await self._answer(self.is_away or self.fails_before_swap)
+        found = self.values.get(name)
+        if revision != (0 if found is None else found.revision):
+            return False
+        self.num_swaps += 1
+        self.revision += 1
+        self.values[name] = Entry(value, self.revision)
+        self.told.set()
+        await self._answer(self.fails_after_swap)
+        return True
+
+    async def drop(self, end):
+        self.values = {name: entry for name, entry in self.values.items() if name >= end}
+
+    async def keep(self, work):
+        while True:
+            try:
+                return await work(self, lambda: None)
+            except ControlPlaneUnavailable:
+                await asyncio.sleep(0.01)
+
+    @asynccontextmanager
+    async def opened(self):
+        yield self
+
+    @staticmethod
+    async def _answer(is_away):
+        await asyncio.sleep(0)
+        if is_away:
+            raise ControlPlaneUnavailable("away")
 
 
 class FakeConnection:

@@ -230,6 +230,12 @@ class _Worker:
             if metrics is not None:
                 metrics.close()
             server.hear_no_more()
+            _log.info(
+                "worker.counted",
+                worker=self.worker,
+                prompt_tokens=server.prompt_tokens,
+                completion_tokens=server.completion_tokens,
+            )
             for task in tasks:
                 task.cancel()
 

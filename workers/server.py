@@ -128,6 +128,11 @@ class _RunningRequest:
         if output.index == 0 and (output.finish is not None or self._measured is None):
             self._measured = output
 
+    @property
+    def has_output(self) -> bool:
+        """Whether the prompt has been computed."""
+        return self._measured is not None
+
     def usage(self) -> Usage:
         leg, output = self.request.leg, self._measured or EngineOutput(0, ())
         cached_tokens = output.cached_tokens
@@ -178,6 +183,8 @@ class WorkerServer:
         self._running: dict[Connection, dict[StreamId, _RunningRequest]] = {}
         self._requests: set[RequestId] = set()
         self._handed_over = HandedOver(self._give_up, call_later)
+        self.prompt_tokens = self.completion_tokens = 0
+        """Of requests that have ended well or were cancelled: what gateways were told, and count for their keys."""
         self._is_draining = False
         self._has_ended = asyncio.Event()
         """Set by each request's end."""
@@ -250,6 +257,7 @@ class WorkerServer:
         """The last word on it is what it has used: the gateway has not heard of tokens that are under way."""
         running = self._abort(connection, stream)
         if running is not None:
+            self._add_up(running)
             connection.post(Done(stream, FinishReason.ABORT, running.usage()))
 
     def _abort(self, connection: Connection, stream: StreamId) -> _RunningRequest | None:
@@ -402,6 +410,7 @@ class WorkerServer:
 
     def _hand_over(self, running: _RunningRequest, ticket: Ticket, *, is_emitting: bool) -> None:
         usage = running.usage()
+        self._add_up(running, is_answer=False)
         payload, tokens = (running.held_payload, running.held_tokens) if is_emitting else (b"", [])
         ticket = msgspec.structs.replace(ticket, cached_tokens=usage.cached_tokens)
         self._end(running)
@@ -417,6 +426,7 @@ class WorkerServer:
         if not is_engine_done or running.request.sampling.n > 1:
             self._engine.abort(running.request.request)
         usage = running.usage()
+        self._add_up(running)
         payload += running.formatter.finish(usage)
         running.connection.post(Done(running.request.stream, finish, usage, payload, tokens))
         self._count(running, usage, finish)
@@ -452,6 +462,13 @@ class WorkerServer:
         kind = FailureKind.REJECTED if running.state is _State.QUEUED else FailureKind.INTERRUPTED
         message = f"not finished {running.request.timeout_s:g} s after it arrived here"
         self._fail(running, kind, "deadline_exceeded", message)
+
+    def _add_up(self, running: _RunningRequest, *, is_answer: bool = True) -> None:
+        """A prompt counts where it was computed, an answer's tokens where it ended."""
+        if running.has_output and not isinstance(running.request.leg, DecodeLeg):
+            self.prompt_tokens += running.prompt_tokens
+        if is_answer:
+            self.completion_tokens += running.formatter.completion_tokens
 
     def _end(self, running: _RunningRequest) -> None:
         """Forget the request: from here on nothing reaches it."""

@@ -87,6 +87,14 @@ DETAILS: Final[dict[tuple[str, str], RouteDetails]] = {
             ("order", {"type": "string", "enum": ["asc", "desc"]}),
         ),
     ),
+    ("GET", "/v1/usage"): RouteDetails(
+        query=(
+            ("start", {"type": "string", "format": "date"}),
+            ("end", {"type": "string", "format": "date"}),
+            ("format", {"type": "string", "enum": ["csv", "json"]}),
+            ("key", {"type": "string"}),
+        ),
+    ),
     ("GET", "/live"): _OPEN,
     ("GET", "/health"): _OPEN,
     ("GET", "/console"): RouteDetails(is_open=True, media_type="text/html"),

@@ -27,7 +27,7 @@ from app.serving.worker_stream import WorkerStream
 from planes.streams.client import WorkerConnection, WorkerUnreachable
 from planes.wire.blocks import Tokens
 from planes.wire.errors import HeadraceError
-from planes.wire.frames import Generate, Usage
+from planes.wire.frames import Done, Generate
 from planes.wire.messages import RequestId, WorkerId
 from router.timeline import Timeline
 
@@ -145,7 +145,7 @@ class _Serving(ExchangeDriver):
         self._tasks = tasks
         self._legs: dict[LegId, WorkerStream | asyncio.Task[None]] = {}
         self._spent = self._rest_tokens = 0
-        self._is_prompt_spent = self._is_closed = False
+        self._is_prompt_spent = self._is_rest_prompt = self._is_closed = False
         self._deadline = loop.call_at(request.deadline, self.receive, on.Deadline())
         self._call_later = loop.call_later
         self._keepalive: asyncio.TimerHandle | None = None
@@ -209,7 +209,7 @@ class _Serving(ExchangeDriver):
         if request.meter is None:
             return
         completion_tokens = len(exchange.tokens) + self._rest_tokens
-        is_computed = completion_tokens > 0 or exchange.first_at is not None
+        is_computed = completion_tokens > 0 or self._is_rest_prompt or exchange.first_at is not None
         is_computed = is_computed or any(attempt.prefilled_at is not None for attempt in exchange.attempts)
         is_news = is_computed and not self._is_prompt_spent
         prompt_tokens, more = len(request.prompt) if is_news else 0, completion_tokens - self._spent
@@ -217,9 +217,12 @@ class _Serving(ExchangeDriver):
         if prompt_tokens or more:
             request.meter.spent(prompt_tokens=prompt_tokens, completion_tokens=more)
 
-    def _rested(self, usage: Usage) -> None:
+    def _rested(self, done: Done) -> None:
         """What a worker had computed when it heard that nobody waits any more; the last of it was still under way."""
-        self._rest_tokens = max(0, usage.completion_tokens - len(self.exchange.tokens))
+        if done.ticket is not None:
+            self._is_rest_prompt = True  # its one token is the decode worker's to say
+        else:
+            self._rest_tokens = max(0, done.usage.completion_tokens - len(self.exchange.tokens))
         if self._is_closed:
             self._tell_spent()
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from app.serving import events as on
 from app.serving.errors import leg_error
 from planes.streams.client import WorkerConnection, WorkerLost
-from planes.wire.frames import Done, Failed, Generate, PrefillLeg, StreamId, Usage
+from planes.wire.frames import Done, Failed, Generate, PrefillLeg, StreamId
 
 
 class WorkerStream:
@@ -50,13 +50,13 @@ class WorkerStream:
         self._is_silent = isinstance(request.leg, PrefillLeg)
         self._stream = self._connection.start(request, self)
 
-    def cancel(self, on_rest: Callable[[Usage], None] | None = None) -> None:
+    def cancel(self, on_rest: Callable[[Done], None] | None = None) -> None:
         """Nobody listens any more. Nothing happens if it has ended.
 
-        on_rest: told what the worker has computed, if it answers once it has heard of that; not of a prefill leg.
+        on_rest: told the worker's last word, if it has one once it has heard of that.
         """
         if self._stream is not None:
-            self._connection.cancel(self._stream, None if self._is_silent else on_rest)
+            self._connection.cancel(self._stream, on_rest)
 
     def on_delta(self, payload: bytes, tokens: list[int]) -> None:
         # Runs once per token and request: whatever can wait for the end does.

@@ -26,7 +26,6 @@ from planes.wire.frames import (
     Release,
     Step,
     StreamId,
-    Usage,
 )
 from planes.wire.messages import Registration, RequestId, WorkerId
 
@@ -81,7 +80,7 @@ class WorkerConnection(Peer):
         self._epoch = epoch
         self._decode = msgspec.msgpack.Decoder(FromWorker).decode
         self._sinks: dict[StreamId, Sink] = {}
-        self._rests: dict[StreamId, Callable[[Usage], None]] = {}
+        self._rests: dict[StreamId, Callable[[Done], None]] = {}
         """Who waits for the last word on a cancelled stream."""
         self._posted: list[bytes] = []
         self._next_stream = 1
@@ -152,10 +151,10 @@ class WorkerConnection(Peer):
         self._sinks[stream] = sink
         return stream
 
-    def cancel(self, stream: StreamId, on_rest: Callable[[Usage], None] | None = None) -> None:
+    def cancel(self, stream: StreamId, on_rest: Callable[[Done], None] | None = None) -> None:
         """The sink hears nothing more. Streams that have ended are ignored.
 
-        on_rest: called with what the worker has computed for it in all, if it says so; older ones do not.
+        on_rest: called with the worker's last word, what it has used in all, if it says so; older ones do not.
         """
         if self._sinks.pop(stream, None) is None:
             return
@@ -224,14 +223,7 @@ class WorkerConnection(Peer):
                     self.cancel(delta.stream)
                     self._defective(sink)
         for done in step.done:
-            sink = sinks.pop(done.stream, None)
-            if sink is not None:
-                try:
-                    sink.on_done(done)
-                except Exception:  # noqa: BLE001 - logged there
-                    self._defective(sink)
-            elif self._rests and (on_rest := self._rests.pop(done.stream, None)) is not None:
-                on_rest(done.usage)
+            self._done(done)
         for failed in step.failed:
             sink = sinks.pop(failed.stream, None)
             if sink is not None:
@@ -239,6 +231,17 @@ class WorkerConnection(Peer):
                     sink.on_failed(failed)
                 except Exception:  # noqa: BLE001 - logged there
                     self._defective(sink)
+
+    def _done(self, done: Done) -> None:
+        sink = self._sinks.pop(done.stream, None)
+        if sink is None:
+            if self._rests and (on_rest := self._rests.pop(done.stream, None)) is not None:
+                on_rest(done)
+            return
+        try:
+            sink.on_done(done)
+        except Exception:  # noqa: BLE001 - logged there
+            self._defective(sink)
 
     def _defective(self, sink: Sink) -> None:
         """A defect of ours in one request's path: to be called while it is handled. The other requests go on."""

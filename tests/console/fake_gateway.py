@@ -20,6 +20,8 @@ from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, routing_setup
 from app.gateway import Gateway
 from app.http.body import BodyMemory
+from app.keys.ledger import Ledger
+from app.keys.usage import UsageBook
 from app.main import _uvicorn_config, create_app, streams_first
 from app.metrics import Metrics
 from app.prompt.catalog import Models
@@ -34,7 +36,7 @@ from planes.wire.messages import LoadReport, RequestId, Role, StepSample, Worker
 from router.request import Explanation
 from router.router import Router
 from router.timeline import Stage, StageKind, Timeline
-from tests.fakes import FakeValues, registration
+from tests.fakes import FakeEntries, FakeValues, registration
 
 NAMES = ("llama-3.1-70b", "qwen3-8b")
 
@@ -91,6 +93,8 @@ def make_gateway(folder: Path, keys: ApiKeys | None = None) -> Gateway:
     return Gateway(
         settings=settings,
         keys=keys or ApiKeys(),
+        ledger=Ledger(FakeEntries(), gateway="g", wall_clock=time.time),
+        usage=UsageBook(FakeEntries(), gateway="g", wall_clock=time.time),
         models=models,
         preprocessor=Preprocessor(),
         bodies=BodyMemory(1 << 20),

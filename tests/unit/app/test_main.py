@@ -18,6 +18,7 @@ from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, routi
 from app.gateway import Gateway
 from app.http.body import BodyMemory
 from app.keys.ledger import Ledger
+from app.keys.usage import UsageBook
 from app.main import _log_start, _uvicorn_config, create_app, streams_first
 from app.metrics import Metrics, router_gauges
 from app.prompt.catalog import Models
@@ -90,6 +91,7 @@ async def gateway(settings, tmp_path):
         settings=settings,
         keys=ApiKeys(),
         ledger=Ledger(Entries(Etcd(settings.etcd), "n", "budgets"), gateway="g", wall_clock=time.time),
+        usage=UsageBook(Entries(Etcd(settings.etcd), "n", "usage"), gateway="g", wall_clock=time.time),
         models=models,
         preprocessor=preprocessor,
         bodies=BodyMemory(1 << 20),

@@ -851,7 +851,7 @@ async def test_a_cancelled_stream_counts_what_its_worker_had_computed(scene):
     sink.on_delta(b"b", [2])
     await cancelled(scene)
     assert meter.told == [(20, 2)]
-    scene.workers.connections["d0"].on_rest(Usage(20, 5, 0))
+    scene.workers.connections["d0"].on_rest(done(usage=Usage(20, 5, 0)))
     assert meter.told == [(20, 2), (0, 3)]
 
 
@@ -859,9 +859,9 @@ async def test_a_prompt_counts_when_it_has_been_computed(scene):
     meter = await metered(scene, (None, "d0"))
     await cancelled(scene)
     assert meter.told == []
-    scene.workers.connections["d0"].on_rest(Usage(20, 0, 0))
+    scene.workers.connections["d0"].on_rest(done(usage=Usage(20, 0, 0)))
     assert meter.told == []
-    scene.workers.connections["d0"].on_rest(Usage(20, 1, 0))
+    scene.workers.connections["d0"].on_rest(done(usage=Usage(20, 1, 0)))
     assert meter.told == [(20, 1)], "its first token was under way"
 
 
@@ -871,6 +871,13 @@ async def test_a_prompt_that_was_handed_over_counts_though_nothing_was_decoded(s
     sink.on_done(done(ticket=TICKET))
     await settle()
     await cancelled(scene)
+    assert meter.told == [(20, 0)]
+
+
+async def test_a_prompt_whose_ticket_crosses_the_cancellation_counts(scene):
+    meter = await metered(scene, ("p0", "d0"))
+    await cancelled(scene)
+    scene.workers.connections["p0"].on_rest(done(ticket=TICKET, tokens=[1]))
     assert meter.told == [(20, 0)]
 
 

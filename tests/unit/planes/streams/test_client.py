@@ -117,7 +117,7 @@ async def test_the_last_word_on_a_cancelled_stream_is_for_whoever_asked_for_it(w
     connection.cancel(stream, told.append)
     connection.data_received(frame(Step([Delta(stream, b"b", [5])], [DONE])))
     connection.data_received(frame(Step([], [DONE])))
-    assert (told, sink.news) == ([DONE.usage], [])
+    assert (told, sink.news) == ([DONE], [])
     connection.cancel(stream, told.append)
     assert len(told) == 1, "it had ended"
 
