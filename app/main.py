@@ -10,8 +10,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from importlib.metadata import version
+from typing import Any
 
 import structlog
 import uvicorn
@@ -24,6 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.auth import ApiKeys, is_open_to_others
 from app.console.live import Live
 from app.console.routes import console_routes
+from app.fleet.autorole import OFFICE, Autorole
 from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, RoutingSetup, routing_setup
 from app.gateway import Gateway, Tracer
@@ -59,6 +61,7 @@ from app.serving.relay import Relay
 from app.serving.retries import ExchangeLimits
 from app.settings import GatewaySettings
 from planes.control import Etcd, WorkerDirectory, watch_config
+from planes.election import Candidate
 from planes.entries import Entries
 from planes.events import EventPlane
 from planes.keyed import KeyedStore
@@ -71,6 +74,7 @@ from planes.wire.messages import Registration, RequestId
 from planes.work_queue import PrefillQueue
 from process.exposure import refuse_open_gateway
 from process.logging import LineWriter, configure
+from router.roles import RoleGoals, RolePlanner
 from router.router import Router
 
 _log = structlog.get_logger()
@@ -182,6 +186,9 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         )
         metrics.watch(recorder.gauges)
     tracer = _tracer(settings, clock)
+    autorole = _autorole(settings, router, fleet) if settings.autorole else None
+    if autorole is not None:
+        metrics.watch(autorole.gauges)
     relay = Relay(
         dispatcher,
         fleet,
@@ -228,6 +235,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         recorder=recorder,
         tracer=tracer,
         live=live,
+        autorole=autorole,
         responses=responses,
         background=background,
         metrics=metrics,
@@ -270,12 +278,6 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
     events = EventPlane(settings.nats, settings.namespace, security=settings.nats_security, name="gateway")
     gateway = create_gateway(settings, events)
     fleet = gateway.fleet
-    directory = WorkerDirectory(
-        Etcd(settings.etcd, security=settings.etcd_security),
-        settings.namespace,
-        on_up=fleet.worker_up,
-        on_down=fleet.worker_down,
-    )
     await events.subscribe_kv(fleet.kv_changed)
     await events.subscribe_load(fleet.load_reported)
     server = _Server(_uvicorn_config(settings, streams_first(create_app(gateway)), gateway.metrics), gateway.live)
@@ -288,30 +290,8 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
         loop.add_signal_handler(signal.SIGHUP, _reload_keys, gateway.keys)
     try:
         async with asyncio.TaskGroup() as tasks:
-            forever = [
-                tasks.create_task(events.run()),
-                tasks.create_task(directory.run()),
-                tasks.create_task(
-                    watch_config(
-                        Etcd(settings.etcd, security=settings.etcd_security),
-                        settings.namespace,
-                        gateway.routing_config.take,
-                    )
-                ),
-                tasks.create_task(fleet.run()),
-                tasks.create_task(_watch_loop(gateway.metrics)),
-            ]
+            forever = [tasks.create_task(work) for work in _lasting(settings, gateway, events)]
             background = tasks.create_task(gateway.background.run())
-            if gateway.prefills is not None:
-                forever.append(tasks.create_task(gateway.prefills.run()))
-            if (stored := gateway.keys.stored) is not None:
-                followed = Entries(Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, KEYS)
-                forever.append(tasks.create_task(followed.watch(stored.take, stored.listed)))
-            if not gateway.keys.is_open:
-                forever.append(tasks.create_task(gateway.ledger.run()))
-                forever.append(tasks.create_task(gateway.usage.run()))
-            if gateway.recorder is not None:
-                forever.append(tasks.create_task(gateway.recorder.run()))
             host, port = listener.getsockname()[:2]
             if fallback := gateway.router.stats(now=gateway.clock()).index_fallback:
                 _log.warning("index.pure_python", reason=fallback)
@@ -331,6 +311,25 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
         if gateway.tracer is not None:
             await asyncio.to_thread(gateway.tracer.close)
     _log.info("gateway.stopped")
+
+
+def _lasting(settings: GatewaySettings, gateway: Gateway, events: EventPlane) -> list[Coroutine[Any, Any, None]]:
+    """What a gateway does for as long as it serves."""
+    fleet, etcd = gateway.fleet, Etcd(settings.etcd, security=settings.etcd_security)
+    directory = WorkerDirectory(etcd, settings.namespace, on_up=fleet.worker_up, on_down=fleet.worker_down)
+    lasting = [
+        events.run(),
+        directory.run(),
+        watch_config(etcd, settings.namespace, gateway.routing_config.take),
+        fleet.run(),
+        _watch_loop(gateway.metrics),
+    ]
+    if (stored := gateway.keys.stored) is not None:
+        lasting.append(Entries(etcd, settings.namespace, KEYS).watch(stored.take, stored.listed))
+    if not gateway.keys.is_open:
+        lasting += [gateway.ledger.run(), gateway.usage.run()]
+    lasting += [each.run() for each in (gateway.prefills, gateway.recorder, gateway.autorole) if each is not None]
+    return lasting
 
 
 def _log_start(settings: GatewaySettings, host: str, port: int) -> None:
@@ -400,6 +399,26 @@ def _tracer(settings: GatewaySettings, clock: Clock) -> Tracer | None:
         clock=clock,
         wall_clock=time.time,
         rng=random.Random(),
+    )
+
+
+def _autorole(settings: GatewaySettings, router: Router, fleet: WorkerConnections) -> Autorole:
+    goals = RoleGoals(
+        window_s=settings.autorole_window_s,
+        horizon_s=settings.autorole_horizon_s,
+        min_prefill=settings.autorole_min_prefill,
+        min_decode=settings.autorole_min_decode,
+    )
+    name = secrets.token_hex(8)
+    return Autorole(
+        RolePlanner(goals),
+        Candidate(Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, OFFICE, name),
+        router,
+        fleet.registrations,
+        namespace=settings.namespace,
+        gateway=name,
+        clock=asyncio.get_running_loop().time,
+        wall_clock=time.time,
     )
 
 

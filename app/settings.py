@@ -126,6 +126,26 @@ class GatewaySettings(ProcessSettings):
         float,
         Parameter(help="Share of requests that are traced, 0 to 1; a client that sends traceparent decides itself."),
     ] = 1.0
+    autorole: Annotated[
+        bool,
+        Parameter(
+            help="Let one of the gateways with this flag change running workers' roles as the load changes (ADR 34). "
+            "Give it to all of them.",
+            negative="",
+        ),
+    ] = False
+    autorole_window_s: Annotated[
+        float, Parameter(help="How much load --autorole looks at for each decision, in seconds.")
+    ] = 60.0
+    autorole_horizon_s: Annotated[
+        float, Parameter(help="Within which a change by --autorole must pay, in seconds.")
+    ] = 600.0
+    autorole_min_prefill: Annotated[
+        int, Parameter(help="Of each model, so many workers take prompts of others; --autorole keeps to it.")
+    ] = 1
+    autorole_min_decode: Annotated[
+        int, Parameter(help="Of each model, so many workers decode; --autorole keeps to it.")
+    ] = 1
     cache_dir: Annotated[
         Path | None,
         Parameter(
@@ -147,6 +167,8 @@ class GatewaySettings(ProcessSettings):
             "response_store_bytes",
             "record_file_bytes",
             "record_files",
+            "autorole_min_prefill",
+            "autorole_min_decode",
         ):
             if getattr(self, name) < 1:
                 raise UnusableSetting(name, getattr(self, name), "it must be 1 or more")
@@ -158,6 +180,8 @@ class GatewaySettings(ProcessSettings):
             "slo_ttft_s",
             "slo_itl_ms",
             "response_ttl_s",
+            "autorole_window_s",
+            "autorole_horizon_s",
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -206,7 +206,7 @@ class Registrar:
     async def _stay_registered(self, client: Any, healthy: Callable[[], None]) -> None:
         while True:
             self._changed.clear()
-            if self._lease is not None and not await _renew(client, self._lease):
+            if self._lease is not None and not await renewed(client, self._lease):
                 _log.warning("lease.expired", ttl_s=self._ttl_s)
                 self._lease = None
             if self._lease is None:
@@ -494,7 +494,7 @@ def _readable(value: bytes) -> Registration | None:
         return None
 
 
-async def _renew(client: Any, lease: int) -> bool:
+async def renewed(client: Any, lease: int) -> bool:
     """Whether the lease lives on, for its whole time."""
     reply = await client.refresh_lease(lease)
     return reply is not None and reply.TTL > 0

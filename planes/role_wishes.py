@@ -11,6 +11,7 @@ import msgspec
 import structlog
 
 from planes.control import Etcd, watch_keys
+from planes.election import Candidate
 from planes.wire.messages import RoleWish, WorkerId
 from planes.wire.names import check_namespace
 
@@ -25,6 +26,22 @@ async def put_role_wish(etcd: Etcd, namespace: str, worker: WorkerId, wish: Role
     async with etcd.session() as client:
         lease = await client.lease(_TTL_S)
         await client.put(_prefix(namespace) + worker.encode(), msgspec.json.encode(wish), lease)
+
+
+async def put_holders_wish(candidate: Candidate, namespace: str, worker: WorkerId, wish: RoleWish) -> None:
+    """The same, as the holder of an office: no wish by hand that stands for this life of the worker is replaced.
+
+    Raises:  OfficeLost, ControlPlaneUnavailable.
+    """
+
+    def may(standing: bytes | None) -> bool:
+        try:
+            found = None if standing is None else msgspec.json.decode(standing, type=RoleWish)
+        except msgspec.DecodeError:
+            return True
+        return found is None or found.epoch != wish.epoch or not found.is_pin
+
+    await candidate.act(_prefix(namespace) + worker.encode(), msgspec.json.encode(wish), ttl_s=_TTL_S, may=may)
 
 
 async def watch_role_wishes(

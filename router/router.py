@@ -27,6 +27,7 @@ from router.errors import DeadlineExceeded, DuplicateRequest, QueueFull, SloMiss
 from router.fairness import ServiceMeter
 from router.fleet import Fleet
 from router.late_binding import LateBinding, Walk
+from router.load import LoadMeter, ModelLoad
 from router.policies.headrace import Headrace
 from router.policy import FleetView, Policy
 from router.queue import Queue, Waiting
@@ -84,13 +85,15 @@ class Router:
         self._queue = Queue(self._settings)
         self._late_binding = LateBinding(self._fleet, self._queue)
         self._fleet_version = -1
-        self._bound: dict[RequestId, tuple[Reservation, Candidate]] = {}
+        self._bound: dict[RequestId, tuple[Reservation, Candidate, RoutableRequest, float]] = {}
+        """With what was asked for, and when."""
         self._history = History(self._settings.history)
         self._counts = Counts()
         self._length_shares: dict[str, float] = {}
         self._bind_rate = BindRate()
         self._service = ServiceMeter()
         self._asked: _Asked | None = None
+        self._meter = LoadMeter()
 
     def configure(self, settings: RouterSettings, policy: Policy, *, shadow: Policy | None = None) -> None:
         """Change settings and policies. Waiting requests stay, and are decided anew at the next `dispatch`."""
@@ -148,7 +151,11 @@ class Router:
         except Rejected as exc:
             self._refused(explanation, exc)
             self._history.add(explanation)
+            if isinstance(exc, QueueFull | SloMissed):
+                self._meter.arrived(request)
+                self._meter.refused(request)
             raise
+        self._meter.arrived(request)
         uncached, seconds = self._late_binding.shortest(request)
         self._queue.add(request, uncached, seconds, explanation, now=now)
         self._service.asks(
@@ -262,7 +269,8 @@ class Router:
     def _bind(self, waiting: Waiting, decision: Decision, view: FleetView, now: float) -> Route:
         request, chosen = waiting.request, decision.chosen
         self._queue.serve(waiting)
-        self._bound[request.request] = self._fleet.reserve(request, chosen, now), chosen
+        reservation = self._fleet.reserve(request, chosen, now)
+        self._bound[request.request] = reservation, chosen, request, waiting.submitted_at
         self._bind_rate.add(now)
         self._counts.decisions[self._policy_name] += 1
         self._counts.local += chosen.prefill is None
@@ -294,6 +302,7 @@ class Router:
         self._queue.remove(waiting)
         self._service.gave_up(waiting.request.request, now=now)
         self._refused(waiting.explanation, error)
+        self._meter.refused(waiting.request)
         return Refusal(waiting.request.request, error)
 
     def _refused(self, explanation: Explanation, error: Rejected | Expired) -> None:
@@ -344,7 +353,7 @@ class Router:
 
     def release(self, request: RequestId, observed: Observed, *, now: float) -> None:
         """Give back the reservation of a bound request, exactly once, and learn from it. Raises KeyError if unbound."""
-        reservation, predicted = self._bound.pop(request)
+        reservation, predicted, asked, submitted_at = self._bound.pop(request)
         self._fleet.release(reservation, observed.completion_tokens, now)
         if observed.outcome is Outcome.FINISHED:
             self._service.served(request, now=now)
@@ -356,6 +365,7 @@ class Router:
         if observed.outcome is Outcome.FINISHED and observed.completion_tokens > 0:
             model = reservation.decoding.registration.model
             self._learn_length(model, observed.completion_tokens / max(1, reservation.expected_tokens))
+        self._meter.released(asked, observed, submitted_at=submitted_at, bound_at=reservation.bound_at, now=now)
         explanation = self._history.get(request)
         if explanation is not None:
             explanation.observed = observed
@@ -383,6 +393,10 @@ class Router:
     def recent(self, tenant: str | None, limit: int) -> list[Explanation]:
         """The last requests that have ended, the latest first.  tenant: whose; None: everybody's."""
         return self._history.ended(tenant, limit)
+
+    def loads(self) -> dict[str, ModelLoad]:
+        """What has been asked for and served, per model, since the start."""
+        return self._meter.read()
 
     def preview(self, request: RoutableRequest, *, now: float) -> Explanation:
         """What would be decided now. Changes nothing: it is a copy of the policy that is asked."""

@@ -11,6 +11,8 @@ have in common and ends with what the new one adds:
 | another one meanwhile                        | as above, from its role | the drain begins anew                      |
 | of another epoch, or not what its engine can | (nothing changes)       |                                            |
 
+A role that was wished for by hand is registered as pinned, and `--autorole` leaves it alone.
+
 While it drains nothing is routed here but what both roles do. What is sent here all the same is taken until etcd has
 been told and a moment has passed, for gateways to hear of it; then it is refused, and served elsewhere
 (`role_changed`), so that what there is to end only becomes less. While etcd is away nothing is given up. KV caches that
@@ -95,6 +97,7 @@ class RoleKeeper:
             _log.warning("role.refused", worker=own.worker, role=wish.role, reason=refusal)
             return
         self._wish = wish
+        self.registration = msgspec.structs.replace(own, is_pinned=wish.is_pin)
         self._has_come.set()
 
     async def run(self) -> None:

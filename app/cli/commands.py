@@ -74,7 +74,12 @@ _Changes = Annotated[
 ]
 _WorkerName = Annotated[str, Parameter(show_env_var=False, help="Its name in the fleet: headrace fleet.")]
 _RequestId = Annotated[str, Parameter(show_env_var=False, help="As `x-request-id` of its answer said.")]
-_Role = Annotated[Literal["prefill", "decode", "both"], Parameter(show_env_var=False, help="What it shall be.")]
+_Role = Annotated[
+    Literal["prefill", "decode", "both", "auto"],
+    Parameter(
+        show_env_var=False, help="What it shall be; auto: what --autorole makes of it, which nothing else undoes."
+    ),
+]
 _Tenant = Annotated[str, Parameter(show_env_var=False, help="Whose it is: the name in metrics, shares and usage.")]
 _KeyId = Annotated[str, Parameter(show_env_var=False, help="Its id, which is no secret: headrace keys list.")]
 _DataDir = Annotated[Path | None, Parameter(help="Where its data lives. Default: a new temporary folder.")]
@@ -167,11 +172,12 @@ def config(*changes: _Changes, settings: Annotated[ConfigSettings | None, _FLAGS
 def role(worker: _WorkerName, role: _Role, /, *, settings: Annotated[RoleSettings | None, _FLAGS] = None) -> int:
     """Change the role of a running worker: headrace role decode-2 prefill
 
-    It ends what it will not do any more first. Exit status 1: it has not become that within --wait-s.
+    It ends what it will not do any more first. Exit status 1: it has not become that within --wait-s. --autorole leaves
+    it alone from then on; headrace role decode-2 auto gives it back.
     """
     settings = settings or RoleSettings()
     _tell_strangers(*_EVERYTHING)
-    is_changed, told = asyncio.run(change_role(WorkerId(worker), Role(role), settings))
+    is_changed, told = asyncio.run(change_role(WorkerId(worker), None if role == "auto" else Role(role), settings))
     print(told)
     return 0 if is_changed else 1
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
+import msgspec
 from cyclopts import Parameter
 from rich import box
 from rich.console import Console, Group
@@ -16,8 +17,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from app.fleet.autorole import OFFICE, DecidedRoles
 from app.fleet.split import splits_of
-from planes.control import Etcd, WorkerDirectory
+from planes.control import Etcd, WorkerDirectory, watch_keys
+from planes.election import office_key
 from planes.events import EventPlane
 from planes.role_wishes import watch_role_wishes
 from planes.wire.errors import HeadraceError, UnusableSetting
@@ -63,6 +66,7 @@ class FleetTable:
         self.registrations: dict[WorkerId, Registration] = {}
         self.reports: dict[WorkerId, LoadReport] = {}
         self.wishes: dict[WorkerId, RoleWish] = {}
+        self.decided: DecidedRoles | None = None
 
     def up(self, registration: Registration) -> None:
         self.registrations[registration.worker] = registration
@@ -80,13 +84,21 @@ class FleetTable:
         if wish is not None:
             self.wishes[worker] = wish
 
+    def autorole(self, _: bytes, value: bytes | None) -> None:
+        """What `--autorole` has decided last; what this version cannot read is left out."""
+        try:
+            self.decided = None if value is None else msgspec.json.decode(value, type=DecidedRoles)
+        except msgspec.DecodeError:
+            self.decided = None
+
     def role(self, entry: Registration) -> str:
-        """What it is, what it becomes, and what it was asked to be and has not answered."""
+        """What it is, what it becomes, what it was asked to be and has not answered; pinned: by hand."""
+        pinned = ", pinned" if entry.is_pinned else ""
         if entry.becoming is not None:
-            return f"{entry.role} → {entry.becoming}"
+            return f"{entry.role} → {entry.becoming}{pinned}"
         wish = self.wishes.get(entry.worker)
         is_open = wish is not None and wish.epoch == entry.epoch and wish.role is not entry.role
-        return f"{entry.role} (asked: {wish.role})" if wish is not None and is_open else str(entry.role)
+        return f"{entry.role} (asked: {wish.role})" if wish is not None and is_open else f"{entry.role}{pinned}"
 
     def table(self, namespace: str) -> Table:
         title = f"fleet {namespace!r}: {len(self.registrations)} workers"
@@ -108,25 +120,25 @@ class FleetTable:
         return table
 
     def shown(self, namespace: str) -> Group:
-        """The table, and below it where its workers disagree."""
+        """The table, and below it where its workers disagree, and what `--autorole` has decided last."""
         warnings = [Text(printable(f"warning: {reason}")) for reason in splits_of(self.registrations.values()).values()]
-        return Group(self.table(namespace), *warnings)
+        decided = [] if self.decided is None else self.decided.decisions
+        roles = [Text(printable(f"autorole, {each.model}: {each.code}: {each.reason}")) for each in decided]
+        return Group(self.table(namespace), *warnings, *roles)
 
 
 async def show(settings: FleetTableSettings) -> int:
     """Returns the exit status.  Raises:  NoAnswer if etcd does not answer in time."""
     configure("error")
     fleet = FleetTable()
-    directory = WorkerDirectory(
-        Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, on_up=fleet.up, on_down=fleet.down
-    )
+    etcd = Etcd(settings.etcd, security=settings.etcd_security)
+    directory = WorkerDirectory(etcd, settings.namespace, on_up=fleet.up, on_down=fleet.down)
     events = EventPlane(settings.nats, settings.namespace, security=settings.nats_security)
     await events.subscribe_load(fleet.reported)
     async with asyncio.TaskGroup() as group:
-        wishes = watch_role_wishes(
-            Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, fleet.wished
-        )
-        tasks = [group.create_task(work) for work in (directory.run(), events.run(), wishes)]
+        wishes = watch_role_wishes(etcd, settings.namespace, fleet.wished)
+        decided = watch_keys(etcd, "autorole", office_key(settings.namespace, OFFICE), fleet.autorole)
+        tasks = [group.create_task(work) for work in (directory.run(), events.run(), wishes, decided)]
         is_known = await _within(settings.timeout_s, lambda: directory.is_current)
         if is_known:
             await _within(_REPORT_WAIT_S, lambda: len(fleet.reports) == len(fleet.registrations))

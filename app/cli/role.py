@@ -1,4 +1,8 @@
-"""`headrace role`: asks a running worker to change its role (`workers/role.py`), and waits until it has."""
+"""`headrace role`: asks a running worker to change its role (`workers/role.py`), and waits until it has.
+
+What is asked for by hand is pinned: `--autorole` leaves that worker alone for as long as it lives, or until
+`headrace role WORKER auto`.
+"""
 
 import asyncio
 import time
@@ -46,25 +50,28 @@ class RoleSettings(EtcdSettings):
                 raise UnusableSetting(name, value, "it must be 0 to 1000000 seconds")
 
 
-async def change_role(worker: WorkerId, role: Role, settings: RoleSettings) -> tuple[bool, str]:
-    """Ask the worker, and wait for its answer.
+async def change_role(worker: WorkerId, role: Role | None, settings: RoleSettings) -> tuple[bool, str]:
+    """Ask the worker, and wait for its answer. role: None leaves it as it is, for `--autorole` to change.
 
     Returns:  whether it has the role now, and a sentence.  Raises:  RoleRefused; ControlPlaneUnavailable.
     """
     etcd, namespace = Etcd(settings.etcd, security=settings.etcd_security), settings.namespace
     workers = await get_workers(etcd, namespace)
     before = checked(workers, worker, role, is_forced=settings.force)
-    await put_role_wish(etcd, namespace, worker, RoleWish(before.epoch, role, settings.migrate_after_s))
+    wanted = role or before.becoming or before.role
+    wish = RoleWish(before.epoch, wanted, settings.migrate_after_s, is_pin=role is not None)
+    await put_role_wish(etcd, namespace, worker, wish)
     deadline = time.monotonic() + settings.wait_s
     while True:
-        is_changed, told = progress(before, (await get_workers(etcd, namespace)).get(worker), role)
+        now = (await get_workers(etcd, namespace)).get(worker)
+        is_changed, told = progress(before, now, wanted) if role is not None else given_back(before, now)
         if is_changed or time.monotonic() >= deadline:
             return is_changed, told
         await asyncio.sleep(_POLL_S)
 
 
 def checked(
-    workers: Mapping[WorkerId, Registration], worker: WorkerId, role: Role, *, is_forced: bool = False
+    workers: Mapping[WorkerId, Registration], worker: WorkerId, role: Role | None, *, is_forced: bool = False
 ) -> Registration:
     """The worker as it is registered.  Raises:  RoleRefused if it cannot take the role, or nobody else would decode."""
     own = workers.get(worker)
@@ -73,6 +80,8 @@ def checked(
         raise RoleRefused(f"no worker {worker[:64]!r} is registered; there are: {known}")
     if own.state is not WorkerState.READY:
         raise RoleRefused(f"worker {worker} is {own.state}: it stops")
+    if role is None:
+        return own
     if role not in (*own.roles, own.role):
         raise RoleRefused(
             f"worker {worker} cannot become {role}: its {own.engine} engine was started as {own.role} and can be "
@@ -98,3 +107,13 @@ def progress(before: Registration, now: Registration | None, role: Role) -> tupl
         was = "" if before.role is role else f"; it was {before.role}"
         return True, f"{worker} is {role}{was}"
     return False, f"{worker} is {now.role} and has not answered the wish to become {role}"
+
+
+def given_back(before: Registration, now: Registration | None) -> tuple[bool, str]:
+    """Whether `--autorole` may change the worker, and a sentence.  Raises:  RoleRefused if it has gone."""
+    worker = before.worker
+    if now is None or now.epoch != before.epoch:
+        raise RoleRefused(f"worker {worker} has left, or was started anew; then nobody had pinned it")
+    if now.is_pinned:
+        return False, f"{worker} has not answered the wish to let --autorole change its role"
+    return True, f"{worker} is {now.role}, and --autorole may change that"

@@ -187,6 +187,10 @@ class WorkerConnections:
             raise WorkerUnreachable(worker, "it is not registered any more")
         return member.registration
 
+    def registrations(self) -> list[Registration]:
+        """Of all workers, as they are now."""
+        return [member.registration for member in self._members.values()]
+
     def watch_joins(self, on_joined: Callable[[WorkerId], None]) -> Callable[[], None]:
         """Call `on_joined` with each worker that comes up for routing.  Returns: what ends that."""
         return self._joins.watch(on_joined)
@@ -363,5 +367,5 @@ class WorkerConnections:
 
 def _is_same_start(one: Registration, other: Registration) -> bool:
     """Whether nothing has changed but what may: what else a start says of itself stays true as long as it runs."""
-    changes = {name: getattr(other, name) for name in ("state", "role", "becoming", "is_pulling")}
+    changes = {name: getattr(other, name) for name in ("state", "role", "becoming", "is_pinned", "is_pulling")}
     return msgspec.structs.replace(one, **changes) == other

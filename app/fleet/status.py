@@ -35,6 +35,8 @@ class RegisteredWorker:
     """Why this gateway sends it nothing; empty: it does, or cannot reach it."""
     becoming: Role | None = None
     """The role that it takes as soon as it has ended what it will not do any more."""
+    is_pinned: bool = False
+    """Its role was asked for by hand: `--autorole` leaves it alone."""
 
 
 def registered_worker(
@@ -57,6 +59,7 @@ def registered_worker(
         load=None if load is None else msgspec.structs.replace(load, steps=[]),
         refused_because=refused_because,
         becoming=registration.becoming,
+        is_pinned=registration.is_pinned,
     )
 
 

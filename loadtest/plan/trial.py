@@ -25,7 +25,7 @@ from typing import Final
 
 import msgspec
 
-from loadtest.grid.capacity import alone_s, step_s
+from loadtest.grid.capacity import alone_s
 from loadtest.like import LiveFleet
 from loadtest.report import Slo, is_good, quantile
 from loadtest.simulator.records import Ending, Record, Result
@@ -33,6 +33,7 @@ from loadtest.simulator.scenario import Scenario
 from loadtest.simulator.simulation import Simulation
 from loadtest.workloads import Workload
 from planes.wire.messages import EngineFacts
+from router.demand import decode_s, prefill_s, step_s
 
 P99: Final = 0.99
 WARM_UP: Final = 0.2
@@ -283,27 +284,12 @@ def pressure(records: Sequence[Record], fleet: Fleet, scenario: Scenario, slo: S
 
 
 def _prefill_s(record: Record, facts: EngineFacts) -> float:
-    """Of its uncached tokens, steps shared with others as far as they are not full."""
-    speed, uncached = facts.latency, record.prompt_tokens - record.cached_tokens
-    part_of_step = max(uncached / facts.max_step_tokens, 1 / facts.max_batch)
-    pairs = uncached * (record.prompt_tokens - uncached / 2)
-    per_token_s = speed.prefill_per_token_s * uncached + speed.prefill_per_pair_s * pairs
-    return speed.prefill_fixed_s * part_of_step + per_token_s
+    return prefill_s(facts, record.prompt_tokens - record.cached_tokens, record.prompt_tokens)
 
 
 def _decode_s(record: Record, facts: EngineFacts, slo: Slo) -> float:
     context = record.prompt_tokens + record.completion_tokens / 2
-    batch = largest_batch(facts, context, slo)
-    return (record.completion_tokens - 1) * step_s(facts.latency, batch, batch * context) / batch
-
-
-def largest_batch(facts: EngineFacts, context: float, slo: Slo) -> int:
-    """Sequences of this context that decode together within the SLO, and fit; at least one."""
-    speed = facts.latency
-    per_sequence_s = speed.step_per_sequence_s + speed.step_per_kv_token_s * context
-    within = (slo.tpot_s - speed.step_fixed_s) / per_sequence_s if per_sequence_s else math.inf
-    held = facts.num_blocks * facts.block_size / max(1.0, context)
-    return max(1, int(min(facts.max_batch, within, held)))
+    return decode_s(facts, record.completion_tokens - 1, context, slo.tpot_s)
 
 
 @dataclass(frozen=True, slots=True)

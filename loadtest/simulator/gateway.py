@@ -107,6 +107,13 @@ class SimulatedGateway:
         self.dispatcher.changed()
         self._joins.tell(worker.id)
 
+    def worker_changed(self, registration: Registration) -> None:
+        """A worker tells of another role."""
+        connection = self._connections.get(registration.worker)
+        if connection is not None and connection.worker.epoch == registration.epoch:
+            self.router.worker_up(registration)
+            self.dispatcher.changed()
+
     def worker_lost(self, worker: SimulatedWorker, reason: str) -> None:
         """A worker was silent for too long, or has been replaced. Nothing happens if that is known already."""
         connection = self._connections.get(worker.id)

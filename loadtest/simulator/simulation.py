@@ -11,7 +11,7 @@ from loadtest.simulator.records import Ending, Gaps, Record, Result, WorkerTotal
 from loadtest.simulator.scenario import Kill, Scenario
 from loadtest.simulator.worker import SimulatedWorker
 from loadtest.workloads import Session, Workload
-from planes.wire.messages import RequestId, WorkerId
+from planes.wire.messages import RequestId, Role, WorkerId
 from router.router import Router
 from workers.publications import BUSY_REPORT_S
 
@@ -85,6 +85,17 @@ class Simulation:
                 gateway.worker_up(life)
         for life in self.lives.values():
             life.publisher.start(life.core, phases.random() * BUSY_REPORT_S)
+
+    def change_role(self, worker: WorkerId, role: Role, migrate_after_s: float) -> None:
+        """Ask a worker; gateways hear of each step."""
+        life = self.lives[worker]
+
+        def tell() -> None:
+            registration = life.registration
+            for gateway in self.gateways:
+                self.clock.call_later(self.scenario.publish_s, gateway.worker_changed, registration)
+
+        life.change_role(role, migrate_after_s, tell)
 
     def _live(self, worker: WorkerId, epoch: int) -> SimulatedWorker:
         life = self.lives[worker] = SimulatedWorker(

@@ -5,7 +5,7 @@ Legs and KV caches in and out. A life ends when it is killed; the next one is an
 
 import random
 from bisect import bisect_right
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Final
 
 from app.serving.errors import leg_error
@@ -16,18 +16,17 @@ from loadtest.simulator.leg import SimulatedLeg
 from loadtest.simulator.publisher import Listener, SimulatedPublisher
 from loadtest.simulator.records import Gaps, WorkerTotals
 from loadtest.simulator.scenario import MODEL, Scenario
+from planes.wire.errors import ROLE_CHANGED
 from planes.wire.frames import DecodeLeg, Done, Failed, FailureKind, FinishReason, PrefillLeg, StreamId, Ticket, Usage
-from planes.wire.messages import (
-    HandoverEndpoint,
-    HandoverMode,
-    Registration,
-    RequestId,
-    WorkerId,
-)
+from planes.wire.messages import HandoverEndpoint, HandoverMode, Registration, RequestId, Role, WorkerId
 from workers.sim.core import SimCore, SimOutput, SimReport
+from workers.validate import is_for
 
 _HORIZON_S: Final = 0.5
 """Longest run of steps computed as one: load reports get their samples at its end."""
+_NEWS_S: Final = 1.0
+"""As in `workers/role.py`."""
+_LOOK_AGAIN_S: Final = 0.1
 _PAYLOAD: Final = b"."
 _STREAM: Final = StreamId(0)
 
@@ -54,6 +53,9 @@ class SimulatedWorker:
         self.epoch = epoch
         self.totals = totals
         self.killed_at: float | None = None
+        self.role = totals.role
+        self.becoming: Role | None = None
+        self._takes: Role | None = totals.role
         self._scenario, self._clock, self._gaps, self._rng = scenario, clock, gaps, rng
         self._facts = scenario.facts_of(self.id)
         self._lives = lives
@@ -75,13 +77,15 @@ class SimulatedWorker:
         return Registration(
             worker=self.id,
             epoch=self.epoch,
-            role=self.totals.role,
+            role=self.role,
             model=MODEL,
             address="127.0.0.1:1",
             engine="sim",
             facts=self._facts,
             card_digest="",
             handover=endpoint,
+            roles=tuple(Role),
+            becoming=self.becoming,
         )
 
     def kill(self) -> None:
@@ -99,6 +103,34 @@ class SimulatedWorker:
                 self._clock.call_later(self._scenario.hop_s, leg.connection.note, leg, tokens)
         self._legs.clear()
 
+    # --- its role --------------------------------------------------------------------------------------------------
+
+    def change_role(self, role: Role, migrate_after_s: float, tell: Callable[[], None]) -> None:
+        """As `workers/role.py` does. tell: calls for the gateways to look again."""
+        if role in {Role.BOTH, self.role}:
+            self.role, self.becoming, self._takes = role, None, role
+        else:
+            self.becoming = role
+            self._clock.call_later(_NEWS_S, self._drain, role, self._clock.now + _NEWS_S + migrate_after_s, tell)
+        tell()
+
+    def _drain(self, role: Role, moves_at: float, tell: Callable[[], None]) -> None:
+        if self.becoming is not role or not self.is_alive:
+            return
+        self._takes = self.registration.takes
+        beyond = [leg for leg in self._legs.values() if not is_for(role, leg.kind)]
+        if beyond and self._clock.now < moves_at:
+            self._clock.call_later(_LOOK_AGAIN_S, self._drain, role, moves_at, tell)
+            return
+        for leg in beyond:
+            self._forget(leg)
+            if tokens := leg.untold():
+                self._clock.call_later(self._scenario.hop_s, leg.connection.note, leg, tokens)
+            self._fail(leg, FailureKind.INTERRUPTED, ROLE_CHANGED, f"its role becomes {role}")
+        self._advance()
+        self.role, self.becoming, self._takes = role, None, role
+        tell()
+
     # --- legs ----------------------------------------------------------------------------------------------------
 
     def start(self, leg: SimulatedLeg) -> None:
@@ -109,6 +141,9 @@ class SimulatedWorker:
         if share and self._rng.random() < share:
             self.totals.num_refused += 1
             self._fail(leg, FailureKind.REJECTED, "worker_busy", f"it refuses {share:.1%} of all legs")
+            return
+        if self._takes is None or not is_for(self._takes, leg.kind):
+            self._fail(leg, FailureKind.REJECTED, ROLE_CHANGED, f"it is {self.role} now")
             return
         if leg.num_resumed >= leg.max_tokens:  # only the end was lost
             self._done(leg, None, FinishReason.LENGTH)

@@ -67,6 +67,8 @@ class RoleWish(msgspec.Struct, frozen=True):
     role: Role
     migrate_after_s: Seconds | None = None
     """After so long what it will not do any more goes on elsewhere; None: it ends here, whatever time that takes."""
+    is_pin: bool = True
+    """Whether it shall keep this role until it is asked again by hand: `--autorole` leaves it alone."""
 
 
 class HandoverMode(StrEnum):
@@ -162,6 +164,8 @@ class Registration(msgspec.Struct, frozen=True):
     """What it can be while it runs; empty: nothing but what it is."""
     becoming: Role | None = None
     """The role that it takes as soon as it has ended what it will not do any more; None: it keeps its role."""
+    is_pinned: bool = False
+    """Its role was asked for by hand (`RoleWish.is_pin`)."""
 
     @property
     def takes_prompts(self) -> bool:

@@ -58,7 +58,7 @@ def operation_routes(gateway: Gateway) -> APIRouter:
 
     @routes.get("/v1/fleet", response_model=None)
     async def fleet(request: Request) -> Response:
-        """The workers (with keys: not where they are), models, what they disagree on; the router's view, speeds too."""
+        """The workers (with keys: not where they are), models, splits; the router's view, speeds; why roles change."""
         gateway.keys.authenticate(request.headers)
         return json_reply(
             {
@@ -69,6 +69,7 @@ def operation_routes(gateway: Gateway) -> APIRouter:
                 "router": gateway.router.workers(now=gateway.clock()),
                 "links": gateway.router.links(),
                 "routing": _routing(gateway.routing_config),
+                "autorole": None if gateway.autorole is None else gateway.autorole.told,
             }
         )
 

@@ -71,8 +71,8 @@ class World:
         puller = FakePuller(self.log) if has_queue else None
         self.keeper = RoleKeeper(own, self.server, self.registrar, puller, news_s=0.0)
 
-    async def wish(self, role, *, epoch=7, migrate_after_s=None):
-        self.keeper.wished(WorkerId("w"), RoleWish(epoch, role, migrate_after_s))
+    async def wish(self, role, *, epoch=7, migrate_after_s=None, is_pin=True):
+        self.keeper.wished(WorkerId("w"), RoleWish(epoch, role, migrate_after_s, is_pin))
         await settle()
 
     async def end(self):
@@ -196,6 +196,19 @@ async def test_the_same_wish_again_and_one_that_is_gone_change_nothing(run):
     world.keeper.wished(WorkerId("w"), None)
     await settle()
     assert world.log == log
+
+
+async def test_a_role_wished_for_by_hand_is_pinned_until_a_wish_gives_it_back(run):
+    world = run(DECODE)
+    await world.wish(PREFILL, is_pin=False)
+    assert not world.keeper.registration.is_pinned
+    world.server.prompts = 2
+    await world.wish(DECODE)
+    assert world.keeper.registration.is_pinned, "while it drains too"
+    await world.wish(DECODE, is_pin=False)
+    assert (world.is_now, world.keeper.registration.is_pinned) == ((PREFILL, DECODE), False)
+    await world.end()
+    assert (world.is_now, world.keeper.registration.is_pinned) == ((DECODE, None), False)
 
 
 async def test_what_does_not_end_in_time_is_moved_where_that_was_wished(run):

@@ -17,7 +17,6 @@ from loadtest.plan.trial import (
     Watch,
     after_warm_up,
     judged,
-    largest_batch,
     need,
     pressure,
 )
@@ -108,13 +107,6 @@ def test_a_slow_link_is_what_is_short():
     found = pressure([record(float(at), handover_blocks=2) for at in range(11)], fleet, slow, SLO)
     assert found.handover == pytest.approx(11 * 2 * 2**26 / (0.5e9 / 8) / 20)
     assert found.bottleneck == "handover link"
-
-
-def test_the_largest_batch_is_bounded_by_slo_memory_and_engine():
-    assert largest_batch(FACTS, 100, Slo(2.0, 10.0)) == 128
-    assert largest_batch(FACTS, 100_000, Slo(2.0, 10.0)) == 5
-    assert largest_batch(FACTS, 1000, Slo(2.0, 0.0087)) == 9
-    assert largest_batch(FACTS, 1000, Slo(2.0, 0.001)) == 1
 
 
 def test_a_load_twice_as_fast_needs_twice_the_workers():
