@@ -18,7 +18,7 @@ def event(text):
 
 
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":2}}\n'
-ANSWER = [event("hel"), b"\n", b": keep-alive\n", event("lo\x1b"), USAGE, b"data: [DONE]\n"]
+ANSWER = [event("hell"), b"\n", b": keep-alive\n", event("o\x1b"), USAGE, b"data: [DONE]\n"]
 
 
 class Gateway:
@@ -82,7 +82,7 @@ def test_each_question_goes_with_what_was_said_before():
 
 def test_a_failed_question_is_told_and_not_remembered():
     out = io.StringIO()
-    broken = [event("hel"), b'data: {"error":{"message":"the worker is lost"}}\n']
+    broken = [event("hell"), b'data: {"error":{"message":"the worker is lost"}}\n']
     with Gateway(broken, ANSWER) as gateway:
         chat(ChatSettings(url=gateway.url), asked=["one", "two"], out=out)
     assert "the worker is lost" in out.getvalue()
@@ -97,5 +97,5 @@ def test_without_a_model_there_is_nobody_to_talk_to():
 def test_a_stream_without_its_end_is_no_answer():
     found = []
     with pytest.raises(GatewayRefused, match="middle of an answer"):
-        found += pieces([event("hel")])
-    assert list(pieces(ANSWER))[:2] == [Piece("hel"), Piece("lo\x1b")]
+        found += pieces([event("hell")])
+    assert list(pieces(ANSWER))[:2] == [Piece("hell"), Piece("o\x1b")]
