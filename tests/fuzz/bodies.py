@@ -234,6 +234,7 @@ class Gateway:
         self.models = self
         self.settings = SimpleNamespace(request_timeout_s=60.0)
         self.preprocessor = Preprocessor(inline_bytes=1 << 30)
+        self.tracer = None
 
     def entry(self, name: str) -> ModelEntry:
         """Names of models are no news here: what nobody serves stands for one that reads no calls."""
