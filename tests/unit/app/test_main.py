@@ -4,12 +4,10 @@ import random
 import time
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import httpx
 import pytest
 import structlog
-import uvicorn
 from fastapi import FastAPI
 
 from app.auth import ApiKeys
@@ -19,7 +17,7 @@ from app.gateway import Gateway
 from app.http.body import BodyMemory
 from app.keys.ledger import Ledger
 from app.keys.usage import UsageBook
-from app.main import _log_start, _uvicorn_config, create_app, streams_first
+from app.main import _log_start, create_app, streams_first
 from app.metrics import Metrics, router_gauges
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
@@ -38,7 +36,7 @@ from router.request import RoutableRequest
 from router.router import Router
 from router.timeline import Timeline
 from tests.fakes import FakeValues, registration
-from tests.raw_http import read_head, until
+from tests.raw_http import read_head
 
 
 class NoStore:
@@ -112,27 +110,14 @@ async def gateway(settings, tmp_path):
 
 
 @pytest.fixture
-async def client(gateway):
-    transport = httpx.ASGITransport(create_app(gateway), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
-        yield client
-
-
-@pytest.fixture
-async def reach():
-    """Serves a gateway as `headrace gateway` does.  Returns: a function that sends bytes over a new connection."""
-    served = []
+def reach(served):
+    """Serves a gateway.  Returns: a function that sends bytes over a new connection."""
 
     async def start(gateway):
-        config = _uvicorn_config(gateway.settings, streams_first(create_app(gateway)), gateway.metrics)
-        config.load()
-        protocol: Any = config.http_protocol_class
-        state, loop = uvicorn.server.ServerState(), asyncio.get_running_loop()
-        server = await loop.create_server(lambda: protocol(config, state, {}), "127.0.0.1", 0)
-        served.append((server, state))
+        address = await served(gateway)
 
         async def sent(data):
-            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            reader, writer = await asyncio.open_connection(*address)
             writer.write(data)
             status, headers = await read_head(reader)
             body = await asyncio.wait_for(reader.readexactly(int(headers["content-length"])), 60)
@@ -141,10 +126,7 @@ async def reach():
 
         return sent
 
-    yield start
-    for server, state in served:
-        server.close()
-        await until(lambda state=state: not state.connections and not state.tasks)
+    return start
 
 
 def begun(path, num_bytes=1000, extra=""):

@@ -1,67 +1,48 @@
 import asyncio
 import dataclasses
 import json
-from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from app.auth import ApiKeys
 from app.console.live import MOST_WATCHERS
-from app.main import _uvicorn_config, create_app, streams_first
+from app.main import create_app
 from tests.raw_http import read_head, until
 
 
 @pytest.fixture
-async def page(gateway):
-    transport = httpx.ASGITransport(create_app(gateway), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
-        yield client
-
-
-@pytest.fixture
-async def opened():
-    """Serves a gateway as `headrace gateway` does.  Returns: a function that asks for its stream."""
-    served = []
+def opened(served):
+    """Asks a gateway for its stream, over a connection."""
 
     async def start(gateway, *headers):
-        config = _uvicorn_config(gateway.settings, streams_first(create_app(gateway)), gateway.metrics)
-        config.load()
-        protocol: Any = config.http_protocol_class
-        state, loop = uvicorn.server.ServerState(), asyncio.get_running_loop()
-        server = await loop.create_server(lambda: protocol(config, state, {}), "127.0.0.1", 0)
-        served.append((server, state))
-        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        reader, writer = await asyncio.open_connection(*await served(gateway))
         lines = ["GET /console/state HTTP/1.1", "Host: x", *headers, "", ""]
         writer.write("\r\n".join(lines).encode())
         status, told = await read_head(reader)
         return reader, writer, status, told
 
-    yield start
-    for server, state in served:
-        server.close()
-        await until(lambda state=state: not state.connections and not state.tasks)
+    return start
 
 
-async def test_the_page_comes_with_its_policy(page):
-    found = await page.get("/console")
+async def test_the_page_comes_with_its_policy(client):
+    found = await client.get("/console")
     assert (found.status_code, found.headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert "script-src 'self'" in found.headers["content-security-policy"]
     assert found.headers["x-content-type-options"] == "nosniff"
-    script = await page.get("/console/app.js")
+    script = await client.get("/console/app.js")
     assert script.headers["content-type"] == "text/javascript; charset=utf-8"
 
 
-async def test_a_browser_that_has_the_newest_is_told_so(page):
-    found = await page.get("/console/console.css")
-    again = await page.get("/console/console.css", headers={"if-none-match": found.headers["etag"]})
+async def test_a_browser_that_has_the_newest_is_told_so(client):
+    found = await client.get("/console/console.css")
+    again = await client.get("/console/console.css", headers={"if-none-match": found.headers["etag"]})
     assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", found.headers["etag"])
 
 
 @pytest.mark.parametrize("name", ["none.js", "../live.py", "%2e%2e/live.py", "vendor/LICENSE", "", "static/app.js"])
-async def test_nothing_else_is_served(page, name):
-    assert (await page.get(f"/console/{name}")).status_code == 404
+async def test_nothing_else_is_served(client, name):
+    assert (await client.get(f"/console/{name}")).status_code == 404
 
 
 @pytest.mark.parametrize("path", ["/console", "/console/app.js", "/console/state"])
