@@ -103,7 +103,7 @@ def prefill_cost(
             if not worker.role.can_prefill:
                 chunk = min(uncached, budget)
                 pauses = fixed + work * chunk / uncached > model.pause_steps * step
-    inflicted = stalled + num_sharing * work + added * worker.num_passed + share * congested.price(busy)
+    inflicted = stalled + num_sharing * work + added * worker.num_passed + share * congested.price(worker.worker, busy)
     seconds = shared_s + work + fixed * (new_steps + (shared_tokens > 0))
     return PrefillCost(
         worker=worker,

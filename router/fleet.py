@@ -10,7 +10,7 @@ from planes.wire.messages import LatencyPrior, LoadReport, Registration, Request
 from router.errors import ContextTooLong, NoPair, NoWorker
 from router.index.index import BlockIndex
 from router.links import LinkTable
-from router.policy import FleetView, HandoverGroup, WorkerView
+from router.policy import NOBODY_KNOWS, FleetView, HandoverGroup, WorkerView
 from router.request import Candidate, HandoverPreference, Observed, RoutableRequest
 from router.stats import LinkStatus, WorkerStatus
 from router.worker import Reservation, Worker
@@ -209,6 +209,7 @@ class Fleet:
         *,
         waited_s: float = 0.0,
         without_room: Mapping[WorkerId, int] = _NOBODY,
+        waiting_shares: Mapping[WorkerId, float] = NOBODY_KNOWS,
     ) -> FleetView | None:
         """The workers that may serve a request; None if `can_serve` says no. A `both` worker is one view in both lists.
 
@@ -249,6 +250,7 @@ class Fleet:
             rng=rng,
             num_waiting=num_waiting,
             waited_s=waited_s,
+            waiting_shares=waiting_shares,
         )
 
     def learn(self, reservation: Reservation, observed: Observed) -> None:

@@ -32,6 +32,7 @@ _MAX_REFRESHED = 4
 _MAX_BLOCKED = 64
 _WIDE = 16  # from so many workers on, an array is quicker than a loop
 _STALE_S = 0.5
+_SHARE_GAIN = 0.2  # of a walk: one does not see the whole queue
 _POLL_S = 0.5
 """With requests waiting, dispatch runs at least this often: utilisation decays, and reports may have stopped."""
 
@@ -47,6 +48,8 @@ class LateBinding:
         self.names: list[WorkerId] = []
         self.rows: dict[WorkerId, int] = {}
         self.shortest_first: list[tuple[int, Worker]] = []
+        self.shares: dict[WorkerId, float] = {}
+        """Of those who wait, the share that waits for each worker, smoothed over walks."""
         self.room_changes = 0
         self.max_backlog_s = math.inf
         """More prompt work than this, and a worker has no room for more: as the policy last said."""
@@ -59,6 +62,16 @@ class LateBinding:
         self.version += 1
         self.max_backlog_s = math.inf
 
+    def waited_for(self, passed: Counter[WorkerId]) -> None:
+        """A walk has passed so many requests that wait for each worker."""
+        total = passed.total()
+        if not total:
+            return
+        shares = self.shares
+        for name in self.names:
+            before = shares.get(name, 1 / len(self.names))
+            shares[name] = before + _SHARE_GAIN * (passed[name] / total - before)
+
     def room_changed(self) -> None:
         """A worker reported, or a request ended: those that lacked room to decode may try again."""
         self.room_changes += 1
@@ -69,6 +82,7 @@ class LateBinding:
             self._fleet_version = self.fleet.version
             self.version += 1
             self.names = list(self.fleet.workers)
+            self.shares = {}
             self.rows = {name: row for row, name in enumerate(self.names)}
             workers = enumerate(self.fleet.workers.values())
             self.shortest_first = [(row, worker) for row, worker in workers if worker.facts.is_shortest_first]
@@ -106,6 +120,7 @@ class Walk:
 
     def __init__(self, binding: LateBinding, now: float) -> None:
         self.ahead: dict[WorkerId, float] = {}
+        self._passed: Counter[WorkerId] = Counter()
         self.without_room: Counter[WorkerId] = Counter()
         """Requests that it has passed because they wait for room to decode there."""
         self._binding = binding
@@ -154,6 +169,7 @@ class Walk:
             if self._is_to_ask(waiting):
                 num_asked += 1
                 yield waiting
+        binding.waited_for(self._passed)
         binding.wakeup = min(binding.wakeup, self._next_room())
 
     def bound(self, chosen: Candidate) -> None:
@@ -237,6 +253,7 @@ class Walk:
             self._arrays[0, row] = self._queue_s[row]
         name = self._binding.names[row]
         self.ahead[name] = self.ahead.get(name, 0.0) + work_s
+        self._passed[name] += 1
         if self._queue_s[row] > max_backlog_s:
             self._room.discard(row)
 

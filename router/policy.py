@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NewType, Protocol
 
 import msgspec
@@ -76,6 +76,10 @@ class WorkerView(msgspec.Struct, frozen=True, gc=False):
         return f"{self.worker} has {self.queue_s:.2f} s to compute"
 
 
+NOBODY_KNOWS: Mapping[WorkerId, float] = {}
+"""Who waits for which worker."""
+
+
 class FleetView(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """The workers that may serve a request; a worker of role `both` stands in both lists. Never empty in `decode`."""
 
@@ -88,6 +92,8 @@ class FleetView(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Requests in this gateway's queue, this one included."""
     waited_s: float = 0.0
     """How long this one has been there."""
+    waiting_shares: Mapping[WorkerId, float] = NOBODY_KNOWS
+    """Of those in the queue, the share that waits for each worker to compute their prompts; empty: nobody knows."""
 
 
 class Links(Protocol):

@@ -12,15 +12,17 @@ left. A stream that has lost its SLO cannot lose it again. Where nobody has said
 **Congestion.** Workers share the gateway's queue, and an arrival waits only when all that it may go to are busy: with k
 servers the wait grows with utilisation^n / (1 - utilisation), n = sqrt(2 k + 2) - 1 (Sakasegawa 1977). Cached prefixes
 tie requests to some of the workers, so k is the root of their number. Where requests are waiting each second of work
-delays those that this worker would serve by a second. Utilisation is averaged over a minute and knows of no burst yet;
-the queue does at once.
+delays those that wait for this worker by a second, and nobody else: where all wait for another one, it is free.
+Utilisation is averaged over a minute and knows of no burst yet; the queue does at once.
 """
 
 import math
+from collections.abc import Mapping
 
 import msgspec
 
-from router.policy import FleetView, WorkerView
+from planes.wire.messages import WorkerId
+from router.policy import NOBODY_KNOWS, FleetView, WorkerView
 from router.request import RoutableRequest
 
 _LOST = 0.95  # of what a stream may have: it will hardly keep its SLO
@@ -72,15 +74,22 @@ NO_GOALS = Goals()
 class Congestion(msgspec.Struct, frozen=True, kw_only=True):
     """What a second of prompt work adds to the waits of others, in seconds, by how busy its worker is."""
 
-    waiting: float = 0.0
-    """Requests in the gateway's queue, per worker that could take them."""
+    num_waiting: float = 0.0
+    """Other requests in the gateway's queue."""
     power: float = 1.0
+    shares: Mapping[WorkerId, float] = NOBODY_KNOWS
+    """Of these, the share that waits for each worker."""
+    any_share: float = 1.0
+    """The same, where nobody knows."""
 
-    def price(self, utilisation: float) -> float:
+    def price(self, worker: WorkerId, utilisation: float) -> float:
         """`utilisation`: 0.0 to less than 1."""
+        waiting = self.num_waiting
+        if waiting:
+            waiting *= self.shares.get(worker, 0.0) if self.shares else self.any_share
         if not utilisation:
-            return self.waiting
-        return max(float(utilisation**self.power) / (1 - utilisation), self.waiting)
+            return waiting
+        return max(float(utilisation**self.power) / (1 - utilisation), waiting)
 
 
 NO_CONGESTION = Congestion()
@@ -90,7 +99,10 @@ def congestion(view: FleetView) -> Congestion:
     """The same for all workers of a view."""
     num_workers = max(1, len(view.prefill) or len(view.decode))
     return Congestion(
-        waiting=max(0, view.num_waiting - 1) / num_workers, power=math.sqrt(2 * math.sqrt(num_workers) + 2) - 1
+        num_waiting=max(0, view.num_waiting - 1),
+        power=math.sqrt(2 * math.sqrt(num_workers) + 2) - 1,
+        shares=view.waiting_shares,
+        any_share=1 / num_workers,
     )
 
 

@@ -235,6 +235,7 @@ class Router:
                 len(self._queue),
                 waited_s=now - waiting.submitted_at,
                 without_room=walk.without_room,
+                waiting_shares=self._late_binding.shares,
             )
             if looked is None:
                 return self._turn_away(waiting, self._fleet.refusal(request), now)

@@ -37,12 +37,17 @@ class Grid:
     policies: Sequence[str]
     seed: int
 
+    @property
+    def is_compared(self) -> bool:
+        """Whether there is a rule to be ahead of, or behind."""
+        return OURS in self.policies and len(self.policies) > 1
+
     def run(self, cells: Sequence[Cell | str], jobs: int) -> list[CellResult]:
         progress = Progress(len(cells))
         results = []
         for result in each(self.serve, cells, jobs):
             results.append(result)
-            losses = ", ".join(verdict(result).losses) if OURS in self.policies else ""
+            losses = ", ".join(verdict(result).losses) if self.is_compared else ""
             progress.start(f"cell {result.name}{': behind in ' if losses else ''}{losses}")(1, 1)
             progress.end()
         return results
@@ -122,11 +127,11 @@ def main(
     chosen = (
         _picked(picked, seed) if picked else _sampled(_QUICK_CELLS if quick else num_cells, seed, only, quick=quick)
     )
-    results = Grid(names, seed).run(chosen, jobs)
-    is_compared = OURS in names and len(names) > 1
-    if picked or not is_compared:
+    grid = Grid(names, seed)
+    results = grid.run(chosen, jobs)
+    if picked or not grid.is_compared:
         print(report.table([row for result in results for row in result.rows]))
-    text = table(results) if is_compared else ""
+    text = table(results) if grid.is_compared else ""
     if text:
         print(f"\n{text}")
     if out is not None:

@@ -54,7 +54,14 @@ def test_where_few_wait_the_busy_price_is_the_higher_one():
     busy = worker("p0", Role.PREFILL, prefill_utilisation=0.8)
     for num_waiting, price in ((1, 4.0), (4, 4.0), (10, 9.0)):
         found = prices.congestion(view(busy, worker("d"), num_waiting=num_waiting))
-        assert found.price(0.8) == pytest.approx(price)
+        assert found.price(busy.worker, 0.8) == pytest.approx(price)
+
+
+def test_work_delays_those_who_wait_for_its_worker_alone():
+    workers = [worker("p0", Role.PREFILL), worker("p1", Role.PREFILL), worker("d")]
+    looked = replace(view(*workers, num_waiting=5), waiting_shares={"p0": 0.75, "p1": 0.25})
+    found = prices.congestion(looked)
+    assert [found.price(each.worker, 0.0) for each in workers] == [3.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("full", [{"num_running": 8}, {"num_running": 4, "free_blocks": 10}])

@@ -172,6 +172,17 @@ def test_a_request_does_not_queue_for_a_hot_worker_behind_others_while_one_is_id
     assert {route.prefill for route in routes} == {"p1"}
 
 
+def test_a_worker_with_streams_computes_too_when_all_wait_for_one_without_any():
+    """A prompt there costs its streams more than waiting for the other costs that request, but not all who wait."""
+    facts = replace(FACTS, max_batch=2048, max_step_tokens=8192)
+    router = router_of(registration("calm", facts=facts), registration("busy", facts=facts))
+    router.apply_load(report("busy", running=600), now=0.0)
+    for number in range(1500):
+        router.submit(request(f"r{number}", tokens=200, expected=100), now=0.0)
+    bound = [each for step in range(60) for each in router.dispatch(now=step / 100)]
+    assert {each.prefill or each.decode for each in bound} == {"calm", "busy"}
+
+
 def test_peers_policies_bind_at_once_with_honest_seconds():
     router = router_of(*split(2, 2), policy=LeastLoaded())
     routes = [route for k in range(6) for route in send(router, f"r{k}")]

@@ -30,6 +30,13 @@ def test_single_cells_are_repeated_with_all_their_figures(capsys):
     assert "of 1 cells" in out
 
 
+def test_our_own_rule_alone_is_shown_without_a_verdict(capsys):
+    call("--cells", FAST, "--policies", "headrace")
+    out = capsys.readouterr().out
+    assert "TTFT mean s" in out
+    assert "behind" not in out
+
+
 def test_everything_is_written(tmp_path):
     call("--cells", FAST, "--policies", "headrace,random", "--out", str(tmp_path / "grid"))
     written = msgspec.json.decode((tmp_path / "grid" / "grid.json").read_bytes())
