@@ -29,9 +29,12 @@ from app.fleet.autorole import OFFICE, Autorole
 from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, RoutingSetup, routing_setup
 from app.gateway import Gateway, Tracer
+from app.http.admin import admin_app
 from app.http.body import BodyMemory
 from app.http.connection import ConnectionLimits, StreamingProtocol
+from app.http.cors import cross_origin
 from app.http.openapi import described
+from app.http.origins import parse_origins
 from app.http.response import Streamed
 from app.http.routes.completions import completion_routes
 from app.http.routes.embeddings import embedding_route
@@ -90,9 +93,14 @@ def serve(settings: GatewaySettings) -> None:
     """Run a gateway until SIGINT or SIGTERM.  Raises:  UnusableSetting if it cannot start."""
     with LineWriter(sys.stderr) as lines:
         configure(settings.log_level, as_json=settings.log_json, lines=lines)
-        refuse_open_gateway(settings, settings.host, has_keys=settings.has_keys)
-        with _listening(settings) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_run(settings, listener))
+        admin_host = None if settings.admin_port is None else settings.admin_host
+        refuse_open_gateway(settings, settings.host, has_keys=settings.has_keys, admin_host=admin_host)
+        with contextlib.ExitStack() as held:
+            listener, admin = held.enter_context(_listening("port", settings.host, settings.port)), None
+            if settings.admin_port is not None:
+                admin = held.enter_context(_listening("admin_port", settings.admin_host, settings.admin_port))
+            runner = held.enter_context(asyncio.Runner(loop_factory=uvloop.new_event_loop))
+            runner.run(_run(settings, listener, admin))
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -170,7 +178,8 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
     fleet = WorkerConnections(router, dispatcher, models, events, connect=connect, clock=clock, rng=random.Random())
     live = None
     if settings.console:
-        about = {"version": version("headrace"), "namespace": settings.namespace}
+        about: dict[str, Any] = {"version": version("headrace"), "namespace": settings.namespace}
+        about["has_playground"] = settings.admin_port is None  # that port generates nothing
         live = Live(fleet, router, dispatcher, routing_config, clock=clock, wall_clock=time.time, about=about)
     prefills = None
     if settings.prefill_dispatch == "queue":
@@ -274,13 +283,16 @@ class _Server(uvicorn.Server):
             await asyncio.wait(answers, timeout=_LAST_WORDS_S)
 
 
-async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
+async def _run(settings: GatewaySettings, listener: socket.socket, admin_listener: socket.socket | None) -> None:
     events = EventPlane(settings.nats, settings.namespace, security=settings.nats_security, name="gateway")
     gateway = create_gateway(settings, events)
     fleet = gateway.fleet
     await events.subscribe_kv(fleet.kv_changed)
     await events.subscribe_load(fleet.load_reported)
-    server = _Server(_uvicorn_config(settings, streams_first(create_app(gateway)), gateway.metrics), gateway.live)
+    app = create_app(gateway)
+    serving = cross_origin(streams_first(app), parse_origins(settings.cors_origin))
+    server = _Server(_uvicorn_config(settings, serving, gateway.metrics), gateway.live)
+    admin = _Server(_uvicorn_config(settings, admin_app(app), gateway.metrics), None)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop)
@@ -297,6 +309,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
                 _log.warning("index.pure_python", reason=fallback)
             _settle_memory()
             _log_start(settings, host, port)
+            operators = tasks.create_task(_serve_operators(admin, admin_listener))
             await server.serve(sockets=[listener])
             await server.cut_off()
             await gateway.background.stop(0.0 if server.force_exit else settings.drain_s)
@@ -305,6 +318,8 @@ async def _run(settings: GatewaySettings, listener: socket.socket) -> None:
                 task.cancel()
             await gateway.ledger.stop()
             await gateway.usage.stop()
+            admin.stop()
+            await operators
     finally:
         gateway.dispatcher.stop()
         gateway.preprocessor.close()
@@ -330,6 +345,12 @@ def _lasting(settings: GatewaySettings, gateway: Gateway, events: EventPlane) ->
         lasting += [gateway.ledger.run(), gateway.usage.run()]
     lasting += [each.run() for each in (gateway.prefills, gateway.recorder, gateway.autorole) if each is not None]
     return lasting
+
+
+async def _serve_operators(server: _Server, listener: socket.socket | None) -> None:
+    if listener is not None:
+        _log.info("gateway.admin_listening", at=listener.getsockname()[1])
+        await server.serve(sockets=[listener])
 
 
 def _log_start(settings: GatewaySettings, host: str, port: int) -> None:
@@ -438,12 +459,12 @@ def _reload_keys(keys: ApiKeys) -> None:
         _log.info("keys.reloaded")
 
 
-def _listening(settings: GatewaySettings) -> socket.socket:
+def _listening(name: str, host: str, port: int) -> socket.socket:
     try:
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as exc:
-        raise UnusableSetting("port", settings.port, f"{settings.host} cannot be listened on: {exc}") from exc
+        raise UnusableSetting(name, port, f"{host} cannot be listened on: {exc}") from exc
 
 
 def _no_route(request: Request, exc: HTTPException) -> InvalidRequest:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from app.http.origins import parse_origins
 from app.openai.schema import Limits
 from planes.security.tls import http_tls
 from planes.streams.protocol import StreamLimits
@@ -28,6 +29,25 @@ class GatewaySettings(ProcessSettings):
         Parameter(help="PEM file: the certificate for HTTPS, with those between it and its CA. Default: plain HTTP."),
     ] = None
     tls_key: Annotated[Path | None, Parameter(help="PEM file: its key. Both are read anew when they change.")] = None
+    admin_port: Annotated[
+        int | None,
+        Parameter(
+            help="A port of its own for operators: metrics, fleet, console, all usage and routes, health; 0 takes a "
+            "free one. Without it they are at --port, and need an admin's key where there are keys."
+        ),
+    ] = None
+    admin_host: Annotated[
+        str,
+        Parameter(
+            help="Address for --admin-port. On one that others reach it asks for an admin's key, on loopback not."
+        ),
+    ] = "127.0.0.1"
+    cors_origin: Annotated[
+        str,
+        Parameter(
+            help="Origins whose pages may ask, with commas between, such as https://a.example; *: all. Default: none."
+        ),
+    ] = ""
     policy: Annotated[str, Parameter(help="Routing policy: a name, or package.module:Class of your own.")] = "headrace"
     shadow_policy: Annotated[
         str | None, Parameter(help="A second policy that decides too, is measured, and is not obeyed; empty: none.")
@@ -157,6 +177,8 @@ class GatewaySettings(ProcessSettings):
         ProcessSettings.__post_init__(self)
         if not 0 <= self.port <= 65535:
             raise UnusableSetting("port", self.port, "a port is 0 to 65535")
+        check_admin_port(self.admin_port, self.port)
+        parse_origins(self.cors_origin)
         for name in (
             "queue_limit",
             "max_attempts",
@@ -226,3 +248,11 @@ def _check_share(value: float) -> None:
 def _check_collector(url: str | None) -> None:
     if url is not None and not url.startswith(("http://", "https://")):
         raise ValueError("it must be http://host:port or https://host:port")
+
+
+def check_admin_port(admin_port: int | None, port: int) -> None:
+    """Raises:  UnusableSetting."""
+    if admin_port is not None and not 0 <= admin_port <= 65535:
+        raise UnusableSetting("admin_port", admin_port, "a port is 0 to 65535")
+    if admin_port and admin_port == port:
+        raise UnusableSetting("admin_port", admin_port, "it must differ from --port")

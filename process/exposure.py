@@ -12,17 +12,20 @@ class OpenToOthers(HeadraceError):  # noqa: N818 - names what is wrong
 
     code = "open_to_others"
 
-    def __init__(self, host: str, reasons: list[str]) -> None:
+    def __init__(self, flag: str, host: str, reasons: list[str]) -> None:
         super().__init__(
-            f"--host {host} is an address that others reach, and {'; '.join(reasons)}. "
+            f"{flag} {host} is an address that others reach, and {'; '.join(reasons)}. "
             "Mend that, listen on 127.0.0.1, or take the risk with --insecure"
         )
 
 
-def refuse_open_gateway(settings: ProcessSettings, host: str, *, has_keys: bool) -> None:
-    """Raises:  OpenToOthers."""
+def refuse_open_gateway(settings: ProcessSettings, host: str, *, has_keys: bool, admin_host: str | None = None) -> None:
+    """admin_host: of the port for operators; None: there is none.  Raises:  OpenToOthers."""
     no_keys = [] if has_keys else ["whoever reaches it may ask without a key (--api-keys or --api-keys-file)"]
-    _refuse(settings, host, [*no_keys, *_open_planes(settings), *_open_streams_elsewhere(settings)])
+    reasons = [*no_keys, *_open_planes(settings), *_open_streams_elsewhere(settings)]
+    _refuse(settings, "--host", host, reasons)
+    if admin_host is not None:
+        _refuse(settings, "--admin-host", admin_host, reasons)
 
 
 def refuse_open_worker(settings: ProcessSettings, host: str) -> None:
@@ -30,15 +33,15 @@ def refuse_open_worker(settings: ProcessSettings, host: str) -> None:
     own = []
     if settings.stream_security.is_open:
         own = [f"whoever reaches it is taken for a gateway ({_MEND_STREAMS})"]
-    _refuse(settings, host, [*own, *_open_planes(settings)])
+    _refuse(settings, "--host", host, [*own, *_open_planes(settings)])
 
 
 _MEND_STREAMS = "--plane-ca, --plane-cert and --plane-key, or --stream-token-file"
 
 
-def _refuse(settings: ProcessSettings, host: str, reasons: list[str]) -> None:
+def _refuse(settings: ProcessSettings, flag: str, host: str, reasons: list[str]) -> None:
     if reasons and not settings.insecure and not is_loopback(host):
-        raise OpenToOthers(host or "''", reasons)
+        raise OpenToOthers(flag, host or "''", reasons)
 
 
 def _open_planes(settings: ProcessSettings) -> Iterator[str]:

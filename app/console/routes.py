@@ -9,6 +9,7 @@ from starlette.routing import Route
 from app.console.files import HEADERS, page_files
 from app.console.live import Live
 from app.gateway import Gateway
+from app.http.admin import authenticate_admin, refuse_elsewhere
 from app.http.response import Streamed, StreamedResponse
 from planes.wire.errors import HeadraceError, InvalidRequest
 
@@ -32,6 +33,7 @@ def console_routes(gateway: Gateway, live: Live) -> APIRouter:
     routes, files = APIRouter(), page_files()
 
     def file(request: Request, name: str) -> Response:
+        refuse_elsewhere(gateway, request)
         found = files.get(name)
         if found is None:
             raise NoSuchFile(name)
@@ -43,7 +45,7 @@ def console_routes(gateway: Gateway, live: Live) -> APIRouter:
     async def state(request: Request, response: StreamedResponse) -> None:
         """The console's stream: the fleet's state whole, then what changed, once a second."""
         try:
-            gateway.keys.authenticate_admin(request.headers)
+            authenticate_admin(gateway, request)
             with live.watched():
                 response.begin([("x-content-type-options", "nosniff")])
                 async for frame in live.frames():

@@ -47,6 +47,7 @@ _BODY: Final = frozenset({413, 415, 504})
 _GENERATING: Final = frozenset({409, 502})
 _KEY: Final = frozenset({401})
 _STORE: Final = frozenset({504})
+_OPERATORS: Final = frozenset({403})
 
 _MILLISECONDS: Final[dict[str, Json]] = {"type": "number", "minimum": LEAST_MS, "maximum": MOST_MS}
 _WISHES: Final[tuple[tuple[str, dict[str, Json]], ...]] = (
@@ -100,7 +101,8 @@ DETAILS: Final[dict[tuple[str, str], RouteDetails]] = {
     ("GET", "/console"): RouteDetails(is_open=True, media_type="text/html"),
     ("GET", "/console/{name}"): RouteDetails(is_open=True, media_type="text/javascript"),
     ("GET", "/console/state"): RouteDetails(is_streamed=True, statuses=frozenset({403})),
-    ("GET", "/metrics"): RouteDetails(is_open=True, media_type="text/plain"),
+    ("GET", "/metrics"): RouteDetails(statuses=_OPERATORS, media_type="text/plain"),
+    ("GET", "/v1/fleet"): RouteDetails(statuses=_OPERATORS),
 }
 _PLAIN: Final = RouteDetails()
 

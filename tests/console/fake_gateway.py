@@ -89,7 +89,7 @@ def make_gateway(folder: Path, keys: ApiKeys | None = None) -> Gateway:
     relay = Relay(dispatcher, fleet, metrics, clock=clock, limits=ExchangeLimits(replacement_s=0.0))
     responses = ResponseStore(FakeValues())
     routing = RoutingConfigFollower(settings, start, lambda changed: None)
-    about = {"version": "0.0.0", "namespace": "fake"}
+    about = {"version": "0.0.0", "namespace": "fake", "has_playground": True}
     return Gateway(
         settings=settings,
         keys=keys or ApiKeys(),

@@ -236,9 +236,9 @@ class Api:
     async def fleet(self) -> dict[str, dict]:
         return {worker["worker"]: worker for worker in (await self.get("/v1/fleet")).json()["workers"]}
 
-    async def metric(self, name: str, **labels: str) -> float:
+    async def metric(self, name: str, *, headers: dict[str, str] | None = None, **labels: str) -> float:
         """The sum over all series with these labels."""
-        text = (await self.get("/metrics")).text
+        text = (await self.get("/metrics", headers=headers)).text
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
         lines = [line for line in text.splitlines() if line.split("{")[0].split(" ")[0] == name]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in wanted))

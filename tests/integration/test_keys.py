@@ -31,7 +31,7 @@ async def test_sighup_reads_the_keys_again_and_keeps_the_old_ones_if_they_are_br
 
 async def test_max_concurrent_counts_choices(site, reach, unique, until, tmp_path):
     keys = tmp_path / "keys.toml"
-    keys.write_text('[[keys]]\ntenant = "t"\nkey = "sk"\nmax_concurrent = 2\n')
+    keys.write_text('[[keys]]\ntenant = "t"\nkey = "sk"\nmax_concurrent = 2\nadmin = true\n')
     site.start_worker("both-1", speedup=1)
     gateway = await site.gateway("--api-keys-file", str(keys), num_workers=1)
     async with reach(gateway) as api:
@@ -43,7 +43,7 @@ async def test_max_concurrent_counts_choices(site, reach, unique, until, tmp_pat
         asking = asyncio.create_task(api.chat(unique, n=2, max_tokens=10_000, headers=key))
 
         async def is_running():
-            return await api.metric("headrace_requests_bound") == 1
+            return await api.metric("headrace_requests_bound", headers=key) == 1
 
         await until(is_running)
         refused = await api.chat(unique, headers=key)

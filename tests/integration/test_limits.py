@@ -79,12 +79,12 @@ async def test_tokens_are_settled_to_what_was_used(both, make_key, until):
 
 
 async def test_sequences_at_once_are_limited_over_both_gateways(both, make_key, until, unique):
-    key = await make_key("t", max_concurrent=1)
+    key = await make_key("t", max_concurrent=1, admin=True)
     await known(until, both, key)
     running = asyncio.create_task(both[0].chat(unique, max_tokens=10_000, headers=key))
 
     async def is_running():
-        return await both[0].metric("headrace_requests_bound") == 1
+        return await both[0].metric("headrace_requests_bound", headers=key) == 1
 
     await until(is_running)
     refused = await both[1].chat(unique, max_tokens=1, headers=key)

@@ -11,6 +11,7 @@ import { LiveStream, key } from "./stream.js";
 
 const VIEWS = ["fleet", "requests", "router", "playground"];
 const $ = (id) => document.getElementById(id);
+const link = (view) => document.querySelector(`[data-view=${view}]`);
 
 const store = new Store();
 const views = {
@@ -42,10 +43,10 @@ function models() {
 
 function route() {
   const [view, ...rest] = location.hash.slice(1).split("/");
-  shown = VIEWS.includes(view) ? view : "fleet";
+  shown = VIEWS.includes(view) && !link(view).hidden ? view : "fleet";
   for (const each of VIEWS) {
     $(`view-${each}`).hidden = each !== shown;
-    attr(document.querySelector(`[data-view=${each}]`), "aria-current", each === shown ? "page" : null);
+    attr(link(each), "aria-current", each === shown ? "page" : null);
   }
   if (shown === "requests") views.requests.open(decodeURIComponent(rest.join("/")));
   paint();
@@ -63,7 +64,9 @@ function status(name, why = "") {
 function told(frame) {
   status("live");
   $("forget").hidden = !key.get();
-  const { version, namespace } = store.about;
+  const { version, namespace, has_playground: hasPlayground } = store.about;
+  link("playground").hidden = !hasPlayground;
+  if (link(shown).hidden) route();
   say($("about"), `Headrace ${version} · namespace ${namespace} · ${location.host} · policy ${frame.totals.policy}`);
   paint();
 }

@@ -10,6 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from app.fleet.routing_config import RoutingConfigFollower
 from app.gateway import Gateway
+from app.http.admin import authenticate, authenticate_admin
 from app.http.intake import read_request
 from app.http.routes.replies import json_reply, with_ignored
 from app.openai.chat import parse_chat
@@ -34,7 +35,7 @@ class UnknownRequest(InvalidRequest):
 
 
 def operation_routes(gateway: Gateway) -> APIRouter:
-    """The routes for operators. Those below /v1 need an API key where one is needed at all."""
+    """The routes for operators. Who may see what: `app/http/admin.py`."""
     routes = APIRouter()
     parse = partial(parse_chat, limits=gateway.settings.body_limits)
 
@@ -52,18 +53,19 @@ def operation_routes(gateway: Gateway) -> APIRouter:
         return json_reply(body, 200 if gateway.fleet.is_serving else 503)
 
     @routes.get("/metrics", response_model=None)
-    async def metrics() -> Response:
-        """Metrics for Prometheus."""
+    async def metrics(request: Request) -> Response:
+        """Metrics for Prometheus; at `--admin-port`, or with an admin's key where there are keys."""
+        authenticate_admin(gateway, request)
         return Response(gateway.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/v1/fleet", response_model=None)
     async def fleet(request: Request) -> Response:
-        """The workers (with keys: not where they are), models, splits; the router's view, speeds; why roles change."""
-        gateway.keys.authenticate(request.headers)
+        """The workers, models, splits; the router's view, speeds; why roles change. As `/metrics`: for operators."""
+        authenticate_admin(gateway, request)
         return json_reply(
             {
                 "num_waiting": gateway.dispatcher.num_waiting,
-                "workers": _workers(gateway),
+                "workers": gateway.fleet.statuses(),
                 "models": gateway.models.statuses(),
                 "warnings": list(gateway.fleet.splits.values()),
                 "router": gateway.router.workers(now=gateway.clock()),
@@ -76,7 +78,7 @@ def operation_routes(gateway: Gateway) -> APIRouter:
     @routes.get("/v1/routes", response_model=None)
     async def recent(request: Request) -> Response:
         """The timelines of the last requests of yours (an admin: of all) that have ended, the latest first."""
-        tenant = gateway.keys.authenticate(request.headers)
+        tenant = authenticate(gateway, request)
         found = gateway.router.recent(None if tenant.is_admin else tenant.name, _num_listed(request))
         clocks = gateway.clock(), gateway.wall_clock()
         told = [_told_timeline(each.timeline, *clocks) for each in found if each.timeline is not None]
@@ -85,7 +87,7 @@ def operation_routes(gateway: Gateway) -> APIRouter:
     @routes.get("/v1/routes/{request_id}", response_model=None)
     async def explain(request: Request, request_id: str) -> Response:
         """Why a recent request of yours went where it went, and where its time went; `earlier`: its attempts before."""
-        tenant = gateway.keys.authenticate(request.headers)
+        tenant = authenticate(gateway, request)
         explanation = gateway.router.explain(RequestId(request_id))
         if explanation is None or not (tenant.is_admin or explanation.tenant == tenant.name):
             raise UnknownRequest(request_id)
@@ -94,7 +96,7 @@ def operation_routes(gateway: Gateway) -> APIRouter:
     @routes.post("/v1/routes", response_model=None)
     async def preview(request: Request) -> Response:
         """Where a chat body would go now, without running it."""
-        tenant = gateway.keys.authenticate(request.headers)
+        tenant = authenticate(gateway, request)
         with gateway.keys.admitted(tenant):
             job = await read_request(
                 gateway,
@@ -113,15 +115,6 @@ def operation_routes(gateway: Gateway) -> APIRouter:
         )
 
     return routes
-
-
-def _workers(gateway: Gateway) -> list[dict[str, Any]]:
-    """As JSON. Where there are keys, whoever asks is a tenant, and addresses are the operator's."""
-    workers: list[dict[str, Any]] = msgspec.to_builtins(gateway.fleet.statuses())
-    if not gateway.keys.is_open:
-        for worker in workers:
-            del worker["address"]
-    return workers
 
 
 def _told(explanation: Explanation, now: float, wall_now: float) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Final
 from fastapi import APIRouter, Request, Response
 
 from app.gateway import Gateway
+from app.http.admin import authenticate
 from app.http.routes.replies import json_reply
 from app.keys.usage import UsageLine
 from planes.control import ControlPlaneUnavailable
@@ -36,8 +37,8 @@ def usage_routes(gateway: Gateway) -> APIRouter:
 
     @routes.get("/v1/usage", response_model=None)
     async def usage(request: Request) -> Response:
-        """What your key has used, by day of UTC and model; an admin's key, or where there are none: all keys."""
-        tenant = gateway.keys.authenticate(request.headers)
+        """What your key has used, by day of UTC and model; an admin's key, and `--admin-port`: all keys."""
+        tenant = authenticate(gateway, request)
         first, last = _days(request, datetime.fromtimestamp(gateway.wall_clock(), UTC).date())
         account = request.query_params.get("key") if tenant.is_admin else tenant.account
         try:

@@ -302,6 +302,9 @@ async def test_a_timeline_is_listed_to_the_tenant_whose_request_it_was(gateway, 
     ("changed", "message"),
     [
         ({"port": 70_000}, "--port is 70000: a port is 0 to 65535"),
+        ({"admin_port": -1}, "--admin-port is -1: a port is 0 to 65535"),
+        ({"admin_port": 8000}, "--admin-port is 8000: it must differ from --port"),
+        ({"cors_origin": "a.example"}, "--cors-origin is 'a.example'"),
         ({"queue_limit": 0}, "--queue-limit is 0: it must be 1 or more"),
         ({"request_timeout_s": 0.0}, "--request-timeout-s is 0.0: it must be more than 0"),
         ({"slo_ttft_s": -1.0}, "--slo-ttft-s is -1.0"),
@@ -334,14 +337,15 @@ async def test_a_preview_counts_as_a_request_of_its_tenant(gateway, client, tmp_
     assert gateway.keys.num_running(tenant) == 0
 
 
-async def test_tenants_are_not_told_where_workers_are(gateway, client, tmp_path):
+async def test_only_operators_are_told_where_workers_are(gateway, client, tmp_path):
     gateway.fleet.worker_up(registration("d0"))
     address = registration("d0").address
     assert address in (await client.get("/v1/fleet")).text
     key = with_keys(gateway, tmp_path)
-    listed = await client.get("/v1/fleet", headers=key)
-    assert [worker["worker"] for worker in listed.json()["workers"]] == ["d0"]
-    assert address not in listed.text
+    refused = await client.get("/v1/fleet", headers=key)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "admin_only")
+    key = with_keys(gateway, tmp_path, "admin = true\n")
+    assert address in (await client.get("/v1/fleet", headers=key)).text
 
 
 async def test_what_clients_write_is_not_logged(gateway, reach):

@@ -19,8 +19,8 @@ def secured(certs):
     return planes | {"plane_ca": certs.ca, "plane_cert": cert, "plane_key": key}
 
 
-def gateway(has_keys=False, host="0.0.0.0", **settings):
-    refuse_open_gateway(GatewaySettings(**settings), host, has_keys=has_keys)
+def gateway(has_keys=False, host="0.0.0.0", admin_host=None, **settings):
+    refuse_open_gateway(GatewaySettings(**settings), host, has_keys=has_keys, admin_host=admin_host)
 
 
 def worker(host="0.0.0.0", **settings):
@@ -49,6 +49,16 @@ def test_a_gateway_without_keys_is_not_for_others(host):
 
 def test_a_gateway_with_keys_whose_planes_are_on_this_machine_may_be_for_others():
     gateway(has_keys=True)
+
+
+@pytest.mark.parametrize("host", PUBLIC)
+def test_nor_is_its_port_for_operators(host):
+    said = reasons(gateway, host="127.0.0.1", admin_host=host)
+    assert said.startswith(f"--admin-host {host or repr('')} is")
+    assert "--api-keys-file" in said
+    gateway(host="127.0.0.1", admin_host=host, has_keys=True)
+    gateway(host="127.0.0.1", admin_host=host, insecure=True)
+    gateway(host="127.0.0.1", admin_host="127.0.0.1")
 
 
 def test_every_open_plane_is_named_with_what_to_do():
