@@ -191,7 +191,10 @@ class WorkerConnection(Peer):
         super().connection_lost(exc)
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
-            sink.on_lost(WorkerLost(self.worker, self._reason))
+            try:
+                sink.on_lost(WorkerLost(self.worker, self._reason))
+            except Exception:  # noqa: BLE001 - the others are to hear of it, too
+                _log.exception("stream.defect", worker=self.worker)
 
     def _received(self, frames: list[memoryview]) -> None:
         steps = []
@@ -235,13 +238,20 @@ class WorkerConnection(Peer):
     def _done(self, done: Done) -> None:
         sink = self._sinks.pop(done.stream, None)
         if sink is None:
-            if self._rests and (on_rest := self._rests.pop(done.stream, None)) is not None:
-                on_rest(done)
+            self._rested(done)
             return
         try:
             sink.on_done(done)
         except Exception:  # noqa: BLE001 - logged there
             self._defective(sink)
+
+    def _rested(self, done: Done) -> None:
+        on_rest = self._rests.pop(done.stream, None)
+        if on_rest is not None:
+            try:
+                on_rest(done)
+            except Exception:  # noqa: BLE001 - its request has ended; the others go on
+                _log.exception("stream.defect", worker=self.worker)
 
     def _defective(self, sink: Sink) -> None:
         """A defect of ours in one request's path: to be called while it is handled. The other requests go on."""

@@ -122,6 +122,28 @@ async def test_the_last_word_on_a_cancelled_stream_is_for_whoever_asked_for_it(w
     assert len(told) == 1, "it had ended"
 
 
+async def test_a_defect_with_the_last_word_on_a_cancelled_stream_is_nobody_elses_end(worker_side):
+    connection, transport = worker_side
+    whole, told = FakeSink(), []
+    for on_rest in (Broken().on_done, told.append):
+        connection.cancel(connection.start(REQUEST, FakeSink()), on_rest)
+    connection.start(REQUEST, whole)
+    ends = [msgspec.structs.replace(DONE, stream=StreamId(stream)) for stream in (1, 2, 3)]
+    connection.data_received(frame(Step([], ends)))
+    assert (told, whole.news) == ([ends[1]], [ends[2]])
+    assert not transport.is_closed
+
+
+async def test_a_defect_at_a_lost_connection_leaves_the_others_told(worker_side):
+    connection, _ = worker_side
+    broken, whole = FakeSink(), FakeSink()
+    broken.on_lost = Broken().on_done
+    connection.start(REQUEST, broken)
+    connection.start(REQUEST, whole)
+    connection.connection_lost(None)
+    assert [type(news) for news in whole.news] == [WorkerLost]
+
+
 async def test_a_cancelled_request_hears_nothing_more(worker_side):
     connection, transport = worker_side
     sink = FakeSink()
