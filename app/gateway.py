@@ -10,6 +10,7 @@ from app.fleet.autorole import Autorole
 from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfigFollower
 from app.http.body import BodyMemory
+from app.http.leaving import Departure
 from app.keys.ledger import Ledger
 from app.keys.usage import UsageBook
 from app.metrics import Metrics
@@ -53,6 +54,7 @@ class Gateway:
     relay: Relay
     responses: ResponseStore
     background: Background
+    departure: Departure
     metrics: Metrics
     clock: Clock
     wall_clock: Clock

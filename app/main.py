@@ -10,12 +10,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from importlib.metadata import version
 from typing import Any
 
 import structlog
-import uvicorn
 import uvloop
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -31,8 +30,8 @@ from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, Routi
 from app.gateway import Gateway, Tracer
 from app.http.admin import admin_app
 from app.http.body import BodyMemory
-from app.http.connection import ConnectionLimits, StreamingProtocol
 from app.http.cors import cross_origin
+from app.http.leaving import Departure
 from app.http.openapi import described
 from app.http.origins import parse_origins
 from app.http.response import Streamed
@@ -45,6 +44,7 @@ from app.http.routes.responses import response_routes
 from app.http.routes.stored_responses import stored_response_routes
 from app.http.routes.tokens import token_routes
 from app.http.routes.usage import usage_routes
+from app.http.server import HttpServer, listening, server_config
 from app.keys.file import KeyFileError
 from app.keys.ledger import KIND as BUDGETS
 from app.keys.ledger import Ledger
@@ -69,7 +69,6 @@ from planes.entries import Entries
 from planes.events import EventPlane
 from planes.keyed import KeyedStore
 from planes.objects import ObjectStore
-from planes.security.tls import http_tls
 from planes.streams.client import WorkerConnection
 from planes.streams.greeting import StreamKeys
 from planes.wire.errors import HeadraceError, InvalidRequest, UnusableSetting
@@ -83,7 +82,6 @@ from router.router import Router
 _log = structlog.get_logger()
 
 _LAG_PERIOD_S = 0.5
-_LAST_WORDS_S = 1.0
 _CONNECT_TIMEOUT_S = 3.0
 _LEAST_RESPONSES = 16
 """As many responses as have room in the store, however long they are."""
@@ -96,9 +94,9 @@ def serve(settings: GatewaySettings) -> None:
         admin_host = None if settings.admin_port is None else settings.admin_host
         refuse_open_gateway(settings, settings.host, has_keys=settings.has_keys, admin_host=admin_host)
         with contextlib.ExitStack() as held:
-            listener, admin = held.enter_context(_listening("port", settings.host, settings.port)), None
+            listener, admin = held.enter_context(listening("port", settings.host, settings.port)), None
             if settings.admin_port is not None:
-                admin = held.enter_context(_listening("admin_port", settings.admin_host, settings.admin_port))
+                admin = held.enter_context(listening("admin_port", settings.admin_host, settings.admin_port))
             runner = held.enter_context(asyncio.Runner(loop_factory=uvloop.new_event_loop))
             runner.run(_run(settings, listener, admin))
 
@@ -245,6 +243,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         tracer=tracer,
         live=live,
         autorole=autorole,
+        departure=Departure(settings.drain_delay_s, call_later=asyncio.get_running_loop().call_later),
         responses=responses,
         background=background,
         metrics=metrics,
@@ -252,35 +251,6 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         wall_clock=time.time,
         new_request_id=lambda: RequestId(secrets.token_hex(12)),
     )
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server without its signal handlers, which would end the process before our own tasks have ended."""
-
-    def __init__(self, config: uvicorn.Config, live: Live | None) -> None:
-        super().__init__(config)
-        self._live = live
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone."""
-        yield
-
-    def stop(self) -> None:
-        """Let running answers end, up to the drain limit; said twice: do not."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
-        if self._live is not None:  # its streams would go on for as long as they may
-            self._live.stop()
-
-    async def cut_off(self) -> None:
-        """Let the answers that are left tell their clients, while the workers' streams are still there."""
-        answers = list(self.server_state.tasks)
-        if self.force_exit:  # out of patience, uvicorn has cancelled them; told to exit, it leaves them alone
-            for answer in answers:
-                answer.cancel()
-        if answers:
-            await asyncio.wait(answers, timeout=_LAST_WORDS_S)
 
 
 async def _run(settings: GatewaySettings, listener: socket.socket, admin_listener: socket.socket | None) -> None:
@@ -291,13 +261,13 @@ async def _run(settings: GatewaySettings, listener: socket.socket, admin_listene
     await events.subscribe_load(fleet.load_reported)
     app = create_app(gateway)
     serving = cross_origin(streams_first(app), parse_origins(settings.cors_origin))
-    server = _Server(_uvicorn_config(settings, serving, gateway.metrics), gateway.live)
-    admin = _Server(_uvicorn_config(settings, admin_app(app), gateway.metrics), None)
+    server = HttpServer(server_config(settings, serving, gateway.metrics), gateway.live)
+    admin = HttpServer(server_config(settings, admin_app(app), gateway.metrics))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, server.stop)
+        loop.add_signal_handler(number, gateway.departure.signalled, server.stop)
     if gateway.keys.path is None:  # no keys to read anew: it is the terminal's farewell
-        loop.add_signal_handler(signal.SIGHUP, server.stop)
+        loop.add_signal_handler(signal.SIGHUP, gateway.departure.signalled, server.stop)
     else:
         loop.add_signal_handler(signal.SIGHUP, _reload_keys, gateway.keys)
     try:
@@ -319,6 +289,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket, admin_listene
             await gateway.ledger.stop()
             await gateway.usage.stop()
             admin.stop()
+            admin.force_exit = server.force_exit
             await operators
     finally:
         gateway.dispatcher.stop()
@@ -347,7 +318,7 @@ def _lasting(settings: GatewaySettings, gateway: Gateway, events: EventPlane) ->
     return lasting
 
 
-async def _serve_operators(server: _Server, listener: socket.socket | None) -> None:
+async def _serve_operators(server: HttpServer, listener: socket.socket | None) -> None:
     if listener is not None:
         _log.info("gateway.admin_listening", at=listener.getsockname()[1])
         await server.serve(sockets=[listener])
@@ -372,30 +343,6 @@ async def _watch_loop(metrics: Metrics) -> None:
         due = loop.time() + _LAG_PERIOD_S
         await asyncio.sleep(_LAG_PERIOD_S)
         metrics.loop_lagged(max(0.0, loop.time() - due))
-
-
-def _uvicorn_config(settings: GatewaySettings, app: ASGIApp, metrics: Metrics) -> uvicorn.Config:
-    limits = ConnectionLimits(
-        read_timeout_s=min(settings.read_timeout_s, settings.request_timeout_s),
-        num_connections=settings.max_connections,
-    )
-    protocol = functools.partial(StreamingProtocol, limits=limits, on_refused=metrics.connection_refused)
-    config = uvicorn.Config(
-        app,
-        http=protocol,  # type: ignore[arg-type] # all that uvicorn does is call it
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # nothing here looks at the address of a client
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
-    )
-    if settings.tls_cert is not None and settings.tls_key is not None:
-        config.load()
-        config.ssl = http_tls(settings.tls_cert, settings.tls_key)  # uvicorn's own would keep what it read once
-    return config
 
 
 def _routing(settings: GatewaySettings) -> RoutingSetup:
@@ -457,14 +404,6 @@ def _reload_keys(keys: ApiKeys) -> None:
         _log.warning("keys.refused", reason=str(exc))
     else:
         _log.info("keys.reloaded")
-
-
-def _listening(name: str, host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as exc:
-        raise UnusableSetting(name, port, f"{host} cannot be listened on: {exc}") from exc
 
 
 def _no_route(request: Request, exc: HTTPException) -> InvalidRequest:

@@ -112,7 +112,16 @@ class GatewaySettings(ProcessSettings):
         float,
         Parameter(help="Longest silence of a streamed answer, also before its first token, in seconds; 0: no limit."),
     ] = 15.0
-    drain_s: Annotated[float, Parameter(help="Longest wait for running answers at shutdown, in seconds.")] = 30.0
+    drain_delay_s: Annotated[
+        float,
+        Parameter(
+            help="Time at shutdown, in seconds, in which /health is 503 and requests are still taken, so that load "
+            "balancers send their next ones elsewhere; a second signal ends it."
+        ),
+    ] = 0.0
+    drain_s: Annotated[
+        float, Parameter(help="Longest wait for running answers at shutdown, after --drain-delay-s, in seconds.")
+    ] = 30.0
     heartbeat_s: Annotated[float, Parameter(help="Silence on a worker's stream before a ping, in seconds.")] = 1.0
     dead_after_s: Annotated[
         float, Parameter(help="Silence on a worker's stream after which the worker counts as lost, in seconds.")
@@ -208,7 +217,7 @@ class GatewaySettings(ProcessSettings):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UnusableSetting(name, value, "it must be more than 0 seconds")
-        for name in ("drain_s", "replacement_s", "sse_keepalive_s"):
+        for name in ("drain_delay_s", "drain_s", "replacement_s", "sse_keepalive_s"):
             if not getattr(self, name) >= 0:
                 raise UnusableSetting(name, getattr(self, name), "it must be 0 seconds or more")
         check_setting("trace_ratio", self.trace_ratio, _check_share)

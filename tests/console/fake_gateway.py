@@ -20,9 +20,11 @@ from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, routing_setup
 from app.gateway import Gateway
 from app.http.body import BodyMemory
+from app.http.leaving import Departure
+from app.http.server import server_config
 from app.keys.ledger import Ledger
 from app.keys.usage import UsageBook
-from app.main import _uvicorn_config, create_app, streams_first
+from app.main import create_app, streams_first
 from app.metrics import Metrics
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
@@ -105,6 +107,7 @@ def make_gateway(folder: Path, keys: ApiKeys | None = None) -> Gateway:
         relay=relay,
         responses=responses,
         background=Background(responses, models, relay, gateway="g"),
+        departure=Departure(0.0, call_later=asyncio.get_running_loop().call_later),
         metrics=metrics,
         clock=clock,
         wall_clock=time.time,
@@ -244,7 +247,7 @@ def _keys(path: Path, admin_key: str) -> ApiKeys:
 
 def _config(gateway: Gateway, port: int) -> uvicorn.Config:
     settings = dataclasses.replace(gateway.settings, drain_s=1.0)
-    config = _uvicorn_config(settings, streams_first(create_app(gateway)), gateway.metrics)
+    config = server_config(settings, streams_first(create_app(gateway)), gateway.metrics)
     config.host, config.port = "127.0.0.1", port
     return config
 

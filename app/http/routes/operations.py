@@ -48,9 +48,11 @@ def operation_routes(gateway: Gateway) -> APIRouter:
     @routes.head("/health", response_model=None, include_in_schema=False)
     @routes.get("/health", response_model=None)
     async def health() -> Response:
-        """Whether some worker could serve a request now; 503 if not."""
-        body = {"status": "ok" if gateway.fleet.is_serving else "no worker", "workers": gateway.fleet.num_connected}
-        return json_reply(body, 200 if gateway.fleet.is_serving else 503)
+        """Whether some worker could serve a request now; 503 if not, or if this gateway is about to stop."""
+        status = "ok" if gateway.fleet.is_serving else "no worker"
+        if gateway.departure.is_under_way:
+            status = "leaving"
+        return json_reply({"status": status, "workers": gateway.fleet.num_connected}, 200 if status == "ok" else 503)
 
     @routes.get("/metrics", response_model=None)
     async def metrics(request: Request) -> Response:

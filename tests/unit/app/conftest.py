@@ -7,7 +7,8 @@ import httpx
 import pytest
 import uvicorn
 
-from app.main import _uvicorn_config, create_app, streams_first
+from app.http.server import server_config
+from app.main import create_app, streams_first
 from tests.raw_http import until
 
 
@@ -25,7 +26,7 @@ async def served():
     running = []
 
     async def start(gateway):
-        config = _uvicorn_config(gateway.settings, streams_first(create_app(gateway)), gateway.metrics)
+        config = server_config(gateway.settings, streams_first(create_app(gateway)), gateway.metrics)
         config.load()
         protocol: Any = config.http_protocol_class
         state, loop = uvicorn.server.ServerState(), asyncio.get_running_loop()

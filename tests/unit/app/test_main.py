@@ -15,6 +15,7 @@ from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, routing_setup
 from app.gateway import Gateway
 from app.http.body import BodyMemory
+from app.http.leaving import Departure
 from app.keys.ledger import Ledger
 from app.keys.usage import UsageBook
 from app.main import _log_start, create_app, streams_first
@@ -100,6 +101,7 @@ async def gateway(settings, tmp_path):
         relay=relay,
         responses=responses,
         background=Background(responses, models, relay, gateway="g"),
+        departure=Departure(60.0, call_later=asyncio.get_running_loop().call_later),
         metrics=metrics,
         clock=clock,
         wall_clock=lambda: 1_700_000_000.0,
@@ -190,6 +192,9 @@ async def test_health_needs_a_worker_and_life_does_not(gateway, client):
         await asyncio.sleep(0)
     health = await client.get("/health")
     assert (health.status_code, health.json()) == (200, {"status": "ok", "workers": 1})
+    gateway.departure.signalled(lambda: None)
+    health = await client.get("/health")
+    assert (health.status_code, health.json()) == (503, {"status": "leaving", "workers": 1})
     running.cancel()
 
 

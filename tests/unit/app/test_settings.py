@@ -41,7 +41,7 @@ def test_the_heartbeat_of_streams_is_the_one_set():
         ),
         *(
             ({name: value}, f"--{name.replace('_', '-')} is {value!r}: it must be 0 seconds or more")
-            for name in ("drain_s", "replacement_s")
+            for name in ("drain_delay_s", "drain_s", "replacement_s")
             for value in (-0.1, float("nan"))
         ),
         ({"heartbeat_s": 3.0}, "--dead-after-s is 3.0: it must exceed --heartbeat-s (3.0)"),
