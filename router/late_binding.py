@@ -32,7 +32,7 @@ _MAX_REFRESHED = 4
 _MAX_BLOCKED = 64
 _WIDE = 16  # from so many workers on, an array is quicker than a loop
 _STALE_S = 0.5
-_SHARE_GAIN = 0.2  # of a walk: one does not see the whole queue
+_SHARE_GAIN = 0.1  # of a walk: one does not see the whole queue, and what moves fast is asked about in vain
 _POLL_S = 0.5
 """With requests waiting, dispatch runs at least this often: utilisation decays, and reports may have stopped."""
 
