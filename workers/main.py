@@ -28,6 +28,8 @@ from planes.control import ControlPlaneUnavailable, Etcd, Registrar, WorkerIdTak
 from planes.events import EventPlane
 from planes.objects import ObjectStore
 from planes.role_wishes import watch_role_wishes
+from planes.security.files import Reloaded, read_secret
+from planes.security.tls import http_tls
 from planes.streams.client import greets
 from planes.streams.greeting import StreamKeys
 from planes.streams.protocol import StreamLimits
@@ -116,7 +118,7 @@ async def serve(settings: WorkerSettings, ending: Ending, *, make_engine: Engine
     worker = WorkerId(settings.new_worker_id())
     if cores := settings.core_numbers():
         _take_cores(settings, cores)
-    refuse_open_worker(settings, settings.host)
+    refuse_open_worker(settings, settings.host, has_open_metrics=settings.has_open_metrics)
     _refuse_taken_port(settings)
     keys = StreamKeys(settings.stream_security)
     is_running = partial(greets, keys=keys)
@@ -251,7 +253,12 @@ class _Worker:
             load=self.engine.load,
             role=lambda: server.role,
         )
-        listener = MetricsPort(metrics.exposition)
+        cert, key, token = settings.plane_cert, settings.plane_key, settings.metrics_token_file
+        listener = MetricsPort(
+            metrics.exposition,
+            tls=None if cert is None or key is None else http_tls(cert, key),
+            token=None if token is None else Reloaded((token,), partial(read_secret, token)),
+        )
         port = await listener.listen(settings.host, settings.metrics_port)
         _log.info("metrics.listening", host=settings.host, port=port)
         return listener

@@ -11,10 +11,12 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from planes.security.files import read_secret
+from planes.security.tls import http_tls
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import HandoverMode, Role
 from process.paths import DEMO_MODEL
-from process.settings import ProcessSettings
+from process.settings import ProcessSettings, check_setting
 
 SIM_MODEL = Path(__file__).parent / "sim" / "model"
 """Tokenizer and chat template of the simulated engine's own model."""
@@ -58,8 +60,14 @@ class WorkerSettings(ProcessSettings):
     metrics_port: Annotated[
         int | None,
         Parameter(
-            help="Port for GET /metrics (Prometheus, under vLLM's names too) and GET /live; 0 takes a free one. "
-            "Default: none."
+            help="Port for GET /metrics (Prometheus, under vLLM's names too) and GET /live; 0 takes a free one. HTTPS "
+            "where there is a --plane-cert. Default: none."
+        ),
+    ] = None
+    metrics_token_file: Annotated[
+        Path | None,
+        Parameter(
+            help="File with a secret that GET /metrics asks for, as Authorization: Bearer SECRET. Default: none."
         ),
     ] = None
     handover: Annotated[
@@ -140,6 +148,7 @@ class WorkerSettings(ProcessSettings):
     def __post_init__(self) -> None:
         ProcessSettings.__post_init__(self)
         _check_ports(self)
+        _check_metrics(self)
         _check_numbers(self)
         _check_model(self)
         _check_names(self)
@@ -203,6 +212,11 @@ class WorkerSettings(ProcessSettings):
             return self.advertise_host or self.host
         return own_address() or self.host
 
+    @property
+    def has_open_metrics(self) -> bool:
+        """Whether who reaches `--metrics-port` may read."""
+        return self.metrics_port is not None and self.metrics_token_file is None
+
     def new_worker_id(self) -> str:
         """The name given, or a new one at each call."""
         return self.worker_id or f"{self.role}-{secrets.token_hex(3)}"
@@ -224,6 +238,14 @@ def _check_ports(settings: WorkerSettings) -> None:
     for name in ("port", "metrics_port"):
         if not 0 <= (getattr(settings, name) or 0) <= 65535:
             raise UnusableSetting(name, getattr(settings, name), "a port is 0 to 65535")
+
+
+def _check_metrics(settings: WorkerSettings) -> None:
+    cert, key, token = settings.plane_cert, settings.plane_key, settings.metrics_token_file
+    if token is not None:
+        check_setting("metrics_token_file", str(token), lambda name: read_secret(Path(name)))
+    if settings.metrics_port is not None and cert is not None and key is not None:
+        check_setting("plane_cert", str(cert), lambda _: http_tls(cert, key))
 
 
 def _check_numbers(settings: WorkerSettings) -> None:

@@ -29,6 +29,7 @@ from tests.streams import REQUEST, frame
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
 PASSWORD = "s3cr3t of the mill"
+SCRAPER = "what Prometheus shows"
 PROMPT = "a prompt that is nobody else's: mills and rivers"
 
 
@@ -53,6 +54,8 @@ class Fleet:
                 "HEADRACE_ETCD_PASSWORD_FILE": str(self.folder / "password"),
                 "HEADRACE_NATS_USER": "mill",
                 "HEADRACE_NATS_PASSWORD_FILE": str(self.folder / "password"),
+                "HEADRACE_METRICS_PORT": "0",
+                "HEADRACE_METRICS_TOKEN_FILE": str(self.folder / "scraper"),
             }
         )
 
@@ -98,6 +101,7 @@ async def fleet(tmp_path_factory):
     logs.mkdir()
     certs = make_certs(folder / "certs", CertsSettings())
     (folder / "password").write_text(PASSWORD + "\n")
+    (folder / "scraper").write_text(SCRAPER + "\n")
     port = free_port("nats", 0)
     settings = folder / "nats.conf"
     settings.write_text(f'authorization {{ user: mill, password: "{PASSWORD}" }}\n')
@@ -148,15 +152,32 @@ async def test_a_streamed_answer_is_handed_over_between_two_workers(fleet):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("fleet", "--once"), ("config", "policy=dynamo"), ("role", "decode-1", "decode")]
+    ("arguments", "told"),
+    [
+        (("fleet", "--once"), "decode-1"),
+        (("config", "policy=dynamo"), ""),
+        (("role", "decode-1", "decode"), ""),
+        (("keys", "list"), ""),
+        (("doctor",), "connected to 2 of 2 workers"),
+    ],
 )
-async def test_commands_have_the_same_flags(fleet, arguments):
-    process = fleet.site.start(
-        "command", ["app.cli", *arguments, *fleet.site.flags], fleet.environment | {"COLUMNS": "300"}
-    )
+async def test_commands_have_the_same_flags(fleet, arguments, told):
+    where = {"COLUMNS": "300", "HEADRACE_URL": fleet.gateway.url, "SSL_CERT_FILE": str(fleet.certs.ca)}
+    process = fleet.site.start("command", ["app.cli", *arguments, *fleet.site.flags], fleet.environment | where)
     assert await process.ended() == 0, process.log.read_text()
-    if arguments[0] == "fleet":
-        assert "decode-1" in process.log.read_text()
+    assert told in process.log.read_text()
+
+
+@pytest.mark.parametrize("command", ["top", "trace"])
+async def test_commands_that_ask_the_gateway_take_its_certificate_s_ca(fleet, command):
+    where = {"HEADRACE_URL": fleet.gateway.url}
+    believing = fleet.site.start(
+        "command", ["app.cli", command], fleet.environment | where | {"SSL_CERT_FILE": str(fleet.certs.ca)}
+    )
+    assert await believing.ended() == 0, believing.log.read_text()
+    doubting = fleet.site.start("command", ["app.cli", command], fleet.environment | where)
+    assert await doubting.ended() == 2
+    assert doubting.said("certificate verify failed")
 
 
 @pytest.mark.parametrize(
@@ -302,6 +323,60 @@ async def test_https_is_not_http_and_its_certificate_is_checked(fleet):
             await client.get(f"{fleet.gateway.url}/health")
 
 
+def port_in(line, name="port"):
+    return next(word for word in line.split() if word.startswith(f"{name}=")).removeprefix(f"{name}=")
+
+
+@pytest.mark.parametrize("name", ["prefill-1", "decode-1"])
+async def test_a_worker_s_metrics_are_read_with_their_token_alone(fleet, name):
+    worker = next(each for each in fleet.site.processes if each.name == name)
+    port = port_in(await worker.says("event=metrics.listening"))
+    async with httpx.AsyncClient(timeout=20) as client:
+        with pytest.raises(httpx.TransportError):
+            await client.get(f"http://localhost:{port}/metrics")
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            await client.get(f"https://localhost:{port}/metrics")
+    context = ssl.create_default_context(cafile=fleet.certs.ca)
+    async with httpx.AsyncClient(base_url=f"https://localhost:{port}", verify=context, timeout=20) as client:
+        for shown in (None, "Bearer", "Bearer another", f"Bearer {fleet.certs.token.read_text().strip()}", SCRAPER):
+            refused = await client.get("/metrics", headers={} if shown is None else {"authorization": shown})
+            assert (refused.status_code, refused.text) == (401, ""), shown
+        told = await client.get("/metrics", headers={"authorization": f"Bearer {SCRAPER}"})
+        assert told.status_code == 200
+        assert f'worker="{name}"' in told.text
+        assert (await client.get("/live")).status_code == 200
+
+
+async def test_a_port_for_operators_that_others_reach_has_tls_and_asks_for_an_admin_s_key(fleet, tmp_path):
+    keys = tmp_path / "keys.toml"
+    keys.write_text(
+        '[[keys]]\ntenant = "t"\nkey = "sk-plain"\n[[keys]]\ntenant = "o"\nkey = "sk-admin"\nadmin = true\n'
+    )
+    cert, key = fleet.certs.server
+    tls = ("--tls-cert", str(cert), "--tls-key", str(key))
+    own = ("--admin-port", "0", "--admin-host", "0.0.0.0", "--api-keys-file", str(keys))
+    process = fleet.start_gateway(*tls, *own)
+    try:
+        port = port_in(await process.says("event=gateway.admin_listening"), "at")
+        main = port_in(await process.says("event=gateway.listening"))
+        async with httpx.AsyncClient(timeout=20) as client:
+            with pytest.raises(httpx.TransportError):
+                await client.get(f"http://localhost:{port}/metrics")
+        context = ssl.create_default_context(cafile=fleet.certs.ca)
+        async with httpx.AsyncClient(verify=context, timeout=20) as client:
+            for path in ("/metrics", "/v1/fleet", "/v1/usage", "/v1/routes", "/console/state"):
+                asked = [
+                    (await client.get(f"https://localhost:{port}{path}", headers=headers)).status_code
+                    for headers in ({}, {"authorization": "Bearer sk-plain"})
+                ]
+                assert asked == [401, 403], path
+            admin = {"authorization": "Bearer sk-admin"}
+            assert (await client.get(f"https://localhost:{port}/metrics", headers=admin)).status_code == 200
+            assert (await client.get(f"https://localhost:{main}/metrics", headers=admin)).status_code == 404
+    finally:
+        process.kill()
+
+
 async def test_a_process_that_would_be_open_to_others_does_not_start(fleet):
     nothing = ("HEADRACE_PLANE_CA", "HEADRACE_PLANE_CERT", "HEADRACE_PLANE_KEY", "HEADRACE_STREAM_TOKEN_FILE")
     public = {"HEADRACE_HOST": "0.0.0.0", "HEADRACE_ADVERTISE_HOST": "here"}
@@ -311,6 +386,10 @@ async def test_a_process_that_would_be_open_to_others_does_not_start(fleet):
             fleet.start_worker("decode-7", without=nothing, **public),
             "taken for a gateway",
         ),
+        (
+            fleet.start_worker("decode-6", without=("HEADRACE_METRICS_TOKEN_FILE",), **public),
+            "--metrics-port reads them",
+        ),
     ):
         assert await process.ended() == 2
         assert said in process.log.read_text()
@@ -318,7 +397,7 @@ async def test_a_process_that_would_be_open_to_others_does_not_start(fleet):
 
 
 async def test_no_secret_is_in_a_log_or_on_a_command_line(fleet):
-    secrets = [PASSWORD, fleet.certs.token.read_text().strip(), PROMPT]
+    secrets = [PASSWORD, SCRAPER, fleet.certs.token.read_text().strip(), PROMPT]
     told = fleet.logs() + (fleet.folder / "etcd.log").read_text() + (fleet.folder / "nats.log").read_text()
     assert len(told) > 1000
     assert [secret for secret in secrets if secret in told] == []

@@ -38,6 +38,27 @@ async def test_two_paths_are_answered(listening, line, status, body):
     assert (head.split(b" ")[1], told) == (status, body)
 
 
+@pytest.mark.parametrize(
+    ("shown", "status"),
+    [
+        (b"", b"401"),
+        (b"authorization: Bearer another\r\n", b"401"),
+        (b"authorization: Basic s3cr3t\r\n", b"401"),
+        (b"x-authorization: Bearer s3cr3t\r\n", b"401"),
+        (b"Authorization:bearer  s3cr3t \r\n", b"200"),
+        (b"accept: */*\r\nauthorization: Bearer s3cr3t\r\n", b"200"),
+    ],
+)
+async def test_metrics_ask_for_the_token_and_life_does_not(shown, status):
+    listener = MetricsPort(lambda: b"up 1\n", token=lambda: "s3cr3t")
+    port = await listener.listen("127.0.0.1", 0)
+    told = await asked(port, b"GET /metrics HTTP/1.1\r\n" + shown + b"\r\n")
+    assert told.split(b" ")[1] == status
+    assert (b"up 1" in told) == (status == b"200")
+    assert b" 200 OK" in await asked(port, b"GET /live HTTP/1.1\r\n" + shown + b"\r\n")
+    listener.close()
+
+
 async def test_an_endless_head_is_not_answered(listening):
     assert await asked(listening, b"GET /metrics HTTP/1.1\r\n" + b"a: b\r\n" * 4000) == b""
 
