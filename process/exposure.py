@@ -28,13 +28,11 @@ def refuse_open_gateway(settings: ProcessSettings, host: str, *, has_keys: bool,
         _refuse(settings, "--admin-host", admin_host, reasons)
 
 
-def refuse_open_worker(settings: ProcessSettings, host: str, *, has_open_metrics: bool = False) -> None:
-    """has_open_metrics: whether it listens there for whoever wants to read its metrics.  Raises:  OpenToOthers."""
+def refuse_open_worker(settings: ProcessSettings, host: str) -> None:
+    """Raises:  OpenToOthers."""
     own = []
     if settings.stream_security.is_open:
         own = [f"whoever reaches it is taken for a gateway ({_MEND_STREAMS})"]
-    if has_open_metrics:
-        own.append("whoever reaches its --metrics-port reads them (--metrics-token-file)")
     _refuse(settings, "--host", host, [*own, *_open_planes(settings)])
 
 

@@ -118,7 +118,7 @@ async def serve(settings: WorkerSettings, ending: Ending, *, make_engine: Engine
     worker = WorkerId(settings.new_worker_id())
     if cores := settings.core_numbers():
         _take_cores(settings, cores)
-    refuse_open_worker(settings, settings.host, has_open_metrics=settings.has_open_metrics)
+    refuse_open_worker(settings, settings.host)
     _refuse_taken_port(settings)
     keys = StreamKeys(settings.stream_security)
     is_running = partial(greets, keys=keys)
@@ -258,6 +258,7 @@ class _Worker:
             metrics.exposition,
             tls=None if cert is None or key is None else http_tls(cert, key),
             token=None if token is None else Reloaded((token,), partial(read_secret, token)),
+            is_open=settings.has_open_metrics,
         )
         port = await listener.listen(settings.host, settings.metrics_port)
         _log.info("metrics.listening", host=settings.host, port=port)

@@ -1,7 +1,7 @@
 """The worker's HTTP listener for those who watch it: `GET /metrics`, and `GET /live` for probes; no more than that.
 
-One answer a connection; a head has a few seconds and 8 KiB, and only so many may be at it at once. `/metrics` asks for
-the token, if there is one; `/live` for none.
+One answer a connection; a head has a few seconds and 8 KiB, and only so many may be at it at once. Where others
+reach it `/metrics` is told only to who shows the token; `/live` to anybody.
 """
 
 import asyncio
@@ -20,7 +20,10 @@ _MAX_CONNECTIONS = 64
 
 
 class MetricsPort:
-    """exposition: the text for Prometheus.  tls: None: plain HTTP.  token: what a scraper shows; None: nothing."""
+    """exposition: the text for Prometheus.  tls: None: plain HTTP.
+
+    token: what a scraper must show; None: nobody can.  is_open: nobody must.
+    """
 
     def __init__(
         self,
@@ -28,10 +31,12 @@ class MetricsPort:
         *,
         tls: ssl.SSLContext | None = None,
         token: Callable[[], str] | None = None,
+        is_open: bool = False,
     ) -> None:
         self._exposition = exposition
         self._tls = tls
         self._token = token
+        self._is_open = is_open
         self._server: asyncio.Server | None = None
         self._num_connections = 0
 
@@ -73,17 +78,21 @@ class MetricsPort:
         if method not in (b"GET", b"HEAD"):
             return _message("405 Method Not Allowed", "text/plain", b"GET is possible\n")
         if path == b"/metrics" and not self._is_shown(fields):
-            return _message("401 Unauthorized", "text/plain", b"", "www-authenticate: Bearer")
+            return _message("401 Unauthorized", "text/plain", self._advice, "www-authenticate: Bearer")
         if path == b"/metrics":
             return _message("200 OK", CONTENT_TYPE_LATEST, self._exposition(), is_head=method == b"HEAD")
         if path == b"/live":
             return _message("200 OK", "application/json", b'{"status":"ok"}', is_head=method == b"HEAD")
         return _message("404 Not Found", "text/plain", b"/metrics and /live are possible\n", is_head=method == b"HEAD")
 
+    @property
+    def _advice(self) -> bytes:
+        return b"" if self._token is not None else b"to be read from here it needs --metrics-token-file\n"
+
     def _is_shown(self, fields: tuple[bytes, ...]) -> bool:
         """Whether the token is among the head's fields, or none is asked for."""
-        if self._token is None:
-            return True
+        if self._is_open or self._token is None:
+            return self._is_open
         named = [(name.strip().lower(), value.strip()) for name, _, value in (each.partition(b":") for each in fields)]
         scheme, _, shown = dict(named).get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(shown.strip(), self._token().encode())

@@ -15,6 +15,7 @@ from planes.security.files import read_secret
 from planes.security.tls import http_tls
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import HandoverMode, Role
+from planes.wire.urls import is_loopback
 from process.paths import DEMO_MODEL
 from process.settings import ProcessSettings, check_setting
 
@@ -67,7 +68,8 @@ class WorkerSettings(ProcessSettings):
     metrics_token_file: Annotated[
         Path | None,
         Parameter(
-            help="File with a secret that GET /metrics asks for, as Authorization: Bearer SECRET. Default: none."
+            help="File with a secret that GET /metrics asks for, as Authorization: Bearer SECRET. Without it nobody "
+            "reads them if --host is an address that others reach, unless --insecure says so."
         ),
     ] = None
     handover: Annotated[
@@ -215,7 +217,7 @@ class WorkerSettings(ProcessSettings):
     @property
     def has_open_metrics(self) -> bool:
         """Whether who reaches `--metrics-port` may read."""
-        return self.metrics_port is not None and self.metrics_token_file is None
+        return self.metrics_token_file is None and (self.insecure or is_loopback(self.host))
 
     def new_worker_id(self) -> str:
         """The name given, or a new one at each call."""

@@ -386,10 +386,6 @@ async def test_a_process_that_would_be_open_to_others_does_not_start(fleet):
             fleet.start_worker("decode-7", without=nothing, **public),
             "taken for a gateway",
         ),
-        (
-            fleet.start_worker("decode-6", without=("HEADRACE_METRICS_TOKEN_FILE",), **public),
-            "--metrics-port reads them",
-        ),
     ):
         assert await process.ended() == 2
         assert said in process.log.read_text()

@@ -41,6 +41,16 @@ async def test_each_of_two_workers_counts_its_part_of_a_request(site, reach, uni
     assert 0 <= taken["vllm:kv_cache_usage_perc", *key] <= 1
 
 
+@pytest.mark.parametrize(("flags", "status"), [((), 401), (("--insecure",), 200)])
+async def test_where_others_reach_them_a_start_must_say_that_they_may_read_them(site, tmp_path, flags, status):
+    (tmp_path / "token").write_text("the fleet's own token")
+    public = ("--host", "0.0.0.0", "--advertise-host", "127.0.0.1", "--stream-token-file", str(tmp_path / "token"))
+    worker = await site.worker("both-1", "--metrics-port", "0", *public, *flags)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{await port_of(worker)}") as client:
+        assert (await client.get("/metrics")).status_code == status
+        assert (await client.get("/live")).status_code == 200
+
+
 async def test_a_taken_port_stops_the_start(site):
     first = await site.worker("prefill-1", "--metrics-port", "0")
     second = site.start_worker("prefill-2", "--metrics-port", str(await port_of(first)))

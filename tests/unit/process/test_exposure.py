@@ -24,8 +24,7 @@ def gateway(has_keys=False, host="0.0.0.0", admin_host=None, **settings):
 
 
 def worker(host="0.0.0.0", **settings):
-    own = WorkerSettings(engine="sim", **settings)
-    refuse_open_worker(own, host, has_open_metrics=own.has_open_metrics)
+    refuse_open_worker(WorkerSettings(engine="sim", **settings), host)
 
 
 def reasons(refuse, **settings):
@@ -87,14 +86,6 @@ def test_a_secured_fleet_may_be_for_others(certs):
 def test_a_worker_with_a_token_is_open_to_nobody_else(certs):
     assert "taken for a gateway" in reasons(worker)
     worker(stream_token_file=certs.token)
-
-
-def test_a_worker_s_metrics_are_not_for_others_either(certs):
-    closed = secured(certs) | {"metrics_port": 9100}
-    assert "--metrics-token-file" in reasons(worker, **closed)
-    worker(**closed, metrics_token_file=certs.token)
-    worker(**closed, host="127.0.0.1")
-    worker(**secured(certs))
 
 
 @pytest.mark.parametrize(

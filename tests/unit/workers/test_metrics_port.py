@@ -16,7 +16,7 @@ async def asked(port, head):
 
 @pytest.fixture
 async def listening():
-    listener = MetricsPort(lambda: b"up 1\n")
+    listener = MetricsPort(lambda: b"up 1\n", is_open=True)
     yield await listener.listen("127.0.0.1", 0)
     listener.close()
 
@@ -56,6 +56,16 @@ async def test_metrics_ask_for_the_token_and_life_does_not(shown, status):
     assert told.split(b" ")[1] == status
     assert (b"up 1" in told) == (status == b"200")
     assert b" 200 OK" in await asked(port, b"GET /live HTTP/1.1\r\n" + shown + b"\r\n")
+    listener.close()
+
+
+async def test_without_a_token_nobody_reads_what_is_not_open():
+    listener = MetricsPort(lambda: b"up 1\n")
+    port = await listener.listen("127.0.0.1", 0)
+    told = await asked(port, b"GET /metrics HTTP/1.1\r\nauthorization: Bearer \r\n\r\n")
+    assert told.startswith(b"HTTP/1.1 401 ")
+    assert told.endswith(b"it needs --metrics-token-file\n")
+    assert b" 200 OK" in await asked(port, b"GET /live HTTP/1.1\r\n\r\n")
     listener.close()
 
 
