@@ -44,7 +44,7 @@ from loadtest.client import Client, Sample
 from loadtest.live import ask, mixed_arrivals, replay
 from loadtest.stack import Stack
 from workers.engine.base import EngineStartError
-from workers.vllm.config import check_accelerator, check_nixl
+from workers.vllm.requirements import check_accelerator, check_nixl
 
 app = App(help=__doc__, version_flags=[])
 
@@ -95,7 +95,7 @@ def environment(check: Check) -> None:
     if check.device == "cpu" and not current_platform.is_cpu():
         raise CheckError("vLLM is here in its build for GPUs: make install EXTRA=cpu, or leave --device cpu out")
     try:
-        check_accelerator(current_platform, tensor_parallel=1)
+        check_accelerator(current_platform, num_gpus=1)
         check_nixl(torch.version.cuda)
     except EngineStartError as exc:
         raise CheckError(str(exc)) from exc

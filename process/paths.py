@@ -1,6 +1,7 @@
 """What is kept on this machine between starts."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from planes.wire.errors import HeadraceError
 
 DEMO_MODEL = "smollm2-135m"
 """What clients call the model that is served when nobody names one (`workers/demo_model/convert.py`)."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class UnusableCache(HeadraceError):  # noqa: N818 - names what is wrong
@@ -29,3 +32,8 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
     if not folder.is_absolute():
         raise UnusableCache(named, "it must be an absolute path, so that it does not depend on the current folder")
     return folder
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether it names a model at the Hugging Face hub, `org/name`: a directory of that name here goes first."""
+    return _HUB_ID.fullmatch(model) is not None and not Path(model).is_dir()

@@ -3,6 +3,7 @@
 import ipaddress
 import re
 import secrets
+import shlex
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,8 +17,9 @@ from planes.security.tls import http_tls
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import HandoverMode, Role
 from planes.wire.urls import is_loopback
-from process.paths import DEMO_MODEL
+from process.paths import DEMO_MODEL, is_hub_id
 from process.settings import ProcessSettings, check_setting
+from workers.hub import fetched_model
 
 SIM_MODEL = Path(__file__).parent / "sim" / "model"
 """Tokenizer and chat template of the simulated engine's own model."""
@@ -41,10 +43,19 @@ class WorkerSettings(ProcessSettings):
     engine: Annotated[Literal["vllm", "sim"], Parameter(help="What computes: a real model or simulated time.")] = "vllm"
     model: Annotated[
         Path | None,
-        Parameter(help="Directory of a model. Default: the demo model, SmolLM2 135M; for sim, a built-in tokenizer."),
+        Parameter(
+            help="Directory of a model, or its id at the Hugging Face hub, org/name. Default: the demo model, SmolLM2 "
+            "135M; for sim, a built-in tokenizer."
+        ),
     ] = None
+    revision: Annotated[str | None, Parameter(help="Branch, tag or commit of a model at the hub. Default: main.")] = (
+        None
+    )
     served_model_name: Annotated[
-        str | None, Parameter(help="Name that clients use. Default: the directory's or the demo model's name, or sim.")
+        str | None,
+        Parameter(
+            help="Name that clients use. Default: the directory's name, the hub's id, the demo model's name, or sim."
+        ),
     ] = None
     worker_id: Annotated[
         str | None, Parameter(help="Name in the fleet; that of a running worker is refused. Default: ROLE-xxxxxx.")
@@ -79,8 +90,8 @@ class WorkerSettings(ProcessSettings):
     context_length: Annotated[
         int | None,
         Parameter(
-            help="Most prompt plus completion tokens of a request. Default: 2048, or as many as the model can (vllm); "
-            "32768 (sim)."
+            help="Most prompt plus completion tokens of a request. Default: as many as the model can, on CPU 2048 at "
+            "most (vllm); 32768 (sim)."
         ),
     ] = None
     block_size: Annotated[int | None, Parameter(help="Tokens per KV block. Default: 32 (vllm), 16 (sim).")] = None
@@ -89,11 +100,14 @@ class WorkerSettings(ProcessSettings):
         int | None, Parameter(help="Memory for the KV cache (vllm). Default: 256 MiB on CPU, what is left elsewhere.")
     ] = None
     max_batch: Annotated[
-        int | None, Parameter(help="Most sequences running at once. Default: 32 (vllm), 256 (sim).")
+        int | None, Parameter(help="Most sequences running at once. Default: vLLM's own, on CPU 32; 256 (sim).")
     ] = None
     max_step_tokens: Annotated[
         int | None,
-        Parameter(help="Most tokens that one step computes. Default: 2048; 40 for a decode worker with vLLM on CPU."),
+        Parameter(
+            help="Most tokens that one step computes. Default: vLLM's own, on CPU 2048, and 40 for a decode worker; "
+            "2048 (sim)."
+        ),
     ] = None
     max_queued: Annotated[int, Parameter(help="Most requests taken beyond --max-batch.")] = 1024
     tool_parser: Annotated[
@@ -118,6 +132,16 @@ class WorkerSettings(ProcessSettings):
     ] = "auto"
     load_format: Annotated[str, Parameter(help="How to load the weights (vllm); dummy makes random ones.")] = "auto"
     tensor_parallel: Annotated[int, Parameter(help="GPUs that share the model (vllm).")] = 1
+    engine_args: Annotated[
+        str,
+        Parameter(
+            help="More for vLLM, as on its command line: '--quantization fp8 --pipeline-parallel-size 2'; also after "
+            "-- at the end of the worker's. They count more than the flags here."
+        ),
+    ] = ""
+    engine_config: Annotated[
+        Path | None, Parameter(help="YAML file with more for vLLM, as its --config takes it; --engine-args count more.")
+    ] = None
     prefill_dispatch: Annotated[
         Literal["direct", "queue"],
         Parameter(help="Compute the prompts that gateways send, or also take some from the queue when there is room."),
@@ -155,6 +179,7 @@ class WorkerSettings(ProcessSettings):
         _check_model(self)
         _check_names(self)
         _check_task(self)
+        _check_engine_args(self)
         if self.is_pulling and not self.may_pull:
             allowed = f"queue needs --handover pull (it is {self.handover}): nobody knows yet whom to push to"
             raise UnusableSetting("prefill_dispatch", self.prefill_dispatch, allowed)
@@ -194,14 +219,19 @@ class WorkerSettings(ProcessSettings):
             return self.served_model_name
         if self.model is None:
             return "sim" if self.engine == "sim" else DEMO_MODEL
-        return self.model.resolve().name
+        return str(self.model) if is_hub_id(str(self.model)) else self.model.resolve().name
 
-    def with_model(self, demo_model: Callable[[], Path]) -> "WorkerSettings":
-        """The same for an engine that needs a model: the demo model, if none is named.
+    def with_model(
+        self, demo_model: Callable[[], Path], fetched: Callable[..., Path] = fetched_model
+    ) -> "WorkerSettings":
+        """The same with the directory of a model: of the demo model, if none is named for an engine that needs one.
 
         In float32 unless told otherwise: its answers' first tokens can be near ties, and in bfloat16, which CPUs that
         have it take by default, the capital of France became "L'Étoile". It is small enough for 0.5 GB.
         """
+        if self.model is not None and is_hub_id(str(self.model)):
+            found = fetched(str(self.model), self.revision, has_weights=self.engine == "vllm")
+            return replace(self, model=found, served_model_name=self.model_name, revision=None)
         if self.model is not None or self.engine == "sim":
             return self
         dtype = "float32" if self.dtype == "auto" else self.dtype
@@ -222,6 +252,15 @@ class WorkerSettings(ProcessSettings):
     def new_worker_id(self) -> str:
         """The name given, or a new one at each call."""
         return self.worker_id or f"{self.role}-{secrets.token_hex(3)}"
+
+    def engine_words(self) -> tuple[str, ...]:
+        """What `engine_args` says.  Raises:  UnusableSetting."""
+        try:
+            return tuple(shlex.split(self.engine_args))
+        except ValueError as exc:
+            raise UnusableSetting(
+                "engine_args", self.engine_args, f"quotes must be closed, as in a shell: {exc}"
+            ) from exc
 
     def core_numbers(self) -> tuple[int, ...]:
         """Cores to run on, in order; empty: all.  Raises:  UnusableSetting."""
@@ -271,7 +310,10 @@ def _check_numbers(settings: WorkerSettings) -> None:
 
 
 def _check_model(settings: WorkerSettings) -> None:
-    if settings.model is None:
+    is_at_hub = settings.model is not None and is_hub_id(str(settings.model))
+    if settings.revision is not None and not is_at_hub:
+        raise UnusableSetting("revision", settings.revision, f"only a model at the hub has one, not {settings.model}")
+    if settings.model is None or is_at_hub:
         return
     for name in ("tokenizer.json", *(["config.json"] if settings.engine == "vllm" else [])):
         if not (settings.model / name).is_file():
@@ -285,6 +327,16 @@ def _check_task(settings: WorkerSettings) -> None:
     for name, value in needed.items():
         if getattr(settings, name) != value:
             raise UnusableSetting(name, getattr(settings, name), f"with --task embed it must be {value}")
+
+
+def _check_engine_args(settings: WorkerSettings) -> None:
+    settings.engine_words()
+    for name in ("engine_args", "engine_config"):
+        value = getattr(settings, name)
+        if value and settings.engine == "sim":
+            raise UnusableSetting(name, str(value), "they are vLLM's, and the simulated engine (--engine sim) has none")
+    if settings.engine_config is not None and not settings.engine_config.is_file():
+        raise UnusableSetting("engine_config", str(settings.engine_config), "there is no such file")
 
 
 def _check_names(settings: WorkerSettings) -> None:

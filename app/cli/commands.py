@@ -103,7 +103,7 @@ def gateway(settings: Annotated[GatewaySettings | None, _FLAGS] = None) -> None:
     serve(settings)
 
 
-@app.command(help_flags=[])
+@app.command(help_flags=[], end_of_options_delimiter="")  # what follows -- is for the worker's engine
 def worker(*flags: Annotated[str, Parameter(allow_leading_hyphen=True, show=False, show_env_var=False)]) -> None:
     """Run a worker; `headrace worker --help` lists its settings."""
     _tell_strangers(WorkerSettings)

@@ -35,7 +35,7 @@ from planes.wire.messages import Role
 from planes.wire.names import check_namespace
 from planes.wire.urls import parse_etcd, parse_nats, redacted
 from process.environment import variable, without_strangers
-from process.paths import DEMO_MODEL, cache_dir
+from process.paths import DEMO_MODEL, cache_dir, is_hub_id
 from process.programs import program
 from process.settings import check_pair, check_setting
 from router.policies import load_policy
@@ -51,10 +51,14 @@ class UpSettings:
 
     engine: Annotated[Literal["vllm", "sim"], Parameter(help="What computes: a real model or simulated time.")] = "vllm"
     model: Annotated[
-        str | None, Parameter(help="Directory of a model. Default: the demo model, SmolLM2 135M; for sim, none.")
+        str | None,
+        Parameter(
+            help="Directory of a model, or its id at the Hugging Face hub. Default: the demo model, SmolLM2 135M; for "
+            "sim, none."
+        ),
     ] = None
     served_model_name: Annotated[
-        str | None, Parameter(help="Name that clients use. Default: the directory's name.")
+        str | None, Parameter(help="Name that clients use. Default: the directory's name, or the hub's id.")
     ] = None
     prefill: Annotated[int, Parameter(help="Number of prefill workers.")] = 1
     decode: Annotated[int, Parameter(help="Number of decode workers.")] = 1
@@ -113,7 +117,7 @@ class UpSettings:
         if self.api_keys_file is not None:
             check_setting("api_keys_file", str(self.api_keys_file), lambda name: load_keys(Path(name)))
         needed = "config.json" if self.engine == "vllm" else "tokenizer.json"
-        if self.model is not None and not Path(self.model, needed).is_file():
+        if self.model is not None and not is_hub_id(self.model) and not Path(self.model, needed).is_file():
             raise UnusableSetting("model", self.model, f"not the directory of a model (it has no {needed})")
 
 
@@ -306,7 +310,7 @@ def _served_name(settings: UpSettings) -> str:
         return settings.served_model_name
     if settings.model is None:
         return DEMO_MODEL if settings.engine == "vllm" else "sim"
-    return Path(settings.model).resolve().name
+    return settings.model if is_hub_id(settings.model) else Path(settings.model).resolve().name
 
 
 def _refuse_taken_port(host: str, port: int) -> None:

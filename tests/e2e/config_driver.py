@@ -1,6 +1,7 @@
 """Makes every configuration that a worker can ask vLLM for, through vLLM's own classes; one JSON line for each.
 
-`config_driver.py cpu MODEL`, `cuda MODEL`, or `none MODEL` for a machine without what vLLM was built for. For cuda,
+`config_driver.py cpu MODEL`, `cuda MODEL`, or `none MODEL` for a machine without what vLLM was built for; in place of
+all configurations, those with given changes of the options: `cpu MODEL '[{"dtype": "float32"}]'`. For cuda,
 vLLM's own platform class answers in the place of a GPU: what it would ask a driver for is made up, and of what a CPU
 build of vLLM lacks the names are there.
 """
@@ -66,17 +67,15 @@ if __name__ == "__main__":
         pretend_cuda()
     if sys.argv[1] == "none":
         vllm.platforms._current_platform = UnspecifiedPlatform()
-    wanted = [(role, handover, False) for role in Role for handover in (*HandoverMode, None)]
-    for role, handover, is_embedding in [*wanted, (Role.BOTH, None, True)]:
-        options = VllmOptions(
-            Path(sys.argv[2]),
-            "demo",
-            WorkerId("w"),
-            role=role,
-            handover=handover,
-            is_embedding=is_embedding,
-            lease_s=12,
+    pairs = [{"role": role, "handover": handover} for role in Role for handover in (*HandoverMode, None)]
+    wanted = [*pairs, {"handover": None, "is_embedding": True}]
+    for changes in msgspec.json.decode(sys.argv[3]) if sys.argv[3:] else wanted:
+        options = msgspec.convert(
+            {"model_path": Path(sys.argv[2]), "model": "demo", "worker": WorkerId("w"), "lease_s": 12} | changes,
+            VllmOptions,
+            dec_hook=lambda kind, value: kind(value),
         )
+        role, handover = options.role, options.handover
         try:
             config = engine_config(options, {"endpoint": "tcp://*:0", "replay_endpoint": "tcp://*:0"})
         except EngineStartError as exc:
@@ -89,6 +88,12 @@ if __name__ == "__main__":
             "handover": handover,
             "runner": config.model_config.runner_type,
             "context": config.model_config.max_model_len,
+            "sequences": config.scheduler_config.max_num_seqs,
+            "step_tokens": config.scheduler_config.max_num_batched_tokens,
+            "dtype": str(config.model_config.dtype),
+            "seed": config.model_config.seed,
+            "parts": config.parallel_config.world_size,
+            "lora": config.lora_config and config.lora_config.max_loras,
             "is_prefix_cached": config.cache_config.enable_prefix_caching,
             "device": config.device_config.device_type,
             "buffer": transfer and transfer.kv_buffer_device,

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from planes.wire.frames import DecodeLeg, PrefillLeg, StructuredOutput
 from planes.wire.messages import HandoverMode
 from tests.e2e.thinking_model import END_THINK, THINK
-from workers.vllm.config import eos_tokens
+from workers.vllm.requirements import eos_tokens
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 

@@ -50,6 +50,8 @@ def _vllm(settings: WorkerSettings, worker: WorkerId, reasoning_parser: str) -> 
             lease_s=settings.lease_s,
             cores=cores,
             reasoning_parser=reasoning_parser,
+            arguments=settings.engine_words(),
+            arguments_file=settings.engine_config,
             **{name: value for name, value in given.items() if value is not None},
         )
     )

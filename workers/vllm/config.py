@@ -1,23 +1,19 @@
 """How vLLM is set up: the options of a worker's engine, and vLLM's own configuration made from them."""
 
-import ctypes
-import importlib.util
 import os
 import random
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import msgspec
+from typing import Any
 
 from planes.wire.messages import HandoverMode, LatencyPrior, Role, WorkerId
 from workers.engine.base import EngineStartError
-from workers.nixl_wheel import WHEELS, installed_wheel
+from workers.vllm.arguments import engine_arguments
 from workers.vllm.memory import check_memory
 from workers.vllm.pooling import TASK
+from workers.vllm.requirements import check_accelerator, check_library, check_nixl
 
 VERSION = "0.32.0"
 """The plug-in reaches into vLLM: another version needs its tests run and this line changed."""
@@ -25,9 +21,11 @@ VERSION = "0.32.0"
 PLUGIN = "workers.vllm.plugin"
 """Where vLLM finds ours, by name and in its own process."""
 
-NIXL_VERSION = "1.5.1"
+CPU_CONTEXT = 2048
 
-DEFAULT_CONTEXT = 2048
+CPU_SEQUENCES = 32
+
+CPU_STEP_TOKENS = 2048
 
 CPU_KV_CACHE_BYTES = 256 << 20
 
@@ -68,12 +66,13 @@ class VllmOptions:
     dtype: str = "auto"
     """auto: what the model was made in."""
     max_model_len: int | None = None
-    """None: `DEFAULT_CONTEXT` tokens, or all that the model knows positions for, if they are fewer."""
+    """None: all that the model knows positions for, on CPU `CPU_CONTEXT` tokens at most."""
     block_size: int = 32
-    max_num_seqs: int = 32
+    max_num_seqs: int | None = None
+    """None: as many as vLLM's server takes on this platform, on CPU `CPU_SEQUENCES`."""
     max_num_batched_tokens: int | None = None
-    """None: 2048, on CPU few for a decode worker (`CPU_DECODE_STEP_TOKENS`), and for vectors at least a whole prompt
-    where one cannot be computed in pieces."""
+    """None: likewise; on CPU `CPU_STEP_TOKENS`, few for a decode worker (`CPU_DECODE_STEP_TOKENS`), and for vectors at
+    least a whole prompt where one cannot be computed in pieces."""
     kv_cache_bytes: int | None = None
     """None: what is left of the accelerator's memory, 256 MiB on CPU."""
     threads: int = 1
@@ -93,6 +92,10 @@ class VllmOptions:
     """`dummy` for random weights."""
     reasoning_parser: str = ""
     """vLLM's name of the one that tells where reasoning ends, which grammars and budgets depend on; empty: none."""
+    arguments: tuple[str, ...] = ()
+    """More of vLLM's own, as on its command line; they count instead of the above (`arguments.py`)."""
+    arguments_file: Path | None = None
+    """Likewise, in vLLM's form of a YAML file."""
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -122,11 +125,15 @@ def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
     from vllm.config import KVEventsConfig, KVTransferConfig  # noqa: PLC0415
     from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
     from vllm.platforms import current_platform  # noqa: PLC0415
+    from vllm.usage.usage_lib import UsageContext  # noqa: PLC0415
 
     if vllm.__version__ != VERSION:
         raise EngineStartError(f"vLLM {vllm.__version__} is installed and this worker is written for {VERSION}")
-    is_cpu, kv_cache_bytes = current_platform.is_cpu(), options.kv_cache_bytes
-    check_accelerator(current_platform, tensor_parallel=options.tensor_parallel)
+    is_cpu = current_platform.is_cpu()
+    check_accelerator(current_platform, num_gpus=options.tensor_parallel)  # without one vLLM's parser fails, too
+    given = engine_arguments(options.arguments, options.arguments_file)
+    settled = {**_settled(options, is_cpu=is_cpu), **given}
+    check_accelerator(current_platform, num_gpus=_num_gpus(settled))
     if options.handover is not None:
         check_nixl(torch.version.cuda)
     if is_cpu:
@@ -134,24 +141,12 @@ def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the executor then needs no process of its own
         # The first request for logprobs would wait for a C++ compiler, and all others with it (18 s measured).
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
-        kv_cache_bytes = kv_cache_bytes or CPU_KV_CACHE_BYTES
-        check_memory(options.model_path, kv_cache_bytes, dtype=options.dtype)
-    more: dict[str, Any] = {} if kv_cache_bytes is None else {"kv_cache_memory_bytes": kv_cache_bytes}
-    if kv_cache_bytes is not None and not is_cpu:
-        # vLLM would still ask for 0.92 of the whole device to be free, and refuse a second worker on one GPU.
-        more["gpu_memory_utilization"] = 0.01
+        check_memory(options.model_path, settled["kv_cache_memory_bytes"], dtype=str(settled["dtype"]))
+    settled.setdefault("max_num_batched_tokens", _step_tokens(options, settled, is_cpu=is_cpu))
     args = AsyncEngineArgs(
         model=str(options.model_path.resolve()),
         served_model_name=options.model,
-        dtype=options.dtype,
-        load_format=options.load_format,
-        max_model_len=options.max_model_len,
-        block_size=options.block_size,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens or _step_tokens(options, is_cpu=is_cpu),
         **_runner(options),
-        tensor_parallel_size=options.tensor_parallel,
-        enforce_eager=is_cpu,
         worker_extension_cls=f"{PLUGIN}.BeforeLoading",
         skip_tokenizer_init=not options.reasoning_parser,  # grammars have their own (`grammar_process.py`)
         reasoning_parser=options.reasoning_parser,
@@ -160,32 +155,63 @@ def engine_config(options: VllmOptions, events: dict[str, str]) -> Any:
         prefix_cache_retention_interval=None,
         kv_transfer_config=None if options.handover is None else KVTransferConfig(**_handover(options, is_cpu=is_cpu)),
         kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", **events),
-        shutdown_timeout=options.drain_s,
         disable_log_stats=True,
-        **more,
+        **settled,
     )
-    if options.max_model_len is None:
-        args.max_model_len = min(DEFAULT_CONTEXT, args.create_model_config().max_model_len)
-    config = args.create_engine_config()
+    if is_cpu and args.max_model_len is None:
+        args.max_model_len = min(CPU_CONTEXT, args.create_model_config().max_model_len)
+    config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)  # whose defaults `vllm serve` has
     scheduler = "AsyncScheduler" if config.scheduler_config.async_scheduling else "Scheduler"
     config.scheduler_config.scheduler_cls = f"{PLUGIN}.{scheduler}"
     return config
 
 
+def _settled(options: VllmOptions, *, is_cpu: bool) -> dict[str, Any]:
+    """What the operator's own engine arguments may replace."""
+    kv_cache_bytes = options.kv_cache_bytes or (CPU_KV_CACHE_BYTES if is_cpu else None)
+    settled: dict[str, Any] = {
+        "dtype": options.dtype,
+        "load_format": options.load_format,
+        "max_model_len": options.max_model_len,
+        "block_size": options.block_size,
+        "max_num_seqs": options.max_num_seqs or (CPU_SEQUENCES if is_cpu else None),
+        "tensor_parallel_size": options.tensor_parallel,
+        "enforce_eager": is_cpu,
+        "shutdown_timeout": options.drain_s,
+    }
+    if not options.is_embedding:
+        settled["enable_prefix_caching"] = True
+    if options.max_num_batched_tokens is not None:
+        settled["max_num_batched_tokens"] = options.max_num_batched_tokens
+    if kv_cache_bytes is not None:
+        settled["kv_cache_memory_bytes"] = kv_cache_bytes
+    if kv_cache_bytes is not None and not is_cpu:
+        # vLLM would still ask for 0.92 of the whole device to be free, and refuse a second worker on one GPU.
+        settled["gpu_memory_utilization"] = 0.01
+    return settled
+
+
+def _num_gpus(settled: dict[str, Any]) -> int:
+    """That this machine must have at least: where Ray places the parts of an engine, one."""
+    if settled.get("distributed_executor_backend") == "ray":
+        return 1
+    parts = int(settled["tensor_parallel_size"]) * int(settled.get("pipeline_parallel_size", 1))
+    return -(-parts // int(settled.get("nnodes", 1)))
+
+
 def _runner(options: VllmOptions) -> dict[str, Any]:
     """What of a prompt for a vector may be computed before, or in pieces, vLLM knows from the model's attention."""
-    if options.is_embedding:
-        return {"runner": "pooling", "convert": TASK}
-    return {"enable_prefix_caching": True}
+    return {"runner": "pooling", "convert": TASK} if options.is_embedding else {}
 
 
-def _step_tokens(options: VllmOptions, *, is_cpu: bool) -> int | None:
+def _step_tokens(options: VllmOptions, settled: dict[str, Any], *, is_cpu: bool) -> int | None:
     """None: as many as vLLM takes by itself, at least a whole prompt where one cannot be computed in pieces."""
-    if options.is_embedding:
+    if options.is_embedding or not is_cpu:
         return None
-    if is_cpu and options.role is Role.DECODE:
-        return max(CPU_DECODE_STEP_TOKENS.get(options.dtype, CPU_DECODE_STEP_TOKENS["float32"]), options.max_num_seqs)
-    return 2048
+    if options.role is Role.DECODE:
+        few = CPU_DECODE_STEP_TOKENS.get(str(settled["dtype"]), CPU_DECODE_STEP_TOKENS["float32"])
+        return max(few, int(settled["max_num_seqs"]))
+    return CPU_STEP_TOKENS
 
 
 def _handover(options: VllmOptions, *, is_cpu: bool) -> dict[str, Any]:
@@ -201,76 +227,6 @@ def _handover(options: VllmOptions, *, is_cpu: bool) -> dict[str, Any]:
             "push_registration_timeout": options.push_timeout_s,
         },
     }
-
-
-class Platform(Protocol):
-    """What is needed of `vllm.platforms.current_platform`."""
-
-    def is_cpu(self) -> bool: ...
-    def is_unspecified(self) -> bool: ...
-    def device_count(self) -> int: ...
-
-
-def check_accelerator(platform: Platform, *, tensor_parallel: int) -> None:
-    """vLLM itself goes on without a device and fails later, with a message about device strings.
-
-    Raises:  EngineStartError.
-    """
-    if platform.is_cpu():
-        return
-    num_visible = 0 if platform.is_unspecified() else platform.device_count()
-    if num_visible < tensor_parallel:
-        mask = os.environ.get("CUDA_VISIBLE_DEVICES")
-        seen = "no GPU is visible" if not num_visible else f"{num_visible} GPUs are visible"
-        raise EngineStartError(
-            f"{seen} to vLLM, which is built for GPUs here, and this worker needs {tensor_parallel} "
-            f"(--tensor-parallel). In a container: docker run --gpus all. Does nvidia-smi list the GPUs? If not, the "
-            f"driver is missing; if so, it may be too old for this build, or CUDA_VISIBLE_DEVICES "
-            f"({'not set' if mask is None else repr(mask)}) hides them. Without GPUs: make install EXTRA=cpu, the "
-            f"image's FLAVOR=cpu, or --engine sim"
-        )
-
-
-def check_nixl(cuda_version: str | None, *, find: Callable[[str], Any] = importlib.util.find_spec) -> None:
-    """cuda_version: torch's, such as 13.0; None on CPU.  Raises:  EngineStartError if there is no NIXL for it."""
-    if find("nixl") is not None:  # the wheel that chooses among the others itself
-        return
-    installed = installed_wheel(cuda_version, find=find)
-    fitting = WHEELS.get((cuda_version or "").partition(".")[0], installed)
-    if installed is None or installed != fitting:
-        wanted = (fitting or WHEELS["12"]).replace("_", "-")
-        there = "is not installed" if installed is None else f"is here for another CUDA ({installed})"
-        torch = "" if cuda_version is None else f", and torch is built for CUDA {cuda_version}"
-        raise EngineStartError(
-            f"a handover needs NIXL, which {there}{torch}: pip install {wanted}=={NIXL_VERSION}, or --handover none"
-        )
-
-
-def check_library(name: str, *, package: str) -> None:
-    """vLLM's CPU build only warns of a missing library and fails later, nameless.  Raises:  EngineStartError."""
-    try:
-        ctypes.CDLL(name)
-    except OSError as exc:
-        raise EngineStartError(f"vLLM on CPU needs {name}: apt-get install {package} ({exc})") from exc
-
-
-def eos_tokens(model_path: Path) -> list[int]:
-    """Token ids that end an answer, from `generation_config.json`, else from `config.json`."""
-    for name in ("generation_config.json", "config.json"):
-        file = model_path / name
-        eos = msgspec.json.decode(file.read_bytes()).get("eos_token_id") if file.is_file() else None
-        if eos is not None:
-            return [eos] if isinstance(eos, int) else list(eos)
-    return []
-
-
-def check_model_dir(options: VllmOptions) -> None:
-    path = options.model_path
-    if not (path / "config.json").is_file():
-        what = "has no config.json" if path.is_dir() else "is no directory"
-        raise EngineStartError(f"the model {path} {what}: name a directory with config.json and *.safetensors")
-    if options.load_format != "dummy" and not any(path.glob("*.safetensors")):
-        raise EngineStartError(f"the model {path} has no *.safetensors, the only weights that are read")
 
 
 def _free_port(host: str) -> int:

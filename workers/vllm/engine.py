@@ -28,7 +28,7 @@ from planes.wire.messages import (
     StepSample,
 )
 from workers.engine.base import EngineLoad, EngineObserver, EngineOutput, EngineRequest, EngineStartError
-from workers.vllm.config import CPU_PRIOR, VllmOptions, check_model_dir, engine_config, eos_tokens
+from workers.vllm.config import CPU_PRIOR, VllmOptions, engine_config
 from workers.vllm.cores import pin_threads
 from workers.vllm.events import EventReader, EventTranslator
 from workers.vllm.failure import cause_of, expect_failure
@@ -55,6 +55,7 @@ from workers.vllm.request import (
     sampling_arguments,
     write_ticket,
 )
+from workers.vllm.requirements import check_model_dir, eos_tokens
 from workers.vllm.scratch import Scratch
 
 __all__ = ["VllmEngine", "VllmOptions"]
@@ -137,7 +138,7 @@ class VllmEngine:
     async def start(self, observer: EngineObserver, *, progress: Callable[[str], None]) -> None:
         """Raises:  EngineStartError."""
         options = self._options
-        check_model_dir(options)
+        check_model_dir(options.model_path, load_format=options.load_format)
         self._observer = observer
         self._eos = eos_tokens(options.model_path)
         replay_endpoint = f"ipc://{self._scratch.path}/replay"
@@ -221,14 +222,15 @@ class VllmEngine:
                 engine_id=config.kv_transfer_config.engine_id,
                 host=options.host,
                 port=int(os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"]),
-                tp_size=options.tensor_parallel,
+                tp_size=config.parallel_config.tensor_parallel_size,
+                pp_size=config.parallel_config.pipeline_parallel_size,
             )
             self._layout = self._read_layout(options.handover)
         return EngineFacts(
             block_size=self._llm.vllm_config.cache_config.block_size,
-            num_blocks=self._num_blocks(),
+            num_blocks=self._num_blocks(config.scheduler_config.max_num_seqs),
             context_length=self._llm.model_config.max_model_len,
-            max_batch=options.max_num_seqs,
+            max_batch=config.scheduler_config.max_num_seqs,
             max_step_tokens=config.scheduler_config.max_num_batched_tokens,
             # Of a window's layers only the last blocks travel: for long prompts this is an upper bound.
             bytes_per_block=sum(group.block_bytes for group in self._latest.groups),
@@ -240,11 +242,11 @@ class VllmEngine:
             matryoshka_dimensions=self._vectors.matryoshka_dimensions,
         )
 
-    def _num_blocks(self) -> int:
+    def _num_blocks(self, max_batch: int) -> int:
         """Where no layer keeps any, because prompts are computed in one piece: as many as all that run would fill."""
         cache = self._llm.vllm_config.cache_config
         if not self._latest.groups:
-            num_blocks = -(-self._llm.model_config.max_model_len // cache.block_size) * self._options.max_num_seqs
+            num_blocks = -(-self._llm.model_config.max_model_len // cache.block_size) * max_batch
         else:
             num_blocks = (cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size) // cache.block_size
         return int(num_blocks)
@@ -307,7 +309,8 @@ class VllmEngine:
             for process in self._llm.engine_core.resources.engine_manager.processes:
                 loop.remove_reader(process.sentinel)
             await self._end_output()
-            await loop.run_in_executor(self._thread, self._llm.shutdown, float(self._options.drain_s))
+            drain_s = float(self._llm.vllm_config.shutdown_timeout)
+            await loop.run_in_executor(self._thread, self._llm.shutdown, drain_s)
         if self._reader is not None:
             self._reader.close()
         self._thread.shutdown(wait=False)
