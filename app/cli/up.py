@@ -29,7 +29,7 @@ from app.cli.certs import CertSet, CertsSettings, make_certs
 from app.cli.servers import ServerHandle, ServerNotStarted, etcd_server, nats_server
 from app.cli.supervisor import Child, Supervisor, ending, keep_running, say
 from app.keys.file import load_keys
-from app.settings import GatewaySettings
+from app.settings import GatewaySettings, check_admin_port
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import Role
 from planes.wire.names import check_namespace
@@ -71,6 +71,14 @@ class UpSettings:
     api_keys_file: Annotated[
         Path | None, Parameter(help="TOML file with the API keys that may ask. Default: everybody may.")
     ] = None
+    api_keys: Annotated[
+        bool,
+        Parameter(help="Ask for API keys of those in etcd: headrace keys. May go with --api-keys-file.", negative=""),
+    ] = False
+    console: Annotated[bool, Parameter(help="Serve the console.")] = True
+    admin_port: Annotated[
+        int | None, Parameter(help="A port of its own for operators: metrics, fleet, console. Default: the gateway's.")
+    ] = None
     host: Annotated[str, Parameter(help="Address that the gateway listens on.")] = "127.0.0.1"
     port: Annotated[int, Parameter(help="Port that the gateway listens on.")] = 8000
     tls_cert: Annotated[
@@ -104,8 +112,7 @@ class UpSettings:
             raise UnusableSetting(
                 "decode", self.decode, "at least one worker must decode: --decode or --both 1 or more"
             )
-        if not 1 <= self.port <= 65535:
-            raise UnusableSetting("port", self.port, "a port is 1 to 65535")
+        _check_ports(self)
         if self.etcd is not None:
             check_setting("etcd", self.etcd, parse_etcd)
         if self.nats is not None:
@@ -119,6 +126,15 @@ class UpSettings:
         needed = "config.json" if self.engine == "vllm" else "tokenizer.json"
         if self.model is not None and not is_hub_id(self.model) and not Path(self.model, needed).is_file():
             raise UnusableSetting("model", self.model, f"not the directory of a model (it has no {needed})")
+
+
+def _check_ports(settings: UpSettings) -> None:
+    """Both are told before they are listened on: 0 would be any."""
+    check_admin_port(settings.admin_port, settings.port)
+    for name in ("port", "admin_port"):
+        value = getattr(settings, name)
+        if value is not None and not 1 <= value <= 65535:
+            raise UnusableSetting(name, value, "a port is 1 to 65535")
 
 
 def _check_tls(settings: UpSettings) -> None:
@@ -137,7 +153,9 @@ async def run_everything(settings: UpSettings) -> int:
 
     Returns the exit status.  Raises:  HeadraceError before it is ready.
     """
-    _refuse_taken_port(settings.host, settings.port)
+    _refuse_taken_port("port", settings.host, settings.port)
+    if settings.admin_port is not None:
+        _refuse_taken_port("admin_port", "127.0.0.1", settings.admin_port)
     stop, hurry = asyncio.Event(), asyncio.Event()
 
     def signalled() -> None:
@@ -163,7 +181,7 @@ async def run_everything(settings: UpSettings) -> int:
         await supervisor.start(children)
         if not stop.is_set():
             exported = [_exported(etcd, nats, settings.namespace), *(f"{k}={v}" for k, v in _told(certs).items())]
-            say(f"export {' '.join(exported)} for headrace fleet and headrace config")
+            say(f"export {' '.join(exported)} for headrace fleet, config and keys")
             _announce(settings, _served_name(settings), time.monotonic() - started_at, state, certs)
         await supervisor.watch()
         say("stopping; streams that run may finish (Ctrl-C again: they may not) …")
@@ -278,6 +296,9 @@ def _gateway_child(settings: UpSettings, etcd: str, nats: str, state: Path, num_
     argv = program("app.cli", "gateway", "--host", settings.host, "--port", str(settings.port))
     argv += ["--namespace", settings.namespace, "--policy", settings.policy]
     argv += ["--api-keys-file", str(settings.api_keys_file)] if settings.api_keys_file else []
+    argv += ["--api-keys"] if settings.api_keys else []
+    argv += [] if settings.console else ["--no-console"]
+    argv += ["--admin-port", str(settings.admin_port)] if settings.admin_port is not None else []
     argv += ["--tls-cert", str(settings.tls_cert), "--tls-key", str(settings.tls_key)] if settings.tls_cert else []
     argv += ["--insecure"] if settings.insecure else []
     return Child(
@@ -313,13 +334,13 @@ def _served_name(settings: UpSettings) -> str:
     return settings.model if is_hub_id(settings.model) else Path(settings.model).resolve().name
 
 
-def _refuse_taken_port(host: str, port: int) -> None:
+def _refuse_taken_port(name: str, host: str, port: int) -> None:
     """Raises:  UnusableSetting."""
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except OSError as exc:
-        raise UnusableSetting("port", port, f"{host}:{port} cannot be had ({exc.strerror}); take another") from exc
+        raise UnusableSetting(name, port, f"{host}:{port} cannot be had ({exc.strerror}); take another") from exc
 
 
 def _reachable(host: str) -> str:
@@ -350,15 +371,22 @@ def _announce(settings: UpSettings, model: str, seconds: float, state: Path, cer
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}], '
     body += '"temperature": 0, "max_tokens": 64, "stream": true}'
     say(f"ready after {seconds:.1f} s; logs in {state}; Ctrl-C stops everything")
-    if is_open_to_others(settings.host, settings.api_keys_file):
+    if is_open_to_others(settings.host, settings.api_keys_file, has_stored_keys=settings.api_keys):
         say(f"warning: {settings.host} lets everybody in who reaches this machine; --api-keys-file asks for keys")
+    if settings.api_keys:
+        kept = "" if settings.etcd is not None else "; they are gone when this ends, as its etcd is"
+        say(f"headrace keys create NAME makes a key and shows it, once{kept}")
     if settings.prefill:
         say("the router would serve a prompt as short as the one below where it decodes; its second header says not to")
-    say(f"the console is at {url}/console")
+    operators = url if settings.admin_port is None else f"{scheme}://127.0.0.1:{settings.admin_port}"
+    if settings.console:
+        say(f"the console is at {operators}/console")
+    if settings.admin_port is not None:
+        say(f"headrace top and doctor ask at {operators}: --url")
     print(f"\nHeadrace listens on {url}\n")
     print(f"  curl -N{ca} {url}/v1/chat/completions -H 'content-type: application/json' \\")
     if settings.prefill:
         print("    -H 'x-headrace-handover: always' \\")
-    if settings.api_keys_file:
+    if settings.api_keys_file or settings.api_keys:
         print("    -H 'authorization: Bearer YOUR_KEY' \\")
     print(f"    -d '{body}'\n", flush=True)

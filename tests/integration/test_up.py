@@ -153,6 +153,34 @@ async def test_an_ipv6_address_with_keys_and_a_policy(up, until, tmp_path):
     assert (answer.status_code, answer.headers["x-headrace-policy"]) == (200, "least_loaded")
 
 
+async def test_keys_in_etcd_and_a_port_for_operators(up, until):
+    port = free_port()
+    operators = f"http://127.0.0.1:{port}"
+    flags = ("--prefill", "0", "--api-keys", "--admin-port", str(port))
+    running = up(*flags, env={"HEADRACE_CONSOLE": "false"})
+    await running.listens(until)
+    assert "/console\n" not in running.text
+    exports = dict(re.findall(r"(HEADRACE_\w+)=(\S+)", running.text))
+    status, told, errors = await headrace("keys", "create", "search", env=exports)
+    assert status == 0, errors
+    (secret,) = re.findall(r"\bsk-\S+", told)
+    body = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 401
+        key = {"authorization": f"Bearer {secret}"}
+
+        async def is_known():
+            return (await client.post("/v1/chat/completions", json=body, headers=key)).status_code == 200
+
+        await until(is_known)
+    for command in (("top", "--every-s", "0.2"), ("doctor",)):
+        status, told, errors = await headrace(*command, "--url", operators, env=exports)
+        assert status == 0, told + errors
+        assert "decode-1" in told
+    async with httpx.AsyncClient(base_url=operators, timeout=60) as client:
+        assert (await client.get("/console")).status_code == 404
+
+
 async def test_streams_may_finish_unless_ctrl_c_comes_twice(up, until):
     running = up("--prefill", "0", env={"HEADRACE_SPEEDUP": "1"})
     await running.listens(until)

@@ -35,6 +35,28 @@ def test_the_printed_line_asks_for_a_key_where_one_is_needed(capsys, tmp_path):
     assert "    -H 'authorization: Bearer YOUR_KEY' \\\n" in text
 
 
+def test_keys_in_etcd_are_asked_for_and_told_how_to_make(capsys, tmp_path):
+    text = announced(capsys, tmp_path, api_keys=True, host="0.0.0.0")
+    assert "authorization: Bearer YOUR_KEY" in text
+    assert "headrace keys create NAME makes a key and shows it, once; they are gone when this ends" in text
+    assert "warning" not in text
+    assert "they are gone" not in announced(capsys, tmp_path, api_keys=True, etcd="http://e:1")
+
+
+def test_the_console_s_address_is_told_where_there_is_one(capsys, tmp_path):
+    assert "the console is at http://127.0.0.1:8000/console\n" in announced(capsys, tmp_path)
+    assert "/console" not in announced(capsys, tmp_path, console=False)
+    text = announced(capsys, tmp_path, admin_port=9000)
+    assert "the console is at http://127.0.0.1:9000/console\n" in text
+    assert "ask at http://127.0.0.1:9000: --url" in text
+
+
+def test_the_gateway_gets_what_is_for_operators(tmp_path):
+    settings = UpSettings(engine="sim", api_keys=True, console=False, admin_port=9000)
+    words = " ".join(_gateway_child(settings, "e", "n", tmp_path, 2).argv)
+    assert "--api-keys --no-console --admin-port 9000" in words
+
+
 def test_the_gateway_gets_the_policy_and_the_keys(tmp_path):
     keys = tmp_path / "keys.toml"
     keys.write_text('[[keys]]\ntenant = "t"\nkey = "sk-1"\n')
@@ -48,6 +70,8 @@ def test_the_gateway_gets_the_policy_and_the_keys(tmp_path):
     [
         ({"policy": "no-such"}, "--policy is 'no-such'.*round_robin"),
         ({"api_keys_file": "/nowhere"}, "--api-keys-file is '/nowhere'.*cannot be read"),
+        ({"admin_port": 0}, "--admin-port is 0: a port is 1"),
+        ({"admin_port": 8000}, "--admin-port is 8000: it must differ"),
     ],
 )
 def test_what_the_gateway_would_refuse_is_refused_at_once(changed, message):
