@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import subprocess
 from collections.abc import AsyncIterator
@@ -16,11 +17,11 @@ from planes.events import EventPlane
 
 @asynccontextmanager
 async def own_nats(folder, config):
-    """A server with this configuration; `JS` stands for its JetStream."""
+    """A server with this configuration; a line `JS` stands for its JetStream."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     folder.mkdir(exist_ok=True)
-    (folder / "nats.conf").write_text(config.replace("JS", f'jetstream {{ store_dir: "{folder}/js" }}'))
+    (folder / "nats.conf").write_text(re.sub("(?m)^JS$", f'jetstream {{ store_dir: "{folder}/js" }}', config))
     server = nats_argv(folder, port)[0]
     argv = tied_to_parent([server, "-c", str(folder / "nats.conf"), "-a", "127.0.0.1", "-p", str(port)])
     with (folder / "log").open("wb") as log:
