@@ -79,7 +79,7 @@ async def connect(worker):
     return Still(random.randrange(8))
 
 
-def make_gateway(folder: Path, keys: ApiKeys | None = None) -> Gateway:
+def make_gateway(folder: Path, keys: ApiKeys | None = None, *, has_playground: bool = True) -> Gateway:
     """All of one, with nothing around it."""
     settings = GatewaySettings(cache_dir=folder, slo_ttft_s=2.0, slo_itl_ms=50.0)
     clock = asyncio.get_running_loop().time
@@ -91,7 +91,7 @@ def make_gateway(folder: Path, keys: ApiKeys | None = None) -> Gateway:
     relay = Relay(dispatcher, fleet, metrics, clock=clock, limits=ExchangeLimits(replacement_s=0.0))
     responses = ResponseStore(FakeValues())
     routing = RoutingConfigFollower(settings, start, lambda changed: None)
-    about = {"version": "0.0.0", "namespace": "fake", "has_playground": True}
+    about = {"version": "0.0.0", "namespace": "fake", "has_playground": has_playground}
     return Gateway(
         settings=settings,
         keys=keys or ApiKeys(),
@@ -228,9 +228,10 @@ class FakeFleet:
         gateway.dispatcher.ended(timeline)
 
 
-async def serve(port: int, num_workers: int, admin_key: str) -> None:
+async def serve(port: int, num_workers: int, admin_key: str, *, has_playground: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        gateway = make_gateway(Path(folder), _keys(Path(folder) / "keys.toml", admin_key) if admin_key else None)
+        keys = _keys(Path(folder) / "keys.toml", admin_key) if admin_key else None
+        gateway = make_gateway(Path(folder), keys, has_playground=has_playground)
         fleet = FakeFleet(gateway, num_workers)
         fleet.register()
         server = uvicorn.Server(_config(gateway, port))
@@ -257,5 +258,6 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--workers", type=int, default=200)
     parser.add_argument("--admin-key", default="", help="ask for this key; without it everybody may look")
+    parser.add_argument("--no-playground", action="store_true", help="as a port for operators has none")
     args = parser.parse_args()
-    asyncio.run(serve(args.port, args.workers, args.admin_key))
+    asyncio.run(serve(args.port, args.workers, args.admin_key, has_playground=not args.no_playground))

@@ -93,7 +93,7 @@ async def _run(folder: str) -> int:
         fleet = await running.enter_async_context(stack(*flags, environment=slos))
         url = f"http://127.0.0.1:{fleet.port}"
         many, pid = await running.enter_async_context(made_up("--workers", "200"))
-        keys, _ = await running.enter_async_context(made_up("--workers", "8", "--admin-key", KEY))
+        keys, _ = await running.enter_async_context(made_up("--workers", "8", "--admin-key", KEY, "--no-playground"))
         asking = asyncio.create_task(load(url))
         driver = await asyncio.create_subprocess_exec(
             *("node", str(HERE / "node" / "browser.mjs"), folder),

@@ -1,7 +1,7 @@
 /** The console in a real browser.  node browser.mjs FOLDER NAME=ADDRESS …
  *
- * NAME is `fleet` (real workers, under load), `many` (200 made-up ones) or `keys` (a gateway that asks for a key, which is
- * in HEADRACE_KEY); HEADRACE_MANY_PID is the process of the second. Prints what was seen; exit status 1 and what is wrong, if anything is.
+ * NAME is `fleet` (real workers, under load), `many` (200 made-up ones) or `keys` (a gateway that has no playground and asks for a
+ * key, which is in HEADRACE_KEY); HEADRACE_MANY_PID is the process of the second. Prints what was seen; exit status 1 and what is wrong, if anything is.
  */
 
 import assert from "node:assert/strict";
@@ -175,6 +175,9 @@ const checks = {
     await live(page);
     const kept = await page.evaluate(() => [JSON.stringify({ ...localStorage }), document.cookie, Object.values(sessionStorage)]);
     assert.deepEqual(kept, ["{}", "", [process.env.HEADRACE_KEY]]);
+    await page.waitForSelector("[data-view=playground]", { state: "hidden" });
+    await page.keyboard.press("4");
+    await page.waitForSelector("#view-fleet");
     await page.getByRole("button", { name: "Forget key" }).click();
     await page.waitForSelector("#key-dialog[open]");
     assert.deepEqual(await page.evaluate(() => Object.values(sessionStorage)), []);
