@@ -178,6 +178,9 @@ def _gateway(settings: DoctorSettings) -> list[Finding]:
         skew_s = 0.0 if date is None else parsedate_to_datetime(date).timestamp() - time.time()
         metrics = client.text("/metrics")
     except GatewayRefused as exc:
-        advice = "start it (headrace gateway), or say where it is with --url, and with which --api-key"
+        advice = (
+            "start it (headrace gateway), or say where it is with --url (its --admin-port, if it has one), and show an "
+            "admin's --api-key if it asks for one"
+        )
         return [Finding(Level.WRONG, "gateway", str(exc), advice)]
     return list(findings.gateway(told, metrics, skew_s=skew_s))

@@ -1,5 +1,7 @@
 """Who sees what is everybody's: at a port of its own, or with an admin's key."""
 
+import os
+
 import pytest
 
 from tests.integration.conftest import Api
@@ -121,6 +123,22 @@ async def test_commands_find_the_admin_port(site, reach, keys):
         command = site.start("command", ["app.cli", *arguments, "--url", admin])
         assert await command.ended() == 0, command.log.read_text()
         assert command.said(told)
-    command = site.start("command", ["app.cli", "top", "--url", gateway.url])
-    assert await command.ended() == 2
-    assert command.said("at this gateway's --admin-port; commands find it with --url")
+    for arguments, status in ((("top",), 2), (("doctor", *site.flags), 1)):
+        command = site.start("command", ["app.cli", *arguments, "--url", gateway.url])
+        assert await command.ended() == status
+        assert command.said("at this gateway's --admin-port; commands find it with --url")
+
+
+@pytest.mark.parametrize(("key", "statuses_"), [("sk-admin", (0, 0)), ("sk-plain", (1, 2)), ("", (1, 2))])
+async def test_commands_show_an_admins_key(site, keys, key, statuses_):
+    await site.worker("both-1")
+    gateway = await site.gateway(*keys, num_workers=1)
+    shown = os.environ | ({"HEADRACE_API_KEY": key} if key else {})
+    commands = [
+        site.start("command", ["app.cli", *arguments, "--url", gateway.url], shown)
+        for arguments in (("doctor", *site.flags), ("top", "--every-s", "0.2"))
+    ]
+    assert [await command.ended() for command in commands] == list(statuses_)
+    if key != "sk-admin":
+        assert commands[0].said("show an admin's --api-key")
+        assert all(command.said("made with --admin" if key else "No API key was given") for command in commands)
