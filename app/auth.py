@@ -157,11 +157,18 @@ class TenantSlots:
         self._num = n
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """None of them is under way any more. Said again, it changes nothing."""
+        if not self._num:
+            return
         left = self._running[self._tenant.account] - self._num
         if left:
             self._running[self._tenant.account] = left
         else:
             del self._running[self._tenant.account]
+        self._num = 0
 
 
 def _key_in(headers: Mapping[str, str]) -> str:

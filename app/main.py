@@ -137,15 +137,19 @@ def streams_first(app: FastAPI) -> ASGIApp:
 
     All stay among its routes, for other methods and for the schema.
     """
-    posts = [route for route in app.routes if isinstance(route, Route) and "POST" in (route.methods or ())]
-    endpoints = {route.path: route.endpoint for route in posts}
-    streamed = {path: endpoint for path, endpoint in endpoints.items() if isinstance(endpoint, Streamed)}
+    streamed = streamed_routes(app)
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         found = streamed.get(scope["path"]) if scope["method"] == "POST" else None
         await (found or app)(scope, receive, send)
 
     return serve
+
+
+def streamed_routes(app: FastAPI) -> dict[str, Streamed]:
+    """Its generating routes, by path."""
+    posts = [route for route in app.routes if isinstance(route, Route) and "POST" in (route.methods or ())]
+    return {route.path: route.endpoint for route in posts if isinstance(route.endpoint, Streamed)}
 
 
 def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
@@ -260,8 +264,11 @@ async def _run(settings: GatewaySettings, listener: socket.socket, admin_listene
     await events.subscribe_kv(fleet.kv_changed)
     await events.subscribe_load(fleet.load_reported)
     app = create_app(gateway)
-    serving = cross_origin(streams_first(app), parse_origins(settings.cors_origin))
-    server = HttpServer(server_config(settings, serving, gateway.metrics), gateway.live)
+    origins = parse_origins(settings.cors_origin)
+    serving = cross_origin(streams_first(app), origins)
+    # Answers to other origins' pages begin with what `cross_origin` adds.
+    at_once = {} if origins else {path: route.begin for path, route in streamed_routes(app).items()}
+    server = HttpServer(server_config(settings, serving, gateway.metrics, at_once=at_once), gateway.live)
     admin = HttpServer(server_config(settings, admin_app(app), gateway.metrics))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

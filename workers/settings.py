@@ -40,10 +40,7 @@ class WorkerSettings(ProcessSettings):
         Literal["generate", "embed"],
         Parameter(help="Generate, or make vectors of prompts for /v1/embeddings (needs --role both)."),
     ] = "generate"
-    engine: Annotated[
-        Literal["vllm", "sim", "adopted"],
-        Parameter(help="What computes: a real model or simulated time; adopted is for headrace adopt alone."),
-    ] = "vllm"
+    engine: Annotated[Literal["vllm", "sim"], Parameter(help="What computes: a real model or simulated time.")] = "vllm"
     model: Annotated[
         Path | None,
         Parameter(

@@ -20,12 +20,14 @@ until the client closes too, or for `_LINGER_S`; closing at once would take the 
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, cast
 
 import httptools
 import structlog
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from app.http.errors import HeadTooLarge, NotHttp, ReadTimeout, Stopping, TooManyConnections, TooManyPipelined
@@ -55,6 +57,12 @@ class ConnectionLimits:
     """All connections of this process together, those that are being refused too; each costs some 10 KB."""
 
 
+BeginAtOnce = Callable[["Client", Scope, bytes], bool]
+"""Begins to answer a request with this body without a task; False: it takes one, and nothing has been done."""
+
+NOTHING_AT_ONCE: Final[Mapping[str, BeginAtOnce]] = MappingProxyType({})
+
+
 class Client:
     """The connection that one request came over, as long as its answer lasts."""
 
@@ -68,9 +76,12 @@ class Client:
     def is_gone(self) -> bool:
         return self._protocol.is_gone
 
-    def watch(self, on_gone: Callable[[], object] | None) -> None:
-        """Call `on_gone` as soon as the connection is lost; None: no longer."""
-        self._protocol.on_gone = on_gone
+    def watch(self, on_gone: Callable[[], object] | None, *, has_task: bool = True) -> None:
+        """Call `on_gone` as soon as the connection is lost; None: no longer.
+
+        has_task: a task answers; else `on_gone` is called when the gateway ends, too.
+        """
+        self._protocol.on_gone, self._protocol.has_task = on_gone, has_task
 
 
 class StreamingProtocol(HttpToolsProtocol):
@@ -78,11 +89,18 @@ class StreamingProtocol(HttpToolsProtocol):
 
     on_gone: Callable[[], object] | None = None
     is_gone = False
+    has_task = True
+    """Whether a task answers the latest request."""
 
     def __init__(
-        self, *args: Any, limits: ConnectionLimits, on_refused: Callable[[str], object], **kwargs: Any
+        self,
+        *args: Any,
+        limits: ConnectionLimits,
+        on_refused: Callable[[str], object],
+        at_once: Mapping[str, BeginAtOnce] = NOTHING_AT_ONCE,
+        **kwargs: Any,
     ) -> None:
-        """Args:  on_refused: told the code of each refusal."""
+        """Args:  on_refused: told the code of each refusal.  at_once: POST routes that may need no task, by path."""
         super().__init__(*args, **kwargs)
         self._limits = limits
         self._on_refused = on_refused
@@ -95,6 +113,10 @@ class StreamingProtocol(HttpToolsProtocol):
         self._is_upgrade = False
         """The head under way asks for another protocol: it is read again without that wish."""
         self._deadline: asyncio.TimerHandle | None = None
+        self._at_once = at_once
+        self._is_reading_head = False
+        self._held: tuple[RequestResponseCycle, Any] | None = None
+        """A request that may be answered without a task, if all of it comes with its head."""
         self._is_refused = False
         self._refusal: HeadraceError | None = None
         """What is still to be said when earlier answers have ended."""
@@ -116,6 +138,8 @@ class StreamingProtocol(HttpToolsProtocol):
             data = self._fed(piece) + data
             if self._num_kept >= self._limits.head_bytes:
                 self._refuse(HeadTooLarge(self._limits.head_bytes, "bytes"))
+        if self._held is not None:
+            self._begin_held()
         if (self._is_receiving or self._num_kept) and self._deadline is None and not self._is_refused:
             self._deadline = self.loop.call_later(self._limits.read_timeout_s, self._read_too_long)
 
@@ -165,9 +189,12 @@ class StreamingProtocol(HttpToolsProtocol):
         if self._num_hosts != 1 and (self._num_hosts or self.parser.get_http_version() == "1.1"):
             raise NotHttp(f"it has {self._num_hosts or 'no'} Host fields and must have one")
         self._has_head = True
+        self._is_reading_head = True
         super().on_headers_complete()
-        # The task that runs the request exists, but has not begun: it will find the extension.
-        self.scope["extensions"] = {EXTENSION: Client(self, self.cycle)}  # type: ignore[dict-item]
+        self._is_reading_head = False
+        if self._held is None or self._held[0] is not self.cycle:
+            # The task that runs the request exists, but has not begun: it will find the extension.
+            self.scope["extensions"] = {EXTENSION: Client(self, self.cycle)}  # type: ignore[dict-item]
 
     def on_body(self, body: bytes) -> None:
         self._num_kept = 0
@@ -186,6 +213,31 @@ class StreamingProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if is_last and self._refusal is not None:
             self._say(self._refusal)
+
+    # Answering
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """As uvicorn's; a request that may do without waits for what else has been read with its head."""
+        if self._is_reading_head and cycle.scope["path"] in self._at_once and cycle.scope["method"] == "POST":
+            self._held = cycle, app
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def _begin_held(self) -> None:
+        (cycle, app), self._held = self._held, None  # type: ignore[misc] # there is one
+        is_whole = not (cycle.more_body or cycle.waiting_for_100_continue or self.is_gone)
+        client, scope = Client(self, cycle), cast("Scope", cycle.scope)
+        if is_whole and self._at_once[cycle.scope["path"]](client, scope, bytes(cycle.body)):
+            cycle.body = bytearray()
+        else:
+            cycle.scope["extensions"] = {EXTENSION: client}  # type: ignore[dict-item]
+            super()._start_asgi_task(cycle, app)
+
+    def cut_off(self) -> None:
+        """The gateway ends: what answers without a task tells its client now."""
+        if self.on_gone is not None and not self.has_task:
+            self.on_gone()
+            self.transport.close()
 
     # Limits
 

@@ -14,13 +14,13 @@ from app.keys.tenant import Tenant
 from app.openai.errors import ModelNotFound
 from app.openai.request_headers import SCRIPT, parse_header_options
 from app.openai.schema import Kind, ParsedRequest
-from app.prompt.prepare import ModelEntry
+from app.prompt.prepare import ModelEntry, Prepared
 from app.prompt.script import scripted
 from app.serving.request import GatewayRequest, Prewarm
 from app.telemetry.trace_context import TRACEPARENT, TraceContext, parse_traceparent
 from planes.wire.errors import InvalidRequest
 from planes.wire.frames import Format, Parsing, Sampling
-from planes.wire.messages import OWN_TOKENS, THINKING_BUDGET, RequestId
+from planes.wire.messages import RequestId
 from router.request import SloSource
 
 _ID_PREFIX: Final = {
@@ -126,24 +126,58 @@ async def _prepared_prompt(
     prewarm = Prewarm(parsed.is_streaming, parsed.include_usage) if parsed.is_prewarm else None
     if prewarm is not None:
         parsed = _prompt_alone(parsed)
-    limit_s = gateway.settings.request_timeout_s
-    deadline = arrived_at + min(limit_s, parsed.timeout_s or limit_s)
+    deadline = _deadline(gateway, parsed, arrived_at)
     model = model_of(gateway, tenant, parsed.model)
     _check_task(parsed, model, gateway, tenant)
-    prepared = await gateway.preprocessor.prepare(
-        parsed, model, cache_salt=tenant.salted(parsed.cache_salt), deadline=deadline
-    )
+    salt = tenant.salted(parsed.cache_salt)
+    prepared = await gateway.preprocessor.prepare(parsed, model, cache_salt=salt, deadline=deadline)
+    known = _Known(headers, tenant, request_id, arrived_at, deadline)
+    job = _assembled(gateway, parsed, model, prepared, known)
+    return job if prewarm is None else msgspec.structs.replace(job, prewarm=prewarm)
+
+
+def request_at_once(
+    gateway: Gateway,
+    parsed: ParsedRequest,
+    *,
+    headers: Mapping[str, str],
+    tenant: Tenant,
+    request_id: RequestId,
+    arrived_at: float,
+) -> GatewayRequest:
+    """As `prepared_request`, of a short body with one prompt, whose answer is wanted.  Raises:  HeadraceError."""
+    deadline = _deadline(gateway, parsed, arrived_at)
+    model = model_of(gateway, tenant, parsed.model)
+    _check_task(parsed, model, gateway, tenant)
+    prepared = gateway.preprocessor.prepared(parsed, model, cache_salt=tenant.salted(parsed.cache_salt))
+    return _assembled(gateway, parsed, model, prepared, _Known(headers, tenant, request_id, arrived_at, deadline))
+
+
+def _deadline(gateway: Gateway, parsed: ParsedRequest, arrived_at: float) -> float:
+    limit_s = gateway.settings.request_timeout_s
+    return arrived_at + min(limit_s, parsed.timeout_s or limit_s)
+
+
+class _Known(msgspec.Struct, frozen=True):
+    """What is known of a request beside its body."""
+
+    headers: Mapping[str, str]
+    tenant: Tenant
+    request_id: RequestId
+    arrived_at: float
+    deadline: float
+
+
+def _assembled(
+    gateway: Gateway, parsed: ParsedRequest, model: ModelEntry, prepared: Prepared, known: _Known
+) -> GatewayRequest:
+    """Raises:  InvalidRequest for headers that ask for what there is not."""
+    headers, tenant, request_id = known.headers, known.tenant, known.request_id
     sampling = prepared.sampling
     if SCRIPT in headers:
         sampling = msgspec.structs.replace(sampling, script=scripted(headers[SCRIPT], parsed.messages, model))
     if sampling.thinking_tokens is not None and not model.reasoning_parser:
         sampling = msgspec.structs.replace(sampling, thinking_tokens=None)  # a model without thoughts keeps any budget
-    if sampling.thinking_tokens is not None and THINKING_BUDGET in model.lacks:
-        raise InvalidRequest(
-            f"The workers of '{model.model}' end no reasoning after so many tokens; leave the budget out.",
-            param="thinking_token_budget",
-            code="unsupported_parameter",
-        )
     options = parse_header_options(headers, n=sampling.n, has_prompt_logprobs=sampling.prompt_logprobs is not None)
     slo_ttft_s, slo_ttft_from = _settled(parsed.slo_ttft_s or options.slo_ttft_s, tenant.slo_ttft_s)
     slo_itl_s, slo_itl_from = _settled(parsed.slo_itl_s or options.slo_itl_s, tenant.slo_itl_s)
@@ -168,8 +202,8 @@ async def _prepared_prompt(
             repeated=parsed.repeated,
             is_context_bound=parsed.max_tokens is not None and prepared.sampling.max_tokens < parsed.max_tokens,
         ),
-        arrived_at=arrived_at,
-        deadline=deadline,
+        arrived_at=known.arrived_at,
+        deadline=known.deadline,
         cache_salt=prepared.cache_salt,
         priority=tenant.priority_of(parsed.priority),
         tenant=tenant.name,
@@ -178,10 +212,8 @@ async def _prepared_prompt(
         slo_ttft_from=slo_ttft_from,
         slo_itl_from=slo_itl_from,
         options=options,
-        has_own_tokens=OWN_TOKENS not in model.lacks,
         card_digest=model.digest,
         ignored=parsed.ignored,
-        prewarm=prewarm,
         trace=_trace(gateway, headers),
     )
 

@@ -166,6 +166,7 @@ class StreamedResponse:
     def _complete(self, data: bytes) -> None:
         """What uvicorn's `send` does with the last bytes."""
         self._state, self._head = _State.ENDED, b""
+        self._client.watch(None)
         cycle = self._cycle
         if cycle.disconnected or self._transport.is_closing():
             return
@@ -184,10 +185,21 @@ class StreamedResponse:
             self._transport.abort()
 
 
+Leave = Callable[[], object]
+"""Ends what answers a request, whose client has gone, or whose gateway stops."""
+
+AtOnce = Callable[[Scope, bytes, StreamedResponse], Leave | None]
+"""Begins to answer a request whose body is here; None: it takes a task, and nothing has been done.
+
+The answer may have ended by then. Must not raise.
+"""
+
+
 class Streamed:
     """An ASGI application whose answers `produce` writes; `produce` is cancelled when the client goes.
 
     `produce` must turn its errors into an answer itself. Needs a server that runs `StreamingProtocol`.
+    at_once: answers what takes no waiting without a task, and so without most of what is around one.
     """
 
     def __init__(
@@ -197,12 +209,26 @@ class Streamed:
         max_unsent_bytes: int,
         on_cut_off: Callable[[], None],
         errors: ErrorDialect = openai_errors,
+        at_once: AtOnce | None = None,
     ) -> None:
         functools.update_wrapper(self, produce)
         self._errors = errors
         self._produce = produce
         self._max_unsent_bytes = max_unsent_bytes
         self._on_cut_off = on_cut_off
+        self._at_once = at_once
+
+    def begin(self, client: Client, scope: Scope, body: bytes) -> bool:
+        """Answer a request whose body is here, without a task.  Returns:  False, and nothing is done: it takes one."""
+        if self._at_once is None:
+            return False
+        response = self._response(client, scope)
+        leave = self._at_once(scope, body, response)
+        if leave is None:
+            return False
+        if not response.is_ended:
+            client.watch(leave, has_task=False)
+        return True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         del send  # the answer writes on the transport itself
@@ -213,13 +239,7 @@ class Streamed:
         if client.is_gone:
             return
         client.watch(task.cancel)
-        response = StreamedResponse(
-            client,
-            scope,
-            max_unsent_bytes=self._max_unsent_bytes,
-            on_cut_off=self._on_cut_off,
-            errors=self._errors,
-        )
+        response = self._response(client, scope)
         try:
             await self._produce(Request(scope, receive), response)
         except asyncio.CancelledError:
@@ -228,6 +248,15 @@ class Streamed:
             client.transport.close()
         finally:
             client.watch(None)
+
+    def _response(self, client: Client, scope: Scope) -> StreamedResponse:
+        return StreamedResponse(
+            client,
+            scope,
+            max_unsent_bytes=self._max_unsent_bytes,
+            on_cut_off=self._on_cut_off,
+            errors=self._errors,
+        )
 
 
 def _encoded(headers: Headers) -> list[tuple[bytes, bytes]]:

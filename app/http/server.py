@@ -4,13 +4,13 @@ import asyncio
 import contextlib
 import functools
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from app.console.live import Live
-from app.http.connection import ConnectionLimits, StreamingProtocol
+from app.http.connection import NOTHING_AT_ONCE, BeginAtOnce, ConnectionLimits, StreamingProtocol
 from app.metrics import Metrics
 from app.settings import GatewaySettings
 from planes.security.tls import http_tls
@@ -40,6 +40,9 @@ class HttpServer(uvicorn.Server):
 
     async def cut_off(self) -> None:
         """Let the answers that are left tell their clients, while the workers' streams are still there."""
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, StreamingProtocol):
+                connection.cut_off()
         answers = list(self.server_state.tasks)
         if self.force_exit:  # out of patience, uvicorn has cancelled them; told to exit, it leaves them alone
             for answer in answers:
@@ -48,13 +51,21 @@ class HttpServer(uvicorn.Server):
             await asyncio.wait(answers, timeout=_LAST_WORDS_S)
 
 
-def server_config(settings: GatewaySettings, app: ASGIApp, metrics: Metrics) -> uvicorn.Config:
-    """For each port of a gateway."""
+def server_config(
+    settings: GatewaySettings,
+    app: ASGIApp,
+    metrics: Metrics,
+    *,
+    at_once: Mapping[str, BeginAtOnce] = NOTHING_AT_ONCE,
+) -> uvicorn.Config:
+    """For each port of a gateway.  at_once: see `StreamingProtocol`; `app` answers whatever they leave."""
     limits = ConnectionLimits(
         read_timeout_s=min(settings.read_timeout_s, settings.request_timeout_s),
         num_connections=settings.max_connections,
     )
-    protocol = functools.partial(StreamingProtocol, limits=limits, on_refused=metrics.connection_refused)
+    protocol = functools.partial(
+        StreamingProtocol, limits=limits, on_refused=metrics.connection_refused, at_once=at_once
+    )
     config = uvicorn.Config(
         app,
         http=protocol,  # type: ignore[arg-type] # all that uvicorn does is call it

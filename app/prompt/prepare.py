@@ -88,8 +88,6 @@ class ModelEntry:
     """If so: how many of them; none: any number."""
     is_simulated: bool = False
     """Whether all its workers say what they are told (`app/prompt/script.py`)."""
-    lacks: frozenset[str] = frozenset()
-    """What some of its workers cannot do (`planes.wire.messages.EngineFacts`)."""
     digest: str = ""
     """Of the card that tokenizer and template come from: only workers of that card understand the tokens."""
 
@@ -142,7 +140,7 @@ class Preprocessor:
 
         Raises:  what `work` does; TokenizersBusy, PreparationTimeout.
         """
-        if num_bytes <= self._inline_bytes:
+        if self.is_short(num_bytes):
             return work(*args)
         return await self._on_thread(deadline, work, *args)
 
@@ -154,10 +152,17 @@ class Preprocessor:
         Raises:  InvalidRequest, ContextExceeded among them; TokenizersBusy, PreparationTimeout.
         """
         salt = parsed.cache_salt if cache_salt is None else cache_salt
-        parsed = self._stable(parsed)
-        if parsed.num_bytes <= self._inline_bytes:
-            return _prepared(parsed, model, salt)
-        return await self._on_thread(deadline, _prepared, parsed, model, salt)
+        if self.is_short(parsed.num_bytes):
+            return self.prepared(parsed, model, cache_salt=salt)
+        return await self._on_thread(deadline, _prepared, self._stable(parsed), model, salt)
+
+    def is_short(self, num_bytes: int) -> bool:
+        """Whether a body of so many bytes is worked on at once, on the event loop."""
+        return num_bytes <= self._inline_bytes
+
+    def prepared(self, parsed: ParsedRequest, model: ModelEntry, *, cache_salt: str) -> Prepared:
+        """As `prepare`, at once: of a short body.  Raises:  InvalidRequest, ContextExceeded among them."""
+        return _prepared(self._stable(parsed), model, cache_salt)
 
     async def tokenize(
         self, parsed: ParsedRequest, model: ModelEntry, *, is_plain: bool = False, deadline: float | None = None

@@ -1,7 +1,7 @@
 """Serves requests: drives each one's exchange (`exchange.py` decides, this file acts).
 
-Everything happens in the turn of the event loop in which it is known; one task a request waits for the end. Between a
-leg's first payload and its end its tokens go past all this (`worker_stream.py`).
+Everything happens in the turn of the event loop in which it is known, the end and its bookkeeping too; nobody need wait
+for it. Between a leg's first payload and its end its tokens go past all this (`worker_stream.py`).
 """
 
 import asyncio
@@ -112,34 +112,50 @@ class Relay:
     async def run(self, request: GatewayRequest, response: Response) -> None:
         """Answer `request`, whatever happens. Raises nothing but CancelledError."""
         if self.prefills is None:
-            await self._serve(_Serving(self, request, response, None))
+            await self._serve(request, response, None)
             return
         async with asyncio.TaskGroup() as tasks:  # waiting for the queue is a task of its own
-            await self._serve(_Serving(self, request, response, tasks))
+            await self._serve(request, response, tasks)
 
-    async def _serve(self, serving: "_Serving") -> None:
+    def begin(self, request: GatewayRequest, response: Response, on_end: Callable[[], object]) -> "Serving":
+        """Answer `request`, whatever happens, without a task. Only where there is no queue for prompts.
+
+        on_end: called once when it has ended, which may be before this returns.
+        """
+        serving = Serving(self, request, response, None, on_end)
+        serving.start()
+        return serving
+
+    async def _serve(self, request: GatewayRequest, response: Response, tasks: asyncio.TaskGroup | None) -> None:
+        ended = asyncio.Event()
+        serving = Serving(self, request, response, tasks, ended.set)
         serving.start()
         try:
-            await serving.ended
+            await ended.wait()
         except asyncio.CancelledError:
-            serving.receive(on.ClientGone() if serving.response.is_gone else on.Stopping())
+            serving.leave()
             raise
         finally:
             serving.close()
 
 
-class _Serving(ExchangeDriver):
-    """One exchange under way, for a client."""
+class Serving(ExchangeDriver):
+    """One exchange under way, for a client. Made by `Relay`."""
 
     def __init__(
-        self, relay: Relay, request: GatewayRequest, response: Response, tasks: asyncio.TaskGroup | None
+        self,
+        relay: Relay,
+        request: GatewayRequest,
+        response: Response,
+        tasks: asyncio.TaskGroup | None,
+        on_end: Callable[[], object],
     ) -> None:
         loop = asyncio.get_running_loop()
         exchange = Exchange(request, relay.limits, has_prefill_queue=relay.prefills is not None)
         super().__init__(exchange, relay.dispatcher, relay.workers, clock=relay.clock, call_at=loop.call_at)
         self.response = response
-        self.ended: asyncio.Future[None] = loop.create_future()
         self._relay = relay
+        self._on_end = on_end
         self._request = request
         self._write = response.write if request.format.is_streaming else None
         self._tasks = tasks
@@ -152,9 +168,16 @@ class _Serving(ExchangeDriver):
         if relay.keepalive_s and request.format.is_streaming:
             self._keepalive = loop.call_later(relay.keepalive_s, self._keep_alive)
 
+    def leave(self) -> None:
+        """The client has gone, or else the gateway stops."""
+        self.receive(on.ClientGone() if self.response.is_gone else on.Stopping())
+
     def _ended(self) -> None:
-        if not self.ended.done():
-            self.ended.set_result(None)
+        if not self._is_closed:
+            try:
+                self.close()
+            finally:
+                self._on_end()
 
     def _bug(self, exc: Exception) -> None:
         """It is logged, and the client gets an answer all the same."""
@@ -172,12 +195,14 @@ class _Serving(ExchangeDriver):
             self._keepalive = self._call_later(self._relay.keepalive_s / 2, self._keep_alive)
 
     def close(self) -> None:
-        """Count and log. Everything else has been given back by the exchange's last effects."""
+        """Count and log, once. Everything else has been given back by the exchange's last effects."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         super().close()
         self._deadline.cancel()
         if self._keepalive is not None:
             self._keepalive.cancel()
-        self._is_closed = True
         self._tell_spent()
         exchange = self.exchange
         ended_at = self._relay.clock() if exchange.ended_at is None else exchange.ended_at
@@ -202,6 +227,7 @@ class _Serving(ExchangeDriver):
             self._request, attempt, told, num_attempts=len(exchange.attempts), ended_at=ended_at
         )
         _log.info("request.finished", **record)
+        self._legs.clear()  # their sinks know this object: nothing is to wait for the garbage collector
 
     def _tell_spent(self) -> None:
         """Tell the meter what it has not heard. A prompt counts once, when a worker has computed all of it."""

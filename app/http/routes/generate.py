@@ -3,25 +3,28 @@
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import structlog
 from fastapi import Request
 from starlette.routing import Route
+from starlette.types import Scope
 
 from app.auth import TenantSlots
 from app.gateway import Gateway
-from app.http.intake import read_request
+from app.http.intake import Parse, max_body_bytes, read_request, request_at_once
 from app.http.merged import run_merged
 from app.http.prewarmed import PrewarmedResponse
-from app.http.response import ErrorDialect, Streamed, StreamedResponse
+from app.http.response import AtOnce, ErrorDialect, Leave, Streamed, StreamedResponse
+from app.keys.ledger import is_limited
 from app.keys.meter import RequestMeter
 from app.keys.tenant import ANYBODY, Tenant
 from app.metrics import RequestSummary
 from app.openai import errors as openai_errors
 from app.openai.errors import code_of
 from app.openai.request_headers import overhead_header
-from app.openai.schema import Limits, ParsedRequest
+from app.openai.schema import ParsedRequest
 from app.serving.request import GatewayRequest
 from planes.wire.errors import HeadraceError, InvalidRequest
 from planes.wire.messages import RequestId
@@ -64,13 +67,13 @@ Serve = Callable[[Admitted, StreamedResponse], Awaitable[None]]
 def generating_route(
     gateway: Gateway,
     path: str,
-    parse: Callable[[bytes, Limits], ParsedRequest],
+    parse: Callable[..., ParsedRequest],
     *,
     summary: str,
     errors: ErrorDialect = openai_errors,
 ) -> Route:
     """`POST path`.  parse: makes a request of its body.  summary: for the API's description."""
-    limits = gateway.settings.body_limits
+    parse_limited = partial(parse, limits=gateway.settings.body_limits)
 
     async def serve(admitted: Admitted, response: StreamedResponse) -> None:
         job = await read_request(
@@ -79,7 +82,7 @@ def generating_route(
             headers=admitted.headers,
             tenant=admitted.tenant,
             request_id=admitted.request_id,
-            parse=lambda body: parse(body, limits),
+            parse=parse_limited,
         )
         asked = (job, *job.beside)
         job, *beside = await admitted.metered(gateway, asked, num_slots=job.sampling.n * len(asked))
@@ -92,13 +95,24 @@ def generating_route(
         else:
             await gateway.relay.run(job, response)
 
-    return served_route(
-        gateway, path, serve, name=parse.__name__.removeprefix("parse_"), summary=summary, errors=errors
-    )
+    def at_once(scope: Scope, body: bytes, response: StreamedResponse) -> Leave | None:
+        if not gateway.preprocessor.is_short(len(body)) or gateway.relay.prefills is not None:
+            return None
+        return _answered_at_once(gateway, scope, body, response, parse=parse_limited)
+
+    name = parse.__name__.removeprefix("parse_")
+    return served_route(gateway, path, serve, name=name, summary=summary, errors=errors, at_once=at_once)
 
 
 def served_route(
-    gateway: Gateway, path: str, serve: Serve, *, name: str, summary: str, errors: ErrorDialect = openai_errors
+    gateway: Gateway,
+    path: str,
+    serve: Serve,
+    *,
+    name: str,
+    summary: str,
+    errors: ErrorDialect = openai_errors,
+    at_once: AtOnce | None = None,
 ) -> Route:
     """`POST path` for whoever has a key and is within its limits.  serve: answers, or raises."""
 
@@ -112,6 +126,7 @@ def served_route(
         max_unsent_bytes=gateway.settings.slow_client_bytes,
         on_cut_off=gateway.metrics.client_cut_off,
         errors=errors,
+        at_once=at_once,
     )
     return Route(path, streamed, methods=["POST"])
 
@@ -123,20 +138,73 @@ def _why(exc: HeadraceError) -> dict[str, str | None]:
 
 async def _admit(gateway: Gateway, request: Request, serve: Serve, response: StreamedResponse) -> None:
     request_id, came_at = gateway.new_request_id(), gateway.clock()
-    # A dictionary, because starlette's own headers are searched one by one for each that is not there.
-    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in request.scope["headers"]}
-    tenant = ANYBODY
+    headers, tenant = _fields(request.scope), ANYBODY
     try:
         tenant = gateway.keys.authenticate(headers)
         with contextlib.ExitStack() as held:
             slots = held.enter_context(gateway.keys.admitted(tenant))
             await serve(Admitted(request, headers, tenant, request_id, slots, held), response)
-    except HeadraceError as exc:
+    except Exception as exc:  # noqa: BLE001 - our own bug: it is logged, and the client gets an answer all the same
+        _refuse(gateway, response, exc, request_id=request_id, tenant=tenant, came_at=came_at)
+
+
+def _answered_at_once(
+    gateway: Gateway, scope: Scope, body: bytes, response: StreamedResponse, *, parse: Parse
+) -> Leave | None:
+    """What `_admit` does for one short prompt of a key without limits: nothing in it has to wait for anything."""
+    request_id, came_at = gateway.new_request_id(), gateway.clock()
+    headers, tenant = _fields(scope), ANYBODY
+    slots: TenantSlots | None = None
+    try:
+        tenant = gateway.keys.authenticate(headers)
+        if is_limited(tenant) or len(body) > max_body_bytes(gateway) or "content-encoding" in headers:
+            return None
+        slots = gateway.keys.admitted(tenant)
+        slots.widen(1)
+        parsed = parse(body)
+        if parsed.more_prompts or parsed.is_prewarm:
+            slots.close()
+            return None
+        job = request_at_once(
+            gateway, parsed, headers=headers, tenant=tenant, request_id=request_id, arrived_at=came_at
+        )
+        slots.widen(job.sampling.n)
+        meter = RequestMeter(None, gateway.usage, tenant, job.model)
+        if job.ignored:
+            gateway.metrics.fields_ignored(len(job.ignored))
+        return gateway.relay.begin(msgspec.structs.replace(job, meter=meter), response, slots.close).leave
+    except Exception as exc:  # noqa: BLE001 - as above
+        if slots is not None:
+            slots.close()
+        _refuse(gateway, response, exc, request_id=request_id, tenant=tenant, came_at=came_at)
+        return _nothing
+
+
+def _nothing() -> None:
+    """Who is answered already is not left."""
+
+
+def _fields(scope: Scope) -> dict[str, str]:
+    """A dictionary, because starlette's own headers are searched one by one for each that is not there."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def _refuse(
+    gateway: Gateway,
+    response: StreamedResponse,
+    exc: Exception,
+    *,
+    request_id: RequestId,
+    tenant: Tenant,
+    came_at: float,
+) -> None:
+    """Tell the client of what kept its request from being served. To be called while it is handled."""
+    told = [("x-request-id", request_id), overhead_header(gateway.clock() - came_at)]
+    if isinstance(exc, HeadraceError):
         code = code_of(exc)
         gateway.metrics.ended(RequestSummary(model="", code=code))
         _log.info("request.finished", request_id=request_id, outcome=code, **_why(exc))
-        told = [("x-request-id", request_id), overhead_header(gateway.clock() - came_at)]
-        response.fail(exc, [*told, *gateway.ledger.headers(tenant)])
-    except Exception as exc:  # noqa: BLE001 - our own bug: it is logged, and the client gets an answer all the same
+        told += gateway.ledger.headers(tenant)
+    else:
         _log.exception("request.bug", request_id=request_id)
-        response.fail(exc, [("x-request-id", request_id), overhead_header(gateway.clock() - came_at)])
+    response.fail(exc, told)

@@ -8,7 +8,7 @@ import pytest
 import uvicorn
 
 from app.http.server import server_config
-from app.main import create_app, streams_first
+from app.main import create_app, streamed_routes, streams_first
 from tests.raw_http import until
 
 
@@ -26,7 +26,9 @@ async def served():
     running = []
 
     async def start(gateway):
-        config = server_config(gateway.settings, streams_first(create_app(gateway)), gateway.metrics)
+        app = create_app(gateway)
+        at_once = {path: route.begin for path, route in streamed_routes(app).items()}
+        config = server_config(gateway.settings, streams_first(app), gateway.metrics, at_once=at_once)
         config.load()
         protocol: Any = config.http_protocol_class
         state, loop = uvicorn.server.ServerState(), asyncio.get_running_loop()

@@ -1,4 +1,6 @@
 import asyncio
+import gc
+import weakref
 
 import msgspec
 import numpy as np
@@ -143,6 +145,42 @@ async def test_a_local_leg_is_relayed_verbatim_and_released_with_what_it_measure
     assert (observed.prefill_s, observed.cached_tokens, observed.handover_s) == (0.2, 16, None)
     assert observed.ttft_s is not None
     assert metric(scene, "headrace_requests_total") == ['headrace_requests_total{code="ok",model="sim"} 1.0']
+
+
+async def test_a_request_that_has_ended_is_freed_at_once(scene):
+    gc.disable()
+    try:
+        scene.router.answers = [route("r", "d0", None)]
+        ended = []
+        serving = weakref.ref(scene.relay.begin(scene.request(), scene.response, lambda: ended.append("ended")))
+        await settle()
+        assert ended == []
+        sink = scene.leg("d0")[1]
+        sink.on_delta(b"one", [7])
+        sink.on_done(done(b"two", [8]))
+        assert ended == ["ended"], "in the turn in which its last token came"
+        assert scene.response.payloads == [b"one", b"two"]
+        del sink
+        scene.workers.connections["d0"].sinks.clear()
+        await settle()
+        assert serving() is None
+    finally:
+        gc.enable()
+
+
+async def test_without_a_task_the_end_is_told_once_however_it_comes(scene):
+    scene.router.answers = [route("r", "d0", None)]
+    ended = []
+    serving = scene.relay.begin(scene.request(), scene.response, lambda: ended.append("ended"))
+    await settle()
+    scene.leg("d0")[1].on_delta(b"one", [7])
+    scene.response.is_gone = True
+    serving.leave()
+    serving.leave()
+    scene.leg("d0")[1].on_done(done(b"late", [8]))
+    assert ended == ["ended"]
+    assert scene.router.bound == set()
+    assert metric(scene, "headrace_requests_total") == ['headrace_requests_total{code="cancelled",model="sim"} 1.0']
 
 
 async def test_an_answer_in_one_piece_is_the_body_of_the_done(scene):

@@ -1,1 +1,0 @@
-"""A `vllm serve` of somebody else's as an engine: `headrace adopt`."""
