@@ -133,16 +133,17 @@ class GatewayStopping(Interrupted):
 
 
 class NotResumable(Interrupted):
-    """A worker was lost after the client had got a part of several choices."""
+    """A worker was lost after the client had got a part of what no other can go on with."""
 
     code = "not_resumable"
 
     def __init__(self, n: int, reason: str) -> None:
-        super().__init__(f"an answer of n = {n} choices cannot be continued on another worker: {reason}")
-        self.n = n
+        what = f"an answer of n = {n} choices" if n > 1 else "an answer with these parameters"
+        self._told = f"{what} cannot be continued on another worker"
+        super().__init__(f"{self._told}: {reason}")
 
     def for_client(self) -> str:
-        return f"an answer of n = {self.n} choices cannot be continued on another worker"
+        return self._told
 
 
 _BY_CODE: Final[dict[tuple[FailureKind, str], type[WorkerBusy | RoleChanged | TicketExpired]]] = {

@@ -96,3 +96,9 @@ def test_a_stream_ends_with_one_event_that_holds_the_error():
 def test_words_of_workers_and_policies_stay_inside(exc):
     assert b"secret" not in response(exc).body + sse_event(exc)
     assert exc.code in json.loads(response(exc).body)["error"]["code"]
+
+
+def test_a_single_choice_that_cannot_be_continued_is_not_said_to_be_one_of_several():
+    told = json.loads(response(NotResumable(1, "lost")).body)["error"]["message"]
+    assert told == "an answer with these parameters cannot be continued on another worker"
+    assert "an answer of n = 2 choices" in json.loads(response(NotResumable(2, "lost")).body)["error"]["message"]
