@@ -25,6 +25,7 @@ from app.main import create_app
 from app.metrics import Metrics
 from app.settings import GatewaySettings
 from planes.wire.messages import WorkerId
+from workers.adopted.settings import AdoptSettings
 from workers.engine.base import EngineLoad
 from workers.metrics import WorkerMetrics
 from workers.settings import WorkerSettings
@@ -35,6 +36,10 @@ COMMANDS = {
     "headrace up": (UpSettings, "Everything on this machine."),
     "headrace gateway": (GatewaySettings, "One gateway."),
     "headrace worker": (WorkerSettings, "One worker."),
+    "headrace adopt": (
+        AdoptSettings,
+        "`headrace adopt http://host:port`: a running, unmodified vLLM server as a worker (docs/adopt.md).",
+    ),
     "headrace certs": (
         CertsSettings,
         "`headrace certs FOLDER`: a CA, certificates and a token for trying a secured fleet out.",

@@ -40,7 +40,10 @@ class WorkerSettings(ProcessSettings):
         Literal["generate", "embed"],
         Parameter(help="Generate, or make vectors of prompts for /v1/embeddings (needs --role both)."),
     ] = "generate"
-    engine: Annotated[Literal["vllm", "sim"], Parameter(help="What computes: a real model or simulated time.")] = "vllm"
+    engine: Annotated[
+        Literal["vllm", "sim", "adopted"],
+        Parameter(help="What computes: a real model or simulated time; adopted is for headrace adopt alone."),
+    ] = "vllm"
     model: Annotated[
         Path | None,
         Parameter(

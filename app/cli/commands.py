@@ -35,6 +35,7 @@ from process.environment import strangers
 from process.programs import program
 from process.settings import EtcdSettings, command_line
 from process.signals import hold_sigterm
+from workers.adopted.settings import AdoptSettings
 from workers.settings import WorkerSettings
 
 app = command_line(
@@ -49,6 +50,7 @@ _EVERYTHING = (
     UpSettings,
     GatewaySettings,
     WorkerSettings,
+    AdoptSettings,
     FleetTableSettings,
     ConfigSettings,
     RoleSettings,
@@ -109,6 +111,17 @@ def worker(*flags: Annotated[str, Parameter(allow_leading_hyphen=True, show=Fals
     _tell_strangers(WorkerSettings)
     hold_sigterm()
     os.execv(sys.executable, program("workers", *flags))  # noqa: S606 - no shell is the point
+
+
+@app.command(help_flags=[])
+def adopt(*flags: Annotated[str, Parameter(allow_leading_hyphen=True, show=False, show_env_var=False)]) -> None:
+    """Join a running, unmodified vLLM server to the fleet: headrace adopt http://host:port --role decode
+
+    `headrace adopt --help` lists its settings; docs/adopt.md tells how the server is started.
+    """
+    _tell_strangers(AdoptSettings)
+    hold_sigterm()
+    os.execv(sys.executable, program("workers.adopted", *flags))  # noqa: S606 - no shell is the point
 
 
 @app.command(help_flags=[])

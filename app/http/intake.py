@@ -20,7 +20,7 @@ from app.serving.request import GatewayRequest, Prewarm
 from app.telemetry.trace_context import TRACEPARENT, TraceContext, parse_traceparent
 from planes.wire.errors import InvalidRequest
 from planes.wire.frames import Format, Parsing, Sampling
-from planes.wire.messages import RequestId
+from planes.wire.messages import OWN_TOKENS, THINKING_BUDGET, RequestId
 from router.request import SloSource
 
 _ID_PREFIX: Final = {
@@ -178,6 +178,12 @@ def _assembled(
         sampling = msgspec.structs.replace(sampling, script=scripted(headers[SCRIPT], parsed.messages, model))
     if sampling.thinking_tokens is not None and not model.reasoning_parser:
         sampling = msgspec.structs.replace(sampling, thinking_tokens=None)  # a model without thoughts keeps any budget
+    if sampling.thinking_tokens is not None and THINKING_BUDGET in model.lacks:
+        raise InvalidRequest(
+            f"The workers of '{model.model}' end no reasoning after so many tokens; leave the budget out.",
+            param="thinking_token_budget",
+            code="unsupported_parameter",
+        )
     options = parse_header_options(headers, n=sampling.n, has_prompt_logprobs=sampling.prompt_logprobs is not None)
     slo_ttft_s, slo_ttft_from = _settled(parsed.slo_ttft_s or options.slo_ttft_s, tenant.slo_ttft_s)
     slo_itl_s, slo_itl_from = _settled(parsed.slo_itl_s or options.slo_itl_s, tenant.slo_itl_s)
@@ -212,6 +218,7 @@ def _assembled(
         slo_ttft_from=slo_ttft_from,
         slo_itl_from=slo_itl_from,
         options=options,
+        has_own_tokens=OWN_TOKENS not in model.lacks,
         card_digest=model.digest,
         ignored=parsed.ignored,
         trace=_trace(gateway, headers),

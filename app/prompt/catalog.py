@@ -315,6 +315,7 @@ def _with_facts(entry: ModelEntry, group: list[_Served]) -> ModelEntry:
         block_size=next(_block_sizes(group)),
         vocab_size=min(served.registration.facts.vocab_size for served in group),
         max_batch=max(served.registration.facts.max_batch for served in group),
+        lacks=frozenset[str]().union(*(served.registration.facts.lacks for served in group)),
         is_simulated=all(served.registration.engine == SIMULATED for served in group),
     )
 

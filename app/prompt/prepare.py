@@ -88,6 +88,8 @@ class ModelEntry:
     """If so: how many of them; none: any number."""
     is_simulated: bool = False
     """Whether all its workers say what they are told (`app/prompt/script.py`)."""
+    lacks: frozenset[str] = frozenset()
+    """What some of its workers cannot do (`planes.wire.messages.EngineFacts`)."""
     digest: str = ""
     """Of the card that tokenizer and template come from: only workers of that card understand the tokens."""
 

@@ -8,7 +8,7 @@ from msgspec import Struct
 from app.openai.request_headers import HeaderOptions
 from app.telemetry.trace_context import TraceContext
 from planes.wire.blocks import Hashes, Tokens
-from planes.wire.frames import Format, Generate, Leg, Sampling, StreamId, pack_tokens
+from planes.wire.frames import Format, Generate, Leg, Sampling, StreamId, needs_own_tokens, pack_tokens
 from planes.wire.messages import RequestId, WorkerId
 from router.request import HandoverPreference, RoutableRequest, SloSource
 
@@ -54,6 +54,8 @@ class GatewayRequest(Struct, frozen=True, eq=False):
     slo_itl_from: SloSource = SloSource.REQUEST
     """Who said them, if anybody did."""
     options: HeaderOptions = HeaderOptions()
+    has_own_tokens: bool = True
+    """Whether its workers can tell an answer's tokens from its prompt's when they go on from them."""
     card_digest: str = ""
     """Of the model card that made the tokens."""
     ignored: tuple[str, ...] = ()
@@ -77,6 +79,8 @@ class GatewayRequest(Struct, frozen=True, eq=False):
         What earlier tokens were worth is known to nobody else, and a response says it again in the end.
         """
         s = self.sampling
+        if not self.has_own_tokens and needs_own_tokens(s):
+            return False
         is_told_once = self.format.is_streaming and self.format.kind != "response"
         return s.n == 1 and (is_told_once or (s.logprobs is None and s.prompt_logprobs is None))
 
@@ -85,10 +89,12 @@ class GatewayRequest(Struct, frozen=True, eq=False):
         """Whether the prefill worker's token may go to the client before the handover.
 
         The decode worker's engine goes on from it as from a token of its own: seeds, penalties, `min_tokens`,
-        `bad_words` and grammars count it. With one token in all there is nothing to hand over.
+        `bad_words` and grammars count it. Where it cannot tell its own, it must draw the same token once more. With one
+        token in all there is nothing to hand over.
         """
         s = self.sampling
-        return s.max_tokens == 1 or (self.format.is_streaming and self.is_resumable)
+        is_known = self.has_own_tokens or s.temperature == 0
+        return s.max_tokens == 1 or (self.format.is_streaming and self.is_resumable and is_known)
 
     def routable(self, *, num_tokens: int, excluded: frozenset[WorkerId], is_retry: bool) -> RoutableRequest:
         """What the router may know, after `num_tokens` have been generated.

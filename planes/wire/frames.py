@@ -84,6 +84,16 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """Packed tokens that the simulated engine says; no other engine takes any."""
 
 
+def needs_own_tokens(sampling: Sampling) -> bool:
+    """Whether what comes next depends on which tokens are the answer's: going on from them as from a longer prompt
+    would give another answer. A repetition penalty is not among it: it counts the prompt's tokens too.
+    """
+    is_seeded = sampling.seed is not None and sampling.temperature > 0
+    has_penalty = bool(sampling.presence_penalty or sampling.frequency_penalty)
+    is_bound = sampling.structured is not None or sampling.thinking_tokens is not None or bool(sampling.bad_words)
+    return is_seeded or has_penalty or is_bound
+
+
 class Parsing(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the worker looks for in the generated text, beside the answer's own."""
 

@@ -8,7 +8,7 @@ multiplied with each other and divided by without a thought.
 """
 
 from enum import StrEnum
-from typing import Annotated, NewType
+from typing import Annotated, Final, NewType
 
 import msgspec
 from msgspec import Meta
@@ -31,8 +31,14 @@ Address = Annotated[str, Meta(pattern=r"^[^\s\x00-\x1f\x7f-\x9f/]{1,255}:[0-9]{1
 """host:port, or [host]:port."""
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Word = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:+-]{0,128}\Z")]
-SIMULATED = "sim"
+SIMULATED: Final = "sim"
 """A worker's `engine` that computes nothing."""
+ADOPTED: Final = "adopted"
+"""A worker's `engine` that is a server of somebody else's (`workers/adopted/`)."""
+OWN_TOKENS = "own_tokens"
+"""Lacking it, an engine takes tokens that it goes on from for a part of the prompt: see `frames.needs_own_tokens`."""
+THINKING_BUDGET = "thinking_budget"
+"""Lacking it, an engine ends no reasoning after so many tokens."""
 
 
 def _check_packed(hashes: bytes) -> None:
@@ -121,6 +127,8 @@ class EngineFacts(msgspec.Struct, frozen=True):
     """If so: how many of them; none: any number."""
     is_shortest_first: bool = False
     """Whether a prompt shorter than what is left of those being computed is computed before them; else in turn."""
+    lacks: Annotated[tuple[Word, ...], Meta(max_length=32)] = ()
+    """What it cannot do and gateways must not ask of it: `OWN_TOKENS`, `THINKING_BUDGET`; other words say nothing."""
 
 
 class HandoverEndpoint(msgspec.Struct, frozen=True):
@@ -147,7 +155,7 @@ class Registration(msgspec.Struct, frozen=True):
     address: Address
     """Of the worker's stream server."""
     engine: Word
-    """`vllm` or `sim`."""
+    """`vllm`, `sim` or `adopted`."""
     facts: EngineFacts
     card_digest: Sha256
     """sha256 of the model card in the asset store (`planes/assets.py`)."""

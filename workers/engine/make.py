@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from planes.wire.errors import UnusableSetting
-from planes.wire.messages import EngineFacts, LatencyPrior, WorkerId
+from planes.wire.messages import ADOPTED, EngineFacts, LatencyPrior, WorkerId
 from workers.engine.base import Engine
 from workers.settings import WorkerSettings
 
@@ -17,6 +17,8 @@ def make_engine(settings: WorkerSettings, worker: WorkerId, *, vocab_size: int, 
     """
     if settings.engine == "vllm":
         return _vllm(settings, worker, reasoning_parser)
+    if settings.engine == ADOPTED:
+        raise UnusableSetting("engine", settings.engine, "a server is adopted by headrace adopt http://host:port")
     return _sim(settings, worker, vocab_size)
 
 

@@ -5,12 +5,13 @@ tokens and its parent, so its name follows from the parent's; `EventTranslator` 
 engine holds, no more. In a hybrid model every layer group reports the same blocks once more: only the first group with
 full attention counts, because its longest prefix bounds what the others can serve.
 
-`EventReader` receives the events. vLLM's publisher connects to it, so it hears everything from the first event on.
-Should one be lost nevertheless it asks vLLM's replay endpoint, and if that has forgotten too it reports a cleared
-cache: the gateways then expect less than is there, and learn the rest as blocks are stored again.
+`EventReader` receives the events. Our own vLLM's publisher connects to it, so it hears everything from the first event
+on; to one that runs already it connects itself, and asks for what was said before. Should one be lost nevertheless it
+asks vLLM's replay endpoint, and if that has forgotten too it reports a cleared cache: the gateways then expect less
+than is there, and learn the rest as blocks are stored again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,13 @@ _log = structlog.get_logger()
 _WINDOWED = frozenset({"sliding_window", "sliding_window_mla", "chunked_local_attention", "mamba"})
 """Kinds of groups that hold only part of a prefix."""
 
+_VllmHash = int | bytes
+"""Bytes where `VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES=0`."""
+
 
 class _Stored(msgspec.Struct, frozen=True, tag="BlockStored"):
-    block_hashes: list[int]
-    parent_block_hash: int | None
+    block_hashes: list[_VllmHash]
+    parent_block_hash: _VllmHash | None
     token_ids: list[int]
     block_size: int
     extra_keys: list[list[Any] | None] | None = None
@@ -38,7 +42,7 @@ class _Stored(msgspec.Struct, frozen=True, tag="BlockStored"):
 
 
 class _Removed(msgspec.Struct, frozen=True, tag="BlockRemoved"):
-    block_hashes: list[int]
+    block_hashes: list[_VllmHash]
     group_idx: int | None = None
 
 
@@ -68,7 +72,7 @@ class EventTranslator:
 
     def __init__(self, model: str) -> None:
         self._model = model
-        self._cached: dict[int, _CachedBlock] = {}
+        self._cached: dict[_VllmHash, _CachedBlock] = {}
         self._group: int | None = None
 
     @property
@@ -152,11 +156,25 @@ def _packed(names: Sequence[int]) -> bytes:
     return pack(np.array(names, dtype=np.uint64))
 
 
+def translate_all(translator: EventTranslator, payloads: Iterable[bytes | None]) -> list[KvEvent]:
+    """Of batches in order; None: one that nobody knows. What is stored after it is held, whatever was said in it."""
+    events: list[KvEvent] = []
+    for payload in payloads:
+        if payload is None:
+            events = translator.clear()
+        else:
+            events += translator.translate(payload)
+    return events
+
+
 class EventReader:
     """Receives event batches from vLLM's publisher and calls `on_events`, in order, on the event loop."""
 
-    def __init__(self, translator: EventTranslator, replay_endpoint: str) -> None:
-        """replay_endpoint: where vLLM will bind its replay socket, e.g. `ipc:///…`."""
+    def __init__(self, translator: EventTranslator, replay_endpoint: str, *, publisher: str = "") -> None:
+        """
+        Args:  replay_endpoint: where vLLM will bind its replay socket, e.g. `ipc:///…`; "": nowhere.
+        publisher: where it has bound its publisher; "": that will connect to us.
+        """
         import zmq  # noqa: PLC0415 - comes with vLLM, which not every installation has
         import zmq.asyncio  # noqa: PLC0415
 
@@ -168,8 +186,12 @@ class EventReader:
         self._socket = self._context.socket(zmq.SUB)
         self._socket.set_hwm(100_000)
         self._socket.subscribe(b"")
-        self.endpoint = f"tcp://127.0.0.1:{self._socket.bind_to_random_port('tcp://127.0.0.1')}"
-        """Where vLLM's publisher shall connect."""
+        self.endpoint = publisher
+        """Where vLLM's publisher is, or shall connect."""
+        if publisher:
+            self._socket.connect(publisher)
+        else:
+            self.endpoint = f"tcp://127.0.0.1:{self._socket.bind_to_random_port('tcp://127.0.0.1')}"
 
     async def run(self, on_events: Callable[[list[KvEvent]], None]) -> None:
         """Read until cancelled."""
@@ -186,19 +208,16 @@ class EventReader:
         """What was said from the expected batch up to `seq`, exclusive; a cleared cache if nobody knows any more."""
         missing = seq - self._expected
         try:
-            payloads = await self._replayed()
+            payloads = await self._replayed() if self._replay_endpoint else {}
         except self._zmq.Again:
             payloads = {}
         wanted = [payloads.get(number) for number in range(self._expected, seq)]
         self._expected = seq
-        events: list[KvEvent] = []
-        for payload in wanted:
-            if payload is None:
-                _log.warning("kv_events.lost", num_batches=missing)
-                return self._translator.clear()
-            events.extend(self._translator.translate(payload))
-        _log.info("kv_events.replayed", num_batches=missing)
-        return events
+        if num_lost := wanted.count(None):
+            _log.warning("kv_events.lost", num_batches=num_lost)
+        else:
+            _log.info("kv_events.replayed", num_batches=missing)
+        return translate_all(self._translator, wanted)
 
     async def _replayed(self) -> dict[int, bytes]:
         """Raises:  zmq.Again if vLLM does not answer in time."""

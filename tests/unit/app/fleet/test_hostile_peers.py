@@ -297,6 +297,7 @@ facts = st.builds(
     bytes_per_block=counts,
     vocab_size=positives,
     is_shortest_first=st.booleans(),
+    lacks=st.lists(st.sampled_from(["own_tokens", "thinking_budget", "", "of.newer:workers"]), max_size=3).map(tuple),
     latency=st.builds(
         LatencyPrior,
         **{name: seconds for name in LatencyPrior.__struct_fields__ if name != "handover_bytes_per_s"},

@@ -101,6 +101,24 @@ async def test_a_script_is_for_workers_that_simulate(gateway, model):
     assert request.sampling.script == pack_tokens(model.tokenizer.encode_text("said"))
 
 
+async def test_a_budget_of_thoughts_is_for_workers_that_keep_to_it(gateway, model):
+    asked = {"messages": MESSAGES, "thinking_token_budget": 9}
+    gateway.models.entry = lambda name: replace(model, reasoning_parser="think")
+    assert (await read(gateway, **asked)).sampling.thinking_tokens == 9
+    gateway.models.entry = lambda name: replace(model, reasoning_parser="think", lacks=frozenset({"thinking_budget"}))
+    with pytest.raises(InvalidRequest, match="leave the budget out") as refused:
+        await read(gateway, **asked)
+    assert refused.value.param == "thinking_token_budget"
+    gateway.models.entry = lambda name: replace(model, lacks=frozenset({"thinking_budget"}))
+    assert (await read(gateway, **asked)).sampling.thinking_tokens is None
+
+
+async def test_a_request_knows_whether_its_workers_know_their_own_tokens(gateway, model):
+    assert (await read(gateway, messages=MESSAGES)).has_own_tokens
+    gateway.models.entry = lambda name: replace(model, lacks=frozenset({"own_tokens"}))
+    assert not (await read(gateway, messages=MESSAGES)).has_own_tokens
+
+
 async def test_a_message_that_may_fill_the_context_tells_its_worker(gateway):
     asked = {"messages": [{"role": "user", "content": "hi"}]}
     bound = [

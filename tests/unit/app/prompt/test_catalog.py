@@ -316,3 +316,13 @@ async def test_a_model_is_simulated_where_all_its_workers_are(models, store):
     assert not models.entry("sim").is_simulated
     models.deregistered(WorkerId("v0"))
     assert models.entry("sim").is_simulated
+
+
+async def test_what_one_worker_lacks_is_asked_of_none(models, store):
+    digest = store.publish(FILES)
+    other = worker("s1", digest)
+    facts = msgspec.structs.replace(other.facts, lacks=("own_tokens",))
+    await join(models, worker("s0", digest), msgspec.structs.replace(other, facts=facts))
+    assert models.entry("sim").lacks == {"own_tokens"}
+    models.deregistered(WorkerId("s1"))
+    assert models.entry("sim").lacks == set()

@@ -1,8 +1,9 @@
+import msgspec
 import numpy as np
 import pytest
 
 from app.serving.request import GatewayRequest
-from planes.wire.frames import Format, Sampling
+from planes.wire.frames import Format, Sampling, StructuredOutput
 from planes.wire.messages import RequestId
 
 
@@ -50,6 +51,41 @@ def test_whatever_goes_on_elsewhere_without_a_loss_may_have_its_first_token_earl
     assert not request(is_streaming=True, kind="response", logprobs=2).is_first_token_early
     assert not request().is_first_token_early
     assert request(max_tokens=1).is_first_token_early
+
+
+OWN = [
+    {"seed": 1},
+    {"presence_penalty": 0.1},
+    {"frequency_penalty": -0.1},
+    {"bad_words": [[1, 2]]},
+    {"thinking_tokens": 5},
+    {"structured": StructuredOutput(regex="a")},
+]
+
+
+@pytest.mark.parametrize("sampling", OWN)
+def test_what_depends_on_an_answer_s_own_tokens_goes_on_only_where_they_are_known(sampling):
+    known = request(is_streaming=True, **sampling)
+    assert known.is_resumable
+    unknown = msgspec.structs.replace(known, has_own_tokens=False)
+    assert not unknown.is_resumable
+    assert not unknown.is_first_token_early
+
+
+@pytest.mark.parametrize("sampling", [{}, {"repetition_penalty": 1.2, "min_tokens": 3, "logit_bias": {1: 2.0}}])
+def test_a_token_that_must_be_drawn_again_may_come_early_where_it_comes_out_the_same(sampling):
+    drawn = request(is_streaming=True, **sampling)
+    greedy = request(is_streaming=True, temperature=0.0, **sampling)
+    assert drawn.is_first_token_early
+    drawn, greedy = (msgspec.structs.replace(each, has_own_tokens=False) for each in (drawn, greedy))
+    assert drawn.is_resumable
+    assert not drawn.is_first_token_early
+    assert greedy.is_first_token_early
+
+
+def test_a_seed_changes_nothing_where_nothing_is_drawn():
+    greedy = request(is_streaming=True, temperature=0.0, seed=1)
+    assert msgspec.structs.replace(greedy, has_own_tokens=False).is_resumable
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 
+from planes.wire.errors import UnusableSetting
 from planes.wire.messages import WorkerId
 from workers.engine.make import make_engine, native_dtype
 from workers.settings import WorkerSettings
@@ -23,3 +24,9 @@ def test_other_builds_take_the_model_s_own_format():
 def test_a_simulated_engine_tells_in_which_order_it_computes(is_asked):
     settings = WorkerSettings(engine="sim", sim_shortest_first=is_asked)
     assert make_engine(settings, WorkerId("w"), vocab_size=256).facts.is_shortest_first is is_asked
+
+
+def test_a_server_is_not_adopted_by_a_worker(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UnusableSetting, match="headrace adopt http"):
+        make_engine(WorkerSettings(engine="adopted", model=tmp_path), WorkerId("w"), vocab_size=256)

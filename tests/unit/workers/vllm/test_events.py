@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from planes.wire.blocks import name_blocks, root, unpack
 from planes.wire.messages import AllCleared, BlocksRemoved, BlocksStored
-from workers.vllm.events import EventTranslator
+from workers.vllm.events import EventTranslator, translate_all
 
 BLOCK = 4
 MODEL = "tiny"
@@ -124,3 +124,25 @@ def test_however_a_prompt_is_stored_in_parts_its_names_are_the_same(tokens, data
             seen += names_in(event)
         start = end
     assert seen == names(tokens)
+
+
+def test_hashes_may_be_bytes():
+    translator = EventTranslator(MODEL)
+    translator.translate(batch(stored([b"a" * 32, b"b" * 32], list(range(8)))))
+    (later,) = translator.translate(batch(stored([b"c" * 32], [8, 9, 10, 11], parent=b"b" * 32)))
+    assert names_in(later) == names(range(12))[2:]
+    (gone,) = translator.translate(batch(removed([b"b" * 32])))
+    assert names_in(gone) == names(range(8))[1:]
+
+
+def test_what_is_stored_after_a_lost_batch_is_known_again():
+    translator = EventTranslator(MODEL)
+    before, after = (
+        batch(stored([101], list(range(4)))),
+        batch(stored([201], [9] * 4), stored([202], [8] * 4, parent=7)),
+    )
+    cleared, event = translate_all(translator, [before, None, after])
+    assert isinstance(cleared, AllCleared)
+    assert names_in(event) == names([9] * 4)
+    first, second = translate_all(EventTranslator(MODEL), [before, after])
+    assert names_in(first) + names_in(second) == [*names(range(4)), *names([9] * 4)]

@@ -1,0 +1,1 @@
+"""A `vllm serve` of somebody else's as an engine: `headrace adopt`."""
