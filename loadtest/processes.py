@@ -23,6 +23,20 @@ class Process:
         """Resident memory, pages shared with others included."""
         return self._status("VmRSS") * 1024
 
+    def peak_bytes(self) -> int:
+        """The most resident memory that it ever had."""
+        return self._status("VmHWM") * 1024
+
+    def pss_bytes(self) -> int:
+        """Resident memory, each page divided by the number of processes that share it."""
+        rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
+        return next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) * 1024
+
+    def age_s(self) -> float:
+        """Seconds since it was started."""
+        started = int(Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[19]) / _TICKS
+        return float(Path("/proc/uptime").read_text().split()[0]) - started
+
     def private_bytes(self) -> int:
         """Memory that would be free without this process."""
         rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()

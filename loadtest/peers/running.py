@@ -1,0 +1,170 @@
+"""Gateways and their workers as processes: begun, waited for, ended."""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtest.client import Client
+from loadtest.closed_loop import CHAT, Target
+from loadtest.peers.gateways import Gateway, Site, headrace_name
+from loadtest.processes import Process, descendants
+from loadtest.stack import stack
+from process.programs import program
+from workers.settings import SIM_MODEL
+
+_PATIENCE_S = 120.0
+_POLL_S = 0.1
+
+
+class NotRunning(Exception):  # noqa: N818 - names the outcome
+    """A gateway did not come to answer; says what it printed last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A gateway that has answered. start_s: from its process's beginning until then."""
+
+    name: str
+    target: Target
+    start_s: float
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """How the workers are. model: None is the simulated engine's own."""
+
+    environment: dict[str, str]
+    model: Path | None
+
+    @property
+    def model_path(self) -> Path:
+        return self.model or SIM_MODEL
+
+    @property
+    def model_name(self) -> str:
+        return "sim" if self.model is None else self.model.resolve().name
+
+    @property
+    def flags(self) -> list[str]:
+        return [] if self.model is None else ["--model", str(self.model), "--served-model-name", self.model_name]
+
+
+@contextlib.asynccontextmanager
+async def plain_workers(fleet: Fleet, count: int) -> AsyncIterator[list[str]]:
+    """URLs of simulated workers that speak plain HTTP."""
+    async with contextlib.AsyncExitStack() as cleanup:
+        urls = []
+        for _ in range(count):
+            port = free_port()
+            argv = program("workers.sim.plain", "--port", str(port), *fleet.flags)
+            log = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="headrace-plain-")), "log")
+            process = await cleanup.enter_async_context(_process(argv, os.environ | fleet.environment, log))
+            await _answering(port, fleet.model_name, process, log)
+            urls.append(f"http://127.0.0.1:{port}")
+        yield urls
+
+
+@contextlib.asynccontextmanager
+async def peer(gateway: Gateway, fleet: Fleet, workers: Sequence[str], etcd: str, nats: str) -> AsyncIterator[Running]:
+    """One of the others.  Raises:  NotRunning."""
+    async with contextlib.AsyncExitStack() as cleanup:
+        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="headrace-peer-")))
+        site = Site(free_port(), free_port(), workers, fleet.model_name, fleet.model_path.resolve(), folder, etcd, nats)
+        ours = ("PYTHONPATH", "VIRTUAL_ENV")
+        others = {name: value for name, value in os.environ.items() if name not in ours}
+        environment = others | gateway.environment(site)
+        if gateway.workers is not None:
+            argv = _of_environment(gateway, gateway.workers(site))
+            await cleanup.enter_async_context(_process(argv, environment, folder / "workers.log"))
+        log = folder / "log"
+        argv = _of_environment(gateway, gateway.argv(site))
+        process = await cleanup.enter_async_context(_process(argv, environment, log))
+        root = Process(process.pid, "gateway")
+        await _answering(site.port, site.model, process, log)
+        start_s = root.age_s()
+        processes = [root, *(Process(child.pid, "gateway") for child in descendants(process.pid))]
+        yield Running(gateway.name, Target(site.port, site.model, processes), start_s, gateway.note)
+
+
+@contextlib.asynccontextmanager
+async def headrace(policy: str, fleet: Fleet) -> AsyncIterator[Running]:
+    """Ours, before two simulated workers that do both."""
+    flags = ["--engine", "sim", "--prefill", "0", "--decode", "0", "--both", "2", "--policy", policy, *fleet.flags]
+    async with stack(*flags, environment=fleet.environment) as running:
+        gateway = next(process for process in running.processes() if process.name == "gateway")
+        await _answering(running.port, running.model, None, running.state / "gateway.log")
+        start_s = gateway.age_s()
+        note = "tokenizes, exact index" if policy == "headrace" else "tokenizes"
+        yield Running(headrace_name(policy), Target(running.port, running.model, [gateway]), start_s, note)
+
+
+def _of_environment(gateway: Gateway, argv: Sequence[str]) -> list[str]:
+    return [str(gateway.bin / argv[0]), *argv[1:]]
+
+
+@contextlib.asynccontextmanager
+async def _process(
+    argv: Sequence[str], environment: dict[str, str], log: Path
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """In a session of its own, so that what it starts ends with it."""
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            *argv, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            await asyncio.wait_for(process.wait(), 10)
+        except TimeoutError:
+            os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+
+
+async def _answering(port: int, model: str, process: asyncio.subprocess.Process | None, log: Path) -> None:
+    """Until a chat is answered.  Raises:  NotRunning."""
+    until, said = time.monotonic() + _PATIENCE_S, "nothing listens"
+    while time.monotonic() < until:
+        if process is not None and process.returncode is not None:
+            raise NotRunning(f"it ended with status {process.returncode}: {_last_words(log)}")
+        client = Client("127.0.0.1", port)
+        try:
+            async with asyncio.timeout(10):
+                sample = await client.post(CHAT.path, CHAT.body(model, "hello", 2))
+            if not sample.error and sample.first_token_at is not None:
+                return
+            said = sample.error or "an answer without text"
+        except (OSError, ValueError, TimeoutError) as exc:
+            said = repr(exc)
+        finally:
+            client.close()
+        await asyncio.sleep(_POLL_S)
+    raise NotRunning(f"no answer within {_PATIENCE_S:g} s ({said[:200]}): {_last_words(log)}")
+
+
+def _last_words(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return (lines or ["it printed nothing"])[-1][:300]
+
+
+def free_port() -> int:
+    """Below the ports that the system gives to whoever asks for any."""
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

@@ -1,0 +1,32 @@
+"""Texts for the prompts of a workload, which has names of blocks and no words; and which answers were good enough."""
+
+import random
+from dataclasses import dataclass
+
+from loadtest.workloads import Turn
+
+VOCABULARY = ["river", "water", "wheel", "mill", "stone", "weir", "gate", "flow", "race", "pond", "sluice", "turbine"]
+"""One token each, or nearly, in most vocabularies."""
+
+
+def text_of(turn: Turn, block_size: int, seed: int) -> str:
+    """As many words as the prompt has tokens; two prompts begin alike as far as they share blocks.
+
+    Args:  seed: of what is in no full block.
+    """
+    words: list[str] = []
+    for name in turn.blocks[: turn.prompt_tokens // block_size].tolist():
+        words += random.Random(name).choices(VOCABULARY, k=block_size)
+    words += random.Random(seed).choices(VOCABULARY, k=turn.prompt_tokens - len(words))
+    return " ".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Seconds: until the first token, and between tokens on average."""
+
+    ttft_s: float
+    itl_s: float
+
+    def is_held(self, ttft_s: float, gaps_s: list[float]) -> bool:
+        return ttft_s <= self.ttft_s and (not gaps_s or sum(gaps_s) / len(gaps_s) <= self.itl_s)

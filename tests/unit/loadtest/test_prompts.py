@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+
+from loadtest.prompts import Slo, text_of
+from loadtest.workloads import Turn, load
+
+
+def turn(names, prompt_tokens):
+    return Turn(0.0, prompt_tokens, 5, np.array(names, dtype=np.uint64))
+
+
+def shared_words(one, other):
+    pairs = zip(one.split(), other.split(), strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one.split()), len(other.split())))
+
+
+def test_a_prompt_has_a_word_for_each_token():
+    assert len(text_of(turn([1, 2], 19), 8, seed=0).split()) == 19
+
+
+def test_prompts_begin_alike_as_far_as_they_share_blocks():
+    one, other = (text_of(turn(names, 24), 8, seed=0) for names in ([1, 2, 3], [1, 2, 4]))
+    assert 16 <= shared_words(one, other) < 24
+
+
+def test_what_is_in_no_full_block_is_a_sessions_own():
+    one, other = (text_of(turn([1], 15), 8, seed=seed) for seed in (0, 1))
+    assert 8 <= shared_words(one, other) < 15
+
+
+def test_a_later_turn_begins_with_the_earlier_one():
+    session = next(each for each in load("agentic", block_size=64, seed=0).sessions if len(each.turns) > 1)
+    first, second = (text_of(turn, 64, seed=0) for turn in session.turns[:2])
+    assert shared_words(first, second) >= session.turns[0].prompt_tokens // 64 * 64
+
+
+@pytest.mark.parametrize(
+    ("ttft_s", "gaps_s", "is_held"),
+    [(1.0, [], True), (1.1, [], False), (1.0, [0.1, 0.0], True), (1.0, [0.2, 0.2], False)],
+)
+def test_slos_are_of_the_first_token_and_of_gaps_on_average(ttft_s, gaps_s, is_held):
+    assert Slo(1.0, 0.1).is_held(ttft_s, gaps_s) is is_held
