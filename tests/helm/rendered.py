@@ -196,6 +196,8 @@ def test_a_set_may_say_anything_of_its_own_nothing_included():
     assert prefill["resources"]["requests"].items() >= {"nvidia.com/gpu": 8, "hugepages-2Mi": "4Gi"}.items()
     assert set(both["resources"]["limits"]) == {"hugepages-2Mi", "memory"}
     assert both["image"] == "headrace/worker:sim"
+    told = env(resources["Deployment", "both"])
+    assert not {"HEADRACE_MODEL", "HEADRACE_ENGINE_ARGS"} & told.keys()
     assert ("Deployment", "prefill") not in render("minimal", "--set", "workers.prefill=null")
 
 
