@@ -28,7 +28,7 @@ COMPOSE := docker compose -f docker/compose.yaml
 BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test helm-test test-quotas lint format docs bench bench-peers performance simulate simulate-grid simulate-day load fuzz docker docker-up docker-down docker-test docker-scan clean
+.PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test helm-test test-quotas lint format docs site bench bench-peers performance simulate simulate-grid simulate-day load fuzz docker docker-up docker-down docker-test docker-scan clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -144,6 +144,9 @@ format: $(VENV)/.dev ## Let ruff mend what it can
 
 docs: $(VENV)/.dev ## Write docs/reference.md and docs/api.md anew from the code
 	$(RUN) docs/reference.py && $(RUN) docs/api.py
+
+site: $(VENV)/.dev ## The documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 bench: $(VENV)/.dev ## CPU per token and request by streams and prompt, memory of a stream, parts, with the sim engine: ARGS=--quick
 	$(RUN) -m loadtest.bench $(ARGS)

@@ -1,6 +1,9 @@
 """What the documents say of themselves: links lead somewhere, decisions are dated and listed."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,17 @@ def test_a_decision_is_one_dated_page_in_the_index(decision):
     assert re.match(rf"# {number}\. .+\n\nDate: 20\d\d-\d\d-\d\d.* Status: ", text), "begin it as the others begin"
     assert len(text.splitlines()) <= 60, "one page: measurements that go on belong into docs/measurements.md"
     assert f"]({decision.name})" in (decision.parent / "README.md").read_text(), "docs/adr/README.md lists all"
+
+
+def test_the_site_is_built_without_a_warning_and_asks_nobody_for_anything(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, check=False)
+    assert (built.returncode, built.stdout, built.stderr) == (0, "", "")
+    pages = list(tmp_path.rglob("*.html"))
+    assert {"index.html", "security.html", "adopt.html"} <= {page.name for page in pages}
+    fetched = re.compile(r'<(?:script|img|link rel="(?:stylesheet|icon|preconnect)")[^>]* (?:src|href)="https?:')
+    assert [page.name for page in pages if fetched.search(page.read_text())] == []
 
 
 def test_every_make_target_is_explained():
