@@ -21,10 +21,11 @@ import structlog
 from app.openai.errors import ModelNotFound
 from app.prompt.card import CardUnusable, ModelUnusable, RenderingDiffers, entry_of
 from app.prompt.prepare import ModelEntry
-from planes.assets import Store, fetch_card
+from planes.assets import LoadedCard, Store, fetch_card
 from planes.probes import differ
 from planes.wire.errors import InvalidRequest, Rejected
-from planes.wire.messages import SIMULATED, Registration, WorkerId, WorkerState
+from planes.wire.messages import SIMULATED, EngineFacts, Registration, WorkerId, WorkerState
+from process.memory import return_freed_memory
 
 _log = structlog.get_logger()
 
@@ -223,7 +224,7 @@ class Models:
             self._make_room(key)
             card = await fetch_card(self._store, registration.card_digest, self._cache_dir)
             try:
-                entry = await asyncio.to_thread(entry_of, registration.model, card, registration.facts)
+                entry = await asyncio.to_thread(_built, registration.model, card, registration.facts)
             except CardUnusable:
                 self._unusable.add(key)
                 raise
@@ -290,6 +291,14 @@ class Models:
             context_length=_context_length(group),
             block_size=next(_block_sizes(group)),
         )
+
+
+def _built(model: str, card: LoadedCard, facts: EngineFacts) -> ModelEntry:
+    """`entry_of`, without what building it needed: of a large vocabulary that is more than what stays."""
+    try:
+        return entry_of(model, card, facts)
+    finally:
+        return_freed_memory()
 
 
 def _key(registration: Registration) -> _Key:

@@ -15,7 +15,6 @@ import fastokens
 import msgspec
 import numpy as np
 import structlog
-import tokenizers
 
 from app.prompt.template import Segment, SpecialToken
 from planes.wire.blocks import Tokens
@@ -202,6 +201,8 @@ class _HuggingFace:
     name = "tokenizers"
 
     def __init__(self, tokenizer_json: str) -> None:
+        import tokenizers  # noqa: PLC0415 - 4 MB that few models need
+
         self._trusting = tokenizers.Tokenizer.from_str(tokenizer_json)
         self._untrusting = tokenizers.Tokenizer.from_str(tokenizer_json)
         self._untrusting.encode_special_tokens = True

@@ -163,6 +163,12 @@ def test_heavy_libraries_are_not_loaded_with(module):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_other_tokenizer_is_not_loaded_with_a_gateway():
+    code = "import sys, app.main\nsys.exit('tokenizers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 SECURED = {"Etcd": "security", "EventPlane": "security", "StreamServer": "keys", "WorkerConnection.open": "keys"}
 """What connects or listens, and the argument that says how it is secured. Tests may leave it out, processes may not."""
 
