@@ -14,6 +14,7 @@ from app.http.leaving import Departure
 from app.keys.ledger import Ledger
 from app.keys.usage import UsageBook
 from app.metrics import Metrics
+from app.processes.siblings import Siblings
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
 from app.recording import Recorder
@@ -69,3 +70,5 @@ class Gateway:
     """What the console shows; None: it is not served."""
     autorole: Autorole | None = None
     """What changes workers' roles as the load changes; None: nothing here."""
+    siblings: Siblings | None = None
+    """The other processes of `--processes`; None: this is the only one."""

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -53,6 +53,9 @@ from app.keys.stored import StoredKeys
 from app.keys.usage import KIND as USAGE
 from app.keys.usage import UsageBook
 from app.metrics import Metrics, router_gauges
+from app.processes.answers import answer
+from app.processes.siblings import Place, Siblings
+from app.processes.start import serve_on_many
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
 from app.recording import Recorder
@@ -87,18 +90,34 @@ _LEAST_RESPONSES = 16
 """As many responses as have room in the store, however long they are."""
 
 
-def serve(settings: GatewaySettings) -> None:
-    """Run a gateway until SIGINT or SIGTERM.  Raises:  UnusableSetting if it cannot start."""
-    with LineWriter(sys.stderr) as lines:
-        configure(settings.log_level, as_json=settings.log_json, lines=lines)
-        admin_host = None if settings.admin_port is None else settings.admin_host
-        refuse_open_gateway(settings, settings.host, has_keys=settings.has_keys, admin_host=admin_host)
-        with contextlib.ExitStack() as held:
-            listener, admin = held.enter_context(listening("port", settings.host, settings.port)), None
-            if settings.admin_port is not None:
-                admin = held.enter_context(listening("admin_port", settings.admin_host, settings.admin_port))
-            runner = held.enter_context(asyncio.Runner(loop_factory=uvloop.new_event_loop))
-            runner.run(_run(settings, listener, admin))
+def serve(settings: GatewaySettings) -> int:
+    """Run a gateway until SIGINT or SIGTERM.
+
+    Returns:  the exit status.  Raises:  UnusableSetting if it cannot start.
+    """
+    admin_host = None if settings.admin_port is None else settings.admin_host
+    refuse_open_gateway(settings, settings.host, has_keys=settings.has_keys, admin_host=admin_host)
+    if settings.processes > 1:
+        return serve_on_many(settings, _serve_process)
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(listening("port", settings.host, settings.port))]
+        if settings.admin_port is not None:
+            sockets.append(held.enter_context(listening("admin_port", settings.admin_host, settings.admin_port)))
+        _serve_process(settings, sockets)
+    return 0
+
+
+def _serve_process(
+    settings: GatewaySettings,
+    sockets: Sequence[socket.socket],
+    place: Place | None = None,
+    begun: Callable[[], None] = lambda: None,
+) -> None:
+    """sockets: the port's, and the admin port's if there is one."""
+    always = {} if place is None else {"process": place.number}
+    with LineWriter(sys.stderr) as lines, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        configure(settings.log_level, as_json=settings.log_json, lines=lines, always=always)
+        runner.run(_run(settings, sockets, None if place is None else Siblings(place), begun))
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -152,7 +171,7 @@ def streamed_routes(app: FastAPI) -> dict[str, Streamed]:
     return {route.path: route.endpoint for route in posts if isinstance(route.endpoint, Streamed)}
 
 
-def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
+def create_gateway(settings: GatewaySettings, events: EventPlane, siblings: Siblings | None = None) -> Gateway:
     """Everything but the connections to etcd and NATS. Call it with the event loop running.
 
     Raises:  UnusableSetting.
@@ -254,12 +273,16 @@ def create_gateway(settings: GatewaySettings, events: EventPlane) -> Gateway:
         clock=clock,
         wall_clock=time.time,
         new_request_id=lambda: RequestId(secrets.token_hex(12)),
+        siblings=siblings,
     )
 
 
-async def _run(settings: GatewaySettings, listener: socket.socket, admin_listener: socket.socket | None) -> None:
+async def _run(
+    settings: GatewaySettings, sockets: Sequence[socket.socket], siblings: Siblings | None, begun: Callable[[], None]
+) -> None:
+    listener, admin_listener = sockets[0], sockets[1] if len(sockets) > 1 else None
     events = EventPlane(settings.nats, settings.namespace, security=settings.nats_security, name="gateway")
-    gateway = create_gateway(settings, events)
+    gateway = create_gateway(settings, events, siblings)
     fleet = gateway.fleet
     await events.subscribe_kv(fleet.kv_changed)
     await events.subscribe_load(fleet.load_reported)
@@ -286,6 +309,7 @@ async def _run(settings: GatewaySettings, listener: socket.socket, admin_listene
                 _log.warning("index.pure_python", reason=fallback)
             _settle_memory()
             _log_start(settings, host, port)
+            begun()
             operators = tasks.create_task(_serve_operators(admin, admin_listener))
             await server.serve(sockets=[listener])
             await server.cut_off()
@@ -322,6 +346,8 @@ def _lasting(settings: GatewaySettings, gateway: Gateway, events: EventPlane) ->
     if not gateway.keys.is_open:
         lasting += [gateway.ledger.run(), gateway.usage.run()]
     lasting += [each.run() for each in (gateway.prefills, gateway.recorder, gateway.autorole) if each is not None]
+    if gateway.siblings is not None:
+        lasting.append(gateway.siblings.run(functools.partial(answer, gateway)))
     return lasting
 
 

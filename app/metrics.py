@@ -175,6 +175,10 @@ class Metrics:
         """Ask `gauges` at every scrape."""
         self._registry.register(_Gauges(gauges))
 
+    @property
+    def registry(self) -> CollectorRegistry:
+        return self._registry
+
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self._registry)

@@ -24,6 +24,13 @@ class GatewaySettings(ProcessSettings):
 
     host: Annotated[str, Parameter(help="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Parameter(help="Port to listen on; 0 takes a free one.")] = 8000
+    processes: Annotated[
+        int,
+        Parameter(
+            help="Processes that share the port, each a gateway of its own (ADR 46); limits such as --max-connections "
+            "are each one's."
+        ),
+    ] = 1
     tls_cert: Annotated[
         Path | None,
         Parameter(help="PEM file: the certificate for HTTPS, with those between it and its CA. Default: plain HTTP."),
@@ -189,6 +196,7 @@ class GatewaySettings(ProcessSettings):
         check_admin_port(self.admin_port, self.port)
         parse_origins(self.cors_origin)
         for name in (
+            "processes",
             "queue_limit",
             "max_attempts",
             "max_connections",

@@ -5,8 +5,9 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from threading import Lock
+from types import MappingProxyType
 from typing import Self, TextIO
 
 import structlog
@@ -17,10 +18,16 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _QUOTED = re.compile(rf'[\s="\\]|{_UNPRINTABLE.pattern}')
 
 
-def configure(level: str = "info", *, as_json: bool = False, lines: "LineWriter | None" = None) -> None:
+def configure(
+    level: str = "info",
+    *,
+    as_json: bool = False,
+    lines: "LineWriter | None" = None,
+    always: Mapping[str, object] = MappingProxyType({}),
+) -> None:
     """Set up structlog for this process. Prompts, answers and token ids are never logged, only their lengths.
 
-    lines: where lines go; None: each by itself to standard error.
+    lines: where lines go; None: each by itself to standard error.  always: fields that all lines end with.
     """
     renderers: list[structlog.typing.Processor] = [Logfmt()]
     if as_json:
@@ -29,6 +36,8 @@ def configure(level: str = "info", *, as_json: bool = False, lines: "LineWriter 
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
             structlog.processors.JSONRenderer(),
         ]
+    if always:
+        renderers.insert(0, lambda _, __, event: {**event, **always})
     structlog.configure(
         processors=[structlog.processors.format_exc_info, *renderers],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),

@@ -186,9 +186,9 @@ def run(app: cyclopts.App, arguments: list[str] | None = None) -> int:
         _refuse_visible_secrets(arguments)
         status = app(arguments, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as exc:
-        return _refused(redacted(str(exc)))  # it repeats what was typed
+        return refused(redacted(str(exc)))  # it repeats what was typed
     except HeadraceError as exc:
-        return _refused(str(exc))
+        return refused(str(exc))
     return status if isinstance(status, int) else 0
 
 
@@ -217,6 +217,6 @@ def _flag_and_value(argument: str) -> tuple[str, ...]:
     return (flag, value) if equals and flag.startswith("--") else (argument,)
 
 
-def _refused(reason: str) -> int:
+def refused(reason: str) -> int:
     print(f"headrace: {' '.join(reason.split())}", file=sys.stderr)  # noqa: T201 - the command line's own answer
     return 2

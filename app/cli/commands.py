@@ -96,13 +96,13 @@ def up(settings: Annotated[UpSettings | None, _FLAGS] = None) -> int:
 
 
 @app.command
-def gateway(settings: Annotated[GatewaySettings | None, _FLAGS] = None) -> None:
+def gateway(settings: Annotated[GatewaySettings | None, _FLAGS] = None) -> int:
     """Run a gateway: OpenAI's HTTP API in front of the workers that etcd knows."""
     from app.main import serve  # noqa: PLC0415 - half a second that no other command should pay
 
     settings = settings or GatewaySettings()
     _tell_strangers(GatewaySettings)
-    serve(settings)
+    return serve(settings)
 
 
 @app.command(help_flags=[], end_of_options_delimiter="")  # what follows -- is for the worker's engine

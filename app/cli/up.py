@@ -81,6 +81,7 @@ class UpSettings:
     ] = None
     host: Annotated[str, Parameter(help="Address that the gateway listens on.")] = "127.0.0.1"
     port: Annotated[int, Parameter(help="Port that the gateway listens on.")] = 8000
+    processes: Annotated[int, Parameter(help="Processes of the gateway, on one port.")] = 1
     tls_cert: Annotated[
         Path | None, Parameter(help="PEM file: the gateway's certificate for HTTPS. Default: plain HTTP.")
     ] = None
@@ -108,6 +109,8 @@ class UpSettings:
         for name in ("prefill", "decode", "both"):
             if getattr(self, name) < 0:
                 raise UnusableSetting(name, getattr(self, name), "a number of workers is 0 or more")
+        if self.processes < 1:
+            raise UnusableSetting("processes", self.processes, "it must be 1 or more")
         if self.decode + self.both < 1:
             raise UnusableSetting(
                 "decode", self.decode, "at least one worker must decode: --decode or --both 1 or more"
@@ -301,12 +304,13 @@ def _gateway_child(settings: UpSettings, etcd: str, nats: str, state: Path, num_
     argv += ["--admin-port", str(settings.admin_port)] if settings.admin_port is not None else []
     argv += ["--tls-cert", str(settings.tls_cert), "--tls-key", str(settings.tls_key)] if settings.tls_cert else []
     argv += ["--insecure"] if settings.insecure else []
+    argv += ["--processes", str(settings.processes)]
     return Child(
         "gateway",
         argv,
         state / "gateway.log",
         _environment(GatewaySettings, etcd, nats),
-        probe=lambda: _serves(settings.host, settings.port, num_workers, is_tls=settings.tls_cert is not None),
+        probe=lambda: _serves(settings, num_workers),
     )
 
 
@@ -348,19 +352,25 @@ def _reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
-async def _serves(host: str, port: int, num_workers: int, *, is_tls: bool) -> bool:
-    """Whether the gateway answers and has connected to every worker."""
+async def _serves(settings: UpSettings, num_workers: int) -> bool:
+    """Whether all the gateway's processes answer and have connected to every worker."""
     try:
         # Its certificate may be for whatever name clients use: nobody is told anything here, and it is our own child.
-        tls = ssl._create_unverified_context() if is_tls else None  # noqa: S323, SLF001
-        reader, writer = await asyncio.open_connection(_reachable(host), port, ssl=tls)
+        tls = ssl._create_unverified_context() if settings.tls_cert is not None else None  # noqa: S323, SLF001
+        reader, writer = await asyncio.open_connection(_reachable(settings.host), settings.port, ssl=tls)
     except OSError:
         return False
     writer.write(b"GET /health HTTP/1.1\r\nHost: headrace\r\nConnection: close\r\n\r\n")
     reply = await reader.read()
     writer.close()
     connected = re.search(rb'"workers":(\d+)', reply)  # others may share the namespace
-    return reply.startswith(b"HTTP/1.1 200") and connected is not None and int(connected[1]) >= num_workers
+    there = re.search(rb'"processes":(\d+)', reply)  # one alone does not tell
+    return (
+        reply.startswith(b"HTTP/1.1 200")
+        and connected is not None
+        and int(connected[1]) >= num_workers
+        and (1 if there is None else int(there[1])) >= settings.processes
+    )
 
 
 def _announce(settings: UpSettings, model: str, seconds: float, state: Path, certs: CertSet | None = None) -> None:

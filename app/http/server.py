@@ -84,10 +84,10 @@ def server_config(
     return config
 
 
-def listening(name: str, host: str, port: int) -> socket.socket:
-    """name: of the setting that says the port.  Raises:  UnusableSetting."""
+def listening(name: str, host: str, port: int, *, is_shared: bool = False) -> socket.socket:
+    """name: of the setting that says the port.  is_shared: with other sockets.  Raises:  UnusableSetting."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=2048, reuse_port=is_shared)
     except OSError as exc:
         raise UnusableSetting(name, port, f"{host} cannot be listened on: {exc}") from exc

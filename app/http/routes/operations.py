@@ -4,7 +4,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -14,10 +13,8 @@ from app.http.admin import authenticate, authenticate_admin
 from app.http.intake import read_request
 from app.http.routes.replies import json_reply, with_ignored
 from app.openai.chat import parse_chat
+from app.processes import answers
 from planes.wire.errors import InvalidRequest
-from planes.wire.messages import RequestId
-from router.request import Explanation
-from router.timeline import Timeline
 
 _DEFAULT_LISTED = 50
 MOST_ROUTES_LISTED = 1000
@@ -49,16 +46,17 @@ def operation_routes(gateway: Gateway) -> APIRouter:
     @routes.get("/health", response_model=None)
     async def health() -> Response:
         """Whether some worker could serve a request now; 503 if not, or if this gateway is about to stop."""
-        status = "ok" if gateway.fleet.is_serving else "no worker"
-        if gateway.departure.is_under_way:
-            status = "leaving"
-        return json_reply({"status": status, "workers": gateway.fleet.num_connected}, 200 if status == "ok" else 503)
+        found = await answers.health(gateway)
+        told: dict[str, object] = {"status": found.status, "workers": found.workers}
+        if gateway.siblings is not None:
+            told["processes"] = found.num_processes
+        return json_reply(told, 200 if found.status == "ok" else 503)
 
     @routes.get("/metrics", response_model=None)
     async def metrics(request: Request) -> Response:
         """Metrics for Prometheus; at `--admin-port`, or with an admin's key where there are keys."""
         authenticate_admin(gateway, request)
-        return Response(gateway.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await answers.metrics(gateway), media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/v1/fleet", response_model=None)
     async def fleet(request: Request) -> Response:
@@ -66,6 +64,7 @@ def operation_routes(gateway: Gateway) -> APIRouter:
         authenticate_admin(gateway, request)
         return json_reply(
             {
+                "process": answers.process(gateway),
                 "num_waiting": gateway.dispatcher.num_waiting,
                 "workers": gateway.fleet.statuses(),
                 "models": gateway.models.statuses(),
@@ -81,19 +80,17 @@ def operation_routes(gateway: Gateway) -> APIRouter:
     async def recent(request: Request) -> Response:
         """The timelines of the last requests of yours (an admin: of all) that have ended, the latest first."""
         tenant = authenticate(gateway, request)
-        found = gateway.router.recent(None if tenant.is_admin else tenant.name, _num_listed(request))
-        clocks = gateway.clock(), gateway.wall_clock()
-        told = [_told_timeline(each.timeline, *clocks) for each in found if each.timeline is not None]
+        told = await answers.recent(gateway, tenant, _num_listed(request))
         return json_reply({"object": "list", "data": told})
 
     @routes.get("/v1/routes/{request_id}", response_model=None)
     async def explain(request: Request, request_id: str) -> Response:
         """Why a recent request of yours went where it went, and where its time went; `earlier`: its attempts before."""
         tenant = authenticate(gateway, request)
-        explanation = gateway.router.explain(RequestId(request_id))
-        if explanation is None or not (tenant.is_admin or explanation.tenant == tenant.name):
+        told = await answers.explained(gateway, request_id, tenant)
+        if told is None:
             raise UnknownRequest(request_id)
-        return json_reply(_told(explanation, gateway.clock(), gateway.wall_clock()))
+        return json_reply(told)
 
     @routes.post("/v1/routes", response_model=None)
     async def preview(request: Request) -> Response:
@@ -111,29 +108,12 @@ def operation_routes(gateway: Gateway) -> APIRouter:
         now = gateway.clock()
         asked = job.routable(num_tokens=0, excluded=frozenset(), is_retry=False)
         return with_ignored(
-            json_reply(_told(gateway.router.preview(asked, now=now), now, gateway.wall_clock())),
+            json_reply(answers.explanation_told(gateway.router.preview(asked, now=now), now, gateway.wall_clock())),
             job.ignored,
             gateway.metrics,
         )
 
     return routes
-
-
-def _told(explanation: Explanation, now: float, wall_now: float) -> dict[str, Any]:
-    """As JSON; `age_s` in place of an instant on a clock that only this process has."""
-    told: dict[str, Any] = msgspec.to_builtins(explanation)
-    for attempt in (told, *told["earlier"]):
-        attempt["age_s"] = now - attempt.pop("submitted_at")
-    if explanation.timeline is not None:
-        told["timeline"] = _told_timeline(explanation.timeline, now, wall_now)
-    return told
-
-
-def _told_timeline(timeline: Timeline, now: float, wall_now: float) -> dict[str, Any]:
-    """As JSON; `received_at` in seconds since 1970."""
-    told: dict[str, Any] = msgspec.to_builtins(timeline)
-    told["received_at"] = wall_now - (now - timeline.received_at)
-    return told
 
 
 def _num_listed(request: Request) -> int:
