@@ -28,7 +28,7 @@ COMPOSE := docker compose -f docker/compose.yaml
 BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test helm-test test-quotas lint format docs site bench bench-peers performance simulate simulate-grid simulate-day load fuzz docker docker-up docker-down docker-test docker-scan clean
+.PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test helm-test test-quotas lint format docs site bench bench-peers bench-disagg performance simulate simulate-grid simulate-day load fuzz docker docker-up docker-down docker-test docker-scan clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -154,7 +154,10 @@ bench: $(VENV)/.dev ## CPU per token and request by streams and prompt, memory o
 bench-peers: $(VENV)/.dev ## The same loads through SMG, sglang-router, vllm-router, Dynamo and LiteLLM: ARGS="smg headrace --rounds 3" or --quick
 	$(RUN) -m loadtest.peers $(ARGS)
 
-performance: $(VENV)/.dev ## Write docs/performance.md from what the two benches have measured into build/bench
+bench-disagg: install $(VENV)/.dev ## Real vLLM: prefill and decode behind Headrace against two plain servers in turn: ARGS="--seconds 60 --rounds 3"
+	$(RUN) -m loadtest.disagg $(ARGS)
+
+performance: $(VENV)/.dev ## Write docs/performance.md from what the three benches have measured into build/bench
 	$(RUN) -m loadtest.performance $(ARGS)
 
 simulate: $(VENV)/.dev ## All routing policies on real and generated loads; writes docs/routing.md

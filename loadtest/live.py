@@ -56,18 +56,25 @@ class Arrival:
 
 async def replay(running: Stack, arrivals: Sequence[Arrival], headers: dict[str, str] | None = None) -> list[Sample]:
     """Send every request at its instant, whatever became of those before. Samples in the order of `arrivals`."""
+    return await replay_in_turn([running.port], arrivals, headers)
+
+
+async def replay_in_turn(
+    ports: Sequence[int], arrivals: Sequence[Arrival], headers: dict[str, str] | None = None
+) -> list[Sample]:
+    """The same, to one server after the other."""
     loop = asyncio.get_running_loop()
     started_at = loop.time()
 
-    async def one(arrival: Arrival) -> Sample:
+    async def one(port: int, arrival: Arrival) -> Sample:
         await asyncio.sleep(started_at + arrival.at_s - loop.time())
-        client = Client("127.0.0.1", running.port)
+        client = Client("127.0.0.1", port)
         try:
             return await client.post(arrival.path, arrival.body, headers)
         finally:
             client.close()
 
-    return await asyncio.gather(*(one(arrival) for arrival in arrivals))
+    return await asyncio.gather(*(one(ports[n % len(ports)], arrival) for n, arrival in enumerate(arrivals)))
 
 
 def ask(running: Stack, path: str) -> Any:

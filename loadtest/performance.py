@@ -1,4 +1,4 @@
-"""docs/performance.md from what `make bench` and `make bench-peers` measured: `make performance`.
+"""docs/performance.md from what `make bench`, `make bench-peers` and `make bench-disagg` measured: `make performance`.
 
     python -m loadtest.performance [--measured build/bench]
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final
 
 from cyclopts import App, Parameter
 
-from loadtest import bench
+from loadtest import bench, disagg
 from loadtest.machine import Circumstances
 from loadtest.peers import table as peers
 from loadtest.peers.gateways import BASE, headrace_name
@@ -20,7 +20,7 @@ from loadtest.peers.measure import NEW, PER_REQUEST, PER_TOKEN, SHARED
 
 DOCS: Final = Path(__file__).parents[1] / "docs"
 DATA, PAGE = DOCS / "performance.json", DOCS / "performance.md"
-PARTS: Final = ("bench", "peers")
+PARTS: Final = ("bench", "peers", "disagg")
 _OURS, _DYNAMO = headrace_name("headrace"), "Dynamo 1.6.1"
 app = App(help=__doc__, version_flags=[])
 
@@ -63,6 +63,7 @@ def page(data: dict[str, Any]) -> str:
     for part, title, tables in (
         ("peers", "Beside other gateways", peers.tables),
         ("bench", "Headrace alone", bench.tables),
+        ("disagg", "Real vLLM, disaggregated and plain", disagg.tables),
     ):
         if part in data:
             where = Circumstances(**data[part]["circumstances"])
@@ -78,7 +79,7 @@ run, the variants in turn: ratios hold, absolute figures are of that machine. Lo
 _BUDGET: Final = (
     "Ratios of CPU are medians of the rounds' ratios, policy `headrace`, which tokenizes and routes exactly."
 )
-_TARGETS: Final = {"peers": "make bench-peers", "bench": "make bench"}
+_TARGETS: Final = {"peers": "make bench-peers", "bench": "make bench", "disagg": "make bench-disagg"}
 
 
 def budget(data: dict[str, Any]) -> list[Target]:

@@ -67,8 +67,8 @@ async def plain_workers(fleet: Fleet, count: int) -> AsyncIterator[list[str]]:
             port = free_port()
             argv = program("workers.sim.plain", "--port", str(port), *fleet.flags)
             log = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="headrace-plain-")), "log")
-            process = await cleanup.enter_async_context(_process(argv, os.environ | fleet.environment, log))
-            await _answering(port, fleet.model_name, process, log)
+            process = await cleanup.enter_async_context(process_of(argv, ours_in(fleet.environment), log))
+            await answering(port, fleet.model_name, process, log)
             urls.append(f"http://127.0.0.1:{port}")
         yield urls
 
@@ -84,12 +84,12 @@ async def peer(gateway: Gateway, fleet: Fleet, workers: Sequence[str], etcd: str
         environment = others | gateway.environment(site)
         if gateway.workers is not None:
             argv = _of_environment(gateway, gateway.workers(site))
-            await cleanup.enter_async_context(_process(argv, environment, folder / "workers.log"))
+            await cleanup.enter_async_context(process_of(argv, environment, folder / "workers.log"))
         log = folder / "log"
         argv = _of_environment(gateway, gateway.argv(site))
-        process = await cleanup.enter_async_context(_process(argv, environment, log))
+        process = await cleanup.enter_async_context(process_of(argv, environment, log))
         root = Process(process.pid, "gateway")
-        await _answering(site.port, site.model, process, log)
+        await answering(site.port, site.model, process, log)
         start_s = root.age_s()
         processes = [root, *(Process(child.pid, "gateway") for child in descendants(process.pid))]
         yield Running(gateway.name, Target(site.port, site.model, processes), start_s, gateway.note)
@@ -101,7 +101,7 @@ async def headrace(policy: str, fleet: Fleet) -> AsyncIterator[Running]:
     flags = ["--engine", "sim", "--prefill", "0", "--decode", "0", "--both", "2", "--policy", policy, *fleet.flags]
     async with stack(*flags, environment=fleet.environment) as running:
         gateway = next(process for process in running.processes() if process.name == "gateway")
-        await _answering(running.port, running.model, None, running.state / "gateway.log")
+        await answering(running.port, running.model, None, running.state / "gateway.log")
         start_s = gateway.age_s()
         note = "tokenizes, exact index" if policy == "headrace" else "tokenizes"
         yield Running(headrace_name(policy), Target(running.port, running.model, [gateway]), start_s, note)
@@ -112,7 +112,7 @@ def _of_environment(gateway: Gateway, argv: Sequence[str]) -> list[str]:
 
 
 @contextlib.asynccontextmanager
-async def _process(
+async def process_of(
     argv: Sequence[str], environment: dict[str, str], log: Path
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """In a session of its own, so that what it starts ends with it."""
@@ -132,9 +132,16 @@ async def _process(
             await process.wait()
 
 
-async def _answering(port: int, model: str, process: asyncio.subprocess.Process | None, log: Path) -> None:
+async def answering(
+    port: int,
+    model: str,
+    process: asyncio.subprocess.Process | None,
+    log: Path,
+    *,
+    patience_s: float = _PATIENCE_S,
+) -> None:
     """Until a chat is answered.  Raises:  NotRunning."""
-    until, said = time.monotonic() + _PATIENCE_S, "nothing listens"
+    until, said = time.monotonic() + patience_s, "nothing listens"
     while time.monotonic() < until:
         if process is not None and process.returncode is not None:
             raise NotRunning(f"it ended with status {process.returncode}: {_last_words(log)}")
@@ -150,7 +157,12 @@ async def _answering(port: int, model: str, process: asyncio.subprocess.Process 
         finally:
             client.close()
         await asyncio.sleep(_POLL_S)
-    raise NotRunning(f"no answer within {_PATIENCE_S:g} s ({said[:200]}): {_last_words(log)}")
+    raise NotRunning(f"no answer within {patience_s:g} s ({said[:200]}): {_last_words(log)}")
+
+
+def ours_in(environment: dict[str, str]) -> dict[str, str]:
+    """What a program of this installation is told."""
+    return os.environ | environment
 
 
 def _last_words(log: Path) -> str:
