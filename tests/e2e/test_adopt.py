@@ -1,5 +1,6 @@
 """Two `vllm serve` that nobody has changed, adopted: one for prompts and answers, one for answers alone."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -194,3 +195,106 @@ async def test_what_depends_on_an_answer_s_own_tokens_is_handed_over_whole(api):
     together = await streamed(api, "always", TEXT, "seeded together", **fields)
     assert together == alone
     assert together != await streamed(api, "always", TEXT, "greedy together")
+
+
+async def test_the_gateway_knows_what_the_servers_have_cached(api):
+    asked = {"model": "demo", "messages": [{"role": "user", "content": TEXT}], "max_tokens": 8, "cache_salt": "cached"}
+    first = await api.post("/v1/chat/completions", json=asked, headers={"x-headrace-handover": "always"})
+    whole = first.json()["usage"]["prompt_tokens"] // BLOCK * BLOCK
+    assert whole > 0
+
+    async def known():
+        preview = (await api.post("/v1/routes", json=asked)).json()
+        return {each["decode"]: each["decode_cached_tokens"] for each in preview["candidates"]}
+
+    await poll_until(lambda: _equal(known, {"both-1": whole, "decode-1": whole}))
+    second = await api.post("/v1/chat/completions", json=asked)
+    assert second.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == whole
+
+
+async def _equal(ask, expected):
+    return await ask() == expected
+
+
+async def test_answers_match_a_grammar_and_one_that_cannot_be_is_the_client_s_fault(api):
+    fields = {"structured_outputs": {"regex": "(ab){3}"}, "ignore_eos": False}
+    asked = body(TEXT, "grammar", **fields)
+    answer = await api.post("/v1/completions", json=asked, headers={"x-headrace-handover": "always"})
+    assert answer.json()["choices"][0]["text"] == "ababab"
+    wrong = await api.post("/v1/completions", json=asked | {"structured_outputs": {"regex": "(ab"}})
+    assert wrong.status_code == 400, wrong.text
+
+
+async def test_log_probabilities_are_the_server_s(api):
+    asked = body(TEXT, "logprobs", logprobs=3)
+    for handover in ("always", "never"):
+        answer = await api.post("/v1/completions", json=asked, headers={"x-headrace-handover": handover})
+        told = answer.json()["choices"][0]["logprobs"]
+        assert [len(top) for top in told["top_logprobs"]] == [3] * 20
+        assert all(
+            max(top.values()) == own for top, own in zip(told["top_logprobs"], told["token_logprobs"], strict=True)
+        )
+
+
+async def test_a_cancelled_stream_ends_at_the_server(fleet):
+    async with streaming(fleet.api, "always", TEXT, "cancelled", max_tokens=500) as said:
+        await anext(said)
+        await anext(said)
+        assert await fleet.decode.num_requests() == 1
+    await poll_until(lambda: _equal(fleet.decode.num_requests, 0))
+
+
+async def test_when_a_server_dies_its_streams_go_on_elsewhere_or_end_with_a_clear_error(fleet):
+    api = fleet.api
+    alone, _ = await complete(api, "never", TEXT, "dies alone", max_tokens=60)
+
+    async def read(said, has_begun):
+        found, failed = [], None
+        async for choice in said:
+            if "token_ids" in choice:
+                found += choice["token_ids"]
+            else:
+                failed = choice
+            if len(found) >= 5:
+                has_begun.set()
+        return found, failed
+
+    begun = [asyncio.Event(), asyncio.Event()]
+    async with (
+        streaming(api, "always", TEXT, "dies greedy", max_tokens=60) as greedy,
+        streaming(api, "always", TEXT, "dies bound", max_tokens=60, presence_penalty=0.5) as bound,
+        asyncio.TaskGroup() as group,
+    ):
+        reading = [group.create_task(read(said, event)) for said, event in zip((greedy, bound), begun, strict=True)]
+        await asyncio.gather(*(event.wait() for event in begun))
+        fleet.decode.end()
+    (tokens_of_greedy, nothing), (some, failed) = (task.result() for task in reading)
+    assert (tokens_of_greedy, nothing) == (alone, None)
+    assert 5 <= len(some) < 60
+    assert failed["code"] == "not_resumable", failed
+    assert await fleet.beside_decode.ended() == 1
+    assert "the vLLM server is gone" in fleet.beside_decode.log.read_text()
+    await poll_until(lambda: _equal(lambda: _workers(api), {"both-1"}))
+    assert (await complete(api, "auto", TEXT, "after"))[1] == ("both-1", "both-1")
+
+
+async def _workers(api):
+    return set(await api.fleet())
+
+
+async def test_a_plain_server_is_refused_with_what_to_add(fleet):
+    plain = fleet.servers.start("vllm-plain")
+    refused = adopt(fleet.site, "both-2", "both", plain)
+    await poll_until(lambda: not refused.is_running, seconds=START_S)
+    told = refused.log.read_text()
+    assert await refused.ended() == 2, told
+    assert "--enable-scale-out" in told
+    assert "--kv-events-config" in told
+
+
+async def test_a_worker_that_is_asked_to_end_leaves_its_server_running(fleet):
+    (beside,) = [process for process in fleet.site.processes if process.name == "both-1"]
+    beside.send(signal.SIGTERM)
+    assert await beside.ended() == 0
+    assert await fleet.both.num_requests() == 0
+    await poll_until(lambda: _equal(lambda: _workers(fleet.api), set()))
