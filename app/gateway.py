@@ -6,6 +6,7 @@ from typing import Protocol
 
 from app.auth import ApiKeys
 from app.console.live import Live
+from app.fleet.adapters import Adapters
 from app.fleet.autorole import Autorole
 from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfigFollower
@@ -60,6 +61,7 @@ class Gateway:
     clock: Clock
     wall_clock: Clock
     new_request_id: Callable[[], RequestId]
+    adapters: Adapters
     prefills: QueuedPrefills | None = None
     """The queue for prompts; None: they are sent to the worker chosen."""
     tracer: Tracer | None = None

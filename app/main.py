@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.auth import ApiKeys, is_open_to_others
 from app.console.live import Live
 from app.console.routes import console_routes
+from app.fleet.adapters import Adapters
 from app.fleet.autorole import OFFICE, Autorole
 from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, RoutingSetup, routing_setup
@@ -35,6 +36,7 @@ from app.http.leaving import Departure
 from app.http.openapi import described
 from app.http.origins import parse_origins
 from app.http.response import Streamed
+from app.http.routes.adapters import adapter_routes
 from app.http.routes.completions import completion_routes
 from app.http.routes.embeddings import embedding_route
 from app.http.routes.messages import message_routes
@@ -68,14 +70,14 @@ from app.serving.retries import ExchangeLimits
 from app.settings import GatewaySettings
 from planes.control import Etcd, WorkerDirectory, watch_config
 from planes.election import Candidate
-from planes.entries import Entries
+from planes.entries import ADAPTERS, Entries
 from planes.events import EventPlane
 from planes.keyed import KeyedStore
 from planes.objects import ObjectStore
 from planes.streams.client import WorkerConnection
 from planes.streams.greeting import StreamKeys
 from planes.wire.errors import HeadraceError, InvalidRequest, UnusableSetting
-from planes.wire.messages import Registration, RequestId
+from planes.wire.messages import Adapter, Registration, RequestId
 from planes.work_queue import PrefillQueue
 from process.exposure import refuse_open_gateway
 from process.logging import LineWriter, configure
@@ -131,6 +133,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.router.routes.append(embedding_route(gateway))
     app.include_router(operation_routes(gateway))
     app.include_router(usage_routes(gateway))
+    app.include_router(adapter_routes(gateway))
     if gateway.live is not None:
         app.include_router(console_routes(gateway, gateway.live))
     description = functools.cache(lambda: described(app.routes, version=version("headrace")))
@@ -188,7 +191,8 @@ def create_gateway(settings: GatewaySettings, events: EventPlane, siblings: Sibl
         dispatcher.changed()
 
     routing_config = RoutingConfigFollower(settings, start, follow)
-    models = Models(ObjectStore(events), settings.assets_dir)
+    known: dict[str, Adapter] = {}
+    models = Models(ObjectStore(events), settings.assets_dir, adapters=known)
 
     async def connect(worker: Registration) -> WorkerConnection:
         limits, deadline = settings.stream_limits, clock() + _CONNECT_TIMEOUT_S
@@ -243,6 +247,10 @@ def create_gateway(settings: GatewaySettings, events: EventPlane, siblings: Sibl
     ledger = Ledger(budgets, gateway=secrets.token_hex(8), wall_clock=time.time)
     used = Entries(Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, USAGE)
     usage = UsageBook(used, gateway=secrets.token_hex(8), wall_clock=time.time)
+    wanted = Entries(Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, ADAPTERS)
+    adapters = Adapters(
+        wanted, known, models, new_number=lambda: 1 + secrets.randbelow((1 << 31) - 1), wall_clock=time.time
+    )
     metrics.watch(ledger.gauges)
     metrics.watch(usage.gauges)
     metrics.watch(fleet.gauges)
@@ -261,6 +269,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane, siblings: Sibl
         dispatcher=dispatcher,
         fleet=fleet,
         relay=relay,
+        adapters=adapters,
         prefills=prefills,
         recorder=recorder,
         tracer=tracer,
@@ -339,6 +348,7 @@ def _lasting(settings: GatewaySettings, gateway: Gateway, events: EventPlane) ->
         directory.run(),
         watch_config(etcd, settings.namespace, gateway.routing_config.take),
         fleet.run(),
+        gateway.adapters.run(),
         _watch_loop(gateway.metrics),
     ]
     if (stored := gateway.keys.stored) is not None:

@@ -12,6 +12,8 @@ from typing import Any, Final
 from planes.control import Etcd, watch_keys
 from planes.wire.names import check_namespace
 
+ADAPTERS: Final = "adapters"
+"""Kind of `planes.wire.messages.Adapter`, by its name."""
 NEW: Final = 0
 """The revision of what is not there."""
 

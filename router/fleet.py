@@ -1,5 +1,6 @@
 """All workers as this gateway knows them, what they hold, and how fast they hand over to each other."""
 
+import itertools
 import random
 from collections.abc import Iterable, Mapping
 
@@ -43,7 +44,7 @@ class Fleet:
         self.changes = 0
         """Grows with all that views are made from, the index apart."""
         self._departed: dict[WorkerId, Worker] = {}
-        self._ready: dict[tuple[str, str], _Serving] = {}
+        self._ready: dict[tuple[str, str, int], _Serving] = {}
         self._ready_version = -1
         self._computing: dict[int, dict[RequestId, Reservation]] = {}
 
@@ -172,17 +173,18 @@ class Fleet:
         return error(request.model, num_workers=len(self.workers), card_digest=request.card_digest)
 
     def _serving(self, request: RoutableRequest) -> "_Serving":
-        """The ready workers of the request's model and card; found anew when the fleet has changed."""
+        """The ready workers of the request's model, card and adapter; found anew when the fleet has changed."""
         if self._ready_version != self.version:
             self._ready_version = self.version
-            groups: dict[tuple[str, str], list[Worker]] = {}
+            groups: dict[tuple[str, str, int], list[Worker]] = {}
             for worker in self.workers.values():
                 if worker.is_ready:
                     model, card = worker.registration.model, worker.registration.card_digest
-                    for key in dict.fromkeys(((model, card), (model, ""))):
-                        groups.setdefault(key, []).append(worker)
+                    loaded = [number for number, refusal in worker.registration.adapters.items() if not refusal]
+                    for own, adapter in itertools.product(dict.fromkeys((card, "")), (0, *loaded)):
+                        groups.setdefault((model, own, adapter), []).append(worker)
             self._ready = {key: _Serving(workers) for key, workers in groups.items()}
-        return self._ready.get((request.model, request.card_digest), _NONE)
+        return self._ready.get((request.model, request.card_digest, request.adapter), _NONE)
 
     def cached_blocks(self, request: RoutableRequest) -> dict[WorkerId, int]:
         """Leading blocks held, or soon held because a prompt with the same beginning is being computed there."""

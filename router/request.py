@@ -89,6 +89,8 @@ class RoutableRequest(msgspec.Struct, frozen=True, eq=False):
     """Of `blocks`. A worker with blocks of another size holds none of them; 0: every worker's own."""
     max_context: int = 0
     """Tokens that it may grow to, the prompt included: only workers with room for so many take it; 0: any."""
+    adapter: int = 0
+    """Number of its LoRA adapter: only workers that have loaded it take it; 0: it has none."""
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):

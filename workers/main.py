@@ -25,6 +25,7 @@ import msgspec
 import structlog
 
 from planes.control import ControlPlaneUnavailable, Etcd, Registrar, WorkerIdTaken, check_id_is_free
+from planes.entries import ADAPTERS, Entries
 from planes.events import EventPlane
 from planes.objects import ObjectStore
 from planes.role_wishes import watch_role_wishes
@@ -38,6 +39,7 @@ from planes.wire.errors import UnusableSetting
 from planes.wire.messages import Registration, WorkerId
 from planes.work_queue import PrefillQueue
 from process.exposure import refuse_open_worker
+from workers.adapters import AdapterKeeper
 from workers.answer.detokenizer import Vocabulary, load_vocabulary
 from workers.engine.base import Engine, EngineStartError
 from workers.engine.make import make_engine
@@ -208,6 +210,7 @@ class _Worker:
         registrar = Registrar(self.etcd, settings.namespace, registration, is_running=is_running)
         puller = self._puller(server) if settings.may_pull else None
         keeper = RoleKeeper(registration, server, registrar, puller)
+        adapters = AdapterKeeper(settings.model_name, self.engine, server, keeper.loaded)
         async with asyncio.TaskGroup() as group:
             # The publisher first: it subscribes before there is a connection that could fail it.
             tasks = [group.create_task(work) for work in (self.publisher.run(), cards.run(), self.plane.run())]
@@ -218,7 +221,8 @@ class _Worker:
                 _log.info("worker.ready", worker=self.worker, address=registration.address, seconds=seconds)
             if puller is not None:
                 tasks.append(group.create_task(puller.run()))
-            following = [group.create_task(work) for work in (keeper.run(), self._hear_wishes(keeper))]
+            lasting = (keeper.run(), self._hear_wishes(keeper), adapters.run(), self._hear_adapters(adapters))
+            following = [group.create_task(work) for work in lasting]
             await self.ending.wait()
             for task in following:
                 task.cancel()
@@ -272,6 +276,9 @@ class _Worker:
 
     async def _hear_wishes(self, keeper: RoleKeeper) -> None:
         await watch_role_wishes(self.etcd, self.settings.namespace, keeper.wished, worker=self.worker)
+
+    async def _hear_adapters(self, adapters: AdapterKeeper) -> None:
+        await Entries(self.etcd, self.settings.namespace, ADAPTERS).watch(adapters.take, lambda: None)
 
     async def _listen(self, streams: StreamServer) -> str:
         """Returns:  the address to register."""

@@ -112,6 +112,11 @@ class RoleKeeper:
                 if self._wish is not None:
                     following = group.create_task(self._follow(self._wish))
 
+    def loaded(self, adapters: dict[int, str]) -> None:
+        """Register which adapters there are, and why others are not: `Registration.adapters`."""
+        self.registration = msgspec.structs.replace(self.registration, adapters=adapters)
+        self._registrar.update(self.registration)
+
     def drain(self) -> None:
         """Register that the worker stops. Whatever its role becomes, it never comes back."""
         self.registration = msgspec.structs.replace(self.registration, state=WorkerState.DRAINING)

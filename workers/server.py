@@ -185,6 +185,8 @@ class WorkerServer:
         self._handed_over = HandedOver(self._give_up, call_later)
         self.prompt_tokens = self.completion_tokens = 0
         """Of requests that have ended well or were cancelled: what gateways were told, and count for their keys."""
+        self.adapters: set[int] = set()
+        """Numbers of those that requests may come with."""
         self._is_draining = False
         self._has_ended = asyncio.Event()
         """Set by each request's end."""
@@ -231,6 +233,17 @@ class WorkerServer:
     def _beyond(self, role: Role) -> list["_RunningRequest"]:
         everything = (running for streams in self._running.values() for running in streams.values())
         return [running for running in everything if not is_for(role, running.request.leg)]
+
+    def num_with(self, adapter: int) -> int:
+        """Requests that run here with an adapter."""
+        everything = (running.request.adapter for streams in self._running.values() for running in streams.values())
+        return sum(each is not None and each.number == adapter for each in everything)
+
+    async def until_without(self, adapter: int) -> None:
+        """Wait until no request with it is left."""
+        while self.num_with(adapter):
+            self._has_ended.clear()
+            await self._has_ended.wait()
 
     async def until_idle(self) -> None:
         """Wait until no request is left."""
@@ -294,7 +307,13 @@ class WorkerServer:
             raise WorkerDraining
         if request.request in self._requests:
             raise RequestIdTaken(request.request)
-        admitted = admit(request, role=self._role, facts=self._engine.facts, endpoint=self._engine.endpoint)
+        admitted = admit(
+            request,
+            role=self._role,
+            facts=self._engine.facts,
+            endpoint=self._engine.endpoint,
+            adapters=self.adapters,
+        )
         if len(self._requests) >= self._limit:
             raise WorkerBusy(len(self._requests), self._limit)
         return admitted

@@ -4,7 +4,7 @@ The only place where a worker checks lengths and tokens. What is in a ticket onl
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import chain
 
 import numpy as np
@@ -33,6 +33,15 @@ class RoleRefused(Rejected):
         super().__init__(f"a {type(leg).__name__} came to a worker whose role {is_what}")
 
 
+class AdapterMissing(Rejected):
+    """This worker has not loaded the request's adapter, or has forgotten it."""
+
+    code = "adapter_missing"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the adapter {name!r} is not loaded here")
+
+
 class HandoverRefused(Rejected):
     """This worker cannot play the part in a handover that the gateway gave it; another route may do."""
 
@@ -40,14 +49,23 @@ class HandoverRefused(Rejected):
 
 
 def admit(
-    request: Generate, *, role: Role | None, facts: EngineFacts, endpoint: HandoverEndpoint | None
+    request: Generate,
+    *,
+    role: Role | None,
+    facts: EngineFacts,
+    endpoint: HandoverEndpoint | None,
+    adapters: Collection[int] = (),
 ) -> EngineRequest:
-    """What the engine may be given for `request`. role: None while it takes nothing.
+    """What the engine may be given for `request`.
 
-    Raises:  InvalidRequest for a request that no engine like this one can run; RoleRefused, HandoverRefused.
+    Args:  role: None while it takes nothing.  adapters: numbers of those loaded.
+    Raises:  InvalidRequest for a request that no engine like this one can run; RoleRefused, AdapterMissing,
+    HandoverRefused.
     """
     if role is None or not is_for(role, request.leg):
         raise RoleRefused(request.leg, role)
+    if request.adapter is not None and request.adapter.number not in adapters:
+        raise AdapterMissing(request.adapter.name)
     prompt = _prompt(request.prompt, facts)
     resume = tuple(_tokens(request.resume, "resume", facts).tolist())
     _tokens(request.sampling.script, "script", facts)
@@ -71,6 +89,7 @@ def admit(
         cache_salt=request.cache_salt,
         priority=request.priority,
         is_embedding=is_embedding,
+        adapter=request.adapter,
         parsing=request.format.parsing,
     )
 

@@ -367,5 +367,6 @@ class WorkerConnections:
 
 def _is_same_start(one: Registration, other: Registration) -> bool:
     """Whether nothing has changed but what may: what else a start says of itself stays true as long as it runs."""
-    changes = {name: getattr(other, name) for name in ("state", "role", "becoming", "is_pinned", "is_pulling")}
+    may_change = ("state", "role", "becoming", "is_pinned", "is_pulling", "adapters")
+    changes = {name: getattr(other, name) for name in may_change}
     return msgspec.structs.replace(one, **changes) == other

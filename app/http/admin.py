@@ -1,6 +1,6 @@
 """Who may see what is everybody's, and the port of operators (ADR 40).
 
-| the gateway has                      | `/metrics`, `/v1/fleet` and the console                           |
+| the gateway has                      | `/metrics`, `/v1/fleet`, the console and the routes of adapters   |
 |--------------------------------------|-------------------------------------------------------------------|
 | `--admin-port` on a loopback address | on that port alone, for whoever reaches it                        |
 | one that others reach, and keys      | on that port alone, for keys that were made with `--admin`        |
@@ -23,7 +23,8 @@ from planes.wire.errors import InvalidRequest
 from planes.wire.urls import is_loopback
 
 _MARK: Final = "headrace.admin"
-_PATHS: Final = ("/live", "/health", "/metrics", "/v1/fleet", "/v1/usage", "/v1/routes", "/console", "/openapi.json")
+_TOLD: Final = ("/live", "/health", "/metrics", "/v1/fleet", "/v1/usage", "/v1/routes", "/console", "/openapi.json")
+_PATHS: Final = (*_TOLD, "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 class OnAdminPort(InvalidRequest):

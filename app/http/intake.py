@@ -189,7 +189,7 @@ def _assembled(
     slo_itl_s, slo_itl_from = _settled(parsed.slo_itl_s or options.slo_itl_s, tenant.slo_itl_s)
     return GatewayRequest(
         request=request_id,
-        model=parsed.model,
+        model=model.model,
         prompt=prepared.tokens,
         blocks=prepared.blocks,
         block_size=model.block_size,
@@ -220,6 +220,7 @@ def _assembled(
         options=options,
         has_own_tokens=OWN_TOKENS not in model.lacks,
         card_digest=model.digest,
+        adapter=model.adapter,
         ignored=parsed.ignored,
         trace=_trace(gateway, headers),
     )

@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Route
 from app.anthropic import errors as anthropic_errors
 from app.anthropic.schema import ConversationBody, MessageBody
 from app.http.json_schema import Schemas
+from app.http.routes.adapters import LoadAdapterBody, UnloadAdapterBody
 from app.http.routes.operations import MOST_ROUTES_LISTED
 from app.openai import errors as openai_errors
 from app.openai.bodies import UNSUPPORTED_CHAT, UNSUPPORTED_COMPLETION, ChatBody, CompletionBody
@@ -96,6 +97,8 @@ DETAILS: Final[dict[tuple[str, str], RouteDetails]] = {
             ("key", {"type": "string"}),
         ),
     ),
+    ("POST", "/v1/load_lora_adapter"): RouteDetails(LoadAdapterBody, statuses=_OPERATORS, media_type="text/plain"),
+    ("POST", "/v1/unload_lora_adapter"): RouteDetails(UnloadAdapterBody, statuses=_OPERATORS, media_type="text/plain"),
     ("GET", "/live"): _OPEN,
     ("GET", "/health"): _OPEN,
     ("GET", "/console"): RouteDetails(is_open=True, media_type="text/html"),

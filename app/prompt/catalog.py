@@ -12,9 +12,11 @@ ids are.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import structlog
 
@@ -24,7 +26,7 @@ from app.prompt.prepare import ModelEntry
 from planes.assets import LoadedCard, Store, fetch_card
 from planes.probes import differ
 from planes.wire.errors import InvalidRequest, Rejected
-from planes.wire.messages import SIMULATED, EngineFacts, Registration, WorkerId, WorkerState
+from planes.wire.messages import SIMULATED, Adapter, EngineFacts, Registration, WorkerId, WorkerState
 from process.memory import return_freed_memory
 
 _log = structlog.get_logger()
@@ -108,8 +110,20 @@ class _Served:
 class Models:
     """By the name that clients use."""
 
-    def __init__(self, store: Store, cache_dir: Path, *, max_cards: int = _MAX_CARDS) -> None:
-        """`max_cards`: beyond that the longest unused ones without workers are forgotten; then nothing new is taken."""
+    def __init__(
+        self,
+        store: Store,
+        cache_dir: Path,
+        *,
+        adapters: Mapping[str, Adapter] = MappingProxyType({}),
+        max_cards: int = _MAX_CARDS,
+    ) -> None:
+        """
+        Args:  adapters: those of the fleet, by name, as they come and go.  max_cards: beyond that the longest unused
+        ones without workers are forgotten; then nothing new is taken.
+        """
+        self._adapters = adapters
+        self._news = asyncio.Event()
         self._store = store
         self._cache_dir = cache_dir
         self._max_cards = max_cards
@@ -135,6 +149,11 @@ class Models:
         entry = self._current.get(model)
         if entry is not None:
             return entry
+        if (adapter := self._adapters.get(model)) is not None:
+            changed = replace(self.entry(adapter.parent), adapter=adapter)
+            if "" not in self.answers(adapter).values():
+                raise ModelLoading(model)
+            return changed
         keys = {_key(served.registration) for served in self._workers.values() if served.registration.model == model}
         if keys:
             raise ModelBroken(model) if keys <= self._unusable else ModelLoading(model)
@@ -144,8 +163,19 @@ class Models:
             raise NoWorkerLeft(model)
         raise ModelNotFound(model)
 
+    def answers(self, adapter: Adapter) -> dict[WorkerId, str | None]:
+        """What the workers of its model say of it: empty if they have it, else why not; None: nothing yet."""
+        own = [served.registration for served in self._workers.values() if served.registration.model == adapter.parent]
+        return {each.worker: each.adapters.get(adapter.number) for each in own if each.state is WorkerState.READY}
+
+    def changed(self) -> Coroutine[Any, Any, object]:
+        """Ends when, from this call on, a worker has registered, changed its registration, or gone."""
+        return self._news.wait()
+
     def context_length(self, model: str) -> int | None:
         """The largest of its registered workers; None if there are none."""
+        if (adapter := self._adapters.get(model)) is not None:
+            model = adapter.parent
         own = [served for served in self._workers.values() if served.registration.model == model]
         return _context_length(own) if own else None
 
@@ -184,11 +214,13 @@ class Models:
         if before is not None and _key(before.registration) != _key(registration):
             self._left(before.registration)
         self._choose(registration.model)
+        self._tell()
 
     def deregistered(self, worker: WorkerId) -> None:
         served = self._workers.pop(worker, None)
         if served is not None:
             self._left(served.registration)
+        self._tell()
 
     def worker_up(self, worker: WorkerId) -> None:
         """Requests may be sent there from now on.  Raises:  ModelUnusable if they must not be."""
@@ -236,6 +268,10 @@ class Models:
         self._choose(registration.model)
 
     # --- the inside ------------------------------------------------------------------------------------------------
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
 
     def _make_room(self, key: _Key) -> None:
         """Raises:  ModelUnusable if every card is in use: what works now is not given up for what comes."""

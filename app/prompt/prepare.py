@@ -21,6 +21,7 @@ from planes.wire import blocks
 from planes.wire.blocks import Hashes, Tokens
 from planes.wire.errors import Expired, InvalidRequest, Rejected
 from planes.wire.frames import Sampling
+from planes.wire.messages import Adapter
 
 Result = TypeVar("Result")
 
@@ -92,6 +93,8 @@ class ModelEntry:
     """What some of its workers cannot do (`planes.wire.messages.EngineFacts`)."""
     digest: str = ""
     """Of the card that tokenizer and template come from: only workers of that card understand the tokens."""
+    adapter: Adapter | None = None
+    """What its workers change the model by."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -219,11 +222,15 @@ def _prepared(parsed: ParsedRequest, model: ModelEntry, salt: str) -> Prepared:
         sampling = msgspec.structs.replace(sampling, bad_words=_bad_words(parsed.bad_words, model.tokenizer))
     return Prepared(
         tokens=tokens,
-        blocks=blocks.name_blocks(tokens, model.block_size, blocks.root(model.model, salt)),
+        blocks=blocks.name_blocks(tokens, model.block_size, _root(model, salt)),
         sampling=sampling,
         cache_salt=salt,
         echo=_echo(parsed, model) if parsed.echo else "",
     )
+
+
+def _root(model: ModelEntry, salt: str) -> int:
+    return blocks.root(model.model, salt, "" if model.adapter is None else model.adapter.tag)
 
 
 def _prompt_tokens(parsed: ParsedRequest, model: ModelEntry, *, is_plain: bool = False) -> Tokens:

@@ -258,7 +258,7 @@ class Serving(ExchangeDriver):
         if told.completion_tokens or told.code == "ok":
             recorder.ended(
                 request.prompt,
-                f"{request.model}\0{request.cache_salt}",
+                "\0".join((request.model, request.cache_salt, *([request.adapter.tag] if request.adapter else ()))),
                 completion_tokens=max(1, round(told.completion_tokens / request.sampling.n)),
                 ago_s=ended_at - request.arrived_at,
             )

@@ -9,7 +9,7 @@ from app.openai.request_headers import HeaderOptions
 from app.telemetry.trace_context import TraceContext
 from planes.wire.blocks import Hashes, Tokens
 from planes.wire.frames import Format, Generate, Leg, Sampling, StreamId, needs_own_tokens, pack_tokens
-from planes.wire.messages import RequestId, WorkerId
+from planes.wire.messages import Adapter, RequestId, WorkerId
 from router.request import HandoverPreference, RoutableRequest, SloSource
 
 
@@ -63,6 +63,7 @@ class GatewayRequest(Struct, frozen=True, eq=False):
     prewarm: Prewarm | None = None
     trace: TraceContext | None = None
     """None: nobody follows it."""
+    adapter: Adapter | None = None
     meter: Meter | None = None
     beside: "tuple[GatewayRequest, ...]" = ()
     """Those that are answered in the same answer, after this one."""
@@ -124,6 +125,7 @@ class GatewayRequest(Struct, frozen=True, eq=False):
             handover=handover,
             card_digest=self.card_digest,
             block_size=self.block_size,
+            adapter=0 if self.adapter is None else self.adapter.number,
             max_context=len(self.prompt) + (0 if self.format.kind == "embedding" else self.sampling.max_tokens),
         )
 
@@ -140,4 +142,5 @@ class GatewayRequest(Struct, frozen=True, eq=False):
             cache_salt=self.cache_salt,
             priority=self.priority,
             timeout_s=max(0.0, self.deadline - now),
+            adapter=self.adapter,
         )

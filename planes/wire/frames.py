@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from planes.wire.messages import HandoverEndpoint, HandoverMode, RequestId, WorkerId
+from planes.wire.messages import Adapter, HandoverEndpoint, HandoverMode, RequestId, WorkerId
 
 StreamId = NewType("StreamId", int)
 """Names one request on one connection; chosen by the gateway, never reused while the connection lives."""
@@ -196,6 +196,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     """Lower is sooner."""
     timeout_s: float = 600.0
     """Seconds until the request's deadline, counted from arrival."""
+    adapter: Adapter | None = None
+    """What changes the model for it; a worker gets only those that it has registered."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

@@ -131,6 +131,25 @@ class EngineFacts(msgspec.Struct, frozen=True):
     """What it cannot do and gateways must not ask of it: `OWN_TOKENS`, `THINKING_BUDGET`; other words say nothing."""
 
 
+class Adapter(msgspec.Struct, frozen=True):
+    """A LoRA adapter that clients address as a model: `/headrace/{namespace}/adapters/{name}` in etcd, as JSON."""
+
+    name: ModelName
+    parent: ModelName
+    """The model that it changes."""
+    path: Annotated[str, Meta(min_length=1, max_length=4096)]
+    """Its directory, on every worker of that model."""
+    number: Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
+    """New at each load: what another load of this name has left in caches is not this one's."""
+    created: Count = 0
+    """Seconds since 1970."""
+
+    @property
+    def tag(self) -> str:
+        """What names its blocks, beside model and salt."""
+        return f"{self.name}@{self.number}"
+
+
 class HandoverEndpoint(msgspec.Struct, frozen=True):
     """Where a worker's KV cache can be reached. `mode` is what its engine was started with; both ends must agree."""
 
@@ -174,6 +193,10 @@ class Registration(msgspec.Struct, frozen=True):
     """The role that it takes as soon as it has ended what it will not do any more; None: it keeps its role."""
     is_pinned: bool = False
     """Its role was asked for by hand (`RoleWish.is_pin`)."""
+    adapters: Annotated[
+        dict[Annotated[int, Meta(ge=1, le=(1 << 31) - 1)], Annotated[str, Meta(max_length=1000)]], Meta(max_length=1024)
+    ] = {}
+    """By their numbers, those that it was asked to load: empty if it has, else why it could not."""
 
     @property
     def takes_prompts(self) -> bool:

@@ -16,6 +16,7 @@ import uvicorn
 
 from app.auth import ApiKeys
 from app.console.live import Live
+from app.fleet.adapters import Adapters
 from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, routing_setup
 from app.gateway import Gateway
@@ -107,6 +108,7 @@ def make_gateway(folder: Path, keys: ApiKeys | None = None, *, has_playground: b
         relay=relay,
         responses=responses,
         background=Background(responses, models, relay, gateway="g"),
+        adapters=Adapters(FakeEntries(), {}, models, new_number=lambda: 1, wall_clock=time.time),
         departure=Departure(0.0, call_later=asyncio.get_running_loop().call_later),
         metrics=metrics,
         clock=clock,

@@ -19,6 +19,7 @@ from planes.wire.frames import DecodeLeg, FinishReason, LocalLeg, PrefillLeg, Ti
 from planes.wire.messages import (
     OWN_TOKENS,
     THINKING_BUDGET,
+    Adapter,
     EngineFacts,
     HandoverEndpoint,
     KvEvent,
@@ -34,7 +35,14 @@ from workers.adopted.http import HttpClient, ServerGone
 from workers.adopted.metrics import ServerLoad, read_load
 from workers.adopted.probe import Probe, probed
 from workers.adopted.request import drawn_again, generate_body
-from workers.engine.base import EngineLoad, EngineObserver, EngineOutput, EngineRequest, EngineStartError
+from workers.engine.base import (
+    AdapterUnusable,
+    EngineLoad,
+    EngineObserver,
+    EngineOutput,
+    EngineRequest,
+    EngineStartError,
+)
 from workers.vllm.events import EventReader, EventTranslator
 from workers.vllm.request import TicketTooOld
 
@@ -319,6 +327,12 @@ class AdoptedEngine:
             self._ending.add(run.task)
             run.task.add_done_callback(self._ending.discard)
             run.task.cancel()
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        raise AdapterUnusable(f"a server that was adopted takes no adapters from here, not {adapter.name!r} either")
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        """None was loaded."""
 
     def load(self) -> EngineLoad:
         """Ours as they are now, those of the server's other clients as it counted them last."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -9,13 +10,25 @@ import numpy.typing as npt
 
 from planes.wire.errors import HeadraceError, InvalidRequest
 from planes.wire.frames import FinishReason, Leg, LocalLeg, Parsing, PrefillLeg, Sampling, Ticket
-from planes.wire.messages import EngineFacts, HandoverEndpoint, KvEvent, RequestId, Role, StepSample
+from planes.wire.messages import Adapter, EngineFacts, HandoverEndpoint, KvEvent, RequestId, Role, StepSample
 
 
 class EngineStartError(HeadraceError):
     """The engine cannot start here; the message names the value, the limit and what to do."""
 
     code = "engine_start"
+
+
+class AdapterUnusable(HeadraceError):  # noqa: N818 - names what is wrong
+    """The engine cannot load a LoRA adapter; the message says why, and what to do."""
+
+    code = "adapter_unusable"
+
+
+def check_adapter(adapter: Adapter) -> None:
+    """Raises:  AdapterUnusable if its directory is none."""
+    if not Path(adapter.path, "adapter_config.json").is_file():
+        raise AdapterUnusable(f"{adapter.path} is not the directory of an adapter (it has no adapter_config.json)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +49,8 @@ class EngineRequest:
     priority: int = 0
     is_embedding: bool = False
     """Whether the prompt's vector is wanted, and no answer."""
+    adapter: Adapter | None = None
+    """What changes the model for it: one that has been loaded."""
     parsing: Parsing | None = None
     """Whether the answer has reasoning, which a grammar and `thinking_tokens` mind; None: it has not."""
 
@@ -153,6 +168,12 @@ class Engine(Protocol):
 
         A prefill leg that has just ended with a ticket gives up what the ticket promised, if it still can.
         """
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        """Be ready for requests with it.  Raises:  AdapterUnusable."""
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        """Forget one that was loaded; no request with it runs."""
 
     def load(self) -> EngineLoad:
         """A glance at the queue."""

@@ -23,7 +23,7 @@ import structlog
 from planes.wire.blocks import name_blocks, root
 from planes.wire.errors import InvalidRequest
 from planes.wire.frames import DecodeLeg, FinishReason, PrefillLeg, Ticket
-from planes.wire.messages import EngineFacts, HandoverEndpoint, HandoverMode, RequestId, Role
+from planes.wire.messages import Adapter, EngineFacts, HandoverEndpoint, HandoverMode, RequestId, Role
 from workers.engine.base import (
     EngineLoad,
     EngineObserver,
@@ -31,6 +31,7 @@ from workers.engine.base import (
     EngineRequest,
     EngineStartError,
     TokenLogprob,
+    check_adapter,
     is_drawn_again,
 )
 from workers.engine.layout import layout_hash
@@ -176,6 +177,13 @@ class SimEngine:
         if self._transfer is not None:
             await self._transfer.stop()
 
+    async def load_adapter(self, adapter: Adapter) -> None:
+        """It reads no weights. An adapter's text is the model's own under other block names."""
+        check_adapter(adapter)
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        """There is nothing to forget."""
+
     def load(self) -> EngineLoad:
         return self._core.load()
 
@@ -235,7 +243,8 @@ class SimEngine:
         tokens = request.prompt
         if request.resume:
             tokens = np.concatenate((tokens, np.array(request.resume, dtype=np.uint32)))
-        root_name = root(options.model, request.cache_salt)
+        adapter = request.adapter
+        root_name = root(options.model, request.cache_salt, "" if adapter is None else adapter.tag)
         names = name_blocks(tokens, self._facts.block_size, root_name)
         leg, remote_tokens = leg_of(request.leg, len(tokens))
         script = script_of(sampling, vocab_size=self._facts.vocab_size)

@@ -19,6 +19,7 @@ import structlog
 from planes.wire.errors import InvalidRequest
 from planes.wire.frames import DecodeLeg, FinishReason, PrefillLeg, Ticket
 from planes.wire.messages import (
+    Adapter,
     EngineFacts,
     HandoverEndpoint,
     HandoverMode,
@@ -28,6 +29,7 @@ from planes.wire.messages import (
     StepSample,
 )
 from workers.engine.base import EngineLoad, EngineObserver, EngineOutput, EngineRequest, EngineStartError
+from workers.vllm.adapters import EngineAdapters, lora_request
 from workers.vllm.config import CPU_PRIOR, VllmOptions, engine_config
 from workers.vllm.cores import pin_threads
 from workers.vllm.events import EventReader, EventTranslator
@@ -108,6 +110,7 @@ class VllmEngine:
         self._scratch = Scratch()
         self._grammars = GrammarTrials(libraries_for=libraries_for)
         self._llm: Any = None
+        self._adapters: EngineAdapters
         self._observer: EngineObserver
         self._facts: EngineFacts
         self._endpoint: HandoverEndpoint | None = None
@@ -152,6 +155,7 @@ class VllmEngine:
             config = await in_thread(self._thread, engine_config, options, events)
             progress(f"loading {options.model_path.name} into the engine process")
             self._llm = await in_thread(self._thread, self._launch, config)
+            self._adapters = EngineAdapters(self._llm)
             self._heard_at = time.monotonic()
             self._watch_processes()
             self._keep(self._reader.run(observer.kv_changed))
@@ -383,14 +387,15 @@ class VllmEngine:
         from vllm import PoolingParams  # noqa: PLC0415
         from vllm.inputs import tokens_input  # noqa: PLC0415
 
-        name, priority = request.request, request.priority
+        name, priority, lora = request.request, request.priority, lora_request(request.adapter)
         prompt = tokens_input(request.prompt.tolist(), cache_salt=request.cache_salt or None)
         outputs: AsyncIterator[Any]
         if request.is_embedding:
-            outputs = self._llm.encode(prompt, PoolingParams(task=TASK), name, priority=priority)
+            outputs = self._llm.encode(prompt, PoolingParams(task=TASK), name, lora_request=lora, priority=priority)
         else:
             params = await self._sampling_params(request, handover)
-            outputs = self._llm.generate(prompt, params, name, priority=priority, **reasoning_arguments(request))
+            more = reasoning_arguments(request)
+            outputs = self._llm.generate(prompt, params, name, lora_request=lora, priority=priority, **more)
         return outputs
 
     async def _sampling_params(self, request: EngineRequest, handover: dict[str, Any] | None) -> Any:
@@ -502,6 +507,12 @@ class VllmEngine:
                 run.arrival = Arrival(seconds, num_bytes)
         if "step" in report:
             self._observer.stepped(StepSample(*report["step"]))
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        await self._adapters.load(adapter)
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        await self._adapters.unload(adapter)
 
     def load(self) -> EngineLoad:
         latest = self._latest

@@ -37,6 +37,7 @@ class _Stored(msgspec.Struct, frozen=True, tag="BlockStored"):
     token_ids: list[int]
     block_size: int
     extra_keys: list[list[Any] | None] | None = None
+    lora_name: str | None = None
     group_idx: int | None = None
     kv_cache_spec_kind: str | None = None
 
@@ -111,7 +112,7 @@ class EventTranslator:
         if not event.block_hashes or not self._counts(event):
             return []
         if event.parent_block_hash is None:
-            parent, depth = root(self._model, _salt(event.extra_keys)), 0
+            parent, depth = root(self._model, _salt(event), event.lora_name or ""), 0
         else:
             before = self._cached.get(event.parent_block_hash)
             if before is None:
@@ -146,10 +147,11 @@ class EventTranslator:
         return gone
 
 
-def _salt(extra_keys: list[list[Any] | None] | None) -> str:
-    """A first block's extra keys are its cache salt, or nothing: there are no adapters and no images here."""
-    first = extra_keys[0] if extra_keys else None
-    return str(first[-1]) if first else ""
+def _salt(event: _Stored) -> str:
+    """A first block's extra keys are its adapter's name, where it has one, and its cache salt; there are no images."""
+    first = (event.extra_keys or [None])[0] or []
+    salts = first[1:] if event.lora_name else first
+    return str(salts[-1]) if salts else ""
 
 
 def _packed(names: Sequence[int]) -> bytes:

@@ -10,6 +10,7 @@ from app.http.routes.replies import json_reply
 from app.openai.chat import parse_chat
 from app.openai.completions import parse_completion
 from app.openai.errors import ModelNotFound
+from planes.wire.messages import Adapter
 
 
 def completion_routes(gateway: Gateway) -> APIRouter:
@@ -30,16 +31,23 @@ def completion_routes(gateway: Gateway) -> APIRouter:
         tenant = gateway.keys.authenticate(request.headers)
         names = {name: created for name, created in gateway.fleet.models().items() if tenant.may_use(name)}
         if _is_anthropic(request):
+            names |= {each.name: each.created for each in gateway.adapters.available() if tenant.may_use(each.name)}
             listed = [_anthropic_model(gateway, name, created) for name, created in names.items()]
             ends = {"first_id": listed[0]["id"], "last_id": listed[-1]["id"]} if listed else {}
             return json_reply({"data": listed, "has_more": False, "first_id": None, "last_id": None, **ends})
         served = [_model(gateway, name, created) for name, created in names.items()]
+        served += [_adapter(gateway, each) for each in gateway.adapters.available() if tenant.may_use(each.name)]
         return json_reply({"object": "list", "data": served})
 
     @routes.get("/v1/models/{model:path}", response_model=None)
     async def model(request: Request, model: str) -> Response:
         """One of the models; 404 if no worker serves it."""
         tenant = gateway.keys.authenticate(request.headers)
+        adapter = next((each for each in gateway.adapters.available() if each.name == model), None)
+        if adapter is not None and tenant.may_use(model):
+            if _is_anthropic(request):
+                return json_reply(_anthropic_model(gateway, model, adapter.created))
+            return json_reply(_adapter(gateway, adapter))
         if not tenant.may_use(model) or (created := gateway.fleet.models().get(model)) is None:
             raise ModelNotFound(model)
         shape = _anthropic_model if _is_anthropic(request) else _model
@@ -52,6 +60,11 @@ def _model(gateway: Gateway, name: str, created: int) -> dict[str, object]:
     """As vLLM tells it: OpenAI's fields, and how long a prompt and its answer may be."""
     context_length = gateway.models.context_length(name)
     return {"id": name, "object": "model", "created": created, "owned_by": "headrace", "max_model_len": context_length}
+
+
+def _adapter(gateway: Gateway, adapter: Adapter) -> dict[str, object]:
+    """The same, and which model it changes."""
+    return {**_model(gateway, adapter.name, adapter.created), "root": adapter.name, "parent": adapter.parent}
 
 
 def _is_anthropic(request: Request) -> bool:

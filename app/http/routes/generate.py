@@ -56,7 +56,7 @@ class Admitted:
         reservation = await gateway.ledger.reserve(
             self.tenant, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens, slots=num_slots
         )
-        meter = RequestMeter(reservation, gateway.usage, self.tenant, jobs[0].model)
+        meter = RequestMeter(reservation, gateway.usage, self.tenant, jobs[0].format.model)
         self.held.callback(meter.close)
         return [msgspec.structs.replace(job, meter=meter) for job in jobs]
 

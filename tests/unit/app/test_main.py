@@ -11,6 +11,7 @@ import structlog
 from fastapi import FastAPI
 
 from app.auth import ApiKeys
+from app.fleet.adapters import Adapters
 from app.fleet.connections import WorkerConnections
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, routing_setup
 from app.gateway import Gateway
@@ -101,6 +102,9 @@ async def gateway(settings, tmp_path):
         relay=relay,
         responses=responses,
         background=Background(responses, models, relay, gateway="g"),
+        adapters=Adapters(
+            Entries(Etcd(settings.etcd), "n", "adapters"), {}, models, new_number=lambda: 1, wall_clock=time.time
+        ),
         departure=Departure(60.0, call_later=asyncio.get_running_loop().call_later),
         metrics=metrics,
         clock=clock,

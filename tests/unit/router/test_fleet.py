@@ -401,3 +401,18 @@ def test_whole_prefills_teach_only_where_no_steps_are_reported():
     fleet.learn(reservation, Observed(prefill_s=40.0, cached_tokens=0))
     assert view(fleet, D).latency.prefill_s(1000, 1000) == learned
     assert math.isfinite(learned)
+
+
+def test_a_request_with_an_adapter_is_for_those_that_have_loaded_it():
+    fleet = fleet_of(
+        replace(registration("a"), adapters={7: "", 8: "no such directory"}),
+        replace(registration("b"), adapters={8: ""}),
+        registration("c"),
+    )
+
+    def eligible(adapter):
+        return {worker.worker for worker in fleet.eligible(request(adapter=adapter))}
+
+    assert (eligible(7), eligible(8), eligible(9), eligible(0)) == ({"a"}, {"b"}, set(), {"a", "b", "c"})
+    assert fleet.can_serve(request(adapter=7))
+    assert not fleet.can_serve(request(adapter=9))

@@ -16,8 +16,8 @@ from planes.wire.frames import (
     Ticket,
     pack_tokens,
 )
-from planes.wire.messages import EngineFacts, HandoverEndpoint, HandoverMode, RequestId, Role, WorkerId
-from workers.validate import HandoverRefused, RoleRefused, admit
+from planes.wire.messages import Adapter, EngineFacts, HandoverEndpoint, HandoverMode, RequestId, Role, WorkerId
+from workers.validate import AdapterMissing, HandoverRefused, RoleRefused, admit
 
 FACTS = EngineFacts(
     block_size=16, num_blocks=8, context_length=32, max_batch=4, max_step_tokens=64, bytes_per_block=1, vocab_size=260
@@ -180,3 +180,11 @@ def test_a_vector_takes_nothing_of_the_context_beside_its_prompt():
 def test_a_vector_is_made_by_one_worker_once(changes):
     with pytest.raises(InvalidRequest, match="one worker, once"):
         admit(generate(form=Format("embedding", "id", "m", 1), **changes), role=Role.BOTH, facts=EMBEDS, endpoint=PULL)
+
+
+def test_an_adapter_that_is_not_loaded_is_for_another_worker():
+    poet = Adapter("poet", "m", "/a", 7)
+    request = generate(adapter=poet)
+    with pytest.raises(AdapterMissing, match="the adapter 'poet' is not loaded here"):
+        admit(request, role=Role.BOTH, facts=FACTS, endpoint=PULL, adapters={8})
+    assert admit(request, role=Role.BOTH, facts=FACTS, endpoint=PULL, adapters={7}).adapter == poet

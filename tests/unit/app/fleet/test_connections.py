@@ -305,6 +305,17 @@ async def test_a_model_is_pulled_while_a_connected_ready_worker_says_so(world):
         assert not world.fleet.is_connected(WorkerId("p1"))
 
 
+async def test_a_worker_that_loads_an_adapter_keeps_its_stream_and_the_router_hears_of_it(world):
+    before = registration("d0", Role.DECODE)
+    world.fleet.worker_up(before)
+    await settle()
+    connection = world.fleet.connection(WorkerId("d0"))
+    loaded = msgspec.structs.replace(before, adapters={7: ""})
+    world.fleet.worker_up(loaded)
+    assert world.router.up == {"d0": loaded}
+    assert world.fleet.connection(WorkerId("d0")) is connection
+
+
 async def test_a_worker_whose_role_changes_keeps_its_stream_and_the_router_hears_of_it(world):
     before = registration("d0", Role.DECODE)
     world.fleet.worker_up(before)

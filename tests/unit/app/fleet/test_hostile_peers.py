@@ -265,7 +265,7 @@ def mutated(valid, changes=values):
         changed = dict(valid)
         for name, value in picked.items():
             inner = valid[name]
-            changed[name] = inner | {"x": 1, next(iter(inner)): value} if isinstance(inner, dict) else value
+            changed[name] = inner | {"x": 1, next(iter(inner), "1"): value} if isinstance(inner, dict) else value
         return changed
 
     return st.dictionaries(names, changes, min_size=1, max_size=3).map(change)

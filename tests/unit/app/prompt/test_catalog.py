@@ -9,7 +9,7 @@ from app.prompt.card import CardUnusable, ModelUnusable, RenderingDiffers
 from app.prompt.catalog import ModelBroken, ModelLoading, Models, NoModelYet, NoWorkerLeft
 from planes.assets import AssetsUnavailable, make_card, read_model_files, sha256
 from planes.wire.errors import HeadraceError, InvalidRequest
-from planes.wire.messages import Role, WorkerId, WorkerState
+from planes.wire.messages import Adapter, Role, WorkerId, WorkerState
 from tests.fakes import FACTS, registration
 
 FILES = read_model_files(Path(__file__).parents[4] / "workers" / "sim" / "model")
@@ -326,3 +326,23 @@ async def test_what_one_worker_lacks_is_asked_of_none(models, store):
     assert models.entry("sim").lacks == {"own_tokens"}
     models.deregistered(WorkerId("s1"))
     assert models.entry("sim").lacks == set()
+
+
+async def test_an_adapter_is_its_model_to_those_that_have_loaded_it(store, tmp_path):
+    poet, known = Adapter("poet", "sim", "/a", 7), {}
+    models, digest = Models(store, tmp_path, adapters=known), store.publish(FILES)
+    await join(models, worker("d0", digest), worker("d1", digest))
+    with pytest.raises(ModelNotFound):
+        models.entry("poet")
+    known["poet"] = poet
+    with pytest.raises(ModelLoading):
+        models.entry("poet")
+    news = models.changed()
+    models.registered(msgspec.structs.replace(worker("d1", digest), adapters={7: ""}))
+    models.registered(msgspec.structs.replace(worker("d0", digest), adapters={7: "why"}))
+    await news
+    assert models.answers(poet) == {"d0": "why", "d1": ""}
+    entry = models.entry("poet")
+    assert (entry.model, entry.adapter, entry.digest) == ("sim", poet, digest)
+    assert models.context_length("poet") == models.context_length("sim")
+    assert models.entry("sim").adapter is None

@@ -19,7 +19,7 @@ def batch(*events):
     return msgspec.msgpack.encode([12.5, list(events), 0])
 
 
-def stored(hashes, tokens, parent=None, *, group=FULL, kind="full_attention", salt=None):
+def stored(hashes, tokens, parent=None, *, group=FULL, kind="full_attention", salt=None, lora=None):
     event = {
         "type": "BlockStored",
         "block_hashes": hashes,
@@ -28,20 +28,20 @@ def stored(hashes, tokens, parent=None, *, group=FULL, kind="full_attention", sa
         "block_size": BLOCK,
         "lora_id": None,
         "medium": "GPU",
-        "lora_name": None,
+        "lora_name": lora,
         "group_idx": group,
         "kv_cache_spec_kind": kind,
     }
-    keys = [[salt] if salt and parent is None and i == 0 else None for i in range(len(hashes))]
-    return event | {"extra_keys": keys}
+    salts = [[salt] if salt and parent is None and i == 0 else [] for i in range(len(hashes))]
+    return event | {"extra_keys": [[*([lora] if lora else []), *each] or None for each in salts]}
 
 
 def removed(hashes, *, group=FULL):
     return {"type": "BlockRemoved", "block_hashes": hashes, "medium": "GPU", "group_idx": group}
 
 
-def names(tokens, salt=""):
-    return name_blocks(np.array(tokens, dtype=np.uint32), BLOCK, root(MODEL, salt)).tolist()
+def names(tokens, salt="", lora=""):
+    return name_blocks(np.array(tokens, dtype=np.uint32), BLOCK, root(MODEL, salt, lora)).tolist()
 
 
 def names_in(event):
@@ -67,6 +67,18 @@ def test_a_cache_salt_gives_other_names_and_its_children_inherit_them():
         batch(stored([201], [0, 1, 2, 3], salt="tenant"), stored([202], [4, 5, 6, 7], parent=201))
     )
     assert names_in(first) + names_in(second) == names(range(8), "tenant")
+
+
+@pytest.mark.parametrize("salt", ["", "tenant"])
+def test_an_adapter_gives_other_names_with_and_without_a_salt(salt):
+    translator = EventTranslator(MODEL)
+    first, second = translator.translate(
+        batch(
+            stored([201], [0, 1, 2, 3], salt=salt, lora="poet@7"),
+            stored([202], [4, 5, 6, 7], parent=201, salt=salt, lora="poet@7"),
+        )
+    )
+    assert names_in(first) + names_in(second) == names(range(8), salt, "poet@7")
 
 
 def test_only_the_first_group_with_full_attention_counts():
