@@ -74,7 +74,7 @@ run: install ## Serve a model, everything on this machine: ENGINE=vllm (default)
 	@$(VENV)/bin/headrace up --engine $(ENGINE) $(ARGS)
 
 test: install $(VENV)/.dev lint ## The whole suite: unit, integration (real etcd and NATS), end to end (real vLLM)
-	$(RUN) -m pytest -n 2 --ignore tests/e2e
+	$(RUN) -m pytest -n 2 --dist worksteal --ignore tests/e2e
 	$(RUN) -m pytest -n 2 tests/e2e
 
 coverage: $(THERE) $(VENV)/.dev ## Unit and integration tests, and what share of the lines they run; tracing takes twice the time

@@ -7,6 +7,7 @@ import httpx
 import openai
 import pytest
 
+from tests.integration.conftest import poll_until
 from tests.nats_servers import call, client_of, own_nats
 from tests.openai_types import checked_event, checked_response, sse
 
@@ -313,6 +314,12 @@ async def test_a_prewarmed_response_says_nothing_and_is_kept(one, other, unique)
     for response in (whole, told[-1]["response"]):
         assert (response["status"], response["output"], response["usage"]["output_tokens"]) == ("completed", [], 0)
         assert (await other.get(f"/v1/responses/{response['id']}")).json() == response
+    chat = {"model": "sim", "messages": [said("user", unique * 4)], "max_tokens": BODY["max_output_tokens"]}
+
+    async def is_known():  # blocks are told to gateways over NATS
+        return (await one.post("/v1/routes", json=chat)).json()["chosen"]["cached_tokens"] > len(unique)
+
+    await poll_until(is_known)
     assert (await made(one, input=unique * 4))["usage"]["input_tokens_details"]["cached_tokens"] > len(unique)
     refused = await one.post("/v1/responses", json=BODY | asked | {"background": True})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "background")
