@@ -1,11 +1,8 @@
 """Everything an operator may set about a worker. Also from `HEADRACE_<FLAG>`; `headrace worker --help` lists it."""
 
-import ipaddress
 import os
 import re
-import secrets
 import shlex
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,30 +10,23 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from planes.security.files import read_secret
-from planes.security.tls import http_tls
 from planes.wire.errors import UnusableSetting
-from planes.wire.messages import HandoverMode, Role
-from planes.wire.urls import is_loopback
+from planes.wire.messages import HandoverMode
 from process.paths import DEMO_MODEL, is_hub_id
-from process.settings import ProcessSettings, check_setting
+from workers.common_settings import CommonSettings
 from workers.hub import fetched_model
 
 SIM_MODEL = Path(__file__).parent / "sim" / "model"
 """Tokenizer and chat template of the simulated engine's own model."""
 
-_WORKER_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_ANY_HOST = ("", "0.0.0.0", "::")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSettings(ProcessSettings):
+class WorkerSettings(CommonSettings):
     """Settings of one worker process. None stands for the engine's own default.
 
     Raises:  UnusableSetting, naming the setting, its value and what is allowed.
     """
 
-    role: Annotated[Literal["prefill", "decode", "both"], Parameter(help="What this worker is for.")] = "both"
     task: Annotated[
         Literal["generate", "embed"],
         Parameter(help="Generate, or make vectors of prompts for /v1/embeddings (needs --role both)."),
@@ -59,32 +49,6 @@ class WorkerSettings(ProcessSettings):
         str | None,
         Parameter(
             help="Name that clients use. Default: the directory's name, the hub's id, the demo model's name, or sim."
-        ),
-    ] = None
-    worker_id: Annotated[
-        str | None, Parameter(help="Name in the fleet; that of a running worker is refused. Default: ROLE-xxxxxx.")
-    ] = None
-    host: Annotated[str, Parameter(help="Address to listen on, for gateways and for handovers.")] = "127.0.0.1"
-    advertise_host: Annotated[
-        str | None,
-        Parameter(
-            help="Address under which others reach this worker. Default: --host; if that is every address, the one "
-            "that this machine's name stands for."
-        ),
-    ] = None
-    port: Annotated[int, Parameter(help="Port to listen on for gateways; 0 takes a free one.")] = 0
-    metrics_port: Annotated[
-        int | None,
-        Parameter(
-            help="Port for GET /metrics (Prometheus, under vLLM's names too) and GET /live; 0 takes a free one. HTTPS "
-            "where there is a --plane-cert. Default: none."
-        ),
-    ] = None
-    metrics_token_file: Annotated[
-        Path | None,
-        Parameter(
-            help="File with a secret that GET /metrics asks for, as Authorization: Bearer SECRET. Without it nobody "
-            "reads them if --host is an address that others reach, unless --insecure says so."
         ),
     ] = None
     handover: Annotated[
@@ -113,7 +77,6 @@ class WorkerSettings(ProcessSettings):
             "2048 (sim)."
         ),
     ] = None
-    max_queued: Annotated[int, Parameter(help="Most requests taken beyond --max-batch.")] = 1024
     tool_parser: Annotated[
         str,
         Parameter(
@@ -169,29 +132,19 @@ class WorkerSettings(ProcessSettings):
         int, Parameter(help="Tokens after which an answer ends by itself, on average (sim); 0: never.")
     ] = 256
     sim_seed: Annotated[int, Parameter(help="Picks the tokens (sim); the same for workers of one model.")] = 0
-    heartbeat_s: Annotated[float, Parameter(help="Silence on a gateway's stream before a ping, in seconds.")] = 1.0
-    dead_after_s: Annotated[
-        float, Parameter(help="Silence on a gateway's stream after which the gateway counts as gone, in seconds.")
-    ] = 3.0
-    drain_s: Annotated[float, Parameter(help="Longest wait for running requests at shutdown, in seconds.")] = 30.0
 
     def __post_init__(self) -> None:
-        ProcessSettings.__post_init__(self)
-        _check_ports(self)
-        _check_metrics(self)
+        CommonSettings.__post_init__(self)
         _check_numbers(self)
         _check_model(self)
-        _check_names(self)
+        if self.served_model_name == "":
+            raise UnusableSetting("served_model_name", "", "it must have at least 1 character")
         _check_task(self)
         _check_engine_args(self)
         if self.is_pulling and not self.may_pull:
             allowed = f"queue needs --handover pull (it is {self.handover}): nobody knows yet whom to push to"
             raise UnusableSetting("prefill_dispatch", self.prefill_dispatch, allowed)
         self.core_numbers()
-
-    @property
-    def worker_role(self) -> Role:
-        return Role(self.role)
 
     @property
     def handover_mode(self) -> HandoverMode | None:
@@ -241,22 +194,6 @@ class WorkerSettings(ProcessSettings):
         dtype = "float32" if self.dtype == "auto" else self.dtype
         return replace(self, model=demo_model(), served_model_name=self.model_name, dtype=dtype)
 
-    @property
-    def public_host(self) -> str:
-        """Where others reach this worker."""
-        if self.advertise_host is not None or self.host not in _ANY_HOST:
-            return self.advertise_host or self.host
-        return own_address() or self.host
-
-    @property
-    def has_open_metrics(self) -> bool:
-        """Whether who reaches `--metrics-port` may read."""
-        return self.metrics_token_file is None and (self.insecure or is_loopback(self.host))
-
-    def new_worker_id(self) -> str:
-        """The name given, or a new one at each call."""
-        return self.worker_id or f"{self.role}-{secrets.token_hex(3)}"
-
     def engine_words(self) -> tuple[str, ...]:
         """What `engine_args` says.  Raises:  UnusableSetting."""
         try:
@@ -279,20 +216,6 @@ class WorkerSettings(ProcessSettings):
         return tuple(sorted(cores))
 
 
-def _check_ports(settings: WorkerSettings) -> None:
-    for name in ("port", "metrics_port"):
-        if not 0 <= (getattr(settings, name) or 0) <= 65535:
-            raise UnusableSetting(name, getattr(settings, name), "a port is 0 to 65535")
-
-
-def _check_metrics(settings: WorkerSettings) -> None:
-    cert, key, token = settings.plane_cert, settings.plane_key, settings.metrics_token_file
-    if token is not None:
-        check_setting("metrics_token_file", str(token), lambda name: read_secret(Path(name)))
-    if settings.metrics_port is not None and cert is not None and key is not None:
-        check_setting("plane_cert", str(cert), lambda _: http_tls(cert, key))
-
-
 def _check_numbers(settings: WorkerSettings) -> None:
     counts = ("context_length", "block_size", "num_blocks", "kv_cache_bytes", "max_batch", "max_step_tokens")
     for name in (*counts, "tensor_parallel", "lease_s", "pull_ahead"):
@@ -301,16 +224,12 @@ def _check_numbers(settings: WorkerSettings) -> None:
             raise UnusableSetting(name, value, "it must be 1 or more")
     if settings.sim_kv_bytes_per_token < 8 or settings.sim_kv_bytes_per_token % 8:
         raise UnusableSetting("sim_kv_bytes_per_token", settings.sim_kv_bytes_per_token, "it must be a multiple of 8")
-    for name in ("max_queued", "drain_s", "sim_answer_tokens"):
-        if not getattr(settings, name) >= 0:
-            raise UnusableSetting(name, getattr(settings, name), "it must be 0 or more")
+    if settings.sim_answer_tokens < 0:
+        raise UnusableSetting("sim_answer_tokens", settings.sim_answer_tokens, "it must be 0 or more")
     speeds = ("speedup", "sim_prefill_tokens_per_s", "sim_step_s", "sim_handover_bytes_per_s")
-    for name in (*speeds, "heartbeat_s", "dead_after_s"):
+    for name in speeds:
         if not getattr(settings, name) > 0:
             raise UnusableSetting(name, getattr(settings, name), "it must be more than 0")
-    if settings.dead_after_s <= settings.heartbeat_s:
-        allowed = f"it must exceed --heartbeat-s ({settings.heartbeat_s})"
-        raise UnusableSetting("dead_after_s", settings.dead_after_s, allowed)
 
 
 def _check_model(settings: WorkerSettings) -> None:
@@ -347,22 +266,3 @@ def _check_engine_args(settings: WorkerSettings) -> None:
             raise UnusableSetting(name, str(value), "they are vLLM's, and the simulated engine (--engine sim) has none")
     if settings.engine_config is not None and not settings.engine_config.is_file():
         raise UnusableSetting("engine_config", str(settings.engine_config), "there is no such file")
-
-
-def _check_names(settings: WorkerSettings) -> None:
-    if settings.worker_id is not None and _WORKER_ID.fullmatch(settings.worker_id) is None:
-        raise UnusableSetting("worker_id", settings.worker_id, "it must be 1 to 64 of the characters A-Z a-z 0-9 _ . -")
-    if settings.served_model_name == "":
-        raise UnusableSetting("served_model_name", "", "it must have at least 1 character")
-    if settings.public_host in _ANY_HOST:
-        allowed = f"name an address under which others reach this machine; --host {settings.host} is none"
-        raise UnusableSetting("advertise_host", settings.advertise_host, allowed)
-
-
-def own_address(name: Callable[[], str] = socket.gethostname) -> str | None:
-    """The address that this machine's name stands for, as containers and pods have one, if others can use it."""
-    try:
-        address = str(socket.getaddrinfo(name(), None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError:
-        return None
-    return None if ipaddress.ip_address(address.partition("%")[0]).is_loopback else address

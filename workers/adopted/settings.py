@@ -8,18 +8,17 @@ from cyclopts import Parameter
 
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import ADOPTED
-from process.settings import ProcessSettings
+from workers.common_settings import CommonSettings
 from workers.settings import WorkerSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdoptSettings(ProcessSettings):
+class AdoptSettings(CommonSettings):
     """Settings of the process beside a vLLM server. Those with a worker's names mean the same.
 
     Raises:  UnusableSetting, naming the setting, its value and what is allowed.
     """
 
-    role: Annotated[Literal["prefill", "decode", "both"], Parameter(help="What this worker is for.")] = "both"
     model: Annotated[
         str | None,
         Parameter(
@@ -38,26 +37,6 @@ class AdoptSettings(ProcessSettings):
     max_batch: Annotated[int, Parameter(help="The server's --max-num-seqs.")] = 256
     max_step_tokens: Annotated[int, Parameter(help="The server's --max-num-batched-tokens.")] = 2048
     lease_s: Annotated[int, Parameter(help="The server's kv_lease_duration, in seconds.")] = 30
-    worker_id: Annotated[
-        str | None, Parameter(help="Name in the fleet; that of a running worker is refused. Default: ROLE-xxxxxx.")
-    ] = None
-    host: Annotated[str, Parameter(help="Address to listen on for gateways.")] = "127.0.0.1"
-    advertise_host: Annotated[
-        str | None,
-        Parameter(
-            help="Address under which gateways reach this process. Default: --host; if that is every address, the one "
-            "that this machine's name stands for."
-        ),
-    ] = None
-    port: Annotated[int, Parameter(help="Port to listen on for gateways; 0 takes a free one.")] = 0
-    metrics_port: Annotated[
-        int | None,
-        Parameter(help="Port for GET /metrics and GET /live of this process; 0 takes a free one. Default: none."),
-    ] = None
-    metrics_token_file: Annotated[
-        Path | None, Parameter(help="File with a secret that GET /metrics asks for, as Authorization: Bearer SECRET.")
-    ] = None
-    max_queued: Annotated[int, Parameter(help="Most requests taken beyond --max-batch.")] = 1024
     tool_parser: Annotated[
         str,
         Parameter(help="What reads tool calls in answers: tags (<tool_call>), none; auto: as the chat template says."),
@@ -65,14 +44,9 @@ class AdoptSettings(ProcessSettings):
     reasoning_parser: Annotated[
         str, Parameter(help="What tells thoughts from answers: think (<think>), none; auto: likewise.")
     ] = "auto"
-    heartbeat_s: Annotated[float, Parameter(help="Silence on a gateway's stream before a ping, in seconds.")] = 1.0
-    dead_after_s: Annotated[
-        float, Parameter(help="Silence on a gateway's stream after which the gateway counts as gone, in seconds.")
-    ] = 3.0
-    drain_s: Annotated[float, Parameter(help="Longest wait for running requests at shutdown, in seconds.")] = 30.0
 
     def __post_init__(self) -> None:
-        ProcessSettings.__post_init__(self)
+        CommonSettings.__post_init__(self)
         if not self.wait_s >= 0:
             raise UnusableSetting("wait_s", self.wait_s, "it must be 0 or more")
         self.server_key()

@@ -7,7 +7,7 @@ from cyclopts import CycloptsError
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import HandoverMode, Role
 from workers import command
-from workers.settings import SIM_MODEL, WorkerSettings, own_address
+from workers.settings import SIM_MODEL, WorkerSettings
 
 
 def test_the_simulated_engine_needs_no_settings():
@@ -18,32 +18,12 @@ def test_the_simulated_engine_needs_no_settings():
     assert settings.handover_mode is HandoverMode.PULL
 
 
-def test_a_worker_without_a_name_gets_a_new_one_that_tells_its_role():
-    settings = WorkerSettings(engine="sim", role="decode")
-    assert settings.new_worker_id().startswith("decode-")
-    assert settings.new_worker_id() != settings.new_worker_id()
-    assert WorkerSettings(engine="sim", worker_id="d1").new_worker_id() == "d1"
-
-
 def test_a_model_is_called_like_its_directory(tmp_path):
     model = tmp_path / "gemma"
     model.mkdir()
     (model / "tokenizer.json").write_text("{}")
     assert WorkerSettings(engine="sim", model=model).model_name == "gemma"
     assert WorkerSettings(engine="sim", model=model, served_model_name="g").model_name == "g"
-
-
-def test_others_reach_a_worker_where_it_listens_unless_told_otherwise():
-    assert WorkerSettings(engine="sim", host="10.0.0.1").public_host == "10.0.0.1"
-    assert WorkerSettings(engine="sim", host="0.0.0.0", advertise_host="w1").public_host == "w1"
-
-
-@pytest.mark.parametrize(
-    ("name", "address"),
-    [("10.1.2.3", "10.1.2.3"), ("localhost", None), ("127.0.1.1", None), ("::1", None), ("no such name", None)],
-)
-def test_the_name_of_a_machine_stands_for_an_address_that_others_can_use_or_for_none(name, address):
-    assert own_address(lambda: name) == address
 
 
 def test_vllm_serves_the_demo_model_if_none_is_named(tmp_path):
