@@ -43,6 +43,7 @@ from workers.engine.base import (
     EngineRequest,
     EngineStartError,
 )
+from workers.engine.tasks import ActiveRequest, ActiveRequests, LastingWork, cancelled
 from workers.vllm.events import EventReader, EventTranslator
 from workers.vllm.request import TicketTooOld
 
@@ -80,16 +81,10 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(slots=True, eq=False)
-class _ActiveRequest:
-    """One request on its way."""
-
-    request: EngineRequest
-    on_output: Callable[[EngineOutput], None]
-    unfinished: set[int]
+@dataclass(slots=True, eq=False, kw_only=True)
+class _ActiveRequest(ActiveRequest):
     num_tokens: int = 0
     """Generated, of all choices; 0: it waits, as far as can be told."""
-    task: asyncio.Task[None] | None = None
 
 
 @dataclass(slots=True)
@@ -115,11 +110,9 @@ class AdoptedEngine:
         self._options = options
         self._server = server
         self._client = client
-        self._runs: dict[RequestId, _ActiveRequest] = {}
-        self._ending: set[asyncio.Task[None]] = set()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._runs = ActiveRequests[_ActiveRequest]()
         self._told = _Told()
-        self._is_stopping = False
+        self._lasting = LastingWork(lambda reason: self._observer.died(reason))  # noqa: PLW0108 - `start` brings it
         self._num_groups = 0
         self._make_reader = make_reader
         self._reader: Reader | None = None
@@ -153,7 +146,7 @@ class AdoptedEngine:
         self._observer = observer
         server = self._server
         self._reader = self._make_reader(EventTranslator(server.model), server.replay, publisher=server.events)
-        self._keep(self._reader.run(self._changed))
+        self._lasting.keep(self._reader.run(self._changed))
         progress(f"trying the vLLM server at {self._client.address.netloc}")
         try:
             probe = await probed(
@@ -170,7 +163,7 @@ class AdoptedEngine:
             self._num_groups = probe.kept.num_groups
             self._endpoint, self._layout = probe.kept.endpoint(server), server_layout(server, self._num_groups)
         self._facts = self._read_facts(probe)
-        self._keep(self._watch())
+        self._lasting.keep(self._watch())
 
     async def _expect_events(self) -> None:
         """The probe filled blocks, of which the server has told.  Raises:  EngineStartError."""
@@ -201,25 +194,10 @@ class AdoptedEngine:
             lacks=(OWN_TOKENS,) if probe.has_thinking_budget else (OWN_TOKENS, THINKING_BUDGET),
         )
 
-    def _keep(self, work: Any) -> None:
-        """Run until `stop`; the worker cannot go on without it."""
-        task = asyncio.create_task(work)
-        task.add_done_callback(self._kept_ended)
-        self._tasks.append(task)
-
-    def _kept_ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._died(f"{type(error).__name__}: {error}")
-
-    def _died(self, reason: str) -> None:
-        if not self._is_stopping:
-            self._is_stopping = True
-            self._observer.died(reason)
-
     async def _watch(self) -> None:
         """Until the server is gone: its load, and whether it is well."""
         heard_at = time.monotonic()
-        while not self._is_stopping:
+        while not self._lasting.is_ending:
             await asyncio.sleep(self._options.watch_s)
             try:
                 status, _ = await self._client.ask("GET", "/health", timeout_s=TIMEOUT_S)
@@ -227,31 +205,25 @@ class AdoptedEngine:
             except ServerGone as exc:
                 silent_s = time.monotonic() - heard_at
                 if isinstance(exc.__cause__, OSError) or silent_s > _SILENT_S:
-                    self._died(f"the vLLM server is gone: {exc}")
+                    self._lasting.died(f"the vLLM server is gone: {exc}")
                 continue
             heard_at = time.monotonic()
             if status != 200:
-                self._died(f"the vLLM server's /health says {status}: its engine is dead")
+                self._lasting.died(f"the vLLM server's /health says {status}: its engine is dead")
             load = read_load(exposition.decode(errors="replace"))
             self._told = _Told(load, max(0, load.num_running + load.num_waiting - len(self._runs)))
 
     async def stop(self) -> None:
         """The server goes on; requests of ours that it still has end with their connections."""
-        self._is_stopping = True
-        tasks = [run.task for run in self._runs.values() if run.task] + [*self._ending] + self._tasks
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self._lasting.is_ending = True
+        await cancelled([*self._runs.tasks, *self._lasting.tasks])
         if self._reader is not None:
             self._reader.close()
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def submit(self, request: EngineRequest, on_output: Callable[[EngineOutput], None]) -> None:
-        if request.request in self._runs:
-            raise InvalidRequest(f"the request {request.request} runs here already", param="request")
-        if request.sampling.script:
-            raise InvalidRequest("only the simulated engine says what it is told", param="x-headrace-script")
+        self._runs.check(request)
         error, handover = "", None
         try:
             handover = transfer_params(
@@ -264,12 +236,8 @@ class AdoptedEngine:
         except TicketTooOld as exc:
             error = str(exc)
         body = generate_body(request, list(self._options.eos), handover, self._options.vocabulary)
-        run = _ActiveRequest(request, on_output, set(range(request.sampling.n)))
-        self._runs[request.request] = run
-        run.task = asyncio.create_task(self._refuse(run, error) if error else self._run(run, body))
-
-    async def _refuse(self, run: _ActiveRequest, error: str) -> None:
-        self._fail(run, error)
+        run = _ActiveRequest(request=request, on_output=on_output, unfinished=set(range(request.sampling.n)))
+        self._runs.begin(run, self._runs.refuse(run, error) if error else self._run(run, body))
 
     async def _run(self, run: _ActiveRequest, body: dict[str, Any]) -> None:
         request = run.request
@@ -283,14 +251,13 @@ class AdoptedEngine:
                 _log.info("handover.other_token", request_id=request.request)
                 await self._converse(run, body | {"request_id": f"{request.request}-again"}, skipped=None)
             if run.unfinished:
-                self._fail(run, "vLLM ended the request without a reason")
+                self._runs.fail(run, "vLLM ended the request without a reason")
         except InvalidRequest as exc:
-            self._fail(run, str(exc), refusal=exc)
+            self._runs.fail(run, str(exc), refusal=exc)
         except Exception as exc:  # noqa: BLE001 - whatever the server makes of an answer, the request must be answered
-            self._fail(run, f"{type(exc).__name__}: {exc}")
+            self._runs.fail(run, f"{type(exc).__name__}: {exc}")
         finally:
-            if self._runs.get(request.request) is run:
-                del self._runs[request.request]
+            self._runs.ended(run)
 
     async def _converse(self, run: _ActiveRequest, body: dict[str, Any], *, skipped: int | None) -> None:
         await converse(self._client, run.request, body, partial(self._take, run), skipped=skipped)
@@ -309,24 +276,11 @@ class AdoptedEngine:
             return None
         return write_ticket(self._options.worker, params, lease_s=self._options.lease_s, now=time.time())
 
-    def _fail(self, run: _ActiveRequest, error: str, *, refusal: InvalidRequest | None = None) -> None:
-        self._runs.pop(run.request.request, None)
-        for index in sorted(run.unfinished):
-            run.on_output(EngineOutput(index, (), finish=FinishReason.ERROR, error=error, refusal=refusal))
-        run.unfinished.clear()
-
     def abort(self, request: RequestId) -> None:
         """Closing its connection makes vLLM abort it. A KV cache kept for a decode worker stays until its lease ends:
         for vLLM's front end that request has ended, and it forgets the names of those.
         """
-        run = self._runs.pop(request, None)
-        if run is None:
-            return
-        run.unfinished.clear()
-        if run.task is not None and not run.task.done():
-            self._ending.add(run.task)
-            run.task.add_done_callback(self._ending.discard)
-            run.task.cancel()
+        self._runs.abort(request)
 
     async def load_adapter(self, adapter: Adapter) -> None:
         raise AdapterUnusable(f"a server that was adopted takes no adapters from here, not {adapter.name!r} either")
@@ -336,9 +290,8 @@ class AdoptedEngine:
 
     def load(self) -> EngineLoad:
         """Ours as they are now, those of the server's other clients as it counted them last."""
-        runs = self._runs.values()
-        running = [run for run in runs if run.num_tokens]
-        waiting = [run for run in runs if not run.num_tokens]
+        running = [run for run in self._runs if run.num_tokens]
+        waiting = [run for run in self._runs if not run.num_tokens]
         return EngineLoad(
             num_running=len(running) + self._told.others,
             num_waiting=len(waiting),

@@ -4,37 +4,21 @@ vLLM's words are passed on as they are, so that a newer one loses none of its ow
 before: an empty list of blocks kills it, a missing word parks the request for ever (`workers/vllm/request.py`).
 """
 
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
-from planes.wire.errors import InvalidRequest
 from planes.wire.frames import DecodeLeg, LocalLeg, PrefillLeg, Ticket
 from planes.wire.messages import ADOPTED, HandoverEndpoint, HandoverMode, WorkerId
 from workers.adopted.examine import ServerFacts
 from workers.engine.base import EngineRequest, EngineStartError
 from workers.engine.layout import layout_hash
-from workers.vllm.request import TicketTooOld, usable_lease_s
-
-KEEP = {"do_remote_decode": True, "do_remote_prefill": False}
-"""A prefill leg's `kv_transfer_params`."""
-
-_Natural = Annotated[int, msgspec.Meta(ge=0)]
-_Positive = Annotated[int, msgspec.Meta(ge=1)]
-_Word = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+from workers.vllm.request import FETCH, KEEP, RemoteBlocks, check_age, malformed, usable_lease_s
 
 
-class KeptBlocks(msgspec.Struct, frozen=True):
+class KeptBlocks(RemoteBlocks, frozen=True):
     """What must be among a prefill engine's `kv_transfer_params`."""
 
-    remote_block_ids: list[list[_Natural]]
-    """One list per KV cache group."""
-    remote_engine_id: _Word
-    remote_request_id: _Word
-    remote_host: _Word
-    remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
-    tp_size: _Positive
-    remote_num_tokens: _Positive
     transfer_mode: str = "pull"
 
     @property
@@ -114,10 +98,10 @@ def transfer_params(
     if isinstance(leg, LocalLeg):
         return None
     if not can_hand_over or request.sampling.n > 1:
-        raise _malformed(f"nothing is handed over here, or not with n = {request.sampling.n}")
+        raise malformed(f"nothing is handed over here, or not with n = {request.sampling.n}")
     if isinstance(leg, PrefillLeg):
         if leg.mode is not HandoverMode.PULL or request.resume:
-            raise _malformed(f"an adopted server hands over by pull, and resumes nothing then, not by {leg.mode}")
+            raise malformed(f"an adopted server hands over by pull, and resumes nothing then, not by {leg.mode}")
         return dict(KEEP) if request.sampling.max_tokens > 1 else None
     return _fetched(leg, request, block_size=block_size, num_groups=num_groups, now=now)
 
@@ -125,31 +109,25 @@ def transfer_params(
 def _fetched(leg: DecodeLeg, request: EngineRequest, *, block_size: int, num_groups: int, now: float) -> dict[str, Any]:
     ticket = leg.ticket
     if ticket is None or ticket.mode is not HandoverMode.PULL:
-        raise _malformed("an adopted server takes KV caches by pull alone")
+        raise malformed("an adopted server takes KV caches by pull alone")
     if len(request.resume) > 1:
-        raise _malformed(f"a decode leg resumes at most 1 token, not {len(request.resume)}")
+        raise malformed(f"a decode leg resumes at most 1 token, not {len(request.resume)}")
     try:
         params = msgspec.msgpack.decode(ticket.params, type=TicketParams)
         kept = kept_blocks(params.vllm)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise _malformed(f"the ticket's params are malformed: {exc}") from exc
+        raise malformed(f"the ticket's params are malformed: {exc}") from exc
     num_tokens = len(request.prompt)
     if not kept.remote_num_tokens == ticket.num_tokens == num_tokens or kept.transfer_mode != "pull":
-        raise _malformed(
+        raise malformed(
             f"the ticket is for {ticket.num_tokens} tokens ({kept.remote_num_tokens} in its params, to be moved by "
             f"{kept.transfer_mode}), the prompt has {num_tokens}"
         )
     expected = -(-num_tokens // block_size)
     if kept.num_groups != num_groups or kept.num_blocks != expected:
-        raise _malformed(
+        raise malformed(
             f"the ticket lists {kept.num_blocks} blocks in {kept.num_groups} groups, {num_tokens} tokens "
             f"here have {expected} in {num_groups}"
         )
-    age_s = now - params.written_at
-    if age_s > ticket.lease_s:
-        raise TicketTooOld(f"the ticket is {age_s:.1f} s old and its lease {ticket.lease_s:.1f} s")
-    return params.vllm | {"do_remote_prefill": True, "do_remote_decode": False}
-
-
-def _malformed(message: str) -> InvalidRequest:
-    return InvalidRequest(message, param="leg", code="malformed_handover")
+    check_age(ticket, now - params.written_at)
+    return params.vllm | FETCH

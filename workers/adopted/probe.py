@@ -15,9 +15,10 @@ import msgspec
 from planes.wire.messages import LatencyPrior
 from workers.adopted.answer import END, Chunk, decode_chunk, events
 from workers.adopted.examine import GENERATE
-from workers.adopted.handover import KEEP, KeptBlocks, kept_blocks
+from workers.adopted.handover import KeptBlocks, kept_blocks
 from workers.adopted.http import HttpClient, ServerGone
 from workers.engine.base import EngineStartError
+from workers.vllm.request import KEEP
 
 _TIMEOUT_S = 300.0
 """The first request after a start may compile."""

@@ -8,7 +8,7 @@ import asyncio
 import multiprocessing
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +29,7 @@ from planes.wire.messages import (
     StepSample,
 )
 from workers.engine.base import EngineLoad, EngineObserver, EngineOutput, EngineRequest, EngineStartError
+from workers.engine.tasks import ActiveRequest, ActiveRequests, LastingWork, cancelled
 from workers.vllm.adapters import EngineAdapters, lora_request
 from workers.vllm.config import CPU_PRIOR, VllmOptions, engine_config
 from workers.vllm.cores import pin_threads
@@ -65,16 +66,10 @@ __all__ = ["VllmEngine", "VllmOptions"]
 _log = structlog.get_logger()
 
 
-@dataclass(slots=True, eq=False)
-class _ActiveRequest:
-    """One request on its way."""
-
-    request: EngineRequest
-    on_output: Callable[[EngineOutput], None]
-    unfinished: set[int]
+@dataclass(slots=True, eq=False, kw_only=True)
+class _ActiveRequest(ActiveRequest):
     waiting_tokens: int
     """Prompt tokens that count as not computed; 0 after the first token."""
-    task: asyncio.Task[None] | None = None
     deadline: asyncio.TimerHandle | None = None
     arrival: Arrival = NO_ARRIVAL
     pooled: Pooled = NOT_MEASURED
@@ -98,13 +93,12 @@ class VllmEngine:
 
     def __init__(self, options: VllmOptions) -> None:
         self._options = options
-        self._runs: dict[RequestId, _ActiveRequest] = {}
-        self._ending: set[asyncio.Task[None]] = set()
+        self._runs = ActiveRequests[_ActiveRequest]()
         self._leases = Leases(options.lease_s, self._abort_leased, call_later=self._call_later)
         self._latest = _Latest()
         self._has_reported = asyncio.Event()
         self._heard_at = 0.0
-        self._is_stopping = False
+        self._lasting = LastingWork(lambda reason: self._observer.died(reason))  # noqa: PLW0108 - `start` brings it
         # One thread that lives as long as the engine process: the kernel ties the process to the thread that made it.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vllm")
         self._scratch = Scratch()
@@ -118,7 +112,6 @@ class VllmEngine:
         self._eos: list[int] = []
         self._vectors: VectorFacts = NO_VECTORS
         self._reader: EventReader | None = None
-        self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def facts(self) -> EngineFacts:
@@ -158,7 +151,7 @@ class VllmEngine:
             self._adapters = EngineAdapters(self._llm)
             self._heard_at = time.monotonic()
             self._watch_processes()
-            self._keep(self._reader.run(observer.kv_changed))
+            self._lasting.keep(self._reader.run(observer.kv_changed))
             progress("computing a first vector" if options.is_embedding else "computing a first token")
             await self._warm_up()
             if options.cores:
@@ -171,22 +164,12 @@ class VllmEngine:
             raise
         except Exception as exc:  # vLLM raises whatever its parts raise
             raise EngineStartError(f"vLLM could not start: {cause_of(exc)}") from exc
-        self._keep(self._watch_steps())
-
-    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run until `stop`; the worker cannot go on without it."""
-        task = asyncio.create_task(work)
-        task.add_done_callback(self._kept_ended)
-        self._tasks.append(task)
-
-    def _kept_ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._died(f"{type(error).__name__}: {error}")
+        self._lasting.keep(self._watch_steps())
 
     def _launch(self, config: Any) -> Any:
         from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
 
-        if self._is_stopping:
+        if self._lasting.is_ending:
             raise EngineStartError("stopped while starting")
         preloaded = os.environ.get("LD_PRELOAD")
         try:
@@ -279,31 +262,23 @@ class VllmEngine:
 
     def _process_ended(self, sentinel: int) -> None:
         asyncio.get_running_loop().remove_reader(sentinel)
-        self._died("the engine process ended")
-
-    def _died(self, reason: str) -> None:
-        if not self._is_stopping:
-            self._is_stopping = True
-            self._observer.died(reason)
+        self._lasting.died("the engine process ended")
 
     async def _watch_steps(self) -> None:
         """Notice an engine that is alive but does nothing."""
         limit_s = self._options.step_timeout_s
-        while not self._is_stopping:
+        while not self._lasting.is_ending:
             await asyncio.sleep(limit_s / 8)
             silent_s = time.monotonic() - self._heard_at
             if self._runs and silent_s > limit_s:
-                self._died(
+                self._lasting.died(
                     f"no engine step for {silent_s:.0f} s with {len(self._runs)} requests; the limit is {limit_s} s"
                 )
 
     async def stop(self) -> None:
-        self._is_stopping = True
+        self._lasting.is_ending = True
         await self._grammars.stop()
-        tasks = [run.task for run in self._runs.values() if run.task] + [*self._ending] + self._tasks
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancelled([*self._runs.tasks, *self._lasting.tasks])
         await self._leases.stop()
         if self._llm is None:
             for child in multiprocessing.active_children():  # `start` was cancelled or failed
@@ -329,10 +304,7 @@ class VllmEngine:
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def submit(self, request: EngineRequest, on_output: Callable[[EngineOutput], None]) -> None:
-        if request.request in self._runs:
-            raise InvalidRequest(f"the request {request.request} runs here already", param="request")
-        if request.sampling.script:
-            raise InvalidRequest("only the simulated engine says what it is told", param="x-headrace-script")
+        self._runs.check(request)
         self._leases.release(request.request)  # what an earlier attempt left
         options = self._options
         try:
@@ -343,20 +315,17 @@ class VllmEngine:
         waits = 1 if isinstance(request.leg, DecodeLeg) else len(request.prompt) + len(request.resume)
         if not self._runs:
             self._heard_at = time.monotonic()  # it had nothing to say
-        run = _ActiveRequest(request, on_output, set(range(request.sampling.n)), waits)
-        self._runs[request.request] = run
-        run.task = asyncio.create_task(self._refuse(run, error) if error else self._generate(run, handover))
+        unfinished = set(range(request.sampling.n))
+        run = _ActiveRequest(request=request, on_output=on_output, unfinished=unfinished, waiting_tokens=waits)
+        self._runs.begin(run, self._runs.refuse(run, error) if error else self._generate(run, handover))
         if isinstance(request.leg, DecodeLeg) and options.handover is HandoverMode.PUSH:
             loop = asyncio.get_running_loop()
             run.deadline = loop.call_later(options.push_timeout_s, self._push_timed_out, run)
 
-    async def _refuse(self, run: _ActiveRequest, error: str) -> None:
-        self._fail(run, error)
-
     def _push_timed_out(self, run: _ActiveRequest) -> None:
-        if run.waiting_tokens and self._runs.get(run.request.request) is run:
-            self._cancel(run)
-            self._fail(run, f"no KV cache was written within {self._options.push_timeout_s} s")
+        if run.waiting_tokens and run in self._runs:
+            self._runs.cancel(run)
+            self._runs.fail(run, f"no KV cache was written within {self._options.push_timeout_s} s")
 
     async def _generate(self, run: _ActiveRequest, handover: dict[str, Any] | None) -> None:
         from vllm.exceptions import VLLMValidationError  # noqa: PLC0415
@@ -368,19 +337,18 @@ class VllmEngine:
             async for output in await self._outputs(request, handover):
                 relay(run, output)
             if run.unfinished:
-                self._fail(run, "vLLM ended the request without a reason")
+                self._runs.fail(run, "vLLM ended the request without a reason")
         except InvalidRequest as exc:
-            self._fail(run, str(exc), refusal=exc)
+            self._runs.fail(run, str(exc), refusal=exc)
         except VLLMValidationError as exc:
-            self._fail(run, str(exc), refusal=InvalidRequest(str(exc), param=exc.parameter))
+            self._runs.fail(run, str(exc), refusal=InvalidRequest(str(exc), param=exc.parameter))
         except EngineDeadError:
-            self._fail(run, "the engine process died")
-            self._died("the engine process died")
+            self._runs.fail(run, "the engine process died")
+            self._lasting.died("the engine process died")
         except Exception as exc:  # noqa: BLE001 - vLLM raises whatever its parts raise; the request must be answered
-            self._fail(run, f"{type(exc).__name__}: {exc}")
+            self._runs.fail(run, f"{type(exc).__name__}: {exc}")
         finally:
-            if self._runs.get(request.request) is run:
-                del self._runs[request.request]
+            self._runs.ended(run)
 
     async def _outputs(self, request: EngineRequest, handover: dict[str, Any] | None) -> AsyncIterator[Any]:
         """What vLLM will say of the request."""
@@ -457,27 +425,12 @@ class VllmEngine:
     def _call_later(delay: float, callback: Callable[..., None], *args: Any) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(delay, callback, *args)
 
-    def _fail(self, run: _ActiveRequest, error: str, *, refusal: InvalidRequest | None = None) -> None:
-        self._runs.pop(run.request.request, None)
-        for index in sorted(run.unfinished):
-            run.on_output(EngineOutput(index, (), finish=FinishReason.ERROR, error=error, refusal=refusal))
-        run.unfinished.clear()
-
     def abort(self, request: RequestId) -> None:
+        """Cancelling its task makes vLLM abort it."""
         self._leases.release(request)
-        run = self._runs.pop(request, None)
-        if run is not None:
-            run.unfinished.clear()
-            self._cancel(run)
-
-    def _cancel(self, run: _ActiveRequest) -> None:
-        """Cancelling the task makes vLLM abort the request; it is kept until it has ended."""
-        if run.deadline is not None:
+        run = self._runs.abort(request)
+        if run is not None and run.deadline is not None:
             run.deadline.cancel()
-        if run.task is not None and not run.task.done():
-            self._ending.add(run.task)
-            run.task.add_done_callback(self._ending.discard)
-            run.task.cancel()
 
     # --- what the engine reports --------------------------------------------------------------------------------------
 
@@ -516,7 +469,7 @@ class VllmEngine:
 
     def load(self) -> EngineLoad:
         latest = self._latest
-        waiting = sum(run.waiting_tokens for run in self._runs.values())
+        waiting = sum(run.waiting_tokens for run in self._runs)
         num_running = min(latest.num_running, len(self._runs))
         return EngineLoad(
             num_running=num_running,

@@ -31,8 +31,14 @@ class TicketTooOld(HeadraceError):  # noqa: N818 - names what is wrong
     code = "ticket_expired"
 
 
-class PullParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`Ticket.params`: what vLLM's prefill engine says about the blocks it keeps."""
+KEEP = {"do_remote_decode": True, "do_remote_prefill": False}
+"""A prefill leg's `kv_transfer_params`."""
+FETCH = {"do_remote_prefill": True, "do_remote_decode": False}
+"""What all decode legs' say."""
+
+
+class RemoteBlocks(msgspec.Struct, frozen=True):
+    """What any prefill engine of vLLM says of the blocks that it keeps."""
 
     remote_block_ids: list[list[_Natural]]
     """One list per KV cache group."""
@@ -42,6 +48,11 @@ class PullParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     tp_size: _Positive
     remote_num_tokens: _Positive
+
+
+class PullParams(RemoteBlocks, frozen=True, forbid_unknown_fields=True):
+    """`Ticket.params`: what our own says."""
+
     written_at: float
     """Seconds since 1970 on the prefill worker's clock."""
     dcp_size: _Positive = 1
@@ -92,23 +103,27 @@ def pull_params(ticket: Ticket, request: EngineRequest, groups: list[KvGroup], *
     try:
         pull = msgspec.msgpack.decode(ticket.params, type=PullParams)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as exc:
-        raise _malformed(f"the ticket's params are malformed: {exc}") from exc
+        raise malformed(f"the ticket's params are malformed: {exc}") from exc
     num_tokens = len(request.prompt)
     if not pull.remote_num_tokens == ticket.num_tokens == num_tokens:
-        raise _malformed(
+        raise malformed(
             f"the ticket is for {ticket.num_tokens} tokens ({pull.remote_num_tokens} in its params), "
             f"the prompt has {num_tokens}"
         )
     counts = [len(group) for group in pull.remote_block_ids]
     expected = [group.num_handed_over(num_tokens) for group in groups]
     if counts != expected:
-        raise _malformed(f"the ticket lists {counts} blocks per group, {num_tokens} tokens here have {expected}")
-    age_s = now - pull.written_at
-    if age_s > ticket.lease_s:
-        raise TicketTooOld(f"the ticket is {age_s:.1f} s old and its lease {ticket.lease_s:.1f} s")
+        raise malformed(f"the ticket lists {counts} blocks per group, {num_tokens} tokens here have {expected}")
+    check_age(ticket, now - pull.written_at)
     params: dict[str, Any] = msgspec.to_builtins(pull)
     del params["written_at"]
-    return params | {"do_remote_prefill": True, "do_remote_decode": False, "transfer_mode": "pull"}
+    return params | FETCH | {"transfer_mode": "pull"}
+
+
+def check_age(ticket: Ticket, age_s: float) -> None:
+    """Raises:  TicketTooOld."""
+    if age_s > ticket.lease_s:
+        raise TicketTooOld(f"the ticket is {age_s:.1f} s old and its lease {ticket.lease_s:.1f} s")
 
 
 def push_params(source: HandoverEndpoint, request: EngineRequest) -> dict[str, Any]:
@@ -120,10 +135,9 @@ def push_params(source: HandoverEndpoint, request: EngineRequest) -> dict[str, A
         source.host and source.engine_id and 1 <= source.port <= 65535 and min(source.tp_size, source.pp_size) >= 1
     )
     if not is_sound:
-        raise _malformed(f"the handover's source {source.host}:{source.port} is no endpoint")
+        raise malformed(f"the handover's source {source.host}:{source.port} is no endpoint")
     return {
-        "do_remote_prefill": True,
-        "do_remote_decode": False,
+        **FETCH,
         "remote_engine_id": source.engine_id,
         "remote_request_id": request.request,
         "remote_host": source.host,
@@ -133,7 +147,8 @@ def push_params(source: HandoverEndpoint, request: EngineRequest) -> dict[str, A
     }
 
 
-def _malformed(message: str) -> InvalidRequest:
+def malformed(message: str) -> InvalidRequest:
+    """What is said of a leg or a ticket that could harm the engine."""
     return InvalidRequest(message, param="leg", code="malformed_handover")
 
 
@@ -148,28 +163,28 @@ def handover_params(
     if isinstance(leg, LocalLeg):
         return None
     if request.sampling.n > 1:
-        raise _malformed(f"n is {request.sampling.n}: only n = 1 can be handed over")
+        raise malformed(f"n is {request.sampling.n}: only n = 1 can be handed over")
     if isinstance(leg, PrefillLeg):
         _check_mode(leg.mode, mode)
         if request.resume:
-            raise _malformed(f"a prefill leg resumes nothing, not {len(request.resume)} tokens")
+            raise malformed(f"a prefill leg resumes nothing, not {len(request.resume)} tokens")
         # An answer of one token ends here: nobody will pull. But whoever is pushed to waits already.
         is_awaited = request.sampling.max_tokens > 1 or leg.mode is HandoverMode.PUSH
-        return {"do_remote_decode": True, "do_remote_prefill": False} if is_awaited else None
+        return dict(KEEP) if is_awaited else None
     if len(request.resume) > 1:
-        raise _malformed(f"a decode leg resumes at most 1 token, not {len(request.resume)}")
+        raise malformed(f"a decode leg resumes at most 1 token, not {len(request.resume)}")
     if leg.ticket is not None:
         _check_mode(leg.ticket.mode, mode)
         return pull_params(leg.ticket, request, groups, now=now)
     if leg.source is not None:
         _check_mode(leg.source.mode, mode)
         return push_params(leg.source, request)
-    raise _malformed("a decode leg needs a ticket or a source")
+    raise malformed("a decode leg needs a ticket or a source")
 
 
 def _check_mode(asked: HandoverMode, mode: HandoverMode | None) -> None:
     if asked is not mode:
-        raise _malformed(f"the handover mode is {asked}, this engine's is {mode or 'none'}")
+        raise malformed(f"the handover mode is {asked}, this engine's is {mode or 'none'}")
 
 
 def is_greedy(sampling: Sampling) -> bool:
