@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Final, TypeVar
 
 import msgspec
@@ -100,39 +99,47 @@ async def prepared_request(
     arrived_at: float,
 ) -> GatewayRequest:
     """What follows the parser.  Raises:  HeadraceError."""
-    prepare = partial(_prepared_prompt, gateway, headers=headers, tenant=tenant, arrived_at=arrived_at)
-    job = await prepare(parsed, request_id=request_id)
+    asked = _Asked(headers, tenant, arrived_at)
+    job = await _prepared_prompt(gateway, parsed, asked, request_id)
     if not parsed.more_prompts:
         return job
     beside: list[GatewayRequest] = []
     for number, prompt in enumerate(parsed.more_prompts, start=1):
         other = msgspec.structs.replace(parsed, prompt=prompt)
-        one = await prepare(other, request_id=RequestId(f"{request_id}-{number}"))
+        one = await _prepared_prompt(gateway, other, asked, RequestId(f"{request_id}-{number}"))
         answer = msgspec.structs.replace(job.format, echo=one.format.echo)
         beside.append(msgspec.structs.replace(one, format=answer, trace=job.trace))
     return msgspec.structs.replace(job, beside=tuple(beside))
 
 
+class _Asked(msgspec.Struct, frozen=True):
+    """What is known of a request beside its body."""
+
+    headers: Mapping[str, str]
+    tenant: Tenant
+    arrived_at: float
+
+
+class _Served(msgspec.Struct, frozen=True):
+    """What serves it, and until when."""
+
+    model: ModelEntry
+    salt: str
+    deadline: float
+
+
 async def _prepared_prompt(
-    gateway: Gateway,
-    parsed: ParsedRequest,
-    *,
-    headers: Mapping[str, str],
-    tenant: Tenant,
-    request_id: RequestId,
-    arrived_at: float,
+    gateway: Gateway, parsed: ParsedRequest, asked: _Asked, request_id: RequestId
 ) -> GatewayRequest:
     """The request for its first prompt."""
     prewarm = Prewarm(parsed.is_streaming, parsed.include_usage) if parsed.is_prewarm else None
     if prewarm is not None:
         parsed = _prompt_alone(parsed)
-    deadline = _deadline(gateway, parsed, arrived_at)
-    model = model_of(gateway, tenant, parsed.model)
-    _check_task(parsed, model, gateway, tenant)
-    salt = tenant.salted(parsed.cache_salt)
-    prepared = await gateway.preprocessor.prepare(parsed, model, cache_salt=salt, deadline=deadline)
-    known = _Known(headers, tenant, request_id, arrived_at, deadline)
-    job = _assembled(gateway, parsed, model, prepared, known)
+    served = _served(gateway, parsed, asked)
+    prepared = await gateway.preprocessor.prepare(
+        parsed, served.model, cache_salt=served.salt, deadline=served.deadline
+    )
+    job = _assembled(gateway, parsed, asked, served, prepared, request_id)
     return job if prewarm is None else msgspec.structs.replace(job, prewarm=prewarm)
 
 
@@ -146,33 +153,26 @@ def request_at_once(
     arrived_at: float,
 ) -> GatewayRequest:
     """As `prepared_request`, of a short body with one prompt, whose answer is wanted.  Raises:  HeadraceError."""
-    deadline = _deadline(gateway, parsed, arrived_at)
-    model = model_of(gateway, tenant, parsed.model)
-    _check_task(parsed, model, gateway, tenant)
-    prepared = gateway.preprocessor.prepared(parsed, model, cache_salt=tenant.salted(parsed.cache_salt))
-    return _assembled(gateway, parsed, model, prepared, _Known(headers, tenant, request_id, arrived_at, deadline))
+    asked = _Asked(headers, tenant, arrived_at)
+    served = _served(gateway, parsed, asked)
+    prepared = gateway.preprocessor.prepared(parsed, served.model, cache_salt=served.salt)
+    return _assembled(gateway, parsed, asked, served, prepared, request_id)
 
 
-def _deadline(gateway: Gateway, parsed: ParsedRequest, arrived_at: float) -> float:
+def _served(gateway: Gateway, parsed: ParsedRequest, asked: _Asked) -> _Served:
+    """Raises:  HeadraceError."""
     limit_s = gateway.settings.request_timeout_s
-    return arrived_at + min(limit_s, parsed.timeout_s or limit_s)
-
-
-class _Known(msgspec.Struct, frozen=True):
-    """What is known of a request beside its body."""
-
-    headers: Mapping[str, str]
-    tenant: Tenant
-    request_id: RequestId
-    arrived_at: float
-    deadline: float
+    deadline = asked.arrived_at + min(limit_s, parsed.timeout_s or limit_s)
+    model = model_of(gateway, asked.tenant, parsed.model)
+    _check_task(parsed, model, gateway, asked.tenant)
+    return _Served(model, asked.tenant.salted(parsed.cache_salt), deadline)
 
 
 def _assembled(
-    gateway: Gateway, parsed: ParsedRequest, model: ModelEntry, prepared: Prepared, known: _Known
+    gateway: Gateway, parsed: ParsedRequest, asked: _Asked, served: _Served, prepared: Prepared, request_id: RequestId
 ) -> GatewayRequest:
     """Raises:  InvalidRequest for headers that ask for what there is not."""
-    headers, tenant, request_id = known.headers, known.tenant, known.request_id
+    headers, tenant, model = asked.headers, asked.tenant, served.model
     sampling = prepared.sampling
     if SCRIPT in headers:
         sampling = msgspec.structs.replace(sampling, script=scripted(headers[SCRIPT], parsed.messages, model))
@@ -208,8 +208,8 @@ def _assembled(
             repeated=parsed.repeated,
             is_context_bound=parsed.max_tokens is not None and prepared.sampling.max_tokens < parsed.max_tokens,
         ),
-        arrived_at=known.arrived_at,
-        deadline=known.deadline,
+        arrived_at=asked.arrived_at,
+        deadline=served.deadline,
         cache_salt=prepared.cache_salt,
         priority=tenant.priority_of(parsed.priority),
         tenant=tenant.name,
