@@ -14,9 +14,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-import msgspec
 import structlog
 
+from planes.adapters import read_adapter
 from planes.wire.messages import Adapter
 from workers.engine.base import AdapterUnusable
 
@@ -74,14 +74,9 @@ class AdapterKeeper:
     def take(self, name: str, value: bytes | None) -> None:
         """An adapter stands in etcd; None: it is gone. One that cannot be read is none."""
         self._wanted.pop(name, None)
-        if value is not None:
-            try:
-                adapter = msgspec.json.decode(value, type=Adapter)
-            except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-                _log.warning("adapter.malformed", adapter=name, reason=str(exc))
-            else:
-                if adapter.parent == self._model:
-                    self._wanted[name] = adapter
+        adapter = read_adapter(name, value)
+        if adapter is not None and adapter.parent == self._model:
+            self._wanted[name] = adapter
         self._has_changed.set()
 
     async def run(self) -> None:

@@ -9,15 +9,13 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final, Protocol
 
 import msgspec
-import structlog
 
 from app.openai.errors import ModelNotFound
+from planes.adapters import read_adapter
 from planes.control import ControlPlaneUnavailable
 from planes.entries import NEW, Entries
 from planes.wire.errors import InvalidRequest, Rejected
 from planes.wire.messages import Adapter, WorkerId
-
-_log = structlog.get_logger()
 
 _PATIENCE_S: Final = 60.0
 """How long all workers together may take to load one."""
@@ -81,12 +79,11 @@ class Adapters:
 
     def take(self, name: str, value: bytes | None) -> None:
         """An adapter stands in etcd; None: it is gone. One that cannot be read is none."""
-        self._known.pop(name, None)
-        if value is not None:
-            try:
-                self._known[name] = msgspec.json.decode(value, type=Adapter)
-            except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-                _log.warning("adapter.malformed", adapter=name, reason=str(exc))
+        adapter = read_adapter(name, value)
+        if adapter is None:
+            self._known.pop(name, None)
+        else:
+            self._known[name] = adapter
         self._has_changed.set()
 
     async def load(self, name: str, path: str, parent: str, *, in_place: bool) -> None:
