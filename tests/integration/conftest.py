@@ -257,6 +257,16 @@ class Api:
         )
 
 
+async def refuses(url: str) -> bool:
+    """Whether nothing listens there any more."""
+    try:
+        async with Api(url) as late:
+            await late.get("/live")
+    except httpx.TransportError:
+        return True
+    return False
+
+
 @dataclass
 class Stack:
     """The fleet that all tests share which change nothing in it."""

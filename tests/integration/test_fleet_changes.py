@@ -3,8 +3,9 @@
 import asyncio
 import signal
 
-import httpx
 import pytest
+
+from tests.integration.conftest import refuses
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -181,7 +182,7 @@ async def test_a_stopping_gateway_ends_its_streams_and_takes_no_new_ones(site, r
             await stream.read(5)
             gateway.process.send(signal.SIGTERM)
 
-            await until(lambda: _refuses(reach, gateway))
+            await until(lambda: refuses(gateway.url))
             assert await stream.read() == await alone.text(unique, max_tokens=500)
             assert stream.is_done
         assert await gateway.process.ended() == 0
@@ -198,19 +199,9 @@ async def test_what_outlasts_the_gateways_patience_is_told_so(site, reach, uniqu
         await stream.read(5)
         gateway.process.send(signal.SIGINT)
         if is_hurried:
-            await until(lambda: _refuses(reach, gateway))
+            await until(lambda: refuses(gateway.url))
             gateway.process.send(signal.SIGINT)
         await stream.read()
         assert stream.error["code"] == "gateway_stopping"
         assert not stream.is_done
         assert await gateway.process.ended() == 0
-
-
-async def _refuses(reach, gateway):
-    """Whether the gateway takes no more connections."""
-    try:
-        async with reach(gateway) as late:
-            await late.get("/live")
-    except httpx.TransportError:
-        return True
-    return False

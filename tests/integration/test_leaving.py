@@ -2,22 +2,11 @@
 
 import signal
 
-import httpx
 import pytest
 
-from tests.integration.conftest import Api
+from tests.integration.conftest import Api, refuses
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
-
-
-async def refuses(url):
-    """Whether nothing listens there any more."""
-    try:
-        async with Api(url) as late:
-            await late.get("/live")
-    except httpx.TransportError:
-        return True
-    return False
 
 
 async def test_it_says_so_and_goes_on_until_the_delay_is_over_or_skipped(site, stack, reach, unique, until):

@@ -8,6 +8,8 @@ from contextlib import AsyncExitStack
 import httpx
 import pytest
 
+from tests.integration.conftest import refuses
+
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
@@ -94,22 +96,12 @@ async def test_asked_to_end_both_end_their_streams_and_the_status_is_0(two, reac
         ]
         await asyncio.gather(*(stream.read(5) for stream in running))
         two.process.send(signal.SIGTERM)
-        await until(lambda: _refuses(reach, two))
+        await until(lambda: refuses(two.url))
         await asyncio.gather(*(stream.read() for stream in running))
         assert all(stream.is_done and len(stream.text) == 300 for stream in running)
         assert running[0].text == await alone.text(f"{unique} 0", max_tokens=300)
     assert await two.process.ended() == 0
     assert two.process.said("event=process.ended") is None
-
-
-async def _refuses(reach, gateway):
-    """Whether the port takes no more connections."""
-    try:
-        async with reach(gateway) as late:
-            await late.get("/live")
-    except httpx.TransportError:
-        return True
-    return False
 
 
 async def test_what_none_of_them_can_use_ends_all_and_a_port_is_one_gateway_s(site, two):

@@ -30,6 +30,31 @@ class Recorder:
         self.cut_off += 1
 
 
+@asynccontextmanager
+async def served(app, state, **told):
+    """What opens connections to a uvicorn of ours that serves `app`. told: more for `StreamingProtocol`."""
+    config = uvicorn.Config(app, http=StreamingProtocol, ws="none", lifespan="off", log_config=None)
+    config.load()
+    server = await asyncio.get_running_loop().create_server(
+        lambda: StreamingProtocol(config, state, {}, **told), "127.0.0.1", 0
+    )
+
+    @asynccontextmanager
+    async def connected():
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        try:
+            yield reader, writer
+        finally:
+            writer.close()
+
+    yield connected
+    server.close()
+    for connection in list(state.connections):
+        connection.transport.abort()
+    while state.tasks:
+        await asyncio.wait(state.tasks)
+
+
 @pytest.fixture
 def recorder():
     return Recorder()
@@ -59,27 +84,5 @@ async def connect(recorder, limits, server_state):
             raise
 
     app = Streamed(produce, max_unsent_bytes=MAX_UNSENT, on_cut_off=recorder.count_cut_off)
-    config = uvicorn.Config(app, http=StreamingProtocol, ws="none", lifespan="off", log_config=None)
-    config.load()
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(
-        lambda: StreamingProtocol(config, server_state, {}, limits=limits, on_refused=recorder.refusals.append),
-        "127.0.0.1",
-        0,
-    )
-    port = server.sockets[0].getsockname()[1]
-
-    @asynccontextmanager
-    async def connected():
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        try:
-            yield reader, writer
-        finally:
-            writer.close()
-
-    yield connected
-    server.close()
-    for connection in list(server_state.connections):
-        connection.transport.abort()
-    while server_state.tasks:
-        await asyncio.wait(server_state.tasks)
+    async with served(app, server_state, limits=limits, on_refused=recorder.refusals.append) as connected:
+        yield connected

@@ -1,17 +1,17 @@
 """Requests that are answered without a task of their own, and those that look like it."""
 
 import asyncio
-import contextlib
 import gc
 import weakref
 
 import pytest
 import uvicorn
 
-from app.http.connection import ConnectionLimits, StreamingProtocol
+from app.http.connection import ConnectionLimits
 from app.http.response import Streamed
 from app.http.server import HttpServer
 from tests.raw_http import MAX_UNSENT, post, read_chunks, read_head, until
+from tests.unit.app.http.conftest import served
 
 
 class Application:
@@ -51,26 +51,10 @@ async def connect(application, state):
     streamed = Streamed(
         application.with_task, max_unsent_bytes=MAX_UNSENT, on_cut_off=lambda: None, at_once=application.at_once
     )
-    config = uvicorn.Config(streamed, http=StreamingProtocol, ws="none", lifespan="off", log_config=None)
-    config.load()
     told = {"limits": ConnectionLimits(), "on_refused": lambda code: None, "at_once": {"/": streamed.begin}}
-    server = await asyncio.get_running_loop().create_server(
-        lambda: StreamingProtocol(config, state, {}, **told), "127.0.0.1", 0
-    )
-
-    @contextlib.asynccontextmanager
-    async def connected():
-        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-        try:
-            yield reader, writer
-        finally:
-            writer.close()
-
-    yield connected
-    server.close()
-    for connection in list(state.connections):
-        connection.transport.abort()
-    await until(lambda: not state.connections and not state.tasks)
+    async with served(streamed, state, **told) as connected:
+        yield connected
+    await until(lambda: not state.connections)
 
 
 async def read_whole(reader):
