@@ -8,7 +8,6 @@ no fleet are measured first, in this process: a decision, a prompt's way, frames
 `make bench-peers` has the same loads through other gateways, and what is added to a worker's own first token.
 """
 
-import json
 import resource
 import statistics
 from collections import defaultdict
@@ -24,9 +23,9 @@ from loadtest.bench_streams import SPEEDUP, OpenStreams, open_streams
 from loadtest.closed_loop import CHAT, RESPONSES, Row, Shape, Target, closed_loop
 from loadtest.decisions import measure_all
 from loadtest.machine import circumstances
-from loadtest.peers.table import grid
 from loadtest.progress import Progress
 from loadtest.stack import stack
+from loadtest.written import grid, write
 
 app = App(help=__doc__, version_flags=[])
 _SMALL: Final = {
@@ -84,11 +83,7 @@ def main(
     result["decisions"] = [asdict(each) for each in measure_all(num_decisions=1000 if quick else 4000)]
     result["parts"] = measure_parts(rounds=1 if quick else extent.rounds)
     result |= uvloop.run(_measure(extent, policy))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = "\n\n".join([f"{where}.", *tables(result)]) + "\n"
-    (out / "bench.md").write_text(text)
-    print(f"\n{text}\nwritten: {out}/bench.json, {out}/bench.md")
+    write(out, "bench", result, [f"{where}.", *tables(result)])
 
 
 def _allow_files(count: int) -> None:

@@ -21,10 +21,11 @@ from cyclopts.validators import Number
 
 from loadtest.engine_flags import AT_LEAST_1, STANDARD, EngineFlags
 from loadtest.progress import Progress, each
-from loadtest.report import Slo, is_good, quantile
+from loadtest.report import is_good, quantile
 from loadtest.simulator.autorole import SimulatedAutorole
 from loadtest.simulator.scenario import Scenario
 from loadtest.simulator.simulation import Simulation
+from loadtest.slo import Slo
 from loadtest.workloads import Session, Turn, Workload, lognormal, poisson, segment_names
 from planes.wire.messages import EngineFacts
 from process.settings import run

@@ -9,7 +9,6 @@ what is around them, which is vLLM's API server there, gateway and worker proces
 """
 
 import asyncio
-import json
 import statistics
 import sys
 import tempfile
@@ -27,10 +26,11 @@ from loadtest.client import Sample
 from loadtest.closed_loop import Meter, quantile_ms
 from loadtest.live import Arrival, mixed_arrivals, replay_in_turn
 from loadtest.machine import circumstances
-from loadtest.peers.running import answering, free_port, ours_in, process_of
-from loadtest.peers.table import grid
-from loadtest.processes import Process, descendants
+from loadtest.peers.running import answering, ours_in, process_of
+from loadtest.processes import Process, descendants, free_port
+from loadtest.slo import Slo, mean_gap_s
 from loadtest.stack import stack
+from loadtest.written import grid, write
 from workers.demo_model.convert import ensure_demo_model
 
 app = App(help=__doc__, version_flags=[])
@@ -72,20 +72,16 @@ def main(
     where = circumstances()
     if quick:
         seconds, rounds = 15.0, 1
-    found = uvloop.run(_measure(seconds, rounds, rate, (slo_ttft_s, slo_itl_s)))
+    found = uvloop.run(_measure(seconds, rounds, rate, Slo(slo_ttft_s, slo_itl_s)))
     result = {
         "circumstances": asdict(where),
         "slo": {"ttft_s": slo_ttft_s, "itl_s": slo_itl_s},
         "variants": {variant: [asdict(each) for each in outcomes] for variant, outcomes in found.items()},
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "disagg.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = "\n\n".join([f"{where}.", *tables(result)]) + "\n"
-    (out / "disagg.md").write_text(text)
-    print(f"\n{text}\nwritten: {out}/disagg.json, {out}/disagg.md")
+    write(out, "disagg", result, [f"{where}.", *tables(result)])
 
 
-async def _measure(seconds: float, rounds: int, rate: float, slo: tuple[float, float]) -> dict[str, list[Outcome]]:
+async def _measure(seconds: float, rounds: int, rate: float, slo: Slo) -> dict[str, list[Outcome]]:
     async with AsyncExitStack() as cleanup:
         print("starting two plain vLLM servers …", flush=True)
         ports = [free_port(), free_port()]
@@ -136,16 +132,13 @@ def outcome(
     samples: Sequence[Sample],
     spent_s: dict[str, float],
     elapsed_s: float,
-    slo: tuple[float, float],
+    slo: Slo,
 ) -> Outcome:
-    """spent_s: CPU by `engine` and `around`.  slo: TTFT and mean gap, seconds; a request that failed holds neither."""
+    """spent_s: CPU by `engine` and `around`.  slo: a request that failed does not hold it."""
     good = [(arrival.kind, sample) for arrival, sample in zip(arrivals, samples, strict=True) if not sample.error]
     gaps = [gap for _, sample in good for gap in sample.gaps_s]
     num_tokens = sum(sample.completion_tokens for _, sample in good)
-    held = sum(
-        sample.ttft_s <= slo[0] and (not sample.gaps_s or statistics.fmean(sample.gaps_s) <= slo[1])
-        for _, sample in good
-    )
+    held = sum(slo.is_held(sample.ttft_s, mean_gap_s(sample.gaps_s)) for _, sample in good)
     chats = [sample.ttft_s for kind, sample in good if kind == "chat"]
     return Outcome(
         chat_ttft_p50_ms=quantile_ms(chats, 0.5),

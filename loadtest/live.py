@@ -33,9 +33,10 @@ from loadtest.plan import sample
 from loadtest.plan.__main__ import plan as make_plan
 from loadtest.plan.report import table
 from loadtest.plan.trial import P99, WARM_UP, Bench, Fleet
-from loadtest.report import Slo, quantile
+from loadtest.report import quantile
 from loadtest.simulator.scenario import Scenario
 from loadtest.simulator.simulation import Simulation
+from loadtest.slo import Slo
 from loadtest.stack import Stack, stack
 from loadtest.workloads import Turn, Workload, load
 from planes.wire.messages import EngineFacts

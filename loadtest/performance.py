@@ -17,6 +17,7 @@ from loadtest.machine import Circumstances
 from loadtest.peers import table as peers
 from loadtest.peers.gateways import BASE, headrace_name
 from loadtest.peers.measure import NEW, PER_REQUEST, PER_TOKEN, SHARED
+from loadtest.written import grid
 
 DOCS: Final = Path(__file__).parents[1] / "docs"
 DATA, PAGE = DOCS / "performance.json", DOCS / "performance.md"
@@ -121,7 +122,7 @@ def _budget_table(data: dict[str, Any]) -> str:
         bound = f"{'at least' if row.is_floor else 'at most'} {row.limit:g} {row.unit}"
         figure = "-" if row.value is None else f"{row.value:.2f} {row.unit}"
         lines.append([row.what, bound, figure, row.verdict])
-    return peers.grid(["what", "target", "measured", ""], lines)
+    return grid(["what", "target", "measured", ""], lines)
 
 
 if __name__ == "__main__":

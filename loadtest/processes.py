@@ -1,6 +1,8 @@
-"""CPU seconds and memory of the processes of a stack, read from /proc."""
+"""CPU seconds and memory of the processes of a stack, read from /proc; and ports for them."""
 
 import os
+import random
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,3 +83,15 @@ def _name(pid: int, parent: str) -> str:
     if program in ("etcd", "nats-server"):
         return program.removesuffix("-server")
     return parent if parent.startswith("engine of ") else f"engine of {parent}"
+
+
+def free_port() -> int:
+    """Below the ports that the system gives to whoever asks for any."""
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

@@ -1,7 +1,6 @@
-"""Texts for the prompts of a workload, which has names of blocks and no words; and which answers were good enough."""
+"""Texts for the prompts of a workload, which has names of blocks and no words."""
 
 import random
-from dataclasses import dataclass
 
 from loadtest.workloads import Turn
 
@@ -19,14 +18,3 @@ def text_of(turn: Turn, block_size: int, seed: int) -> str:
         words += random.Random(name).choices(VOCABULARY, k=block_size)
     words += random.Random(seed).choices(VOCABULARY, k=turn.prompt_tokens - len(words))
     return " ".join(words)
-
-
-@dataclass(frozen=True, slots=True)
-class Slo:
-    """Seconds: until the first token, and between tokens on average."""
-
-    ttft_s: float
-    itl_s: float
-
-    def is_held(self, ttft_s: float, gaps_s: list[float]) -> bool:
-        return ttft_s <= self.ttft_s and (not gaps_s or sum(gaps_s) / len(gaps_s) <= self.itl_s)

@@ -12,19 +12,13 @@ from typing import Any, Final
 import msgspec
 
 from loadtest.simulator.records import Ending, Record, Result
+from loadtest.slo import Slo
 from planes.wire.messages import RequestId, Role
 from router.fairness import WINDOW_S, ServiceMeter
 
 QUANTILES: Final = tuple(step / 100 for step in range(101))
 OURS: Final = "headrace"
 _NONE: Final = "-"
-
-
-class Slo(msgspec.Struct, frozen=True):
-    """What a request must keep to count as good: time to first token and mean time between its tokens."""
-
-    ttft_s: float = 5.0
-    tpot_s: float = 0.05
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -168,12 +162,8 @@ def fairness(records: Sequence[Record]) -> float | None:
 
 def is_good(record: Record, slo: Slo) -> bool:
     """Whether a request was finished within the SLO."""
-    return (
-        record.ending is Ending.FINISHED
-        and record.ttft_s is not None
-        and record.ttft_s <= slo.ttft_s
-        and (record.tpot_s or 0.0) <= slo.tpot_s
-    )
+    is_finished = record.ending is Ending.FINISHED and record.ttft_s is not None
+    return is_finished and slo.is_held(record.ttft_s or 0.0, record.tpot_s or 0.0)
 
 
 def quantile(ordered: Sequence[float], q: float) -> float | None:

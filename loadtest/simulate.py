@@ -21,9 +21,10 @@ from app.recording import TRACE_BLOCK_SIZE
 from loadtest.engine_flags import AT_LEAST_1, POSITIVE, STANDARD, EngineFlags
 from loadtest.like import LiveFleet
 from loadtest.progress import Progress, each
-from loadtest.report import Report, Row, Slo, markdown, summarise, table, write
+from loadtest.report import Report, Row, markdown, summarise, table, write
 from loadtest.simulator.scenario import Faults, Scenario
 from loadtest.simulator.simulation import Simulation
+from loadtest.slo import Slo
 from loadtest.workloads import GENERATORS, Workload, load
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import EngineFacts, Role

@@ -4,14 +4,13 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from loadtest.processes import Process, descendants
+from loadtest.processes import Process, descendants, free_port
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +29,7 @@ class Stack:
 @contextlib.asynccontextmanager
 async def stack(*flags: str, environment: dict[str, str] | None = None, timeout_s: float = 300) -> AsyncIterator[Stack]:
     """`headrace up` with these flags, ready to serve.  Raises:  RuntimeError with what it printed instead."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory(prefix="headrace-stack-") as folder:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "app.cli", "up", "--port", str(port), "--state-dir", folder, *flags),

@@ -15,8 +15,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loadtest.report import Slo, quantile
+from loadtest.report import quantile
 from loadtest.simulator.scenario import Scenario
+from loadtest.slo import Slo
 from loadtest.workloads import Turn
 from planes.wire.messages import EngineFacts, LatencyPrior
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from loadtest.grid.axes import Cell
 from loadtest.grid.capacity import Capacity, capacity, slo
-from loadtest.report import Slo
 from loadtest.simulator.scenario import Scenario, engine_facts
+from loadtest.slo import Slo
 from loadtest.workloads import Session, Turn, Workload, lognormal, segment_names
 
 GROUPS: Final = 12

@@ -7,8 +7,8 @@ from typing import Final
 import msgspec
 
 from loadtest.grid.loads import Setup
-from loadtest.report import Slo
 from loadtest.simulator.scenario import Scenario, engine_facts
+from loadtest.slo import Slo
 from loadtest.workloads import Session, Turn, Workload, load, segment_names
 from planes.wire.messages import LatencyPrior
 

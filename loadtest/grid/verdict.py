@@ -6,7 +6,8 @@ from typing import Any, Final
 
 import msgspec
 
-from loadtest.report import OURS, Row, Slo
+from loadtest.report import OURS, Row
+from loadtest.slo import Slo
 
 NEAR: Final = 0.02
 """As good as the best: goodput, or throughput of a closed loop, at most this share below it."""

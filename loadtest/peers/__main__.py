@@ -7,7 +7,6 @@ simulated engine. All run at once and are loaded in turn; CPU seconds are those 
 One that cannot be installed or started is a line that says so.
 """
 
-import json
 import tempfile
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from loadtest.peers.install import install
 from loadtest.peers.measure import AT_ONCE, COSTS, STEPS, WORKLOADS, Measured, added_ttft, merged, rounds_of
 from loadtest.peers.running import Fleet, NotRunning, Running, headrace, peer, plain_workers
 from loadtest.peers.table import tables
+from loadtest.written import write
 from workers.demo_model.convert import DemoModelError, ensure_demo_model
 
 app = App(help=__doc__, version_flags=[])
@@ -65,11 +65,7 @@ def main(
         "gateways": {name: asdict(each) for name, each in measured.items()},
         "absent": absent,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "peers.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = "\n\n".join([f"{where}.", *tables(result)]) + "\n"
-    (out / "peers.md").write_text(text)
-    print(f"\n{text}\nwritten: {out}/peers.json, {out}/peers.md")
+    write(out, "peers", result, [f"{where}.", *tables(result)])
 
 
 def _is_wanted(name: str, words: tuple[str, ...]) -> bool:

@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import os
-import random
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -15,7 +13,7 @@ from pathlib import Path
 from loadtest.client import Client
 from loadtest.closed_loop import CHAT, Target
 from loadtest.peers.gateways import Gateway, Site, headrace_name
-from loadtest.processes import Process, descendants
+from loadtest.processes import Process, descendants, free_port
 from loadtest.stack import stack
 from process.programs import program
 from workers.settings import SIM_MODEL
@@ -168,15 +166,3 @@ def ours_in(environment: dict[str, str]) -> dict[str, str]:
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return (lines or ["it printed nothing"])[-1][:300]
-
-
-def free_port() -> int:
-    """Below the ports that the system gives to whoever asks for any."""
-    while True:
-        port = random.randrange(10_000, 30_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port

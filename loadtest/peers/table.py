@@ -1,11 +1,11 @@
 """Tables of what was measured: medians, the spread of the rounds, ratios of values of one round against SMG's."""
 
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
 from loadtest.peers.gateways import BASE
 from loadtest.peers.measure import COSTS, NEW, PER_REQUEST, PER_TOKEN, SHARED, WORKLOADS
+from loadtest.written import grid
 
 Result = dict[str, Any]
 """What `peers.json` holds."""
@@ -113,10 +113,3 @@ def _or_dash(value: float | None, form: str) -> str:
 
 def _figure(value: float) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, *lines]
-    rows = ["| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |" for cells in lines]
-    return "\n".join([rows[0], "|---" * len(head) + "|", *rows[1:]])

@@ -20,8 +20,8 @@ from loadtest.plan.report import Plan, explained, in_order, missed, table
 from loadtest.plan.search import search_both, search_split
 from loadtest.plan.trial import Bench, Fleet, Need, Trial, need
 from loadtest.progress import each
-from loadtest.report import Slo
 from loadtest.simulate import check_plots, versions
+from loadtest.slo import Slo
 from loadtest.workloads import GENERATORS, Workload, load
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import EngineFacts

@@ -8,7 +8,7 @@ import msgspec
 
 from loadtest.plan.search import cheapest
 from loadtest.plan.trial import SURELY, Trial
-from loadtest.report import Slo
+from loadtest.slo import Slo
 
 _SHORT = 0.6
 """Demand over supply from which on a resource is short: arrivals are not even."""

@@ -27,10 +27,11 @@ import msgspec
 
 from loadtest.grid.capacity import alone_s
 from loadtest.like import LiveFleet
-from loadtest.report import Slo, is_good, quantile
+from loadtest.report import is_good, quantile
 from loadtest.simulator.records import Ending, Record, Result
 from loadtest.simulator.scenario import Scenario
 from loadtest.simulator.simulation import Simulation
+from loadtest.slo import Slo
 from loadtest.workloads import Workload
 from planes.wire.messages import EngineFacts
 from router.demand import decode_s, prefill_s, step_s

@@ -18,8 +18,8 @@ from typing import Final
 
 import httpx
 
+from loadtest.processes import free_port
 from loadtest.stack import stack
-from tests.up import free_port
 
 HERE: Final = Path(__file__).parent
 ROOT: Final = HERE.parents[1]

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from loadtest.processes import free_port
 from tests.docker.commands import PATIENCE_S, ROOT, docker, run
-from tests.up import free_port
 
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
 NAMES = ("etcd", "nats", "gateway", "prefill", "decode")

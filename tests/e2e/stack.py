@@ -6,7 +6,8 @@ import time
 
 import httpx
 
-from tests.up import free_port, start_up
+from loadtest.processes import free_port
+from tests.up import start_up
 
 
 class Stack:

@@ -11,8 +11,8 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from loadtest.processes import free_port
 from tests.integration.conftest import PATIENCE_S, Api, Process, Site, poll_until
-from tests.up import free_port
 
 pytestmark = [
     pytest.mark.e2e,

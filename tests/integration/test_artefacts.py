@@ -14,7 +14,8 @@ import tomllib
 import httpx
 import pytest
 
-from tests.up import ROOT, free_port
+from loadtest.processes import free_port
+from tests.up import ROOT
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.up import free_port, start_up
+from loadtest.processes import free_port
+from tests.up import start_up
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

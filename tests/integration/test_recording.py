@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from loadtest.like import live_fleet
-from loadtest.report import Slo
 from loadtest.simulate import Case, Comparison
+from loadtest.slo import Slo
 from loadtest.workloads import read_trace
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]

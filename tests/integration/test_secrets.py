@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from app.cli.servers import etcd_server, free_port, nats_argv
-from tests.up import free_port as port_for_up
+from loadtest.processes import free_port as port_for_up
 from tests.up import start_up
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]

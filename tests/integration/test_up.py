@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.up import ROOT, free_port, start_up
+from loadtest.processes import free_port
+from tests.up import ROOT, start_up
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 

@@ -1,8 +1,8 @@
 import pytest
 
 from loadtest.day import Day, Kind, day, table
-from loadtest.report import Slo
 from loadtest.simulator.scenario import engine_facts
+from loadtest.slo import Slo
 
 FACTS = engine_facts(block_size=64, num_blocks=4000, link_gbps=100)
 

@@ -5,6 +5,7 @@ import pytest
 from loadtest.client import Sample
 from loadtest.disagg import outcome, tables
 from loadtest.live import Arrival
+from loadtest.slo import Slo
 
 
 def sample(ttft_s, gaps_s=(), tokens=3, error=""):
@@ -13,7 +14,10 @@ def sample(ttft_s, gaps_s=(), tokens=3, error=""):
     return one
 
 
-def of(*samples, kinds=("chat", "long"), slo=(1.0, 0.1)):
+SLO = Slo(1.0, 0.1)
+
+
+def of(*samples, kinds=("chat", "long"), slo=SLO):
     arrivals = [Arrival(0.0, kind, "/", {}) for kind in kinds]
     return outcome(arrivals, samples, {"around": 0.006, "engine": 0.6, "planes": 9.0}, 2.0, slo)
 

@@ -2,8 +2,9 @@ import msgspec
 import pytest
 
 from loadtest.plots import plots
-from loadtest.report import Report, Row, Slo, fairness, is_good, markdown, page, quantile, slug, summarise, table, write
+from loadtest.report import Report, Row, fairness, is_good, markdown, page, quantile, slug, summarise, table, write
 from loadtest.simulator.records import Ending, Gaps, Record, Result, WorkerTotals
+from loadtest.slo import Slo
 from planes.wire.messages import Role, WorkerId
 
 

@@ -10,9 +10,9 @@ import pytest
 from cyclopts import CycloptsError
 
 from loadtest.progress import Progress
-from loadtest.report import Slo
 from loadtest.simulate import MATRIX, QUICK, Case, Comparison, app, write_docs
 from loadtest.simulator.scenario import engine_facts
+from loadtest.slo import Slo
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import LatencyPrior
 from router.policies import POLICIES

@@ -2,8 +2,9 @@ import msgspec
 import pytest
 
 from loadtest.grid.verdict import CellResult, table, verdict
-from loadtest.report import Slo, summarise
+from loadtest.report import summarise
 from loadtest.simulator.records import Gaps, Result
+from loadtest.slo import Slo
 
 EMPTY = summarise(Result([], Gaps(), [], 1.0), load="", fleet="", policy="", slo=Slo())
 

@@ -5,7 +5,7 @@ import pytest
 from loadtest.closed_loop import Row
 from loadtest.peers.gateways import BASE, GATEWAYS, POLICIES, headrace_name
 from loadtest.peers.measure import COSTS, PER_REQUEST, PER_TOKEN, WORKLOADS
-from loadtest.peers.table import added_ms, grid, ratio, tables
+from loadtest.peers.table import added_ms, ratio, tables
 
 OURS = headrace_name("headrace")
 
@@ -57,10 +57,6 @@ def test_added_latency_is_the_median_difference_to_the_worker_itself():
     through = {"through p50": [5.0, 9.0, 6.0], "alone p50": [4.0, 5.0, 4.0]}
     assert added_ms(result(**{OURS: measured([], ttft_ms=through)}), OURS, "p50") == 2.0
     assert added_ms(result(**{OURS: measured([])}), OURS, "p50") is None
-
-
-def test_a_cell_cannot_break_its_table():
-    assert grid(["a"], [["b|c"]]).splitlines()[-1] == "| b/c |"
 
 
 @pytest.mark.parametrize("gateway", GATEWAYS, ids=lambda gateway: gateway.name)

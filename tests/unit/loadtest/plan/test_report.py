@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from loadtest.plan.report import Plan, explained, in_order, table
 from loadtest.plan.trial import Fleet, Pressure, Trial
-from loadtest.report import Slo
+from loadtest.slo import Slo
 
 SLO = Slo(2.0, 0.05)
 

@@ -20,9 +20,9 @@ from loadtest.plan.trial import (
     need,
     pressure,
 )
-from loadtest.report import Slo
 from loadtest.simulator.records import Ending, Gaps, Record, Result
 from loadtest.simulator.scenario import Scenario, engine_facts
+from loadtest.slo import Slo
 from loadtest.workloads import Session, Turn, Workload, load
 from planes.wire.messages import LatencyPrior, Role, WorkerId
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from loadtest.report import Slo
 from loadtest.simulator.autorole import SimulatedAutorole, fewest
 from loadtest.simulator.records import Ending
 from loadtest.simulator.scenario import Scenario, engine_facts
 from loadtest.simulator.simulation import Simulation
+from loadtest.slo import Slo
 from loadtest.workloads import Session, Turn, Workload
 from planes.wire.messages import Role, WorkerId
 from router.role_need import Need
