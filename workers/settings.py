@@ -13,15 +13,15 @@ from cyclopts import Parameter
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import HandoverMode
 from process.paths import DEMO_MODEL, is_hub_id
-from workers.common_settings import CommonSettings
 from workers.hub import fetched_model
+from workers.serving_settings import ServingSettings
 
 SIM_MODEL = Path(__file__).parent / "sim" / "model"
 """Tokenizer and chat template of the simulated engine's own model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSettings(CommonSettings):
+class WorkerSettings(ServingSettings):
     """Settings of one worker process. None stands for the engine's own default.
 
     Raises:  UnusableSetting, naming the setting, its value and what is allowed.
@@ -134,7 +134,7 @@ class WorkerSettings(CommonSettings):
     sim_seed: Annotated[int, Parameter(help="Picks the tokens (sim); the same for workers of one model.")] = 0
 
     def __post_init__(self) -> None:
-        CommonSettings.__post_init__(self)
+        ServingSettings.__post_init__(self)
         _check_numbers(self)
         _check_model(self)
         if self.served_model_name == "":

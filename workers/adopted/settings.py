@@ -8,12 +8,12 @@ from cyclopts import Parameter
 
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import ADOPTED
-from workers.common_settings import CommonSettings
+from workers.serving_settings import ServingSettings
 from workers.settings import WorkerSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdoptSettings(CommonSettings):
+class AdoptSettings(ServingSettings):
     """Settings of the process beside a vLLM server. Those with a worker's names mean the same.
 
     Raises:  UnusableSetting, naming the setting, its value and what is allowed.
@@ -46,7 +46,7 @@ class AdoptSettings(CommonSettings):
     ] = "auto"
 
     def __post_init__(self) -> None:
-        CommonSettings.__post_init__(self)
+        ServingSettings.__post_init__(self)
         if not self.wait_s >= 0:
             raise UnusableSetting("wait_s", self.wait_s, "it must be 0 or more")
         self.server_key()

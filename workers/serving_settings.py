@@ -23,7 +23,7 @@ _ANY_HOST = ("", "0.0.0.0", "::")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CommonSettings(ProcessSettings):
+class ServingSettings(ProcessSettings):
     """Where it is reached, what watches it, and how long it waits.  Raises:  UnusableSetting."""
 
     role: Annotated[Literal["prefill", "decode", "both"], Parameter(help="What this worker is for.")] = "both"
@@ -95,13 +95,13 @@ class CommonSettings(ProcessSettings):
         return self.worker_id or f"{self.role}-{secrets.token_hex(3)}"
 
 
-def _check_ports(settings: CommonSettings) -> None:
+def _check_ports(settings: ServingSettings) -> None:
     for name in ("port", "metrics_port"):
         if not 0 <= (getattr(settings, name) or 0) <= 65535:
             raise UnusableSetting(name, getattr(settings, name), "a port is 0 to 65535")
 
 
-def _check_metrics(settings: CommonSettings) -> None:
+def _check_metrics(settings: ServingSettings) -> None:
     cert, key, token = settings.plane_cert, settings.plane_key, settings.metrics_token_file
     if token is not None:
         check_setting("metrics_token_file", str(token), lambda name: read_secret(Path(name)))
@@ -109,7 +109,7 @@ def _check_metrics(settings: CommonSettings) -> None:
         check_setting("plane_cert", str(cert), lambda _: http_tls(cert, key))
 
 
-def _check_times(settings: CommonSettings) -> None:
+def _check_times(settings: ServingSettings) -> None:
     for name in ("max_queued", "drain_s"):
         if not getattr(settings, name) >= 0:
             raise UnusableSetting(name, getattr(settings, name), "it must be 0 or more")

@@ -2,7 +2,7 @@ import pytest
 
 from planes.wire.errors import UnusableSetting
 from workers.adopted.settings import AdoptSettings
-from workers.common_settings import own_address
+from workers.serving_settings import own_address
 from workers.settings import WorkerSettings
 
 
