@@ -98,13 +98,10 @@ def load(name: str, *, block_size: int, seed: int) -> Workload:
 
 
 def find_trace(name: str) -> Path:
-    """A path as it is, of a folder too; a name is looked for beside this file, in `$HEADRACE_TRACES` and in
-    `../shared/traces`.
-    """
-    here = Path(__file__).parent
-    folders = [here / "traces", here.parent.parent / "shared" / "traces"]
+    """A path as it is, of a folder too; a name is looked for beside this file and in `$HEADRACE_TRACES`."""
+    folders = [Path(__file__).parent / "traces"]
     if folder := os.environ.get("HEADRACE_TRACES"):
-        folders.insert(1, Path(folder))
+        folders.append(Path(folder))
     stems = [name, f"mooncake_{name}"]
     found = [
         path
