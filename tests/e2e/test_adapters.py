@@ -4,6 +4,7 @@ import httpx
 import pytest
 
 from tests.adapters import write_random_adapter
+from tests.e2e.shallow_model import write_shallow_model
 from tests.e2e.stack import Stack
 from tests.hub_cache import write_hub_cache
 
@@ -16,7 +17,7 @@ PROMPT = "The mill stands by the river, and whoever comes along the road hears i
 @pytest.fixture(scope="module")
 def stack(demo_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
-    write_hub_cache(folder / "hf", MODEL, demo_model)
+    write_hub_cache(folder / "hf", MODEL, write_shallow_model(demo_model, folder / "shallow", num_layers=6))
     engine = "--enable-lora --max-loras 2 --max-lora-rank 8 --dtype float32 --max-model-len 1024"
     environment = {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "HEADRACE_ENGINE_ARGS": engine}
     stack = Stack(folder, "--model", MODEL, env=environment)
