@@ -235,13 +235,17 @@ def _waits_for_room(
     model: CostModel,
 ) -> bool:
     """Whether it is better kept in the gateway until its decode worker has room: its KV cache would only take up the
-    prefill worker's memory. Unless it does so not for long, or its client shall have the first token in time meanwhile.
+    prefill worker's memory. Unless it does so not for long; or SLOs speak of both, its stream bears the wait after the
+    first token, and the prefill worker has memory for it and another one like it.
     """
     room_s = decode.room_s
     if room_s <= model.patience * (prefill.prefill_s + handover_s):
         return False
     ttft_s, itl_s, gaps = request.slo_ttft_s, request.slo_itl_s, request.expected_tokens - 1
-    if ttft_s is None or itl_s is None or gaps < 1 or not request.is_first_token_exact or room_s > model.kept_s:
+    if ttft_s is None or itl_s is None or gaps < 1 or not request.is_first_token_exact:
+        return True
+    sender = prefill.worker
+    if 2 * (request.prompt_tokens - sender.cached_tokens) > sender.free_blocks * sender.facts.block_size:
         return True
     return decode.gap_s + (left_s + handover_s + decode.first_step_s) / gaps > itl_s
 

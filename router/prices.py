@@ -44,9 +44,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     """A prompt's way through the gateway and into its worker, in CPU: of many that share a step the first are sent so
     much earlier."""
     patience: float = 4.0
-    """How many times as long as it took to compute a KV cache may wait for room to decode."""
-    kept_s: float = 10.0
-    """Longer than this no KV cache waits for room, whatever it would be good for: its lease must not run out."""
+    """How many times as long as it took to compute a KV cache may wait for room, unless SLOs say otherwise."""
     near: float = 1.003
     """Costs this close are equal, and a random one wins: several gateways must not all pick the same worker."""
 

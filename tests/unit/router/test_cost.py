@@ -99,19 +99,21 @@ def test_those_that_are_bound_to_a_worker_take_its_room_though_its_reports_do_no
 
 
 @pytest.mark.parametrize(
-    ("expected", "slo", "is_held"),
+    ("expected", "slo", "sender", "is_held"),
     [
-        (2000, {"slo_ttft_s": 1.0, "slo_itl_s": 0.05}, False),  # a pause that its mean bears
-        (2000, {"slo_ttft_s": 1.0}, True),
-        (2000, {"slo_ttft_s": 1.0, "slo_itl_s": 0.0095}, True),
+        (2000, {"slo_ttft_s": 1.0, "slo_itl_s": 0.05}, {}, False),  # a pause that its mean bears
+        (20_000, {"slo_ttft_s": 1.0, "slo_itl_s": 0.05}, {}, False),  # one of many seconds, in as many tokens more
+        (20_000, {"slo_ttft_s": 1.0, "slo_itl_s": 0.05}, {"free_blocks": 1}, True),  # the prefill worker is full
+        (2000, {"slo_ttft_s": 1.0}, {}, True),
+        (2000, {"slo_ttft_s": 1.0, "slo_itl_s": 0.0095}, {}, True),
     ],
 )
-def test_a_first_token_need_not_wait_for_room_where_its_stream_bears_the_pause(expected, slo, is_held):
+def test_a_first_token_need_not_wait_for_room_where_its_stream_bears_the_pause(expected, slo, sender, is_held):
     wanted = replace(request(10, expected), **slo)
     full = worker("d", num_running=8, num_streams=8)
     way = cost.pair(
         wanted,
-        cost.prefill_cost(wanted, worker("p", Role.PREFILL)),
+        cost.prefill_cost(wanted, worker("p", Role.PREFILL, **sender)),
         cost.decode_cost(wanted, full),
         LinkModel(LatencyPrior()),
     )
