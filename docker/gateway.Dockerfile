@@ -5,6 +5,8 @@ ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE} AS needs
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && \
     { python3 -c 'import ensurepip' 2>/dev/null || apt-get install -y --no-install-recommends python3-venv; } && \
+    { test -e "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || \
+      apt-get install -y --no-install-recommends python3-dev; } && \
     python3 -m venv /installer && python3 -m venv --without-pip /opt/headrace
 WORKDIR /src
 COPY pyproject.toml docker/requirements.py ./

@@ -164,4 +164,4 @@ def even_shares(total: float, asked: Sequence[int]) -> list[float]:
 def jain(ratios: Iterable[float]) -> float:
     """1 / n to 1. At least one ratio must be more than 0."""
     values = list(ratios)
-    return sum(values) ** 2 / (len(values) * sum(value * value for value in values))
+    return sum(values) ** 2 / (len(values) * sum((value * value for value in values), start=0.0))

@@ -92,7 +92,7 @@ class Fit:
         if total <= 0.0:
             return
         common = sum(b) / total  # the one factor that fits best: directions that the data leave open go there
-        anchor = _ANCHOR * sum(a[i][i] for i in self._indices)
+        anchor = _ANCHOR * sum((a[i][i] for i in self._indices), start=0.0)
         pull = anchor * common
         rows = [(i, a[i], a[i][i], b[i] + pull, a[i][i] + anchor) for i in self._indices]
         for _ in range(_SWEEPS):

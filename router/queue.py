@@ -309,12 +309,13 @@ class Queue:
         Tenants' rounds are left out.
         """
         level, key = request.priority, self._key(prefill_s, self._due_at(request, now))
-        return sum(
+        before = (
             waiting.prefill_s
             for waiting in self._waiting.values()
             if waiting.request.model == request.model
             and (waiting.level < level or (waiting.level == level and waiting.key <= key))
         )
+        return sum(before, start=0.0)
 
     def depths(self) -> dict[int, int]:
         """Requests per class, as promoted."""

@@ -208,7 +208,7 @@ class Worker:
         self.num_running, self.num_waiting = report.num_running, report.num_waiting
         self.waiting_prefill_tokens = self._not_ours_again(report.waiting_prefill_tokens)
         self.kv_tokens, self.free_blocks = report.kv_tokens, report.free_blocks
-        unseen_s = sum(sent.work_s for sent in self._sent if sent.request in self.computing)
+        unseen_s = sum((sent.work_s for sent in self._sent if sent.request in self.computing), start=0.0)
         self.plan.report(
             self.waiting_prefill_tokens,
             self._reported_work_s(report),

@@ -3,13 +3,16 @@
 Everything else is tested from the tree, where no file can be missing.
 """
 
+import ast
 import asyncio
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tomllib
+from pathlib import Path
 
 import httpx
 import pytest
@@ -31,8 +34,8 @@ def environment(**added):
     return kept | added
 
 
-def call(*argv, cwd):
-    done = subprocess.run(argv, cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
+def call(*argv, cwd, **added):
+    done = subprocess.run(argv, cwd=cwd, env=environment(**added), capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{argv}:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -41,12 +44,45 @@ def install(kind, folder):
     """The bin folder of a new virtual environment that has what was built, and nothing of the tree.
 
     The wheel is built from the sdist: built in the tree, it would compile the block table under the other tests' feet.
+    The sdist is installed as on a machine that has no C compiler.
     """
-    call(sys.executable, "-m", "build", "--outdir", folder / "dist", ROOT, cwd=folder)
+    steps, added = (["--sdist"], {"CC": str(folder / "no-compiler")}) if kind == "tar.gz" else ([], {})
+    call(sys.executable, "-m", "build", *steps, "--outdir", folder / "dist", ROOT, cwd=folder)
     (artefact,) = (folder / "dist").glob(f"*.{kind}")
     call(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
-    call(folder / "venv/bin/pip", "install", "--quiet", f"{artefact}[sim]", cwd=folder)
+    call(folder / "venv/bin/pip", "install", "--quiet", f"{artefact}[sim]", cwd=folder, **added)
     return folder / "venv/bin"
+
+
+def has_python_headers():
+    return Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+def compiled_in(installed):
+    """The modules under a folder that are compiled, as their sources are called."""
+    libraries = [path.relative_to(installed) for path in (installed / "router").rglob("*.cpython-*.so")]
+    return {str(path.parent / f"{path.name.split('.')[0]}.py") for path in libraries if "__mypyc" not in path.name}
+
+
+def compiled_by_wheels():
+    """What `hatch_build.py` names."""
+    tree = ast.parse((ROOT / "hatch_build.py").read_text(encoding="utf-8"))
+    (names,) = (
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "COMPILED"
+    )
+    return set(ast.literal_eval(names))
+
+
+def try_compiled(installed, folder):
+    """The router's tests and the simulator's, which are run from the tree anyway, with what is installed."""
+    for name in ("tests", "loadtest"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "node*", "e2e"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    code = "import router.cost, sys; sys.exit(router.cost.__file__.endswith('.py'))"
+    call(sys.executable, "-c", code, cwd=folder, PYTHONPATH=str(installed))
+    tests = ("tests/unit/router", "tests/unit/loadtest/simulator", "--ignore=tests/unit/router/index")
+    argv = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *tests)
+    call(*argv, cwd=folder, PYTHONPATH=str(installed))
 
 
 def files_of(folder):
@@ -78,8 +114,13 @@ async def test_what_is_published_is_whole_and_serves_beside_packages_of_the_same
 
     (installed,) = (tmp_path / "venv/lib").glob("python3*/site-packages")
     assert files_of(installed) == files_of(ROOT)
-    is_compiled = any(map(shutil.which, ("cc", "gcc", "clang")))
+    is_compiled = kind == "whl" and any(map(shutil.which, ("cc", "gcc", "clang")))
     assert (installed / "router/index/libblock_table.so").exists() == is_compiled
+    has_router = is_compiled and has_python_headers()
+    assert compiled_in(installed) == (compiled_by_wheels() if has_router else set())
+    if has_router:
+        (tmp_path / "tests").mkdir()
+        try_compiled(installed, tmp_path / "tests")
 
     version = call(commands / "headrace", "--version", cwd=somebody_elses_project)
     assert version.strip() == PROJECT["project"]["version"]

@@ -9,9 +9,9 @@ from loadtest.simulator.records import Ending
 from loadtest.simulator.scenario import Faults, Kill, Scenario, engine_facts
 from loadtest.simulator.simulation import Simulation
 from loadtest.workloads import Session, Turn, Workload, load, segment_names
-from planes.wire.errors import Rejected
 from planes.wire.messages import WorkerId
 from router.router import Router
+from router.settings import RouterSettings
 
 FACTS = engine_facts(block_size=512, num_blocks=1000, link_gbps=100)
 HOP_S = 0.0005
@@ -152,12 +152,11 @@ def test_what_is_not_finished_in_time_is_counted_as_such():
 
 
 def test_a_refused_request_ends_its_session():
-    class Refusing(Router):
-        def submit(self, request, *, now):
-            raise Rejected("no")
+    def refusing(_scenario, _number):
+        return Router(RouterSettings(slo_ttft_s=1e-6))
 
     session = Session(0.0, (alone(1024, 5), alone(2048, 5)))
-    simulation = Simulation(scenario(both=1), workload(session), make_router=lambda _scenario, _number: Refusing())
+    simulation = Simulation(scenario(both=1), workload(session), make_router=refusing)
     assert [record.ending for record in simulation.run().records] == [Ending.REJECTED]
 
 
