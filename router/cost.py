@@ -236,7 +236,7 @@ def _waits_for_room(
 ) -> bool:
     """Whether it is better kept in the gateway until its decode worker has room: its KV cache would only take up the
     prefill worker's memory. Unless it does so not for long; or SLOs speak of both, its stream bears the wait after the
-    first token, and the prefill worker has memory for it and another one like it.
+    first token, and the prefill worker has memory for it and another one like it, for so long.
     """
     room_s = decode.room_s
     if room_s <= model.patience * (prefill.prefill_s + handover_s):
@@ -245,6 +245,8 @@ def _waits_for_room(
     if ttft_s is None or itl_s is None or gaps < 1 or not request.is_first_token_exact:
         return True
     sender = prefill.worker
+    if room_s > sender.keeps_s:
+        return True
     if 2 * (request.prompt_tokens - sender.cached_tokens) > sender.free_blocks * sender.facts.block_size:
         return True
     return decode.gap_s + (left_s + handover_s + decode.first_step_s) / gaps > itl_s

@@ -60,6 +60,8 @@ class WorkerView(msgspec.Struct, frozen=True, gc=False):
     """Of `num_running`, those that decode now."""
     mean_expected: float = 0.0
     """Tokens that the streams here are expected to have in the end, on average; 0: there are none."""
+    keeps_s: float = math.inf
+    """So long a KV cache may wait here for the worker that shall take it."""
     stall_left_s: float = math.inf
     """For so long the streams here may still stand still, until one of them misses its time between tokens."""
     shared_tokens: int = 0

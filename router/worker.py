@@ -20,11 +20,12 @@ from collections import deque
 from dataclasses import dataclass
 
 from planes.wire.blocks import Hashes
-from planes.wire.messages import LoadReport, Registration, RequestId, WorkerState
+from planes.wire.messages import HandoverMode, LoadReport, Registration, RequestId, WorkerState
 from router.latency import LatencyModel, is_plausible
 from router.policy import HandoverGroup, WorkerView
 from router.steps import Pace, StepPlan
 
+_PUSH_S = 10.0  # a WRITE must begin within 30 s of its decode leg, and predictions err
 _WINDOW_S = 60.0  # over which utilisation is averaged
 _SOME = 64  # that have ended may be remembered, beside as many as are there
 _LATE_SHARE = 0.1  # of outstanding prompt work still to come when it has taken longer than predicted
@@ -99,6 +100,8 @@ class Worker:
         self.registration = registration
         self.role, self.facts = registration.takes or registration.role, registration.facts
         self.handover = _handover_group(registration)
+        is_push = registration.handover is not None and registration.handover.mode is HandoverMode.PUSH
+        self.keeps_s = _PUSH_S if is_push else math.inf
         self.state = registration.state
 
     @property
@@ -368,6 +371,7 @@ class Worker:
             without_room=without_room,
             num_streams=self._to_stream + self._other_streams,
             mean_expected=self.expected_tokens / len(self.decoding) if self.decoding else 0.0,
+            keeps_s=self.keeps_s,
             stall_left_s=stall_left_s,
             shared_tokens=shared_tokens,
             shared_s=shared_s,

@@ -104,6 +104,7 @@ def test_those_that_are_bound_to_a_worker_take_its_room_though_its_reports_do_no
         (2000, {"slo_ttft_s": 1.0, "slo_itl_s": 0.05}, {}, False),  # a pause that its mean bears
         (20_000, {"slo_ttft_s": 1.0, "slo_itl_s": 0.05}, {}, False),  # one of many seconds, in as many tokens more
         (20_000, {"slo_ttft_s": 1.0, "slo_itl_s": 0.05}, {"free_blocks": 1}, True),  # the prefill worker is full
+        (20_000, {"slo_ttft_s": 1.0, "slo_itl_s": 0.05}, {"keeps_s": 1.0}, True),  # it would give up before that
         (2000, {"slo_ttft_s": 1.0}, {}, True),
         (2000, {"slo_ttft_s": 1.0, "slo_itl_s": 0.0095}, {}, True),
     ],

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planes.wire.messages import LoadReport, RequestId, Role, StepSample, WorkerId, WorkerState
+from planes.wire.messages import HandoverMode, LoadReport, RequestId, Role, StepSample, WorkerId, WorkerState
 from router.fleet import Fleet
 from router.request import RoutableRequest
 from tests.fakes import candidate, registration
@@ -59,3 +59,14 @@ def test_a_worker_looks_as_it_would_to_somebody_who_had_never_seen_it(history):
         for worker in fleet.workers.values():
             assert worker.view(0, 100, num_cached, 0.0, now) == looked_at_anew(worker, now, num_cached=num_cached)
         now += 30.0 if number % 2 else 0.001
+
+
+def test_a_kv_cache_that_is_pushed_waits_for_seconds_and_one_that_is_pulled_for_as_long_as_it_must():
+    fleet = Fleet()
+    for mode in HandoverMode:
+        fleet.up(registration(mode, Role.PREFILL, mode=mode))
+    push, pull = (
+        fleet.workers[WorkerId(mode)].view(0, 100, 0, 0.0, 1.0) for mode in (HandoverMode.PUSH, HandoverMode.PULL)
+    )
+    assert push.keeps_s < 30.0
+    assert pull.keeps_s == float("inf")
