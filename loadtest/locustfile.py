@@ -70,6 +70,13 @@ def _choose(environment: Environment, **_: Any) -> None:
     options = environment.parsed_options
     is_open = options is not None and bool(options.workload)
     environment.user_classes = [WorkloadUser] if is_open else [ChatUser]
+    if options is not None and options.csv_prefix:
+        environment.events.quit.add_listener(_write_last)  # type: ignore[no-untyped-call]
+
+
+def _write_last(**_: Any) -> None:
+    """At the end locust closes its CSV without writing what came since it last did: let it write once more."""
+    gevent.sleep(2 * CSV_STATS_INTERVAL_SEC)
 
 
 class _Asking(HttpUser):
@@ -169,7 +176,6 @@ class WorkloadUser(_Asking):
             gevent.sleep(max(0.0, begun + session.start_s - time.monotonic()))
             sessions.append(gevent.spawn(self._converse, session, number))
         gevent.joinall(sessions)
-        gevent.sleep(2 * CSV_STATS_INTERVAL_SEC)  # at the end locust closes its CSV without writing what is new
         if self.environment.runner is not None:
             self.environment.runner.quit()
 

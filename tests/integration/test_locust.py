@@ -31,9 +31,10 @@ async def test_a_workload_is_sent_whole_and_users_chat_until_they_are_stopped(tm
     sessions = load("shared_prefix", block_size=64, seed=0).sessions[:3]
     turns = [turn for session in sessions for turn in session.turns]
     workload = ("--workload", "shared_prefix", "--sessions", "3", "--rate-scale", "10")
+    short = ("--tokens", "5", "--slo-ttft-s", "0")
     async with stack("--engine", "sim", environment=FAST) as one:
         rows = ran(one.port, tmp_path, *workload, "--slo-ttft-s", "60", "--slo-itl-ms", "60000", "-t", "60s")
-        late = ran(one.port, tmp_path, "-u", "2", "-t", "3s", "--slo-ttft-s", "0", "--tokens", "5")
+        late = ran(one.port, tmp_path, "-u", "2", "-t", "3s", "--stop-timeout", "20", *short)
     assert int(rows["chat: whole answer"]["Request Count"]) == len(turns)
     assert int(rows["chat: within SLOs"]["Request Count"]) == len(turns)
     assert "chat: beyond SLOs" not in rows
