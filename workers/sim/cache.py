@@ -99,7 +99,9 @@ class SimCache:
             self._free.append(block)
 
     def store(self, blocks: Sequence[int], names: Sequence[int]) -> None:
-        """These referenced blocks are full and hold what `names` say. A name already cached stays where it is."""
+        """These referenced blocks hold what `names` say, at the latest when the step that is being scheduled ends. A
+        name already cached stays where it is.
+        """
         by_name, block_names = self._by_name, self._names
         for block, name in zip(blocks, names, strict=True):
             if name not in by_name and block_names[block] is None:

@@ -14,8 +14,9 @@ the core meanwhile cuts that run to the whole steps that had begun: after callin
 
 Scheduling follows vLLM's V1 scheduler in spirit: running decodes first, one token each, then prefill chunks, oldest
 first (with `facts.is_shortest_first` as our plug-in has it), then waiting requests by (priority, arrival), all within
-`max_step_tokens`; a request is admitted when `max_batch` allows and the blocks of its whole prompt fit; when blocks
-run out the latest request is preempted and computed again later. Step seconds follow `LatencyPrior`, which for the
+`max_step_tokens`; a request is admitted when `max_batch` allows and the blocks of its whole prompt fit, and begins
+after what is cached or will be filled by prompts scheduled before it in that step; when blocks run out the latest
+request is preempted and computed again later. Step seconds follow `LatencyPrior`, which for the
 simulated engine is no guess but the truth.
 """
 
@@ -224,10 +225,13 @@ class SimCore:
         batch = scheduler.schedule()
         self._chunks = batch.chunks
         self._admitted += [sequence.request.request for sequence in batch.remote]
-        for sequence, _ in batch.chunks:
+        for sequence, tokens in batch.chunks:
             if sequence.scheduled_at < 0:
                 sequence.scheduled_at = now
-        self._cache.flush()
+            if self._memory is not None:
+                self._write(self._memory, *sequence.filled_by(tokens, self._size))
+        if not batch.chunks:
+            self._cache.flush()  # else at the end of the step, as vLLM does
         if not batch.chunks and not scheduler.decoding:
             return None
         is_run = horizon is not None and not batch.chunks and not batch.has_preempted
@@ -267,7 +271,7 @@ class SimCore:
         harvest = _Harvest(now)
         self._decode(num_steps, harvest)
         for sequence, tokens in self._chunks:
-            self._compute(sequence, tokens)
+            sequence.computed += tokens
             if sequence.computed == sequence.length:
                 self._draw_first(sequence, harvest)
         self._name(harvest.filled)
@@ -292,7 +296,10 @@ class SimCore:
             self._draw(sequence, steps, harvest)
         scheduler.kv_tokens += steps * len(scheduler.decoding)
         if full:
-            self._store([s.blocks[-1] for s in full], [s.names[s.capacity // self._size - 1] for s in full])
+            blocks, names = [s.blocks[-1] for s in full], [s.names[s.capacity // self._size - 1] for s in full]
+            if self._memory is not None:
+                self._write(self._memory, blocks, names)
+            self._cache.store(blocks, names)
 
     def _draw(self, sequence: Sequence, steps: int, harvest: _Harvest, *, is_first: bool = False) -> None:
         sequence.length += steps
@@ -313,13 +320,6 @@ class SimCore:
             harvest.finished.append(sequence)
         harvest.outputs.append(SimOutput(sequence.request.request, steps, tokens, finish, report, sequence.entropy))
 
-    def _compute(self, sequence: Sequence, tokens: int) -> None:
-        first = sequence.computed // self._size
-        sequence.computed += tokens
-        end = min(sequence.computed // self._size, len(sequence.names))
-        if end > first:
-            self._store(sequence.blocks[first:end], sequence.names[first:end])
-
     def _draw_first(self, sequence: Sequence, harvest: _Harvest) -> None:
         """All tokens so far are computed: the first draw, or the first after a preemption."""
         is_first = sequence.first_token_at < 0
@@ -338,10 +338,10 @@ class SimCore:
         if memory is not None and sequence.request.leg is SimLeg.PREFILL and sequence.length % self._size:
             memory.write(sequence.blocks[-1:], np.array([word_of(sequence.chain or 0)], dtype=np.uint64))
 
-    def _store(self, blocks: list[int], names: list[int]) -> None:
-        if self._memory is not None:
-            self._memory.write(blocks, np.array(names, dtype=np.uint64))
-        self._cache.store(blocks, names)
+    @staticmethod
+    def _write(memory: KvMemory, blocks: list[int], names: list[int]) -> None:
+        if blocks:
+            memory.write(blocks, np.array(names, dtype=np.uint64))
 
     def _name(self, filled: list[Sequence]) -> None:
         """Name the blocks that the tokens just drawn fill up; they are stored when their last token is computed."""

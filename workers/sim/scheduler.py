@@ -32,12 +32,6 @@ class Batch:
     """Decode legs that got their blocks: their KV cache may come."""
     has_preempted: bool = False
 
-    def add(self, sequence: Sequence, budget: int) -> int:
-        """Compute what is left of a prompt, as far as the budget goes. Returns how many tokens that are."""
-        tokens = min(budget, sequence.length - sequence.computed)
-        self.chunks.append((sequence, tokens))
-        return tokens
-
 
 def _left(sequence: Sequence) -> int:
     """Prompt tokens still to be computed."""
@@ -84,7 +78,7 @@ class SimScheduler:
         for sequence in () if is_aside else self.prefilling:
             if budget <= 0:
                 break
-            budget -= batch.add(sequence, min(budget, most))
+            budget -= self._compute(batch, sequence, min(budget, most))
         if not batch.has_preempted:
             self._admit(batch, budget, most)
         if batch.chunks:
@@ -129,7 +123,7 @@ class SimScheduler:
         """
         seats = self._facts.max_batch - len(self.decoding) - len(self.prefilling)
         while self._arrived and seats > 0 and budget > 0:
-            budget -= batch.add(self._run(self._arrived.popleft()), min(budget, most))
+            budget -= self._compute(batch, self._run(self._arrived.popleft()), min(budget, most))
             seats -= 1
         while (sequence := self._first()) is not None:
             is_remote = sequence.needs_remote  # it takes blocks, and neither a seat nor tokens yet
@@ -142,8 +136,21 @@ class SimScheduler:
                 sequence.needs_remote, sequence.state = False, State.REMOTE
                 batch.remote.append(sequence)
             else:
-                budget -= batch.add(self._run(sequence), min(budget, most))
+                budget -= self._compute(batch, self._run(sequence), min(budget, most))
                 seats -= 1
+
+    def _compute(self, batch: Batch, sequence: Sequence, most: int) -> int:
+        """Compute what is left of a prompt, up to `most` tokens. Returns how many that are.
+
+        Blocks that this fills have their names at once, so that prompts scheduled after it share them in this very
+        step, as in vLLM: a step writes KV before it reads any.
+        """
+        tokens = min(most, _left(sequence))
+        batch.chunks.append((sequence, tokens))
+        blocks, names = sequence.filled_by(tokens, self._size)
+        if blocks:
+            self.cache.store(blocks, names)
+        return tokens
 
     def _run(self, sequence: Sequence) -> Sequence:
         sequence.state = State.RUNNING

@@ -89,6 +89,12 @@ class Sequence:
         self.submitted_at = self.arrived_at = now
         self.scheduled_at = self.first_token_at = -1.0
 
+    def filled_by(self, tokens: int, block_size: int) -> tuple[list[int], list[int]]:
+        """Blocks that computing so many more tokens of the input fills, and their names, as far as it has names."""
+        first, end = self.computed // block_size, (self.computed + tokens) // block_size
+        names = self.names[first:end]
+        return self.blocks[first : first + len(names)], names
+
     def state_at(self, count: int, block_size: int) -> int:
         """The token chain's state after the first `count` input tokens."""
         full = count // block_size
