@@ -40,7 +40,7 @@ class Tracer(RelayTracer, Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gateway:
-    """clock: the event loop's.  wall_clock: seconds since 1970, for what clients read."""
+    """clock: a monotonic one.  wall_clock: seconds since 1970, for what clients read."""
 
     settings: GatewaySettings
     keys: ApiKeys

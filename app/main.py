@@ -179,7 +179,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane, siblings: Sibl
 
     Raises:  UnusableSetting.
     """
-    clock = asyncio.get_running_loop().time
+    clock = time.monotonic  # the event loop's own counts whole milliseconds under uvloop
     metrics = Metrics()
     keys = StreamKeys(settings.stream_security)
     start = _routing(settings)
@@ -195,9 +195,9 @@ def create_gateway(settings: GatewaySettings, events: EventPlane, siblings: Sibl
     models = Models(ObjectStore(events), settings.assets_dir, adapters=known)
 
     async def connect(worker: Registration) -> WorkerConnection:
-        limits, deadline = settings.stream_limits, clock() + _CONNECT_TIMEOUT_S
+        where, limits = worker.address, settings.stream_limits
         return await WorkerConnection.open(
-            worker.worker, worker.epoch, worker.address, deadline=deadline, limits=limits, keys=keys
+            worker.worker, worker.epoch, where, timeout_s=_CONNECT_TIMEOUT_S, limits=limits, keys=keys
         )
 
     fleet = WorkerConnections(router, dispatcher, models, events, connect=connect, clock=clock, rng=random.Random())
@@ -220,7 +220,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane, siblings: Sibl
         )
         metrics.watch(recorder.gauges)
     tracer = _tracer(settings, clock)
-    autorole = _autorole(settings, router, fleet) if settings.autorole else None
+    autorole = _autorole(settings, router, fleet, clock) if settings.autorole else None
     if autorole is not None:
         metrics.watch(autorole.gauges)
     relay = Relay(
@@ -242,7 +242,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane, siblings: Sibl
         max_value_bytes=max(1, settings.response_store_bytes // _LEAST_RESPONSES),
     )
     responses = ResponseStore(values)
-    background = Background(responses, events, relay, gateway=secrets.token_hex(8))
+    background = Background(responses, events, relay, gateway=secrets.token_hex(8), clock=clock)
     budgets = Entries(Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, BUDGETS)
     ledger = Ledger(budgets, gateway=secrets.token_hex(8), wall_clock=time.time)
     used = Entries(Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, USAGE)
@@ -262,7 +262,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane, siblings: Sibl
         ledger=ledger,
         usage=usage,
         models=models,
-        preprocessor=Preprocessor(keeps_nonces=settings.keep_prompt_nonces),
+        preprocessor=Preprocessor(keeps_nonces=settings.keep_prompt_nonces, clock=clock),
         bodies=BodyMemory(settings.body_memory_bytes),
         router=router,
         routing_config=routing_config,
@@ -349,7 +349,7 @@ def _lasting(settings: GatewaySettings, gateway: Gateway, events: EventPlane) ->
         watch_config(etcd, settings.namespace, gateway.routing_config.take),
         fleet.run(),
         gateway.adapters.run(),
-        _watch_loop(gateway.metrics),
+        _watch_loop(gateway.metrics, gateway.clock),
     ]
     if (stored := gateway.keys.stored) is not None:
         lasting.append(Entries(etcd, settings.namespace, KEYS).watch(stored.take, stored.listed))
@@ -380,12 +380,11 @@ def _settle_memory() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
-async def _watch_loop(metrics: Metrics) -> None:
-    loop = asyncio.get_running_loop()
+async def _watch_loop(metrics: Metrics, clock: Clock) -> None:
     while True:
-        due = loop.time() + _LAG_PERIOD_S
+        due = clock() + _LAG_PERIOD_S
         await asyncio.sleep(_LAG_PERIOD_S)
-        metrics.loop_lagged(max(0.0, loop.time() - due))
+        metrics.loop_lagged(max(0.0, clock() - due))
 
 
 def _routing(settings: GatewaySettings) -> RoutingSetup:
@@ -413,7 +412,7 @@ def _tracer(settings: GatewaySettings, clock: Clock) -> Tracer | None:
     )
 
 
-def _autorole(settings: GatewaySettings, router: Router, fleet: WorkerConnections) -> Autorole:
+def _autorole(settings: GatewaySettings, router: Router, fleet: WorkerConnections, clock: Clock) -> Autorole:
     goals = RoleGoals(
         window_s=settings.autorole_window_s,
         horizon_s=settings.autorole_horizon_s,
@@ -423,12 +422,12 @@ def _autorole(settings: GatewaySettings, router: Router, fleet: WorkerConnection
     name = secrets.token_hex(8)
     return Autorole(
         RolePlanner(goals),
-        Candidate(Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, OFFICE, name),
+        Candidate(Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, OFFICE, name, clock=clock),
         router,
         fleet.registrations,
         namespace=settings.namespace,
         gateway=name,
-        clock=asyncio.get_running_loop().time,
+        clock=clock,
         wall_clock=time.time,
     )
 

@@ -8,10 +8,10 @@ the load's client takes them in turn. Both fleets are up at once and are loaded 
 what is around them, which is vLLM's API server there, gateway and worker processes here.
 """
 
-import asyncio
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
@@ -101,9 +101,9 @@ async def _measure(seconds: float, rounds: int, rate: float, slo: Slo) -> dict[s
                 what = "warming up" if number < 0 else f"round {number + 1} of {rounds}"
                 print(f"{what}, {length_s:g} s: {variant} …", flush=True)
                 arrivals = mixed_arrivals(_MODEL, length_s, number, rate, variant)
-                meter, begun_s = Meter([_apart(process) for process in processes]), asyncio.get_running_loop().time()
+                meter, begun_s = Meter([_apart(process) for process in processes]), time.monotonic()
                 samples = await send(arrivals)
-                elapsed_s = asyncio.get_running_loop().time() - begun_s
+                elapsed_s = time.monotonic() - begun_s
                 if number >= 0:
                     outcomes[variant].append(outcome(arrivals, samples, meter.spent_s(), elapsed_s, slo))
     return outcomes

@@ -64,11 +64,10 @@ async def replay_in_turn(
     ports: Sequence[int], arrivals: Sequence[Arrival], headers: dict[str, str] | None = None
 ) -> list[Sample]:
     """The same, to one server after the other."""
-    loop = asyncio.get_running_loop()
-    started_at = loop.time()
+    started_at = time.monotonic()
 
     async def one(port: int, arrival: Arrival) -> Sample:
-        await asyncio.sleep(started_at + arrival.at_s - loop.time())
+        await asyncio.sleep(started_at + arrival.at_s - time.monotonic())
         client = Client("127.0.0.1", port)
         try:
             return await client.post(arrival.path, arrival.body, headers)

@@ -12,6 +12,7 @@ whatever their clocks and connections do.
 
 import asyncio
 import secrets
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -35,10 +36,19 @@ class OfficeLost(HeadraceError):  # noqa: N818 - names the outcome
 class Candidate:
     """Runs for an office for as long as `run` does.  name: of this process, without a slash."""
 
-    def __init__(self, etcd: Etcd, namespace: str, office: str, name: str, *, ttl_s: int = 6) -> None:
+    def __init__(
+        self,
+        etcd: Etcd,
+        namespace: str,
+        office: str,
+        name: str,
+        *,
+        ttl_s: int = 6,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._etcd = etcd
         self._prefix = f"/headrace/{check_namespace(namespace)}/{office}/".encode()
-        self._office, self._name, self._ttl_s = office, name, ttl_s
+        self._office, self._name, self._ttl_s, self._clock = office, name, ttl_s, clock
         self._lease: int | None = None
         self._term = b""
         self._until = 0.0
@@ -47,7 +57,7 @@ class Candidate:
     @property
     def is_holder(self) -> bool:
         """As far as it knows; `act` asks etcd."""
-        return bool(self._term) and asyncio.get_running_loop().time() < self._until
+        return bool(self._term) and self._clock() < self._until
 
     async def run(self) -> None:
         """Run for it, and hold it, until cancelled; then it is free at once."""
@@ -99,7 +109,7 @@ class Candidate:
 
     async def _campaign(self, client: Any, healthy: Callable[[], None]) -> None:
         while True:
-            asked_at = asyncio.get_running_loop().time()
+            asked_at = self._clock()
             if self._lease is not None and not await renewed(client, self._lease):
                 self._lost("its lease ran out")
                 self._lease = None

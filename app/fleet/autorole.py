@@ -51,7 +51,7 @@ class LoadedRouter(Protocol):
 class Autorole:
     """See above. One for each gateway that has the flag.
 
-    registrations: of all workers, as they are now.  clock: the event loop's.  wall_clock: seconds since 1970.
+    registrations: of all workers, as they are now.  clock: a monotonic one.  wall_clock: seconds since 1970.
     """
 
     def __init__(

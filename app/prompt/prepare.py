@@ -5,6 +5,7 @@ thread pool, whose size bounds how many run at once. A prompt that provably cann
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -122,13 +123,15 @@ class Preprocessor:
         num_threads: int = 2,
         max_waiting: int = 1024,
         keeps_nonces: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:  inline_bytes: longest body whose prompt is tokenized on the event loop.  num_threads: long prompts
         tokenized at once.  max_waiting: long prompts under way, those on the threads included.
-        keeps_nonces: render what `app/prompt/nonce.py` would drop.
+        keeps_nonces: render what `app/prompt/nonce.py` would drop.  clock: that of deadlines.
         """
         self._keeps_nonces = keeps_nonces
+        self._clock = clock
         self._inline_bytes = inline_bytes
         self._max_waiting = max_waiting
         self._num_waiting = 0
@@ -153,7 +156,7 @@ class Preprocessor:
         self, parsed: ParsedRequest, model: ModelEntry, *, cache_salt: str | None = None, deadline: float | None = None
     ) -> Prepared:
         """
-        Args:  cache_salt: instead of the request's own (see `Tenant.salted`).  deadline: on the event loop's clock.
+        Args:  cache_salt: instead of the request's own (see `Tenant.salted`).  deadline: on this object's clock.
         Raises:  InvalidRequest, ContextExceeded among them; TokenizersBusy, PreparationTimeout.
         """
         salt = parsed.cache_salt if cache_salt is None else cache_salt
@@ -197,7 +200,7 @@ class Preprocessor:
             raise TokenizersBusy(self._num_waiting, self._max_waiting)
         self._num_waiting += 1
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout(None if deadline is None else deadline - self._clock()):
                 return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
         except TimeoutError:
             raise PreparationTimeout from None

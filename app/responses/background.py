@@ -14,6 +14,7 @@ response will not end any more. What a response's client would have read is kept
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from enum import Enum
 from typing import Final, Protocol
@@ -75,17 +76,25 @@ class Background:
     """The background responses of one gateway.
 
     gateway: its name, which no other one has, nor this one after its next start.
-    retry_s: how long the end of a response is tried to be saved while NATS is away.
+    retry_s: how long the end of a response is tried to be saved while NATS is away.  clock: a monotonic one, for that.
     """
 
     def __init__(
-        self, store: ResponseStore, messenger: Messenger, relay: Relay, *, gateway: str, retry_s: float = 60.0
+        self,
+        store: ResponseStore,
+        messenger: Messenger,
+        relay: Relay,
+        *,
+        gateway: str,
+        retry_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.gateway = gateway
         self._store = store
         self._messenger = messenger
         self._relay = relay
         self._retry_s = retry_s
+        self._clock = clock
         self._runs: dict[tuple[str, str], _Run] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._stopping = asyncio.Event()
@@ -173,7 +182,7 @@ class Background:
                         run.answering = tasks.create_task(self._relay.run(run.job, run))
                         if run.record.is_streamed:
                             tasks.create_task(run.write_events())
-            await run.save(self._retry_s)
+            await run.save(self._retry_s, self._clock)
         except Exception:  # noqa: BLE001 - our own bug: it is this response's alone
             _log.exception("response.bug", response=name[1])
         finally:
@@ -271,7 +280,7 @@ class _Run:
             if not self.is_ended:
                 await asyncio.sleep(_BATCH_S)
 
-    async def save(self, retry_s: float) -> None:
+    async def save(self, retry_s: float, clock: Callable[[], float]) -> None:
         """The end."""
         response = self.job.format.response_id
         body = self._body or with_status(self.record.body, "failed", _LOST)
@@ -279,7 +288,7 @@ class _Run:
         record = msgspec.structs.replace(
             self.record, body=body, num_bytes=self.record.num_bytes + len(body), gateway="", num_events=num_events
         )
-        deadline = asyncio.get_running_loop().time() + retry_s
+        deadline = clock() + retry_s
         while not self._is_discarded:
             try:
                 await self._store.save(self.job.tenant, response, record)
@@ -291,7 +300,7 @@ class _Run:
                 record = msgspec.structs.replace(record, body=with_status(self.record.body, "failed", told))
             except NotKept as exc:
                 _log.warning("response.not_saved", response=response, reason=str(exc))
-                if asyncio.get_running_loop().time() > deadline:
+                if clock() >= deadline:
                     return
                 await asyncio.sleep(_RETRY_S)
 

@@ -24,7 +24,7 @@ from router.request import Route
 _log = structlog.get_logger()
 
 CallAt = Callable[[float, Callable[[Event], None], Event], Timer]
-"""As an event loop's `call_at`."""
+"""As an event loop's `call_at`, at an instant on the driver's clock."""
 
 
 class Releasing(Protocol):

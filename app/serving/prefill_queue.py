@@ -51,7 +51,6 @@ class Prefilled:
 
     worker: WorkerId
     done: Done
-    ended_at: float
     job: RequestId | None = None
 
 
@@ -137,7 +136,7 @@ class QueuedPrefills:
             raise leg_error(news.failed, news.worker)
         if news.done is None:
             raise TypeError("an answer has neither of its two")
-        return Prefilled(news.worker, news.done, self._loop.time(), job)
+        return Prefilled(news.worker, news.done, job)
 
     def release(self, model: str, job: RequestId, worker: WorkerId) -> None:
         """The KV cache that `worker` keeps for this job will not be fetched."""

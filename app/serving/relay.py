@@ -17,7 +17,7 @@ from app.serving import events as on
 from app.serving.binding import Clock, Dispatcher
 from app.serving.driver import ExchangeDriver
 from app.serving.effects import Noted
-from app.serving.events import LegId
+from app.serving.events import Event, LegId
 from app.serving.exchange import Exchange, State
 from app.serving.prefill_queue import NotQueued, Prefilled
 from app.serving.request import GatewayRequest
@@ -34,6 +34,8 @@ from router.timeline import Timeline
 _log = structlog.get_logger()
 
 _JSON = ("content-type", "application/json")
+_LEAST_WAIT_S = 0.001
+"""uvloop rounds to milliseconds: a timer may come early, and what is left of the wait must not round to nothing."""
 
 
 class Response(Protocol):
@@ -81,7 +83,7 @@ class Tracer(Protocol):
 class Relay:
     """Serves requests. One for each gateway process.
 
-    clock: the event loop's.  prefills: the queue for prompts; None: they are sent to the worker chosen.
+    clock: a monotonic one.  prefills: the queue for prompts; None: they are sent to the worker chosen.
     keepalive_s: longest silence of a stream; 0: it may be silent.  recorder: told of every request that was served.
     tracer: told of every request that has ended.
     """
@@ -126,6 +128,11 @@ class Relay:
         serving.start()
         return serving
 
+    def call_at(self, instant: float, call: Callable[[Event], None], event: Event) -> asyncio.TimerHandle:
+        """As an event loop's, at an instant on `clock`."""
+        wait_s = max(_LEAST_WAIT_S, instant - self.clock())
+        return asyncio.get_running_loop().call_later(wait_s, call, event)
+
     async def _serve(self, request: GatewayRequest, response: Response, tasks: asyncio.TaskGroup | None) -> None:
         ended = asyncio.Event()
         serving = Serving(self, request, response, tasks, ended.set)
@@ -150,9 +157,8 @@ class Serving(ExchangeDriver):
         tasks: asyncio.TaskGroup | None,
         on_end: Callable[[], object],
     ) -> None:
-        loop = asyncio.get_running_loop()
         exchange = Exchange(request, relay.limits, has_prefill_queue=relay.prefills is not None)
-        super().__init__(exchange, relay.dispatcher, relay.workers, clock=relay.clock, call_at=loop.call_at)
+        super().__init__(exchange, relay.dispatcher, relay.workers, clock=relay.clock, call_at=relay.call_at)
         self.response = response
         self._relay = relay
         self._on_end = on_end
@@ -162,11 +168,11 @@ class Serving(ExchangeDriver):
         self._legs: dict[LegId, WorkerStream | asyncio.Task[None]] = {}
         self._spent = self._rest_tokens = 0
         self._is_prompt_spent = self._is_rest_prompt = self._is_closed = False
-        self._deadline = loop.call_at(request.deadline, self.receive, on.Deadline())
-        self._call_later = loop.call_later
+        self._call_later = asyncio.get_running_loop().call_later
+        self._deadline = relay.call_at(request.deadline, self.receive, on.Deadline())
         self._keepalive: asyncio.TimerHandle | None = None
         if relay.keepalive_s and request.format.is_streaming:
-            self._keepalive = loop.call_later(relay.keepalive_s, self._keep_alive)
+            self._keepalive = self._call_later(relay.keepalive_s, self._keep_alive)
 
     def leave(self) -> None:
         """The client has gone, or else the gateway stops."""

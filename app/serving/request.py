@@ -31,7 +31,7 @@ class Prewarm(Struct, frozen=True):
 
 
 class GatewayRequest(Struct, frozen=True, eq=False):
-    """arrived_at, deadline: instants of the event loop's clock.  prompt: shape (n,), uint32, n >= 1.
+    """arrived_at, deadline: instants on the gateway's clock.  prompt: shape (n,), uint32, n >= 1.
 
     sampling: `max_tokens` is resolved.
     """

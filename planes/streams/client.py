@@ -92,13 +92,13 @@ class WorkerConnection(Peer):
         epoch: int,
         address: str,
         *,
-        deadline: float,
+        timeout_s: float,
         limits: StreamLimits | None = None,
         keys: StreamKeys | None = None,
     ) -> "WorkerConnection":
         """Connect and hear the worker's Hello.
 
-        Args:  address: host:port.  deadline: on the event loop's clock.  keys: None: the fleet's streams are open.
+        Args:  address: host:port.  timeout_s: for both.  keys: None: the fleet's streams are open.
         Raises:  WorkerUnreachable, also when another worker or another epoch answers at `address`.
         """
         host, _, port = address.rpartition(":")
@@ -106,7 +106,7 @@ class WorkerConnection(Peer):
         keys = keys or StreamKeys()
         connection = cls(worker, epoch, limits or StreamLimits(), token=keys.token)
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout(timeout_s):
                 await loop.create_connection(
                     lambda: connection,
                     host.strip("[]"),
@@ -115,7 +115,7 @@ class WorkerConnection(Peer):
                 )
                 await connection._greeting()
         except TimeoutError as exc:
-            raise WorkerUnreachable(worker, f"no answer from {address} before the deadline") from exc
+            raise WorkerUnreachable(worker, f"no answer from {address} within {timeout_s:g} s") from exc
         except (OSError, ValueError) as exc:
             raise WorkerUnreachable(worker, f"{address}: {exc}") from exc
         return connection
@@ -307,10 +307,9 @@ def _joined_deltas(run: list[Delta]) -> Delta:
 
 async def greets(worker: Registration, *, keys: StreamKeys | None = None, timeout_s: float = 2.0) -> bool:
     """Whether this very worker, of this epoch, greets who connects to its address."""
-    deadline = asyncio.get_running_loop().time() + timeout_s
     try:
         connection = await WorkerConnection.open(
-            worker.worker, worker.epoch, worker.address, deadline=deadline, keys=keys
+            worker.worker, worker.epoch, worker.address, timeout_s=timeout_s, keys=keys
         )
     except WorkerUnreachable:
         return False

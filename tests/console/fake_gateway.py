@@ -83,7 +83,7 @@ async def connect(worker):
 def make_gateway(folder: Path, keys: ApiKeys | None = None, *, has_playground: bool = True) -> Gateway:
     """All of one, with nothing around it."""
     settings = GatewaySettings(cache_dir=folder, slo_ttft_s=2.0, slo_itl_ms=50.0)
-    clock = asyncio.get_running_loop().time
+    clock = time.monotonic
     start = routing_setup(settings, RoutingConfig())
     router, metrics = Router(start.settings, start.policy), Metrics()
     dispatcher, models = Dispatcher(router, clock=clock), Models(NoStore(), folder)

@@ -259,7 +259,7 @@ class Gateway:
                 headers={},
                 tenant=Tenant("fuzz"),
                 request_id=RequestId("r"),
-                arrived_at=asyncio.get_running_loop().time(),
+                arrived_at=time.monotonic(),
             )
         except HeadraceError as exc:
             str(exc).encode()  # it must have a message that can be written

@@ -268,9 +268,8 @@ async def test_a_worker_s_port_takes_no_request(fleet, strangers, name, way):
         "no token": StreamKeys(StreamSecurity(own)),
         "another token": StreamKeys(StreamSecurity(own, strangers.token)),
     }[way]
-    deadline = asyncio.get_running_loop().time() + 30
     with pytest.raises(WorkerUnreachable):
-        await WorkerConnection.open(entry.worker, entry.epoch, entry.address, deadline=deadline, keys=keys)
+        await WorkerConnection.open(entry.worker, entry.epoch, entry.address, timeout_s=30.0, keys=keys)
     host, _, port = entry.address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(frame(REQUEST) * 10)
@@ -278,7 +277,7 @@ async def test_a_worker_s_port_takes_no_request(fleet, strangers, name, way):
         assert name.encode() not in await reader.read()
     writer.close()
     connection = await WorkerConnection.open(
-        entry.worker, entry.epoch, entry.address, deadline=deadline, keys=fleet.members
+        entry.worker, entry.epoch, entry.address, timeout_s=30.0, keys=fleet.members
     )
     connection.close()
     await connection.closed

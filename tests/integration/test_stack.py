@@ -166,7 +166,7 @@ async def test_a_handed_over_request_tells_where_its_time_went(api, unique):
     assert ends[-1] == pytest.approx(told["end_s"])
     assert told["code"] == "ok"
     assert float(response.headers["x-headrace-overhead-ms"]) == pytest.approx(told["overhead_s"] * 1e3, abs=0.001)
-    assert 0 <= told["overhead_s"] <= stages["queue"]["end_s"]  # the loop's clock stands still within one turn
+    assert 0 < told["overhead_s"] <= stages["queue"]["end_s"]
     assert "x-headrace-overhead-ms" in (await api.post("/v1/chat/completions", json={})).headers
     listed = (await api.get("/v1/routes", params={"limit": 1000})).json()["data"]
     assert told["request"] in [each["request"] for each in listed]

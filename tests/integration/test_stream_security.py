@@ -75,8 +75,7 @@ class Served:
             await connection.closed
 
     async def connected(self, keys=None):
-        deadline = asyncio.get_running_loop().time() + 20
-        connection = await WorkerConnection.open(WORKER, 7, f"127.0.0.1:{self.port}", deadline=deadline, keys=keys)
+        connection = await WorkerConnection.open(WORKER, 7, f"127.0.0.1:{self.port}", timeout_s=20.0, keys=keys)
         self._connections.append(connection)
         return connection
 

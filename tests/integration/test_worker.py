@@ -140,8 +140,7 @@ class Fleet:
         """To a worker, once it is registered."""
         await self.until(lambda: name in self.workers)
         found = self.workers[name]
-        deadline = asyncio.get_running_loop().time() + 60
-        connection = await WorkerConnection.open(found.worker, found.epoch, found.address, deadline=deadline)
+        connection = await WorkerConnection.open(found.worker, found.epoch, found.address, timeout_s=60.0)
         try:
             yield connection
         finally:

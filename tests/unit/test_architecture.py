@@ -58,6 +58,12 @@ ONLY_IN = {
     "transformers": {"workers/"},
 }
 
+ON_THE_LOOP_S_CLOCK = {
+    "planes/control.py": "moves the end of an `asyncio.timeout`, which is an instant on it",
+    "workers/sim/engine.py": "simulates: every instant is on it, as those of steps go to `call_at`",
+    "workers/sim/transfer.py": "lingers for a time, and tells it nobody",
+}
+
 
 def modules():
     return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
@@ -184,3 +190,21 @@ def test_every_connection_is_secured_as_the_settings_say(package):
         and SECURED[ast.unparse(node.func)] not in {keyword.arg for keyword in node.keywords}
     ]
     assert not wrong
+
+
+def is_loop(node):
+    """Whether an expression is an event loop, by its name."""
+    name = node.func if isinstance(node, ast.Call) else node
+    name = getattr(name, "attr", getattr(name, "id", ""))
+    return name.strip("_") in {"loop", "get_running_loop", "get_event_loop"}
+
+
+def test_no_time_is_taken_from_the_event_loop():
+    """uvloop's clock counts whole milliseconds, and an instant on it may be compared with none of `time.monotonic`."""
+    reading = {
+        path.relative_to(ROOT).as_posix()
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in {"time", "call_at"} and is_loop(node.value)
+    }
+    assert reading == set(ON_THE_LOOP_S_CLOCK)

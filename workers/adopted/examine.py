@@ -1,6 +1,7 @@
 """What a running `vllm serve` is, and whether it can be adopted: everything that is missing is told at once."""
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ class ServerFacts:
 
 async def until_healthy(client: HttpClient, *, wait_s: float, progress: Callable[[str], None]) -> None:
     """Wait for a server that is not there yet: loading takes minutes.  Raises:  EngineStartError."""
-    deadline = asyncio.get_running_loop().time() + wait_s
+    deadline = time.monotonic() + wait_s
     is_told = False
     while True:
         try:
@@ -80,14 +81,14 @@ async def until_healthy(client: HttpClient, *, wait_s: float, progress: Callable
             reason = f"its /health says {status}"
         except ServerGone as exc:
             reason = str(exc)
-        if asyncio.get_running_loop().time() >= deadline:
+        if time.monotonic() >= deadline:
             raise EngineStartError(
                 f"no vLLM server at {client.address.netloc} within {wait_s:g} s (--wait-s): {reason}"
             )
         if not is_told:
             progress(f"waiting for the vLLM server at {client.address.netloc}")
             is_told = True
-        await asyncio.sleep(min(_LOOK_S, max(0.0, deadline - asyncio.get_running_loop().time())))
+        await asyncio.sleep(min(_LOOK_S, max(0.0, deadline - time.monotonic())))
 
 
 async def examine(client: HttpClient, *, served_model_name: str | None = None) -> ServerFacts:

@@ -76,7 +76,7 @@ def settings(tmp_path):
 
 @pytest.fixture
 async def gateway(settings, tmp_path):
-    clock = asyncio.get_running_loop().time
+    clock = time.monotonic
     start = routing_setup(settings, RoutingConfig())
     router, metrics = Router(start.settings, start.policy), Metrics()
     dispatcher, models = Dispatcher(router, clock=clock), Models(NoStore(), tmp_path)

@@ -1,5 +1,5 @@
-import asyncio
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ def gateway(model):
         bodies=BodyMemory(1 << 24),
         models=SimpleNamespace(longest_context=4096, entry=lambda name: model),
         preprocessor=preprocessor,
-        clock=lambda: asyncio.get_running_loop().time(),
+        clock=time.monotonic,
         wall_clock=lambda: 1_700_000_000.0,
     )
     preprocessor.close()

@@ -100,11 +100,11 @@ async def test_whatever_is_long_is_parsed_and_prepared_off_the_event_loop(model,
 
 
 async def test_a_prompt_whose_time_is_over_before_a_thread_had_it_is_refused(model):
-    preprocessor = Preprocessor(inline_bytes=0, num_threads=1)
+    now = 1e9  # not the event loop's
+    preprocessor = Preprocessor(inline_bytes=0, num_threads=1, clock=lambda: now)
     going = threading.Event()
     blocking = asyncio.create_task(preprocessor.parse(lambda body: going.wait(), b"x"))
     await asyncio.sleep(0)
-    now = asyncio.get_running_loop().time()
     work = (
         lambda: preprocessor.parse(lambda body: body, b"x", deadline=now),
         lambda: preprocessor.prepare(chat(), model, deadline=now),

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -210,7 +211,7 @@ class Queue:
 
         class Sink:
             def on_done(self, done):
-                ended.set_result(Prefilled(WorkerId("p1"), done, 0.0, request.request))
+                ended.set_result(Prefilled(WorkerId("p1"), done, request.request))
 
             def on_failed(self, failed):
                 ended.set_exception(leg_error(failed, WorkerId("p1")))
@@ -227,10 +228,9 @@ class Queue:
 
 class Scene:
     def __init__(self, mode, fault, *, policy="headrace", queue=False, workers=("p0", "p1", "d0", "d1")):
-        self.loop = asyncio.get_running_loop()
         self.world = World(mode, fault)
         self.router = Router(RouterSettings(), load_policy(policy), rng=random.Random(1))
-        self.dispatcher = Dispatcher(self.router, clock=self.loop.time)
+        self.dispatcher = Dispatcher(self.router, clock=time.monotonic)
         self.world.on_lost = self.lost
         for name in workers:
             role = Role.PREFILL if name.startswith("p") else Role.DECODE
@@ -242,7 +242,7 @@ class Scene:
             self.dispatcher,
             self.world,
             Metrics(),
-            clock=self.loop.time,
+            clock=time.monotonic,
             limits=ExchangeLimits(replacement_s=2.0),
             prefills=Queue(self.world) if queue else None,
         )
@@ -252,7 +252,7 @@ class Scene:
         self.dispatcher.changed()
 
     async def serve(self, handover=HandoverPreference.AUTO, *, timeout_s=20.0, name="r", **sampling):
-        now, response = self.loop.time(), FakeResponse()
+        now, response = time.monotonic(), FakeResponse()
         request = GatewayRequest(
             request=RequestId(name),
             model="sim",
@@ -271,7 +271,7 @@ class Scene:
         return response
 
     def assert_nothing_is_left(self):
-        stats = self.router.stats(now=self.loop.time())
+        stats = self.router.stats(now=time.monotonic())
         assert (stats.bound, sum(stats.waiting.values()), self.dispatcher.num_waiting) == (0, 0, 0)
         assert self.world.kept == set(), "a KV cache that nobody will take"
         assert self.world.running == {}
@@ -317,7 +317,7 @@ async def test_one_broken_worker_takes_no_request_down_while_healthy_ones_stand_
     fault = Fault(leg, how, left=10**6, worker=broken)
     scene = Scene(mode, fault, policy=policy, workers=("p0", "p1", "p2", "d0", "d1"))
     busy = LoadReport(WorkerId("d1"), 1, WorkerState.READY, 7, 0, 0, 900, 3000, 0, 0, 0)
-    scene.router.apply_load(busy, now=scene.loop.time())  # the broken one looks idle, because everything fails there
+    scene.router.apply_load(busy, now=time.monotonic())  # the broken one looks idle, because everything fails there
     for number in range(10):
         response = await scene.serve(HandoverPreference.ALWAYS, name=f"r{number}", temperature=1.0, seed=1)
         assert b"".join(response.payloads) == WHOLE, (number, response.body, scene.world.legs)

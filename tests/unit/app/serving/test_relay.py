@@ -1,5 +1,6 @@
 import asyncio
 import gc
+import time
 import weakref
 
 import msgspec
@@ -48,7 +49,15 @@ def done(payload=b"", tokens=(), ticket=None, usage=USAGE):
 class Scene:
     """A relay among fakes, and the job under way."""
 
-    def __init__(self, mode=HandoverMode.PULL, max_attempts=3, replacement_s=60.0, prefills=None, keepalive_s=0.0):
+    def __init__(
+        self,
+        mode=HandoverMode.PULL,
+        max_attempts=3,
+        replacement_s=60.0,
+        prefills=None,
+        keepalive_s=0.0,
+        clock=time.monotonic,
+    ):
         self.router = FakeRouter()
         self.workers = FakeWorkers(
             registration("p0", Role.PREFILL, mode=mode),
@@ -56,14 +65,13 @@ class Scene:
             registration("d0", Role.DECODE, mode=mode),
             registration("d1", Role.DECODE, mode=mode),
         )
-        self.loop = asyncio.get_running_loop()
-        self.dispatcher = Dispatcher(self.router, clock=self.loop.time)
-        self.metrics = Metrics()
+        self.dispatcher = Dispatcher(self.router, clock=clock)
+        self.clock, self.metrics = clock, Metrics()
         self.relay = Relay(
             self.dispatcher,
             self.workers,
             self.metrics,
-            clock=self.loop.time,
+            clock=clock,
             limits=ExchangeLimits(max_attempts, replacement_s),
             prefills=prefills,
             keepalive_s=keepalive_s,
@@ -73,7 +81,7 @@ class Scene:
         self.task = None
 
     def request(self, *, is_streaming=True, timeout_s=100.0, prompt=PROMPT, options=None, **sampling):
-        now = self.loop.time()
+        now = self.clock()
         return GatewayRequest(
             request=RequestId("r"),
             model="sim",
@@ -581,6 +589,18 @@ async def test_a_stopping_gateway_says_so(scene, is_begun):
     assert scene.router.bound == set()
 
 
+@pytest.mark.parametrize("ahead_s", [-1e6, 1e6])
+async def test_a_deadline_is_an_instant_on_the_gateway_s_clock_and_not_on_the_loop_s(ahead_s):
+    scene = Scene(clock=lambda: time.monotonic() + ahead_s)
+    await scene.start((None, "d0"), timeout_s=100.0)
+    assert not scene.response.is_ended
+    scene.task.cancel()
+    await asyncio.wait([scene.task])
+    scene = Scene(clock=lambda: time.monotonic() + ahead_s)
+    await scene.start((None, "d0"), timeout_s=0.0)
+    assert b'"code":"deadline"' in (await scene.finished()).body
+
+
 @pytest.mark.parametrize("is_begun", [False, True])
 async def test_a_deadline_ends_the_request_in_the_shape_that_is_left(scene, is_begun):
     await scene.start((None, "d0"), timeout_s=0.2)
@@ -664,7 +684,7 @@ async def test_a_prompt_from_the_queue_is_decoded_with_the_ticket_of_whoever_too
     assert (model, request.request, request.leg) == ("sim", "r", PrefillLeg(HandoverMode.PULL, emit_first=True))
     assert scene.workers.connections["p0"].started == []
     ticket = msgspec.structs.replace(TICKET, worker=WorkerId("p1"))
-    scene.prefills.outcome.set_result(Prefilled(WorkerId("p1"), done(b"first", [7], ticket), scene.loop.time()))
+    scene.prefills.outcome.set_result(Prefilled(WorkerId("p1"), done(b"first", [7], ticket)))
     await settle()
     assert (scene.response.headers["x-headrace-prefill"], scene.response.payloads) == ("p1", [b"first"])
     request, sink = scene.leg("d0")
@@ -682,7 +702,7 @@ async def test_a_prompt_from_the_queue_is_decoded_with_the_ticket_of_whoever_too
 async def test_who_took_its_own_prompt_goes_on_without_fetching(queueing):
     scene = queueing
     await scene.start(("p0", "d0"))
-    given = Prefilled(WorkerId("d0"), done(b"first", [7], TICKET), scene.loop.time(), RequestId("r.q"))
+    given = Prefilled(WorkerId("d0"), done(b"first", [7], TICKET), RequestId("r.q"))
     scene.prefills.outcome.set_result(given)
     await settle()
     request, sink = scene.leg("d0")
