@@ -244,7 +244,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane, siblings: Sibl
     responses = ResponseStore(values)
     background = Background(responses, events, relay, gateway=secrets.token_hex(8), clock=clock)
     budgets = Entries(Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, BUDGETS)
-    ledger = Ledger(budgets, gateway=secrets.token_hex(8), wall_clock=time.time)
+    ledger = Ledger(budgets, gateway=secrets.token_hex(8), wall_clock=time.time, clock=clock)
     used = Entries(Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, USAGE)
     usage = UsageBook(used, gateway=secrets.token_hex(8), wall_clock=time.time)
     wanted = Entries(Etcd(settings.etcd, security=settings.etcd_security), settings.namespace, ADAPTERS)

@@ -12,6 +12,7 @@ What etcd holds is `Budget` by account (`budgets/{account}`), replaced only by w
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
@@ -129,13 +130,21 @@ class _Account:
 class Ledger:
     """The budgets of one gateway.
 
-    gateway: its name, which no other one has, nor this one after its next start.  wall_clock: seconds since 1970.
+    gateway: its name, which no other one has, nor this one after its next start.  wall_clock: seconds since 1970, for
+    windows.  clock: a monotonic one, for how long ago something was.
     """
 
-    def __init__(self, entries: Entries, *, gateway: str, wall_clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        entries: Entries,
+        *,
+        gateway: str,
+        wall_clock: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._entries = entries
         self._gateway = gateway
-        self._wall_clock = wall_clock
+        self._wall_clock, self._clock = wall_clock, clock
         self._accounts: dict[str, _Account] = {}
         self._queue: asyncio.Queue[_Account] = asyncio.Queue()
         self._is_connected = False
@@ -266,7 +275,7 @@ class Ledger:
             if await entries.swap(account.name, msgspec.json.encode(taking.budget), revision=revision):
                 break
         share.took(taking)
-        account.is_low, account.told_at = False, now
+        account.is_low, account.told_at = False, self._clock()
         self._answer(account, waiting, taking.shortages)
 
     def _answer(self, account: _Account, waiting: Sequence[_Waiter], shortages: Sequence[Shortage | None]) -> None:
@@ -281,14 +290,17 @@ class Ledger:
         """Give back what is not used, and say which slots are held, now and then."""
         while True:
             await asyncio.sleep(_TICK_S)
-            now = self._wall_clock()
-            for account in list(self._accounts.values()):
-                account.share.advance(now)
-                is_due = account.share.slots_held > 0 and now - account.told_at > _RENEW_S
-                if not account.is_queued and (account.share.put_aside() or is_due):
-                    self._ask(account)
-                elif not account.num_open and now - account.last_used > _FORGET_S:
-                    del self._accounts[account.name]
+            self._look_through()
+
+    def _look_through(self) -> None:
+        wall_now, now = self._wall_clock(), self._clock()
+        for account in list(self._accounts.values()):
+            account.share.advance(wall_now)
+            is_due = account.share.slots_held > 0 and now - account.told_at > _RENEW_S
+            if not account.is_queued and (account.share.put_aside() or is_due):
+                self._ask(account)
+            elif not account.num_open and now - account.last_used > _FORGET_S:
+                del self._accounts[account.name]
 
     # --- without it ------------------------------------------------------------------------------------------------
 
@@ -339,7 +351,7 @@ class Ledger:
             share = Share(self._gateway, tenant.limits, tenant.max_concurrent)
             account = self._accounts[tenant.account] = _Account(tenant.account, share)
         account.share.limits, account.share.max_slots = tenant.limits, tenant.max_concurrent  # they may have changed
-        account.last_used = self._wall_clock()
+        account.last_used = self._clock()
         return account
 
 

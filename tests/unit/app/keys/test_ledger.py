@@ -110,6 +110,29 @@ async def test_sequences_at_once_count_over_gateways(ledgers):
     other.close()
 
 
+async def test_a_gateway_whose_wall_clock_is_set_back_goes_on_saying_what_it_holds(etcd):
+    wall, now = NOW, 100.0
+    ledger = Ledger(etcd, gateway="a", wall_clock=lambda: wall, clock=lambda: now)
+    running = asyncio.create_task(ledger.run())
+    await reserve(ledger, tenant(max_concurrent=3))
+    wall, now = NOW - 3600.0, now + 6.0
+    etcd.told.clear()
+    ledger._look_through()
+    await asyncio.wait_for(etcd.told.wait(), 60)
+    assert budget(etcd).slots["a"].told_at == NOW - 3600.0
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+def test_who_has_not_asked_for_long_is_forgotten_though_the_wall_clock_was_set_back(etcd):
+    wall, now = NOW, 100.0
+    ledger = Ledger(etcd, gateway="a", wall_clock=lambda: wall, clock=lambda: now)
+    ledger._account(tenant(max_concurrent=3))
+    wall, now = NOW - 3600.0, now + 121.0
+    ledger._look_through()
+    assert not ledger._accounts
+
+
 async def test_without_etcd_a_gateway_goes_on_and_tells_later(ledgers, etcd):
     who = tenant(requests_per_minute=10)
     await reserve(ledgers[0], who)
