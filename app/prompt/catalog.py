@@ -132,6 +132,8 @@ class Models:
         self._locks: dict[_Key, asyncio.Lock] = {}
         self._workers: dict[WorkerId, _Served] = {}
         self._current: dict[str, ModelEntry] = {}
+        self._adapted: dict[str, ModelEntry] = {}
+        """Of adapters that a worker has, until anything changes among workers."""
         self._unusable: set[_Key] = set()
         """Cards of registered workers that could not be used when they were tried last."""
         self._has_seen_worker = False
@@ -150,9 +152,13 @@ class Models:
         if entry is not None:
             return entry
         if (adapter := self._adapters.get(model)) is not None:
+            adapted = self._adapted.get(model)
+            if adapted is not None and adapted.adapter is adapter:
+                return adapted
             changed = replace(self.entry(adapter.parent), adapter=adapter)
             if "" not in self.answers(adapter).values():
                 raise ModelLoading(model)
+            self._adapted[model] = changed
             return changed
         keys = {_key(served.registration) for served in self._workers.values() if served.registration.model == model}
         if keys:
@@ -297,6 +303,7 @@ class Models:
 
     def _choose(self, model: str) -> None:
         """Decide which card the name stands for, and what its workers can do."""
+        self._adapted.clear()
         own = [served for served in self._workers.values() if served.registration.model == model]
         groups = {key: group for key, group in self._groups(own).items() if key in self._cards}
         before = self._current.pop(model, None)

@@ -346,3 +346,28 @@ async def test_an_adapter_is_its_model_to_those_that_have_loaded_it(store, tmp_p
     assert (entry.model, entry.adapter, entry.digest) == ("sim", poet, digest)
     assert models.context_length("poet") == models.context_length("sim")
     assert models.entry("sim").adapter is None
+
+
+async def test_an_adapter_s_workers_are_looked_at_again_when_anything_has_changed_and_not_before(store, tmp_path):
+    known, digest = {"poet": Adapter("poet", "sim", "/a", 7)}, store.publish(FILES)
+    models = Models(store, tmp_path, adapters=known)
+    having, without = (msgspec.structs.replace(worker("d0", digest), adapters=each) for each in ({7: ""}, {}))
+    await join(models, having)
+    entry = models.entry("poet")
+    assert models.entry("poet") is entry
+    known["poet"] = Adapter("poet", "sim", "/b", 8)
+    with pytest.raises(ModelLoading):
+        models.entry("poet")
+    known["poet"] = Adapter("poet", "sim", "/a", 7)
+    assert models.entry("poet").adapter is known["poet"]
+    await join(models, worker("d1", digest, epoch=2, max_batch=99))
+    assert models.entry("poet").max_batch == 99
+    models.registered(without)
+    with pytest.raises(ModelLoading):
+        models.entry("poet")
+    models.registered(having)
+    assert models.entry("poet")
+    for name in ("d0", "d1"):
+        models.deregistered(WorkerId(name))
+    with pytest.raises(NoWorkerLeft):
+        models.entry("poet")
