@@ -1,11 +1,15 @@
 """What the gateway measures, in one registry of its own. Per token nothing is counted: a request adds up at its end."""
 
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 from msgspec import Struct
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from router.stats import RouterStats
 
@@ -53,11 +57,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._counters: dict[tuple[Counter, tuple[str, ...]], Counter] = {}
-        self._observers: dict[tuple[Histogram, str], Histogram] = {}
-        self._requests = Counter(
-            "headrace_requests", "Ended requests, by how they ended.", ("model", "code"), registry=self._registry
-        )
+        self._requests = _Sums("headrace_requests", "Ended requests, by how they ended.", ("model", "code"))
+        self._registry.register(self._requests)
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of ended requests.")
         self._completion_tokens = self._counter("completion_tokens", "Generated tokens.")
         self._cached_tokens = self._counter("cached_tokens", "Prompt tokens that did not have to be computed.")
@@ -121,12 +122,13 @@ class Metrics:
 
     def ended(self, request: RequestSummary) -> None:
         model = request.model
-        self._count(self._requests, 1, model, request.code)
-        self._count(self._prompt_tokens, request.prompt_tokens, model)
-        self._count(self._completion_tokens, request.completion_tokens, model)
-        self._count(self._cached_tokens, request.cached_tokens, model)
-        self._count(self._handover_bytes, request.handover_bytes, model)
-        for histogram, seconds in (
+        by_model = (model,)
+        self._requests.values[model, request.code] += 1
+        self._prompt_tokens.values[by_model] += request.prompt_tokens
+        self._completion_tokens.values[by_model] += request.completion_tokens
+        self._cached_tokens.values[by_model] += request.cached_tokens
+        self._handover_bytes.values[by_model] += request.handover_bytes
+        for spread, seconds in (
             (self._ttft, request.ttft_s),
             (self._itl, request.itl_s),
             (self._prefill, request.prefill_s),
@@ -134,18 +136,7 @@ class Metrics:
             (self._overhead, request.overhead_s),
         ):
             if seconds is not None:
-                # Looking a label up takes as long as observing.
-                child = self._observers.get((histogram, model))
-                if child is None:
-                    child = self._observers[histogram, model] = histogram.labels(model)
-                child.observe(seconds)
-
-    def _count(self, counter: Counter, count: int, *labels: str) -> None:
-        child = self._counters.get((counter, labels))
-        if child is None:
-            child = self._counters[counter, labels] = counter.labels(*labels)
-        if count:
-            child.inc(count)
+                spread.observe(model, seconds)
 
     def fields_ignored(self, count: int) -> None:
         self._ignored.inc(count)
@@ -183,11 +174,15 @@ class Metrics:
         """The text that Prometheus scrapes."""
         return generate_latest(self._registry)
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"headrace_{name}", text, ("model",), registry=self._registry)
+    def _counter(self, name: str, text: str) -> "_Sums":
+        sums = _Sums(f"headrace_{name}", text, ("model",))
+        self._registry.register(sums)
+        return sums
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"headrace_{name}", text, ("model",), buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> "_Spread":
+        spread = _Spread(f"headrace_{name}", text, bounds)
+        self._registry.register(spread)
+        return spread
 
 
 def router_gauges(stats: RouterStats) -> Iterator[Gauge]:
@@ -229,6 +224,41 @@ def router_gauges(stats: RouterStats) -> Iterator[Gauge]:
         yield Total("shadow_failed", "How often the shadow policy raised.", stats.shadow.failed, label)
         yield Total("shadow_differed", "Those with other workers.", stats.shadow.differed, label)
         yield Gauge("shadow_faster_seconds", "Predicted seconds they would have saved.", stats.shadow.faster_s, label)
+
+
+class _Sums(Collector):
+    """A counter, summed up by one thread alone: prometheus_client's takes a lock each time."""
+
+    def __init__(self, name: str, text: str, labels: tuple[str, ...]) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self.values: defaultdict[tuple[str, ...], float] = defaultdict(float)
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, value in self.values.items():
+            family.add_metric(labels, value)
+        return (family,)
+
+
+class _Spread(Collector):
+    """A histogram by model; as `_Sums`, and the bucket is found by bisection."""
+
+    def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
+        self._name, self._text, self._bounds = name, text, bounds
+        self._names = [*map(str, bounds), "+Inf"]
+        self._counts: defaultdict[str, list[int]] = defaultdict(lambda: [0] * len(self._names))
+        self._sums: defaultdict[str, float] = defaultdict(float)
+
+    def observe(self, model: str, value: float) -> None:
+        self._counts[model][bisect_left(self._bounds, value)] += 1
+        self._sums[model] += value
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=("model",))
+        for model, counts in self._counts.items():
+            buckets = list(zip(self._names, accumulate(counts), strict=True))
+            family.add_metric((model,), buckets, self._sums[model])
+        return (family,)
 
 
 class _Gauges:

@@ -23,6 +23,25 @@ def test_a_request_adds_up_at_its_end():
     assert exposed(metrics, "headrace_handover_seconds_count") == []
 
 
+def test_times_are_counted_up_to_and_at_each_bound():
+    metrics = Metrics()
+    for seconds in (0.001, 0.0025, 0.003, 20.0, 31.0):
+        metrics.ended(RequestSummary("m", "ok", prefill_s=seconds))
+    counts = [line.rpartition(" ") for line in exposed(metrics, "headrace_prefill_seconds_bucket")]
+    told = {name.partition('le="')[2].partition('"')[0]: float(count) for name, _, count in counts}
+    assert (told["0.001"], told["0.0025"], told["0.005"], told["10.0"], told["30.0"], told["+Inf"]) == (
+        1,
+        2,
+        3,
+        3,
+        4,
+        5,
+    )
+    assert list(told.values()) == sorted(told.values())
+    assert exposed(metrics, "headrace_prefill_seconds_sum") == ['headrace_prefill_seconds_sum{model="m"} 51.0065']
+    assert exposed(metrics, "headrace_prefill_seconds_count") == ['headrace_prefill_seconds_count{model="m"} 5.0']
+
+
 def test_retries_and_migrations_are_told_apart():
     metrics = Metrics()
     metrics.retried("worker_lost", is_migration=True)
