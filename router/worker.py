@@ -222,7 +222,8 @@ class Worker:
             self.pace(),
         )
         if report.steps:
-            self._other_streams = max(0, report.steps[-1].batch - len(self.decoding))
+            streams = min(report.steps[-1].batch, report.num_running)  # that step may have been the last one of some
+            self._other_streams = max(0, streams - len(self.decoding))
         elif not (self.has_steps and report.num_running):
             self._other_streams = max(0, report.num_running - len(self.decoding.keys() | self.computing.keys()))
         for step in report.steps:

@@ -187,6 +187,16 @@ def test_a_stream_tells_how_long_it_may_still_stand_still():
     assert view(fleet, D).num_streams == 0
 
 
+def test_streams_that_ended_with_the_last_step_that_a_report_tells_of_decode_no_more():
+    fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
+    reservation = fleet.reserve(request(expected=21), candidate(P, D), 0.0)
+    fleet.release(reservation, 21, 0.99)
+    step = StepSample(0, 0, 3, 300, 0.01)
+    for running in (0, 2, 3, 4):
+        fleet.apply_load(report("d", running=running, steps=[step]), now=1.0, report_delay_s=0.02)
+        assert view(fleet, D).num_streams == min(running, 3)
+
+
 def shortest_first(computing):
     """A worker that computes 64 tokens a step and the shortest prompt first, with one to compute."""
     fleet = fleet_of(registration("d", facts=replace(FACTS, max_step_tokens=64, is_shortest_first=True)))
