@@ -40,6 +40,7 @@ class Headrace:
         locals_ = [prefill_cost(request, worker, congested, model) for worker in view.decode]
         options = [local(request, *legs, goals, model) for legs in zip(locals_, decodes, strict=True)]
         best = min(options, key=_order)
+        pairs = _Pairs(request, view.links, goals, model)
         if view.prefill and not request.is_local_only:
             known = {leg.worker.worker: leg for leg in locals_ if leg.worker.role.can_prefill}
             prefills = [
@@ -47,11 +48,8 @@ class Headrace:
             ]
             is_free = request.handover is HandoverPreference.AUTO and len(known) == len(prefills)
             if not (is_free and _beats_pairs(best, known, prefills, decodes, model)):
-                pairs = _Pairs(request, view.links, goals, model).weighed(prefills, decodes, best.decode)
-                if pairs:
-                    options += pairs
-                    best = min(best, *pairs, key=_order)
-        chosen = best if len(options) == 1 else _one_of_the_best(options, best, view, model)
+                pairs.weigh(prefills, decodes, best.decode)
+        chosen, options = _one_of_the_best(options, pairs, view, model)
         return _bound_or_held(request, chosen, tuple(options), view, model)
 
 
@@ -71,14 +69,23 @@ def _beats_pairs(
     return alone.total_s <= least_s * model.near
 
 
-def _one_of_the_best(options: list[Candidate], best: Candidate, view: FleetView, model: CostModel) -> Candidate:
-    """Any of those that are as good as the best."""
-    most_s, given_up = best.total_s * model.near, best.gives_up
-    near = [option for option in options if option.total_s <= most_s and option.gives_up is given_up]
-    if len(near) > 1:  # workers that do both need no handover that gains nothing
-        both = {worker.worker for worker in view.prefill}
-        near = [option for option in near if option.prefill is None and option.decode in both] or near
-    return near[0] if len(near) == 1 else view.rng.choice(near)
+def _one_of_the_best(
+    alone: list[Candidate], pairs: "_Pairs", view: FleetView, model: CostModel
+) -> tuple[Candidate, list[Candidate]]:
+    """Any of those that are as good as the best, and all that were weighed. A pair as good as another one may lie
+    beside a better one, by a faster link, which the other does not.
+    """
+    while True:
+        options = [*alone, *pairs.found.values()]
+        best = min(options, key=_order)
+        most_s, given_up = best.total_s * model.near, best.gives_up
+        near = [option for option in options if option.total_s <= most_s and option.gives_up is given_up]
+        if len(near) > 1:  # workers that do both need no handover that gains nothing
+            both = {worker.worker for worker in view.prefill}
+            near = [option for option in near if option.prefill is None and option.decode in both] or near
+        chosen = near[0] if len(near) == 1 else view.rng.choice(near)
+        if chosen is best or not pairs.weigh_around(chosen) or pairs.least_s() >= best.order_s:
+            return chosen, options
 
 
 class _Pairs:
@@ -86,16 +93,15 @@ class _Pairs:
 
     def __init__(self, request: RoutableRequest, links: Links, goals: Goals, model: CostModel) -> None:
         self._request, self._links, self._goals, self._model = request, links, goals, model
-        self._found: dict[tuple[WorkerId, WorkerId], Candidate] = {}
+        self.found: dict[tuple[WorkerId, WorkerId], Candidate] = {}
+        self._groups: dict[HandoverGroup, tuple[list[PrefillCost], list[DecodeCost]]] = {}
 
-    def weighed(
-        self, prefills: Sequence[PrefillCost], decodes: Sequence[DecodeCost], nearest: WorkerId
-    ) -> list[Candidate]:
+    def weigh(self, prefills: Sequence[PrefillCost], decodes: Sequence[DecodeCost], nearest: WorkerId) -> None:
         """Of each handover group: the cheapest prefill worker with its best decode worker, that one with its best
         prefill worker, and so on until that is no cheaper; and the same from the worker that serves alone for least,
         `nearest`, on.
         """
-        groups: dict[HandoverGroup, tuple[list[PrefillCost], list[DecodeCost]]] = {}
+        groups = self._groups
         for sender in prefills:
             if sender.worker.handover is not None:
                 groups.setdefault(sender.worker.handover, ([], []))[0].append(sender)
@@ -109,7 +115,20 @@ class _Pairs:
                     self._pair(senders[0], receivers[0])
                 continue
             self._improve(senders, receivers, nearest)
-        return list(self._found.values())
+
+    def weigh_around(self, pair: Candidate) -> bool:
+        """All that exchange one worker of `pair`.  Returns whether any of them had not been weighed."""
+        before = len(self.found)
+        for senders, receivers in self._groups.values():
+            sender = next((leg for leg in senders if leg.worker.worker == pair.prefill), None)
+            receiver = next((leg for leg in receivers if leg.worker.worker == pair.decode), None)
+            if sender is not None and receiver is not None:
+                self._best_decode(sender, receivers)
+                self._best_prefill(receiver, senders)
+        return len(self.found) > before
+
+    def least_s(self) -> float:
+        return min([option.order_s for option in self.found.values()])
 
     def _improve(self, senders: Sequence[PrefillCost], receivers: Sequence[DecodeCost], nearest: WorkerId) -> None:
         only = receivers[0].worker.worker if len(receivers) == 1 else None
@@ -149,10 +168,10 @@ class _Pairs:
 
     def _pair(self, sender: PrefillCost, receiver: DecodeCost) -> Candidate:
         names = sender.worker.worker, receiver.worker.worker
-        found = self._found.get(names)
+        found = self.found.get(names)
         if found is None:
             link = self._links.link(*names)
-            found = self._found[names] = pair(self._request, sender, receiver, link, self._goals, self._model)
+            found = self.found[names] = pair(self._request, sender, receiver, link, self._goals, self._model)
         return found
 
 
