@@ -195,7 +195,7 @@ def pair(
     ttft, pause = prefill.queue_s + prefill.prefill_s, 0.0
     left = max(0.0, decode.prompts_s - ttft - handover)
     stalled, early = decode.stall * left, 0.0
-    waits_for_room = decode.room_s > 0 and _waits_for_room(request, prefill, decode, handover, left, model)
+    waits_for_room = decode.room_s > 0 and _waits_for_room(request, prefill, decode, handover, left, goals, model)
     if waits_for_room:
         ttft += decode.room_s
     if request.is_first_token_exact:
@@ -232,11 +232,13 @@ def _waits_for_room(
     decode: DecodeCost,
     handover_s: float,
     left_s: float,
+    goals: Goals,
     model: CostModel,
 ) -> bool:
     """Whether it is better kept in the gateway until its decode worker has room: its KV cache would only take up the
     prefill worker's memory. Unless it does so not for long; or SLOs speak of both, its stream bears the wait after the
-    first token, and the prefill worker has memory for it and another one like it, for so long.
+    first token, and the prefill worker has memory for it and another one like it, for so long. One that is late for
+    its first token makes way here, too: seats go in the order in which legs come, and those still in time need them.
     """
     room_s = decode.room_s
     if room_s <= model.patience * (prefill.prefill_s + handover_s):
@@ -245,7 +247,7 @@ def _waits_for_room(
     if ttft_s is None or itl_s is None or gaps < 1 or not request.is_first_token_exact:
         return True
     sender = prefill.worker
-    if room_s > sender.keeps_s:
+    if goals.makes_way or room_s > sender.keeps_s:
         return True
     if 2 * (request.prompt_tokens - sender.cached_tokens) > sender.free_blocks * sender.facts.block_size:
         return True

@@ -210,6 +210,7 @@ class Fleet:
         num_waiting: int = 0,
         *,
         waited_s: float = 0.0,
+        makes_way: bool = False,
         without_room: Mapping[WorkerId, int] = _NOBODY,
         waiting_shares: Mapping[WorkerId, float] = NOBODY_KNOWS,
     ) -> FleetView | None:
@@ -252,6 +253,7 @@ class Fleet:
             rng=rng,
             num_waiting=num_waiting,
             waited_s=waited_s,
+            makes_way=makes_way,
             waiting_shares=waiting_shares,
         )
 

@@ -94,6 +94,8 @@ class FleetView(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Requests in this gateway's queue, this one included."""
     waited_s: float = 0.0
     """How long this one has been there."""
+    makes_way: bool = False
+    """It can no longer be in time, and takes no room to decode from those that can."""
     waiting_shares: Mapping[WorkerId, float] = NOBODY_KNOWS
     """Of those in the queue, the share that waits for each worker to compute their prompts; empty: nobody knows."""
 

@@ -59,11 +59,14 @@ class Goals(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The time to the first token from now on: what was waited is off."""
     itl_s: float | None = None
     """The mean time between tokens, of its own stream and of those that it touches."""
+    makes_way: bool = False
+    """Its first token is late: it takes no room to decode from those that can still be in time."""
 
     @classmethod
     def of(cls, request: RoutableRequest, view: FleetView) -> "Goals":
         ttft_s = request.slo_ttft_s
-        return cls(ttft_s=None if ttft_s is None else ttft_s - view.waited_s, itl_s=request.slo_itl_s)
+        ttft_s = None if ttft_s is None else ttft_s - view.waited_s
+        return cls(ttft_s=ttft_s, itl_s=request.slo_itl_s, makes_way=view.makes_way)
 
 
 NO_GOALS = Goals()

@@ -76,6 +76,13 @@ class Waiting:
     """… at this worker."""
     key: float = 0.0
 
+    def makes_way(self, now: float) -> bool:
+        """It can no longer be in time, and does not take room from those that can until it has waited `late_s` more,
+        and for as long as its whole answer might have taken.
+        """
+        request = self.request
+        return self.is_late and now < self.due_at + (request.slo_itl_s or 0.0) * request.expected_tokens
+
 
 @dataclass(slots=True)
 class _Tenant:

@@ -119,3 +119,14 @@ def test_a_first_token_need_not_wait_for_room_where_its_stream_bears_the_pause(e
         LinkModel(LatencyPrior()),
     )
     assert way.waits_for_room is is_held
+
+
+@pytest.mark.parametrize("makes_way", [False, True])
+def test_one_that_is_late_for_its_first_token_takes_no_seat_from_those_still_in_time(makes_way):
+    wanted = replace(request(10, 2000), slo_ttft_s=1.0, slo_itl_s=0.05)
+    legs = (
+        cost.prefill_cost(wanted, worker("p", Role.PREFILL)),
+        cost.decode_cost(wanted, worker("d", num_running=8, num_streams=8)),
+    )
+    goals = prices.Goals(ttft_s=-1.0, itl_s=0.05, makes_way=makes_way)
+    assert cost.pair(wanted, *legs, LinkModel(LatencyPrior()), goals).waits_for_room is makes_way

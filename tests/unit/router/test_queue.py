@@ -1,5 +1,6 @@
 import random
 
+import msgspec
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,6 +75,17 @@ def test_a_request_that_can_no_longer_be_in_time_makes_way_until_it_is_its_turn(
     add(queue, "after", now=13.1, slo=50.0)
     queue.let_go(now=40.0)  # nobody is given up twice
     assert order(queue) == ["wide", "before", "tight", "after"]
+
+
+def test_for_room_to_decode_it_makes_way_as_long_as_its_answer_may_take_besides():
+    queue = Queue(RouterSettings(late_s=60.0))
+    routable = msgspec.structs.replace(request("r", slo=3.0), slo_itl_s=0.5, expected_tokens=40)
+    waiting = queue.add(routable, 100, 1.0, Explanation(routable.request, "", 100, 0.0), now=0.0)
+    assert not waiting.makes_way(2.0)
+    queue.let_go(now=2.0)
+    assert waiting.makes_way(2.0)
+    assert waiting.makes_way(82.9)
+    assert not waiting.makes_way(83.0)  # 3 s, 60 s, and 40 times half a second
 
 
 def test_those_that_make_way_keep_their_class_and_their_tenant_s_share():
