@@ -238,7 +238,7 @@ def _waits_for_room(
     """Whether it is better kept in the gateway until its decode worker has room: its KV cache would only take up the
     prefill worker's memory. Unless it does so not for long; or SLOs speak of both, its stream bears the wait after the
     first token, and the prefill worker has memory for it and another one like it, for so long. One that is late for
-    its first token makes way here, too: seats go in the order in which legs come, and those still in time need them.
+    its first token makes way there: seats go in the order in which legs come, and those still in time need them.
     """
     room_s = decode.room_s
     if room_s <= model.patience * (prefill.prefill_s + handover_s):

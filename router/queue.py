@@ -10,7 +10,8 @@ Order of service, first rule first:
 3. Within a tenant's round, who is due first, a second of predicted prefill counting like `1 / aging` seconds: so
    `predicted + aging * due_at` is a key that never changes by itself. A request is due when its SLO says
    (`slo_ttft_s`), without one after `promote_after_s`. One that can no longer be in time makes way for those that can,
-   as if it were due `late_s` later; then it is its turn whatever comes.
+   as if it were due `late_s` later; then it is its turn whatever comes, but for room to decode: that it leaves to
+   them for as long as its whole answer may take besides.
 
 A request leaves by being bound, withdrawn or expired. Everything here is O(log n) in requests or O(1), the walk apart.
 """

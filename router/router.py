@@ -234,7 +234,7 @@ class Router:
                 self._rng,
                 len(self._queue),
                 waited_s=now - waiting.submitted_at,
-                makes_way=waiting.makes_way(now),
+                makes_way=self._slo(request) is None and waiting.makes_way(now),
                 without_room=walk.without_room,
                 waiting_shares=self._late_binding.shares,
             )

@@ -42,7 +42,7 @@ class RouterSettings:
     late_s: Annotated[
         float,
         "A request that can no longer be in time counts as if it were due so much later, 0 or more: those that can be "
-        "in time go first.",
+        "in time go first. Room to decode it leaves to them for so long, and as long as its answer may take.",
     ] = 60.0
     aging: Annotated[
         float,

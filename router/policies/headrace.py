@@ -75,6 +75,7 @@ def _one_of_the_best(
     """Any of those that are as good as the best, and all that were weighed. A pair as good as another one may lie
     beside a better one, by a faster link, which the other does not.
     """
+    is_first = True
     while True:
         options = [*alone, *pairs.found.values()]
         best = min(options, key=_order)
@@ -84,8 +85,11 @@ def _one_of_the_best(
             both = {worker.worker for worker in view.prefill}
             near = [option for option in near if option.prefill is None and option.decode in both] or near
         chosen = near[0] if len(near) == 1 else view.rng.choice(near)
-        if chosen is best or not pairs.weigh_around(chosen) or pairs.least_s() >= best.order_s:
+        if is_first and chosen is best:  # the search has looked around it
             return chosen, options
+        if not pairs.weigh_around(chosen) or pairs.least_s() >= best.order_s:
+            return chosen, [*alone, *pairs.found.values()]
+        is_first = False
 
 
 class _Pairs:

@@ -517,6 +517,24 @@ def test_explain_tells_what_was_to_be_kept_and_what_every_way_gives_up():
     assert told["chosen"]["gives_up"] == route.predicted.gives_up == Sacrifice.ITL
 
 
+@pytest.mark.parametrize("refuse_late", [True, False])
+def test_a_request_that_is_late_is_refused_or_leaves_room_to_decode_to_those_in_time(refuse_late):
+    router = router_of(*split(), refuse_late=refuse_late)
+    router.apply_load(report("d0", running=100), now=0.0)
+    slos = {"expected": 2000, "slo_ttft_s": 1.0, "slo_itl_s": 0.5}
+    router.submit(request("late", tokens=800, **slos), now=0.0)
+    answers = router.dispatch(now=5.0)
+    if refuse_late:
+        assert [type(answer.error) for answer in answers] == [SloMissed]
+        return
+    assert answers == []
+    assert router.explain(RequestId("late")).held_because == "d0 has no room to decode"
+    (route,) = send(router, "in time", now=5.0, tokens=800, **slos)
+    assert route.request == "in time"
+    (route,) = router.dispatch(now=1.0 + 60.0 + 2000 * 0.5)
+    assert route.request == "late"
+
+
 class InTurn:
     """A user's policy that remembers whom it named last."""
 

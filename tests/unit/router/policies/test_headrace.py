@@ -234,6 +234,19 @@ def test_another_rules_choice_is_judged_in_seconds():
         judge(request(), replace(bare, decode=WorkerId("x")), view)
 
 
+def test_a_pair_as_good_as_another_is_not_taken_where_a_better_one_lies_beside_it():
+    """The first prefill worker, from which the search begins, reaches the better decode worker by a slow link alone."""
+    workers = [worker(f"p{k}", Role.PREFILL) for k in range(6)]
+    workers += [
+        worker("d0", Role.DECODE, num_running=40, kv_tokens=80_000, mean_running=40.0),
+        worker("d1", Role.DECODE),
+    ]
+    links = Links(slow={("p0", "d1")})
+    for seed in range(20):
+        chosen = choose(*workers, links=links, seed=seed).chosen
+        assert chosen.decode == "d1"
+
+
 LOADS = st.fixed_dictionaries(
     {
         "cached_tokens": st.integers(0, 249).map(lambda blocks: blocks * 16),
