@@ -16,8 +16,8 @@ Scheduling follows vLLM's V1 scheduler in spirit: running decodes first, one tok
 first (with `facts.is_shortest_first` as our plug-in has it), then waiting requests by (priority, arrival), all within
 `max_step_tokens`; a request is admitted when `max_batch` allows and the blocks of its whole prompt fit, and begins
 after what is cached or will be filled by prompts scheduled before it in that step; when blocks run out the latest
-request is preempted and computed again later. Step seconds follow `LatencyPrior`, which for the
-simulated engine is no guess but the truth.
+request is preempted and computed again later. Step seconds follow `LatencyPrior`, which for the simulated engine is no
+guess but the truth.
 """
 
 import math
@@ -225,11 +225,10 @@ class SimCore:
         batch = scheduler.schedule()
         self._chunks = batch.chunks
         self._admitted += [sequence.request.request for sequence in batch.remote]
-        for sequence, tokens in batch.chunks:
+        for sequence, _ in batch.chunks:
             if sequence.scheduled_at < 0:
                 sequence.scheduled_at = now
-            if self._memory is not None:
-                self._write(self._memory, *sequence.filled_by(tokens, self._size))
+        self._write(*batch.filled)
         if not batch.chunks:
             self._cache.flush()  # else at the end of the step, as vLLM does
         if not batch.chunks and not scheduler.decoding:
@@ -297,8 +296,7 @@ class SimCore:
         scheduler.kv_tokens += steps * len(scheduler.decoding)
         if full:
             blocks, names = [s.blocks[-1] for s in full], [s.names[s.capacity // self._size - 1] for s in full]
-            if self._memory is not None:
-                self._write(self._memory, blocks, names)
+            self._write(blocks, names)
             self._cache.store(blocks, names)
 
     def _draw(self, sequence: Sequence, steps: int, harvest: _Harvest, *, is_first: bool = False) -> None:
@@ -338,10 +336,9 @@ class SimCore:
         if memory is not None and sequence.request.leg is SimLeg.PREFILL and sequence.length % self._size:
             memory.write(sequence.blocks[-1:], np.array([word_of(sequence.chain or 0)], dtype=np.uint64))
 
-    @staticmethod
-    def _write(memory: KvMemory, blocks: list[int], names: list[int]) -> None:
-        if blocks:
-            memory.write(blocks, np.array(names, dtype=np.uint64))
+    def _write(self, blocks: list[int], names: list[int]) -> None:
+        if self._memory is not None and blocks:
+            self._memory.write(blocks, np.array(names, dtype=np.uint64))
 
     def _name(self, filled: list[Sequence]) -> None:
         """Name the blocks that the tokens just drawn fill up; they are stored when their last token is computed."""

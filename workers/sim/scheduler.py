@@ -28,6 +28,8 @@ class Batch:
 
     chunks: list[tuple[Sequence, int]] = field(default_factory=list)
     """Prompts, with the tokens of each to compute in this step."""
+    filled: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
+    """Blocks that these fill, and their names."""
     remote: list[Sequence] = field(default_factory=list)
     """Decode legs that got their blocks: their KV cache may come."""
     has_preempted: bool = False
@@ -150,6 +152,8 @@ class SimScheduler:
         blocks, names = sequence.filled_by(tokens, self._size)
         if blocks:
             self.cache.store(blocks, names)
+            batch.filled[0].extend(blocks)
+            batch.filled[1].extend(names)
         return tokens
 
     def _run(self, sequence: Sequence) -> Sequence:
