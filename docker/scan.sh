@@ -23,16 +23,18 @@ inside() { docker run --rm --user=0 --network=host --entrypoint=sh "$1" -c "$2" 
 for image in "$@"; do
   echo "== $image"
   out=$(inside "$image" 'apt-get update -q --error-on=any >/dev/null || exit 2
-    pending=$(apt-get -s upgrade | grep ^Inst); echo "$pending"; test -z "$pending"')
+    planned=$(apt-get -s upgrade) || exit 2; pending=$(echo "$planned" | grep ^Inst); echo "$pending"; test -z "$pending"')
   told "Debian's pending updates" "$out"
   out=$(inside "$image" '(apt-get update -q && apt-get install -qy --no-install-recommends debsecan) >/dev/null 2>&1
     open=$(debsecan --suite bookworm --only-fixed --format packages) || exit 2; echo "$open"; test -z "$open"')
   told "Debian's security tracker, what has a fix" "$out"
   list=$(mktemp)
-  inside "$image" 'test -d /opt/headrace || exit 0; python3 -c "
+  if ! inside "$image" 'test -d /opt/headrace || exit 0; python3 -c "
 from importlib.metadata import distributions
-print(*sorted({d.name + \"==\" + d.version for d in distributions() if d.name != \"headrace\"}), sep=chr(10))"' >"$list"
-  if [ -s "$list" ]; then
+print(*sorted({d.name + \"==\" + d.version for d in distributions() if d.name != \"headrace\"}), sep=chr(10))"' >"$list"; then
+    out=$(cat "$list"; exit 2)
+    told "Python's advisories" "$out"
+  elif [ -s "$list" ]; then
     out=$("$audit/bin/pip-audit" --strict --no-deps --disable-pip --progress-spinner=off -r "$list" 2>&1) ||
       if grep -q '^Found [0-9]' <<<"$out"; then (exit 1); else (exit 2); fi
     told "Python's advisories" "$out"

@@ -13,9 +13,15 @@ APT, TRACKER, ADVISORIES = (
     "Python's advisories",
 )
 PROGRAMS = {
-    "docker": 'for last; do :; done; case $last in *importlib*) echo "jinja2==3.1.6";; *) exec sh -c "$last";; esac',
+    "docker": """
+        for last; do :; done
+        case $last in *importlib*) echo jinja2==3.1.6; exit ${LIST_LOST:-0};; *) exec sh -c "$last";; esac""",
     # As apt does: what could not be fetched is a warning unless it is told otherwise.
-    "apt-get": 'case "$*" in *--error-on=any*) exit $((APT_LOST * 100));; *upgrade*) echo "$APT_PENDING";; esac',
+    "apt-get": """
+        case "$*" in
+            *--error-on=any*) exit $((APT_LOST * 100));;
+            *upgrade*) echo "$APT_PENDING"; exit ${UPGRADE_LOST:-0};;
+        esac""",
     "debsecan": 'test -z "$TRACKER_LOST" || { echo "error: while downloading"; exit 1; }; echo "$TRACKER_OPEN"',
     "pip-audit": 'case $AUDIT_SAYS in "") ;; *) echo "$AUDIT_SAYS"; exit 1;; esac',
 }
@@ -49,9 +55,11 @@ def test_an_image_of_which_nothing_is_known_is_well(scan):
     ("variables", "where", "told"),
     [
         ({"APT_LOST": "1"}, APT, "NOT LOOKED UP"),
+        ({"UPGRADE_LOST": "100"}, APT, "NOT LOOKED UP"),
         ({"APT_PENDING": "Inst libc6 [2.36-9] (2.36-10)"}, APT, "FAULTS"),
         ({"TRACKER_LOST": "1"}, TRACKER, "NOT LOOKED UP"),
         ({"TRACKER_OPEN": "libc6"}, TRACKER, "FAULTS"),
+        ({"LIST_LOST": "125"}, ADVISORIES, "NOT LOOKED UP"),
         ({"AUDIT_SAYS": "ERROR:pip_audit._cli: no such host"}, ADVISORIES, "NOT LOOKED UP"),
         ({"AUDIT_SAYS": "Found 1 known vulnerability in 1 package"}, ADVISORIES, "FAULTS"),
     ],
