@@ -230,7 +230,7 @@ class SimCore:
                 sequence.scheduled_at = now
         self._write(*batch.filled)
         if not batch.chunks:
-            self._cache.flush()  # else at the end of the step, as vLLM does
+            self._cache.flush()  # else at the end of the step at the latest, as vLLM does
         if not batch.chunks and not scheduler.decoding:
             return None
         is_run = horizon is not None and not batch.chunks and not batch.has_preempted
@@ -388,7 +388,7 @@ class SimCore:
         return self._steps.take_samples()
 
     def cached_names(self) -> Hashes:
-        """Names of all blocks in the prefix cache, as published by events; any order."""
+        """Names of all blocks in the prefix cache, as events tell it by the end of the step in progress; any order."""
         return self._cache.cached_names()
 
 

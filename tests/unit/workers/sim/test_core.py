@@ -673,8 +673,10 @@ class Story(RuleBasedStateMachine):
         assert load.num_running <= 3
         decoding = sum(sequence.length for sequence in scheduler.decoding)
         assert load.kv_tokens == decoding + sum(sequence.computed for sequence in scheduler.prefilling)
-        if self.h.core.busy_until is None:  # a step tells at its end what it fills
-            assert self.h.held == set(self.h.core.cached_names().tolist())
+        cache, names = self.h.core._cache, set(self.h.core.cached_names().tolist())
+        assert self.h.held == (names - set(cache._stored)) | set(cache._removed)
+        if self.h.core.busy_until is None:  # a step tells at its end, at the latest, what it fills
+            assert self.h.held == names
 
     def teardown(self):
         if self.h.core.busy_until is not None:
