@@ -4,7 +4,7 @@ import msgspec
 import numpy as np
 import pytest
 import structlog
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -159,6 +159,9 @@ ANSWERS = st.one_of(
 )
 
 
+ODD_WAIT = replace(candidate("w0"), waits_for_room=object())
+
+
 class Scripted:
     """A policy that answers each request as the test says; GOOD binds it to the first worker, HELD holds it back."""
 
@@ -179,6 +182,7 @@ class Scripted:
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(ANSWERS, min_size=1, max_size=6), st.booleans())
+@example(answers=[Choice(chosen=ODD_WAIT, candidates=(ODD_WAIT,))], is_slo_set=False)
 def test_whatever_a_policy_answers_reserve_and_release_balance_and_others_are_served(answers, is_slo_set):
     script = {f"r{number}": answer for number, answer in enumerate(answers)}
 
