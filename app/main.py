@@ -16,8 +16,10 @@ from typing import Any
 
 import structlog
 import uvloop
-from fastapi import FastAPI, Request, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -33,7 +35,7 @@ from app.http.admin import admin_app
 from app.http.body import BodyMemory
 from app.http.cors import cross_origin
 from app.http.leaving import Departure
-from app.http.openapi import described
+from app.http.openapi import description_route
 from app.http.origins import parse_origins
 from app.http.response import Streamed
 from app.http.routes.adapters import adapter_routes
@@ -122,40 +124,35 @@ def _serve_process(
         runner.run(_run(settings, sockets, None if place is None else Siblings(place), begun))
 
 
-def create_app(gateway: Gateway) -> FastAPI:
+def create_app(gateway: Gateway) -> Starlette:
     """The HTTP side of a gateway."""
-    app = FastAPI(title="Headrace", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.include_router(completion_routes(gateway))
-    app.include_router(message_routes(gateway))
-    app.include_router(response_routes(gateway))
-    app.include_router(stored_response_routes(gateway))
-    app.include_router(token_routes(gateway))
-    app.router.routes.append(embedding_route(gateway))
-    app.include_router(operation_routes(gateway))
-    app.include_router(usage_routes(gateway))
-    app.include_router(adapter_routes(gateway))
+    routes = [
+        *completion_routes(gateway),
+        *message_routes(gateway),
+        *response_routes(gateway),
+        *stored_response_routes(gateway),
+        *token_routes(gateway),
+        embedding_route(gateway),
+        *operation_routes(gateway),
+        *usage_routes(gateway),
+        *adapter_routes(gateway),
+    ]
     if gateway.live is not None:
-        app.include_router(console_routes(gateway, gateway.live))
-    description = functools.cache(lambda: described(app.routes, version=version("headrace")))
-    app.openapi = description  # type: ignore[method-assign]  # FastAPI's own knows neither bodies nor streaming routes
-
-    @app.exception_handler(HeadraceError)
-    async def refused(_: Request, exc: HeadraceError) -> Response:
-        return error_reply(exc)
-
-    @app.exception_handler(HTTPException)
-    async def no_route(request: Request, exc: HTTPException) -> Response:
-        return error_reply(_no_route(request, exc))
-
-    @app.exception_handler(Exception)
-    async def bug(_: Request, exc: Exception) -> Response:
-        return error_reply(exc)
-
+        routes += console_routes(gateway, gateway.live)
+    app = Starlette(
+        routes=[description_route(routes, version=version("headrace")), *routes],
+        exception_handlers={  # their type knows no more than that they take some exception
+            HeadraceError: _refused,
+            HTTPException: _no_route,  # type: ignore[dict-item]
+            Exception: _refused,
+        },
+    )
+    app.router.redirect_slashes = False
     return app
 
 
-def streams_first(app: FastAPI) -> ASGIApp:
-    """`app` with its generating routes in front: FastAPI's layers would cost as much as routing and relaying.
+def streams_first(app: Starlette) -> ASGIApp:
+    """`app` with its generating routes in front: the framework's layers would cost as much as routing and relaying.
 
     All stay among its routes, for other methods and for the schema.
     """
@@ -168,7 +165,7 @@ def streams_first(app: FastAPI) -> ASGIApp:
     return serve
 
 
-def streamed_routes(app: FastAPI) -> dict[str, Streamed]:
+def streamed_routes(app: Starlette) -> dict[str, Streamed]:
     """Its generating routes, by path."""
     posts = [route for route in app.routes if isinstance(route, Route) and "POST" in (route.methods or ())]
     return {route.path: route.endpoint for route in posts if isinstance(route.endpoint, Streamed)}
@@ -448,6 +445,10 @@ def _reload_keys(keys: ApiKeys) -> None:
         _log.info("keys.reloaded")
 
 
-def _no_route(request: Request, exc: HTTPException) -> InvalidRequest:
+async def _refused(_: Request, exc: Exception) -> Response:
+    return error_reply(exc)
+
+
+async def _no_route(request: Request, exc: HTTPException) -> Response:
     code = {404: "not_found", 405: "method_not_allowed"}.get(exc.status_code, "invalid_request")
-    return InvalidRequest(f"{request.method} {request.url.path[:200]}: {exc.detail}", code=code)
+    return error_reply(InvalidRequest(f"{request.method} {request.url.path[:200]}: {exc.detail}", code=code))

@@ -3,7 +3,8 @@
 from typing import Final
 
 import structlog
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 
 from app.console.files import HEADERS, page_files
@@ -28,9 +29,9 @@ class NoSuchFile(InvalidRequest):
         super().__init__(f"The console has no file {name[:100]!r}.")
 
 
-def console_routes(gateway: Gateway, live: Live) -> APIRouter:
+def console_routes(gateway: Gateway, live: Live) -> list[Route]:
     """The routes of one gateway."""
-    routes, files = APIRouter(), page_files()
+    files = page_files()
 
     def file(request: Request, name: str) -> Response:
         refuse_elsewhere(gateway, request)
@@ -57,26 +58,21 @@ def console_routes(gateway: Gateway, live: Live) -> APIRouter:
             _log.exception("request.bug")
             response.fail(exc, [])
 
-    @routes.get("/console", response_model=None)
     async def page(request: Request) -> Response:
         """The console: a page that shows the fleet live."""
         return file(request, "index.html")
 
-    routes.routes.append(
-        Route(
-            "/console/state",
-            Streamed(
-                state,
-                max_unsent_bytes=max(gateway.settings.slow_client_bytes, _WHOLE_STATE_BYTES),
-                on_cut_off=gateway.metrics.client_cut_off,
-            ),
-            methods=["GET"],
-        )
-    )
-
-    @routes.get("/console/{name:path}", response_model=None)
-    async def asset(request: Request, name: str) -> Response:
+    async def asset(request: Request) -> Response:
         """What the console's page is made of."""
-        return file(request, name)
+        return file(request, request.path_params["name"])
 
-    return routes
+    streamed = Streamed(
+        state,
+        max_unsent_bytes=max(gateway.settings.slow_client_bytes, _WHOLE_STATE_BYTES),
+        on_cut_off=gateway.metrics.client_cut_off,
+    )
+    return [
+        Route("/console", page),
+        Route("/console/state", streamed, methods=["GET"]),
+        Route("/console/{name:path}", asset),
+    ]

@@ -4,11 +4,15 @@ Paths and summaries come from the routes themselves, bodies from the structs tha
 the table of errors. What a route has beyond that is told here (`DETAILS`): a test demands it of each that takes a body.
 """
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
 import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from app.anthropic import errors as anthropic_errors
@@ -16,6 +20,7 @@ from app.anthropic.schema import ConversationBody, MessageBody
 from app.http.json_schema import Schemas
 from app.http.routes.adapters import LoadAdapterBody, UnloadAdapterBody
 from app.http.routes.operations import MOST_ROUTES_LISTED
+from app.http.routes.replies import json_reply
 from app.openai import errors as openai_errors
 from app.openai.bodies import UNSUPPORTED_CHAT, UNSUPPORTED_COMPLETION, ChatBody, CompletionBody
 from app.openai.embeddings import EmbeddingBody
@@ -117,7 +122,17 @@ _REFUSED: Final[dict[str, dict[str, tuple[Json, ...]]]] = {
 }
 
 
-def described(routes: list[BaseRoute], *, version: str) -> dict[str, Json]:
+def description_route(routes: Sequence[BaseRoute], *, version: str) -> Route:
+    """`GET /openapi.json`: `described`, made when somebody asks for it."""
+    description = functools.cache(functools.partial(described, routes, version=version))
+
+    async def openapi(_: Request) -> Response:
+        return json_reply(description())
+
+    return Route("/openapi.json", openapi, include_in_schema=False)
+
+
+def described(routes: Sequence[BaseRoute], *, version: str) -> dict[str, Json]:
     """An OpenAPI 3.1 document of those routes that tell what they do."""
     kinds = {each for details in DETAILS.values() for each in (details.body, details.error) if each is not None}
     refused = {kind: {name: _refusal(values) for name, values in each.items()} for kind, each in _REFUSED.items()}

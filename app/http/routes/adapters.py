@@ -1,7 +1,9 @@
 """`POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`, as vLLM has them, for the whole fleet."""
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from app.fleet.adapters import AdapterRefused
 from app.gateway import Gateway
@@ -34,11 +36,9 @@ _load = msgspec.json.Decoder(LoadAdapterBody)
 _unload = msgspec.json.Decoder(UnloadAdapterBody)
 
 
-def adapter_routes(gateway: Gateway) -> APIRouter:
+def adapter_routes(gateway: Gateway) -> list[Route]:
     """Both routes."""
-    routes = APIRouter()
 
-    @routes.post("/v1/load_lora_adapter", response_model=None)
     async def load(request: Request) -> Response:
         """Have every worker of a model load a LoRA adapter, from a directory there. As `/metrics`: for operators."""
         authenticate_admin(gateway, request)
@@ -49,7 +49,6 @@ def adapter_routes(gateway: Gateway) -> APIRouter:
         await gateway.adapters.load(asked.lora_name, asked.lora_path, parent, in_place=asked.load_inplace)
         return _said(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
-    @routes.post("/v1/unload_lora_adapter", response_model=None)
     async def unload(request: Request) -> Response:
         """Serve a LoRA adapter no more; requests that run with it end as they would. As `/metrics`: for operators."""
         authenticate_admin(gateway, request)
@@ -57,7 +56,10 @@ def adapter_routes(gateway: Gateway) -> APIRouter:
         await gateway.adapters.unload(asked.lora_name)
         return _said(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
-    return routes
+    return [
+        Route("/v1/load_lora_adapter", load, methods=["POST"]),
+        Route("/v1/unload_lora_adapter", unload, methods=["POST"]),
+    ]
 
 
 def _said(text: str) -> Response:

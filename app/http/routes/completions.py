@@ -2,7 +2,9 @@
 
 from datetime import UTC, datetime
 
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from app.gateway import Gateway
 from app.http.routes.generate import generating_route
@@ -13,19 +15,9 @@ from app.openai.errors import ModelNotFound
 from planes.wire.messages import Adapter
 
 
-def completion_routes(gateway: Gateway) -> APIRouter:
+def completion_routes(gateway: Gateway) -> list[Route]:
     """The routes that generate, and the models they generate with."""
-    routes = APIRouter()
-    routes.routes += [
-        generating_route(
-            gateway, "/v1/chat/completions", parse_chat, summary="Continue a conversation (OpenAI's chat completions)."
-        ),
-        generating_route(
-            gateway, "/v1/completions", parse_completion, summary="Continue a text (OpenAI's completions)."
-        ),
-    ]
 
-    @routes.get("/v1/models", response_model=None)
     async def models(request: Request) -> Response:
         """The models that registered workers serve and the key may use."""
         tenant = gateway.keys.authenticate(request.headers)
@@ -39,9 +31,9 @@ def completion_routes(gateway: Gateway) -> APIRouter:
         served += [_adapter(gateway, each) for each in gateway.adapters.available() if tenant.may_use(each.name)]
         return json_reply({"object": "list", "data": served})
 
-    @routes.get("/v1/models/{model:path}", response_model=None)
-    async def model(request: Request, model: str) -> Response:
+    async def one(request: Request) -> Response:
         """One of the models; 404 if no worker serves it."""
+        model: str = request.path_params["model"]
         tenant = gateway.keys.authenticate(request.headers)
         adapter = next((each for each in gateway.adapters.available() if each.name == model), None)
         if adapter is not None and tenant.may_use(model):
@@ -53,7 +45,16 @@ def completion_routes(gateway: Gateway) -> APIRouter:
         shape = _anthropic_model if _is_anthropic(request) else _model
         return json_reply(shape(gateway, model, created))
 
-    return routes
+    return [
+        generating_route(
+            gateway, "/v1/chat/completions", parse_chat, summary="Continue a conversation (OpenAI's chat completions)."
+        ),
+        generating_route(
+            gateway, "/v1/completions", parse_completion, summary="Continue a text (OpenAI's completions)."
+        ),
+        Route("/v1/models", models),
+        Route("/v1/models/{model:path}", one, name="model"),
+    ]
 
 
 def _model(gateway: Gateway, name: str, created: int) -> dict[str, object]:

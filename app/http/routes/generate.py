@@ -7,7 +7,7 @@ from functools import partial
 
 import msgspec
 import structlog
-from fastapi import Request
+from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import Scope
 

@@ -2,7 +2,9 @@
 
 from functools import partial
 
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from app.anthropic import errors
 from app.anthropic.message import parse_count, parse_message
@@ -13,21 +15,10 @@ from app.http.routes.replies import error_reply, json_reply, with_ignored
 from planes.wire.errors import HeadraceError
 
 
-def message_routes(gateway: Gateway) -> APIRouter:
+def message_routes(gateway: Gateway) -> list[Route]:
     """Both routes."""
-    routes = APIRouter()
     count = partial(parse_count, limits=gateway.settings.body_limits)
-    routes.routes.append(
-        generating_route(
-            gateway,
-            "/v1/messages",
-            parse_message,
-            summary="Continue a conversation (Anthropic's messages).",
-            errors=errors,
-        )
-    )
 
-    @routes.post("/v1/messages/count_tokens", response_model=None)
     async def count_tokens(request: Request) -> Response:
         """How many tokens a conversation would have as a prompt."""
         try:
@@ -36,7 +27,16 @@ def message_routes(gateway: Gateway) -> APIRouter:
             return error_reply(exc, errors)
         return with_ignored(json_reply({"input_tokens": num_tokens}), ignored, gateway.metrics)
 
-    return routes
+    return [
+        generating_route(
+            gateway,
+            "/v1/messages",
+            parse_message,
+            summary="Continue a conversation (Anthropic's messages).",
+            errors=errors,
+        ),
+        Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
+    ]
 
 
 async def _num_tokens(gateway: Gateway, request: Request, parse: Parse) -> tuple[int, tuple[str, ...]]:

@@ -4,8 +4,10 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from app.fleet.routing_config import RoutingConfigFollower
 from app.gateway import Gateway
@@ -31,20 +33,15 @@ class UnknownRequest(InvalidRequest):
         )
 
 
-def operation_routes(gateway: Gateway) -> APIRouter:
+def operation_routes(gateway: Gateway) -> list[Route]:
     """The routes for operators. Who may see what: `app/http/admin.py`."""
-    routes = APIRouter()
     parse = partial(parse_chat, limits=gateway.settings.body_limits)
 
-    @routes.head("/live", response_model=None, include_in_schema=False)
-    @routes.get("/live", response_model=None)
-    async def live() -> Response:
+    async def live(_: Request) -> Response:
         """Whether the process runs."""
         return json_reply({"status": "ok"})
 
-    @routes.head("/health", response_model=None, include_in_schema=False)
-    @routes.get("/health", response_model=None)
-    async def health() -> Response:
+    async def health(_: Request) -> Response:
         """Whether some worker could serve a request now; 503 if not, or if this gateway is about to stop."""
         found = await answers.health(gateway)
         told: dict[str, object] = {"status": found.status, "workers": found.workers}
@@ -52,13 +49,11 @@ def operation_routes(gateway: Gateway) -> APIRouter:
             told["processes"] = found.num_processes
         return json_reply(told, 200 if found.status == "ok" else 503)
 
-    @routes.get("/metrics", response_model=None)
     async def metrics(request: Request) -> Response:
         """Metrics for Prometheus; at `--admin-port`, or with an admin's key where there are keys."""
         authenticate_admin(gateway, request)
         return Response(await answers.metrics(gateway), media_type=CONTENT_TYPE_LATEST)
 
-    @routes.get("/v1/fleet", response_model=None)
     async def fleet(request: Request) -> Response:
         """The workers, models, splits; the router's view, speeds; why roles change. As `/metrics`: for operators."""
         authenticate_admin(gateway, request)
@@ -76,23 +71,21 @@ def operation_routes(gateway: Gateway) -> APIRouter:
             }
         )
 
-    @routes.get("/v1/routes", response_model=None)
     async def recent(request: Request) -> Response:
         """The timelines of the last requests of yours (an admin: of all) that have ended, the latest first."""
         tenant = authenticate(gateway, request)
         told = await answers.recent(gateway, tenant, _num_listed(request))
         return json_reply({"object": "list", "data": told})
 
-    @routes.get("/v1/routes/{request_id}", response_model=None)
-    async def explain(request: Request, request_id: str) -> Response:
+    async def explain(request: Request) -> Response:
         """Why a recent request of yours went where it went, and where its time went; `earlier`: its attempts before."""
+        request_id: str = request.path_params["request_id"]
         tenant = authenticate(gateway, request)
         told = await answers.explained(gateway, request_id, tenant)
         if told is None:
             raise UnknownRequest(request_id)
         return json_reply(told)
 
-    @routes.post("/v1/routes", response_model=None)
     async def preview(request: Request) -> Response:
         """Where a chat body would go now, without running it."""
         tenant = authenticate(gateway, request)
@@ -113,7 +106,15 @@ def operation_routes(gateway: Gateway) -> APIRouter:
             gateway.metrics,
         )
 
-    return routes
+    return [
+        Route("/live", live),
+        Route("/health", health),
+        Route("/metrics", metrics),
+        Route("/v1/fleet", fleet),
+        Route("/v1/routes", recent),
+        Route("/v1/routes/{request_id}", explain),
+        Route("/v1/routes", preview, methods=["POST"]),
+    ]
 
 
 def _num_listed(request: Request) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from fastapi import Response
+from starlette.responses import Response
 
 from app.http.response import ErrorDialect
 from app.metrics import Metrics

@@ -5,7 +5,9 @@ import functools
 from typing import Final
 
 import structlog
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from app.gateway import Gateway
 from app.http.conversation import Conversation, load_conversation, prepared_response
@@ -32,9 +34,8 @@ _KEEP_S: Final = 2.0
 """So long the end of an answer waits for the store."""
 
 
-def response_routes(gateway: Gateway) -> APIRouter:
+def response_routes(gateway: Gateway) -> list[Route]:
     """The routes of one gateway."""
-    routes = APIRouter()
     parse = functools.partial(parse_response, limits=gateway.settings.body_limits)
 
     async def create(admitted: Admitted, response: StreamedResponse) -> None:
@@ -61,13 +62,6 @@ def response_routes(gateway: Gateway) -> APIRouter:
         await gateway.relay.run(job, kept if job.prewarm is None else PrewarmedResponse(kept, job.prewarm))
         await kept.settle()
 
-    routes.routes.append(
-        served_route(
-            gateway, "/v1/responses", create, name="create_response", summary="Answer items (OpenAI's responses)."
-        )
-    )
-
-    @routes.post("/v1/responses/input_tokens", response_model=None)
     async def input_tokens(request: Request) -> Response:
         """How many tokens the prompt of such a request has."""
         tenant, arrived_at = gateway.keys.authenticate(request.headers), gateway.clock()
@@ -80,7 +74,12 @@ def response_routes(gateway: Gateway) -> APIRouter:
         told = {"object": "response.input_tokens", "input_tokens": len(tokens)}
         return with_ignored(json_reply(told), asked.parsed.ignored, gateway.metrics)
 
-    return routes
+    return [
+        served_route(
+            gateway, "/v1/responses", create, name="create_response", summary="Answer items (OpenAI's responses)."
+        ),
+        Route("/v1/responses/input_tokens", input_tokens, methods=["POST"]),
+    ]
 
 
 async def _unstored(gateway: Gateway, asked: ResponseRequest) -> str:

@@ -4,7 +4,8 @@ from typing import Any, Final
 
 import msgspec
 import structlog
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 
 from app.gateway import Gateway
@@ -32,9 +33,8 @@ class NotCancellable(InvalidRequest):
         super().__init__(f"The response '{response}' was not created with 'background'; only such can be cancelled.")
 
 
-def stored_response_routes(gateway: Gateway) -> APIRouter:
+def stored_response_routes(gateway: Gateway) -> list[Route]:
     """The routes of one gateway."""
-    routes = APIRouter()
 
     async def retrieve(request: Request, response: StreamedResponse) -> None:
         """A kept response; `?stream=true`: its events, those after number `starting_after` if that is given."""
@@ -53,44 +53,40 @@ def stored_response_routes(gateway: Gateway) -> APIRouter:
             _log.exception("request.bug")
             response.fail(exc, [])
 
-    routes.routes.append(
-        Route(
-            "/v1/responses/{response_id}",
-            Streamed(
-                retrieve,
-                max_unsent_bytes=gateway.settings.slow_client_bytes,
-                on_cut_off=gateway.metrics.client_cut_off,
-            ),
-            methods=["GET"],
-        )
-    )
-
-    @routes.delete("/v1/responses/{response_id}", response_model=None)
-    async def delete(request: Request, response_id: str) -> Response:
+    async def delete(request: Request) -> Response:
         """Forget a kept response; one that runs in the background is stopped."""
+        response_id: str = request.path_params["response_id"]
         tenant = gateway.keys.authenticate(request.headers)
         await gateway.background.find(tenant.name, response_id, Wish.DISCARD)
         await gateway.responses.delete(tenant.name, response_id)
         return json_reply({"id": response_id, "object": "response", "deleted": True})
 
-    @routes.post("/v1/responses/{response_id}/cancel", response_model=None)
-    async def cancel(request: Request, response_id: str) -> Response:
+    async def cancel(request: Request) -> Response:
         """Stop a response that runs in the background; one that has ended stays as it is."""
+        response_id: str = request.path_params["response_id"]
         tenant = gateway.keys.authenticate(request.headers)
         record = await gateway.background.find(tenant.name, response_id, Wish.CANCEL)
         if not record.is_background:
             raise NotCancellable(response_id)
         return Response(record.body, media_type="application/json")
 
-    @routes.get("/v1/responses/{response_id}/input_items", response_model=None)
-    async def input_items(request: Request, response_id: str) -> Response:
+    async def input_items(request: Request) -> Response:
         """The items that a kept response answers, in pages; the latest first, unless `order` is asc."""
+        response_id: str = request.path_params["response_id"]
         tenant = gateway.keys.authenticate(request.headers)
         lists = await gateway.responses.items(tenant.name, response_id)
         raw = [item for one in lists for item in msgspec.json.decode(one, type=list[msgspec.Raw])]
         return json_reply(_page(request, listed_items(response_id, raw)))
 
-    return routes
+    streamed = Streamed(
+        retrieve, max_unsent_bytes=gateway.settings.slow_client_bytes, on_cut_off=gateway.metrics.client_cut_off
+    )
+    return [
+        Route("/v1/responses/{response_id}", streamed, methods=["GET"]),
+        Route("/v1/responses/{response_id}", delete, methods=["DELETE"]),
+        Route("/v1/responses/{response_id}/cancel", cancel, methods=["POST"]),
+        Route("/v1/responses/{response_id}/input_items", input_items),
+    ]
 
 
 async def send_stream(

@@ -2,7 +2,9 @@
 
 from functools import partial
 
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from app.gateway import Gateway
 from app.http.intake import model_of, parsed_body
@@ -12,14 +14,12 @@ from app.prompt.prepare import ModelEntry, check_vocabulary
 from planes.wire.blocks import Tokens
 
 
-def token_routes(gateway: Gateway) -> APIRouter:
+def token_routes(gateway: Gateway) -> list[Route]:
     """Both routes."""
-    routes = APIRouter()
     limits = gateway.settings.body_limits
     parse_asked = partial(parse_tokenize, limits=limits)
     parse_tokens = partial(parse_detokenize, limits=limits)
 
-    @routes.post("/tokenize", response_model=None)
     async def tokenize(request: Request) -> Response:
         """The tokens of a prompt or of a conversation, as a request with it would have them."""
         async with parsed_body(gateway, request, parse_asked) as (asked, tenant, deadline):
@@ -29,7 +29,6 @@ def token_routes(gateway: Gateway) -> APIRouter:
             body = await prepare.run(tokenized_body, model, tokens, asked.has_strings, num_bytes=4 * len(tokens))
         return with_ignored(json_reply(body), asked.parsed.ignored, gateway.metrics)
 
-    @routes.post("/detokenize", response_model=None)
     async def detokenize(request: Request) -> Response:
         """The text of tokens, control tokens included."""
         async with parsed_body(gateway, request, parse_tokens) as (asked, tenant, deadline):
@@ -39,7 +38,10 @@ def token_routes(gateway: Gateway) -> APIRouter:
             )
         return with_ignored(json_reply({"prompt": text}), asked.ignored, gateway.metrics)
 
-    return routes
+    return [
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+    ]
 
 
 def tokenized_body(model: ModelEntry, tokens: Tokens, has_strings: bool) -> dict[str, object]:

@@ -7,7 +7,9 @@ from dataclasses import asdict, fields
 from datetime import UTC, date, datetime, timedelta
 from typing import Final
 
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from app.gateway import Gateway
 from app.http.admin import authenticate
@@ -31,11 +33,9 @@ class UsageUnavailable(Rejected):
         )
 
 
-def usage_routes(gateway: Gateway) -> APIRouter:
+def usage_routes(gateway: Gateway) -> list[Route]:
     """The route of one gateway."""
-    routes = APIRouter()
 
-    @routes.get("/v1/usage", response_model=None)
     async def usage(request: Request) -> Response:
         """What your key has used, by day of UTC and model; an admin's key, and `--admin-port`: all keys."""
         tenant = authenticate(gateway, request)
@@ -50,7 +50,7 @@ def usage_routes(gateway: Gateway) -> APIRouter:
         told = {"object": "list", "start": first.isoformat(), "end": last.isoformat()}
         return json_reply({**told, "data": [asdict(line) for line in lines]})
 
-    return routes
+    return [Route("/v1/usage", usage)]
 
 
 def _days(request: Request, today: date) -> tuple[date, date]:
