@@ -170,6 +170,7 @@ def test_heavy_libraries_are_not_loaded_with(module):
 
 
 NOT_IN_A_GATEWAY = {
+    "aiohttp",
     "cryptography",
     "fastapi",
     "huggingface_hub",
