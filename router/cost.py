@@ -42,6 +42,8 @@ class PrefillCost(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     work_s: float
     """Of the worker's time: its work, and its share of the steps."""
     inflicted_s: float
+    congestion_s: float
+    """Of `inflicted_s`, for those who wait in the gateway and those still to come."""
     cost_s: float
     misses_itl: bool = False
     """A stream there would miss its SLO."""
@@ -103,7 +105,8 @@ def prefill_cost(
             if not worker.role.can_prefill:
                 chunk = min(uncached, budget)
                 pauses = fixed + work * chunk / uncached > model.pause_steps * step
-    inflicted = stalled + num_sharing * work + added * worker.num_passed + share * congested.price(worker.worker, busy)
+    queued = share * congested.price(worker.worker, busy)
+    inflicted = stalled + num_sharing * work + added * worker.num_passed + queued
     seconds = shared_s + work + fixed * (new_steps + (shared_tokens > 0))
     return PrefillCost(
         worker=worker,
@@ -111,6 +114,7 @@ def prefill_cost(
         prefill_s=seconds,
         work_s=share,
         inflicted_s=inflicted,
+        congestion_s=queued,
         cost_s=queue + seconds + inflicted,
         misses_itl=misses_itl,
         pauses=pauses,
@@ -179,6 +183,7 @@ def local(
         num_passed=worker.num_passed,
         gives_up=_gives_up(request, goals, prefill, decode, ttft, left),
         waits_for_room=wait > model.patience * prefill.prefill_s,
+        congestion_s=prefill.congestion_s,
     )
 
 
@@ -223,6 +228,7 @@ def pair(
         early_token_discount_s=early,
         gives_up=_gives_up(request, goals, prefill, decode, ttft, left + pause),
         waits_for_room=waits_for_room,
+        congestion_s=prefill.congestion_s,
     )
 
 

@@ -99,6 +99,7 @@ def _check_fields(option: Candidate, request: RoutableRequest) -> None:
     _expect_number("decode_cached_tokens", option.decode_cached_tokens, 0, request.prompt_tokens)
     _expect_number("num_passed", option.num_passed, 0, _MOST)
     _expect_number("work_s", option.work_s, 0, _MOST)
+    _expect_number("congestion_s", option.congestion_s, 0, _MOST)
     _expect("is_first_early", option.is_first_early, bool)
     _expect("waits_for_room", option.waits_for_room, bool)
     _expect("decode", option.decode, str)

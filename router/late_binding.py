@@ -14,7 +14,7 @@ So a hot worker's line grows, for those at its end, until an idle worker is chea
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -32,7 +32,8 @@ _MAX_REFRESHED = 4
 _MAX_BLOCKED = 64
 _WIDE = 16  # from so many workers on, an array is quicker than a loop
 _STALE_S = 0.5
-_SHARE_GAIN = 0.1  # of a walk: one does not see the whole queue, and what moves fast is asked about in vain
+_SHARES_S = 0.01  # shares are found out no more often than that …
+_MOST_SHARED = 64  # … from so many of those who wait
 _POLL_S = 0.5
 """With requests waiting, dispatch runs at least this often: utilisation decays, and reports may have stopped."""
 
@@ -49,7 +50,8 @@ class LateBinding:
         self.rows: dict[WorkerId, int] = {}
         self.shortest_first: list[tuple[int, Worker]] = []
         self.shares: dict[WorkerId, float] = {}
-        """Of those who wait, the share that waits for each worker, smoothed over walks."""
+        """Of those who wait, the share that each worker will compute, as far as anybody knows."""
+        self._shared_at = -math.inf
         self.room_changes = 0
         self.max_backlog_s = math.inf
         """More prompt work than this, and a worker has no room for more: as the policy last said."""
@@ -62,15 +64,38 @@ class LateBinding:
         self.version += 1
         self.max_backlog_s = math.inf
 
-    def waited_for(self, passed: Counter[WorkerId]) -> None:
-        """A walk has passed so many requests that wait for each worker."""
-        total = passed.total()
-        if not total:
+    def share_out(self, in_reach: Sequence[Waiting], backlogs_s: Sequence[float], now: float) -> None:
+        """Find out who will compute what waits: some of it goes to workers one by one, each to where it costs least
+        with the lines that have grown there and what the line loses by it.
+
+        A price makes as many go elsewhere as it overstates, and those are the next price: halfway it is right.
+        """
+        if now < self._shared_at + _SHARES_S:
             return
-        shares = self.shares
-        for name in self.names:
-            before = shares.get(name, 1 / len(self.names))
-            shares[name] = before + _SHARE_GAIN * (passed[name] / total - before)
+        some = in_reach[:: 1 + len(in_reach) // _MOST_SHARED]
+        known = [waiting.bids for waiting in some if waiting.bids is not None and waiting.bids.version == self.version]
+        if not known:
+            return
+        self._shared_at = now
+        lines_s, prices = list(backlogs_s), [len(self.queue) * self.shares.get(name, 0.0) for name in self.names]
+        arrays = (np.array(lines_s), np.array(prices)) if known[0].arrays is not None else None
+        each, counts = len(self.queue) / len(known), [0] * len(lines_s)
+        for bids in known:
+            if arrays is not None and bids.arrays is not None:
+                rows, _, own_s, work_s = bids.arrays
+                place = int((own_s + arrays[0][rows] + arrays[1][rows] * work_s).argmin())
+                arrays[0][bids.rows[place]] += each * bids.work_s[place]
+            else:
+                costs = [
+                    own_s + lines_s[row] + prices[row] * work_s
+                    for row, own_s, work_s in zip(bids.rows, bids.own_s, bids.work_s, strict=True)
+                ]
+                place = costs.index(min(costs))
+                lines_s[bids.rows[place]] += each * bids.work_s[place]
+            counts[bids.rows[place]] += 1
+        for name, count in zip(self.names, counts, strict=True):
+            share = count / len(known)
+            self.shares[name] = (self.shares.get(name, share) + share) / 2
 
     def room_changed(self) -> None:
         """A worker reported, or a request ended: those that lacked room to decode may try again."""
@@ -82,7 +107,7 @@ class LateBinding:
             self._fleet_version = self.fleet.version
             self.version += 1
             self.names = list(self.fleet.workers)
-            self.shares = {}
+            self.shares, self._shared_at = {}, -math.inf
             self.rows = {name: row for row, name in enumerate(self.names)}
             workers = enumerate(self.fleet.workers.values())
             self.shortest_first = [(row, worker) for row, worker in workers if worker.facts.is_shortest_first]
@@ -120,7 +145,6 @@ class Walk:
 
     def __init__(self, binding: LateBinding, now: float) -> None:
         self.ahead: dict[WorkerId, float] = {}
-        self._passed: Counter[WorkerId] = Counter()
         self.without_room: Counter[WorkerId] = Counter()
         """Requests that it has passed because they wait for room to decode there."""
         self._binding = binding
@@ -158,6 +182,8 @@ class Walk:
         self._set_up()
         max_asked, num_asked = max(4, _MAX_ASKED_WORKERS // max(1, len(binding.names))), 0
         in_reach = list(islice(binding.queue.walk(), _MAX_WALK)) if self._room or self._most_passed else []
+        if in_reach:
+            binding.share_out(in_reach, self._queue_s, now)
         for waiting in in_reach:
             if self._num_blocked >= _MAX_BLOCKED or not (self._room or self._most_passed):
                 break
@@ -169,7 +195,6 @@ class Walk:
             if self._is_to_ask(waiting):
                 num_asked += 1
                 yield waiting
-        binding.waited_for(self._passed)
         binding.wakeup = min(binding.wakeup, self._next_room())
 
     def bound(self, chosen: Candidate) -> None:
@@ -233,7 +258,7 @@ class Walk:
     def _cheapest(self, bids: Bids, tokens: int) -> tuple[int, float]:
         """Which bid is least with its worker's queue, and that queue. Runs for each request of each walk."""
         if self._arrays is not None and bids.arrays is not None:
-            rows, cost_s = bids.arrays
+            rows, cost_s, _, _ = bids.arrays
             waits = self._arrays[0, rows]
             if tokens < self._most_passed:
                 waits = np.where(tokens < self._arrays[1, rows], self._arrays[2, rows], waits)
@@ -253,21 +278,23 @@ class Walk:
             self._arrays[0, row] = self._queue_s[row]
         name = self._binding.names[row]
         self.ahead[name] = self.ahead.get(name, 0.0) + work_s
-        self._passed[name] += 1
         if self._queue_s[row] > max_backlog_s:
             self._room.discard(row)
 
     def _bids(self, decision: Decision) -> Bids:
-        cheapest: dict[int, tuple[float, float]] = {}
+        cheapest: dict[int, tuple[float, float, float]] = {}
         for option in decision.candidates:
             row = self._binding.rows[option.prefill or option.decode]
-            bid = option.order_s - option.queue_s, _work_s(option)
+            cost_s = option.order_s - option.queue_s
+            bid = cost_s, cost_s - option.congestion_s, _work_s(option)
             if row not in cheapest or bid < cheapest[row]:
                 cheapest[row] = bid
-        cost_s, work_s = zip(*cheapest.values(), strict=True)
+        costs_s, own_s, work_s = zip(*cheapest.values(), strict=True)
         rows = list(cheapest)
-        arrays = (np.array(rows), np.array(cost_s)) if self._arrays is not None else None
-        return Bids(self._binding.version, self._now, rows, cost_s, work_s, decision.max_backlog_s, arrays)
+        arrays = None
+        if self._arrays is not None:
+            arrays = np.array(rows), np.array(costs_s), np.array(own_s), np.array(work_s)
+        return Bids(self._binding.version, self._now, rows, costs_s, own_s, work_s, decision.max_backlog_s, arrays)
 
     def _next_room(self) -> float:
         """When the first busy worker will have room, by prediction."""

@@ -44,10 +44,14 @@ class Bids:
     made_at: float
     rows: Sequence[int]
     cost_s: Sequence[float]
+    own_s: Sequence[float]
+    """Costs without what others who wait lose by it."""
     work_s: Sequence[float]
     max_backlog_s: float
-    arrays: tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]] | None
-    """Rows and costs once more, of many workers."""
+    arrays: (
+        tuple[npt.NDArray[np.intp], npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]] | None
+    )
+    """The four once more, of many workers."""
 
 
 @dataclass(slots=True, eq=False)

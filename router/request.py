@@ -127,6 +127,8 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     """Of the computing worker's time: its own work, and its share of the steps."""
     early_token_discount_s: float = 0.0
     """Where the first token is early, handover and first step only interrupt the stream: so much less they count."""
+    congestion_s: float = 0.0
+    """Of `inflicted_s`, what those who wait in the gateway, and those still to come, wait longer for it."""
 
     @property
     def order_s(self) -> float:

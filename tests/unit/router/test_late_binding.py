@@ -1,6 +1,9 @@
-"""A walk decides the same with its loop over few workers and with its arrays over many."""
+"""A walk decides the same with its loop over few workers and with its arrays over many, and knows who will compute
+what waits.
+"""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -9,7 +12,7 @@ from planes.wire.messages import RequestId, Role, WorkerId
 from router.decision import Decision
 from router.fleet import Fleet
 from router.late_binding import LateBinding
-from router.queue import Queue
+from router.queue import Bids, Queue
 from router.request import Explanation, RoutableRequest
 from router.settings import RouterSettings
 from tests.fakes import FACTS, candidate, registration
@@ -67,7 +70,7 @@ def walked(backlog, waiting, *, num_others):
         option = min(options_of[each.request.request], key=lambda option: option.total_s)
         fleet.reserve(each.request, option, 0.0)
         walk.bound(option)
-    return asked, walk.ahead, binding.wakeup
+    return asked, walk.ahead, binding.wakeup, {name: binding.shares.get(WorkerId(name)) for name in NAMES}
 
 
 def routable(name, tokens):
@@ -84,9 +87,41 @@ def test_a_request_whose_cheapest_worker_is_busy_is_passed_over_and_lies_before_
     waits_for_a = (100, {"a": (0.1, 0.3), "b": (5.0, 0.3)})
     takes_b = (100, {"b": (0.1, 0.3)})
     for num_others in (0, 30):
-        asked, ahead, _ = walked(busy, [waits_for_a, takes_b], num_others=num_others)
+        asked, ahead, _, _ = walked(busy, [waits_for_a, takes_b], num_others=num_others)
         assert asked == ["r1"]
         assert ahead == {"a": 0.3}
+
+
+def shares_of(waiting, backlogs_s, *, times=1):
+    """What `share_out` makes of requests of which each costs so much, and works so long, on each worker."""
+    fleet, queue = Fleet(), Queue(RouterSettings())
+    for name in NAMES:
+        fleet.up(registration(name, Role.BOTH))
+    binding = LateBinding(fleet, queue)
+    binding.walk(0.0)
+    for number, costs in enumerate(waiting):
+        request = routable(f"r{number}", 100)
+        queue.add(request, 100, 0.1, Explanation(request.request, "p", 100, 0.0), now=0.0)
+        rows = [binding.rows[WorkerId(name)] for name in costs]
+        own_s, work_s = zip(*costs.values(), strict=True)
+        queue.get(request.request).bids = Bids(binding.version, 0.0, rows, own_s, own_s, work_s, LIMIT_S, None)
+    for number in range(times):
+        binding.share_out(list(queue.walk()), backlogs_s, 1.0 + number)
+    return [binding.shares[WorkerId(name)] for name in NAMES]
+
+
+def test_those_who_may_go_anywhere_are_shared_out_evenly_whatever_lies_before_the_first():
+    anywhere = dict.fromkeys(NAMES, (0.1, 0.1))
+    for backlogs_s in ([0.0] * 3, [0.3, 0.0, 0.0]):
+        assert shares_of([anywhere] * 60, backlogs_s, times=9) == pytest.approx([1 / 3] * 3, abs=0.06)
+
+
+def test_those_who_cost_far_more_elsewhere_wait_for_the_worker_where_they_do_not():
+    tied, anywhere = {"a": (0.1, 0.1), "b": (90.0, 9.0), "c": (90.0, 9.0)}, dict.fromkeys(NAMES, (0.1, 0.1))
+    a, b, c = shares_of([tied, anywhere, anywhere] * 20, [0.0] * 3, times=9)
+    assert (a, b, c) == pytest.approx([1 / 3] * 3, abs=0.06)
+    a, b, c = shares_of([tied, tied, anywhere] * 20, [0.0] * 3, times=9)
+    assert (a, b, c) == pytest.approx([2 / 3, 1 / 6, 1 / 6], abs=0.06)
 
 
 def test_a_worker_that_gives_up_prefilling_shortens_nobodys_wait():
