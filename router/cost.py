@@ -45,6 +45,8 @@ class PrefillCost(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     congestion_s: float
     """Of `inflicted_s`, for those who wait in the gateway and those still to come."""
     cost_s: float
+    room_s: float = 0.0
+    """Until there is room for it beside those that decode there, should it decode elsewhere."""
     misses_itl: bool = False
     """A stream there would miss its SLO."""
     pauses: bool = False
@@ -92,7 +94,7 @@ def prefill_cost(
     added = work + fixed * new_steps
     share = work + fixed * uncached / budget if uncached < budget else added
     busy = min(worker.prefill_utilisation, model.max_utilisation)
-    stalled, misses_itl, pauses = 0.0, False, False
+    stalled, room, misses_itl, pauses = 0.0, 0.0, False, False
     if worker.role.can_decode and (batch or worker.mean_running):
         # Where nobody decodes now those count that may come, as if streams were fast.
         step = latency.step_s(batch or 1, worker.kv_tokens)
@@ -100,6 +102,7 @@ def prefill_cost(
         price = stall_price(request, worker, step, busy if batch else 0.0, model)
         stalled = stall * price * max(batch, worker.mean_running)
         if batch:
+            room = _room_s(worker, uncached, step * (worker.mean_expected or request.expected_tokens) / (1 - busy))
             queue += step / 2  # the step in progress has to end
             misses_itl = stall > worker.stall_left_s
             if not worker.role.can_prefill:
@@ -116,6 +119,7 @@ def prefill_cost(
         inflicted_s=inflicted,
         congestion_s=queued,
         cost_s=queue + seconds + inflicted,
+        room_s=room,
         misses_itl=misses_itl,
         pauses=pauses,
     )
@@ -131,11 +135,7 @@ def decode_cost(request: RoutableRequest, worker: WorkerView, model: CostModel =
     slowdown = max(0.0, after - before) * batch * expected
     decoding = after * expected / (1 - busy)
     uncached = request.prompt_tokens - worker.cached_tokens
-    needed = -(-(uncached + expected) // facts.block_size)
-    has_room = not here or (here < facts.max_batch and needed * (1 + worker.without_room) <= worker.free_blocks)
-    room = 0.0
-    if not has_room:  # on average one of those that decode is done every `decoding / batch`, and some wait already
-        room = (1 + max(worker.without_room, here - facts.max_batch)) * decoding / max(1, batch)
+    room = _room_s(worker, uncached + expected, decoding)
     missing = -(-uncached // facts.block_size) * facts.bytes_per_block
     return DecodeCost(
         worker=worker,
@@ -148,8 +148,24 @@ def decode_cost(request: RoutableRequest, worker: WorkerView, model: CostModel =
         stall=stall_price(request, worker, after, busy, model),
         gap_s=after,
         missing_bytes=missing,
-        has_room=has_room,
+        has_room=not room,
     )
+
+
+def _room_s(worker: WorkerView, tokens: int, decoding_s: float) -> float:
+    """Until there is a place in the batch, and KV blocks for so many tokens; 0: there is.
+
+    decoding_s: how long a sequence keeps them. On average one of those that decode is done every `decoding_s / batch`,
+    and some wait already.
+    """
+    facts, before = worker.facts, worker.without_room
+    here = max(worker.num_running, worker.num_streams) + before
+    if not here:
+        return 0.0
+    needed = -(-tokens // facts.block_size)
+    if here < facts.max_batch and needed * (1 + before) <= worker.free_blocks:
+        return 0.0
+    return (1 + max(before, here - facts.max_batch)) * decoding_s / max(1, min(here, facts.max_batch - 1))
 
 
 def local(
@@ -182,7 +198,7 @@ def local(
         decode_s=decode.decode_s + stalled,
         num_passed=worker.num_passed,
         gives_up=_gives_up(request, goals, prefill, decode, ttft, left),
-        waits_for_room=wait > model.patience * prefill.prefill_s,
+        waits_for_room=worker.worker if wait > model.patience * prefill.prefill_s else None,
         congestion_s=prefill.congestion_s,
     )
 
@@ -197,12 +213,15 @@ def pair(
 ) -> Candidate:
     """The legs on two workers, and the handover between them."""
     handover = link.handover_s(decode.missing_bytes)
-    ttft, pause = prefill.queue_s + prefill.prefill_s, 0.0
+    queue = prefill.queue_s + prefill.room_s
+    ttft, pause = queue + prefill.prefill_s, 0.0
     left = max(0.0, decode.prompts_s - ttft - handover)
     stalled, early = decode.stall * left, 0.0
-    waits_for_room = decode.room_s > 0 and _waits_for_room(request, prefill, decode, handover, left, goals, model)
-    if waits_for_room:
-        ttft += decode.room_s
+    lacking = None
+    if decode.room_s and _waits_for_room(request, prefill, decode, handover, left, goals, model):
+        ttft, lacking = ttft + decode.room_s, decode.worker.worker
+    elif prefill.room_s > model.patience * prefill.prefill_s:
+        lacking = prefill.worker.worker
     if request.is_first_token_exact:
         pause = handover + decode.first_step_s - decode.room_s
         price = decode.stall if request.expected_tokens > 1 else 0.0
@@ -215,19 +234,19 @@ def pair(
         decode.worker.worker,
         prefill.worker.cached_tokens,
         decode.worker.cached_tokens,
-        prefill.queue_s,
+        queue,
         prefill.prefill_s,
         handover,
         decode.first_step_s,
         prefill.inflicted_s + decode.inflicted_s,
-        prefill.cost_s + handover + stalled + decode.cost_s - early,
+        prefill.cost_s + prefill.room_s + handover + stalled + decode.cost_s - early,
         work_s=prefill.work_s,
         is_first_early=request.is_first_token_exact,
         decode_s=decode.decode_s + stalled,
         num_passed=prefill.worker.num_passed,
         early_token_discount_s=early,
         gives_up=_gives_up(request, goals, prefill, decode, ttft, left + pause),
-        waits_for_room=waits_for_room,
+        waits_for_room=lacking,
         congestion_s=prefill.congestion_s,
     )
 

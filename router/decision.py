@@ -101,7 +101,8 @@ def _check_fields(option: Candidate, request: RoutableRequest) -> None:
     _expect_number("work_s", option.work_s, 0, _MOST)
     _expect_number("congestion_s", option.congestion_s, 0, _MOST)
     _expect("is_first_early", option.is_first_early, bool)
-    _expect("waits_for_room", option.waits_for_room, bool)
+    if option.waits_for_room is not None:
+        _expect("waits_for_room", option.waits_for_room, str)
     _expect("decode", option.decode, str)
     if option.prefill is not None:
         _expect("prefill", option.prefill, str)

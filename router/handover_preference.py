@@ -51,7 +51,7 @@ def _held_because(chosen: Candidate, view: FleetView, max_backlog_s: float) -> s
     sender = next(worker for worker in view.prefill if worker.worker == chosen.prefill)
     if because := sender.busy_because(max_backlog_s):
         return because
-    return f"{chosen.decode} has no room to decode" if chosen.waits_for_room else ""
+    return f"{chosen.waits_for_room} has no room for it" if chosen.waits_for_room else ""
 
 
 def _total(option: Candidate) -> float:

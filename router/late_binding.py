@@ -229,7 +229,7 @@ class Walk:
             self._pass(row, _work_s(chosen), limit_s)
             self._room.discard(row)
         else:
-            waiting.blocked, waiting.blocked_by = binding.room_changes, chosen.decode
+            waiting.blocked, waiting.blocked_by = binding.room_changes, chosen.waits_for_room
             self._blocked(waiting)
 
     def _is_to_ask(self, waiting: Waiting) -> bool:

@@ -121,8 +121,8 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     """Prompts on the computing worker that this one would be computed before: its queue is without them."""
     gives_up: Sacrifice = Sacrifice.NOTHING
     """Goes before all seconds."""
-    waits_for_room: bool = False
-    """It should be bound only when there is room for it to decode."""
+    waits_for_room: WorkerId | None = None
+    """The worker that has no room for it: it should be bound only when that one has."""
     work_s: float = 0.0
     """Of the computing worker's time: its own work, and its share of the steps."""
     early_token_discount_s: float = 0.0

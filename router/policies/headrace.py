@@ -13,7 +13,8 @@ A request is held in the gateway as long as its worker's next step with a place 
 and a decode step, and the time that it takes to send as many of those who wait as that step has places for: binding it
 now could not start it sooner, and by the time it can start another worker may be cheaper.
 It joins the prompts of that step unless they would lose more by it than a step of its own costs those who wait. Held,
-too, is a request whose decode worker has no room for it: its KV cache would only wait in the prefill worker's memory.
+too, is a request for which a worker has no room: where that is its decode worker, its KV cache would only wait in the
+prefill worker's memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -199,7 +200,7 @@ def _bound_or_held(
     max_backlog_s += model.sending_s * _num_to_send(request, computing, view)
     because, lacks_room = computing.busy_because(max_backlog_s) or _shares_badly(request, computing, view), False
     if not because and chosen.waits_for_room:
-        because, lacks_room = f"{chosen.decode} has no room to decode", True
+        because, lacks_room = f"{chosen.waits_for_room} has no room for it", True
     return Choice(
         chosen=chosen,
         candidates=options,

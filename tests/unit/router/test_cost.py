@@ -8,7 +8,7 @@ from planes.wire.messages import HandoverMode, LatencyPrior, RequestId, Role, Wo
 from router import cost, prices
 from router.latency import LatencyModel, LinkModel
 from router.policy import FleetView, WorkerView
-from router.request import RoutableRequest
+from router.request import RoutableRequest, Sacrifice
 from tests.fakes import FACTS
 
 
@@ -118,7 +118,34 @@ def test_a_first_token_need_not_wait_for_room_where_its_stream_bears_the_pause(e
         cost.decode_cost(wanted, full),
         LinkModel(LatencyPrior()),
     )
-    assert way.waits_for_room is is_held
+    assert way.waits_for_room == ("d" if is_held else None)
+
+
+def test_a_prompt_to_be_handed_over_waits_for_a_place_beside_those_that_decode_where_it_is_computed():
+    """An engine that has as many sequences as it takes begins no other one, though that would soon be gone."""
+    wanted = replace(request(10, 2000), slo_ttft_s=1.0, slo_itl_s=0.05)
+    goals = prices.Goals(ttft_s=1.0, itl_s=0.05)
+    free, *full = [
+        cost.pair(
+            wanted,
+            cost.prefill_cost(wanted, worker("p", Role.BOTH, mean_expected=2000, **sender)),
+            cost.decode_cost(wanted, worker("d")),
+            LinkModel(LatencyPrior()),
+            goals,
+        )
+        for sender in (
+            {"num_running": 7, "num_streams": 7},
+            {"num_running": 8, "num_streams": 8},
+            {"num_running": 8, "num_streams": 8, "without_room": 1},
+            {"num_running": 7, "num_streams": 7, "free_blocks": 0},
+        )
+    ]
+    assert (free.waits_for_room, free.gives_up) == (None, Sacrifice.NOTHING)
+    step_s = worker("p").latency.step_s(8, 1000)
+    assert full[0].ttft_s - free.ttft_s == pytest.approx(2000 * step_s / 7, rel=0.01)
+    assert full[1].queue_s == pytest.approx(2 * full[0].queue_s, rel=0.01)
+    for way in full:
+        assert (way.waits_for_room, way.gives_up) == ("p", Sacrifice.TTFT)
 
 
 @pytest.mark.parametrize("makes_way", [False, True])
@@ -129,4 +156,5 @@ def test_one_that_is_late_for_its_first_token_takes_no_seat_from_those_still_in_
         cost.decode_cost(wanted, worker("d", num_running=8, num_streams=8)),
     )
     goals = prices.Goals(ttft_s=-1.0, itl_s=0.05, makes_way=makes_way)
-    assert cost.pair(wanted, *legs, LinkModel(LatencyPrior()), goals).waits_for_room is makes_way
+    lacking = cost.pair(wanted, *legs, LinkModel(LatencyPrior()), goals).waits_for_room
+    assert lacking == ("d" if makes_way else None)

@@ -528,7 +528,7 @@ def test_a_request_that_is_late_is_refused_or_leaves_room_to_decode_to_those_in_
         assert [type(answer.error) for answer in answers] == [SloMissed]
         return
     assert answers == []
-    assert router.explain(RequestId("late")).held_because == "d0 has no room to decode"
+    assert router.explain(RequestId("late")).held_because == "d0 has no room for it"
     (route,) = send(router, "in time", now=5.0, tokens=800, **slos)
     assert route.request == "in time"
     (route,) = router.dispatch(now=1.0 + 60.0 + 2000 * 0.5)

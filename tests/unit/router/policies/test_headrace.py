@@ -201,7 +201,7 @@ def test_a_decode_worker_without_room_holds_the_request():
     full = worker("d", Role.DECODE, **BUSY | {"free_blocks": 10})
     choice = choose(worker("p", Role.PREFILL), full, routable=request(expected=10_000))
     assert choice.is_held
-    assert choice.held_because == "d has no room to decode"
+    assert choice.held_because == "d has no room for it"
     other = worker("e", Role.DECODE, **BUSY)
     choice = choose(worker("p", Role.PREFILL), full, other, routable=request(expected=10_000))
     assert (choice.is_held, choice.chosen.decode) == (False, "e")
