@@ -31,6 +31,7 @@ from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from app.http.errors import HeadTooLarge, NotHttp, ReadTimeout, Stopping, TooManyConnections, TooManyPipelined
+from app.http.waiting import LateEvent, ShortQueue
 from app.openai import errors
 from planes.wire.errors import HeadraceError, InvalidRequest
 
@@ -60,11 +61,16 @@ class ConnectionLimits:
 BeginAtOnce = Callable[["Client", Scope, bytes], bool]
 """Begins to answer a request with this body without a task; False: it takes one, and nothing has been done."""
 
+_ANSWERED: Final[dict[str, Any]] = {}
+"""In place of the scope of a request that is being answered without a task."""
+
 NOTHING_AT_ONCE: Final[Mapping[str, BeginAtOnce]] = MappingProxyType({})
 
 
 class Client:
     """The connection that one request came over, as long as its answer lasts."""
+
+    __slots__ = ("_protocol", "cycle", "flow", "transport")
 
     def __init__(self, protocol: "StreamingProtocol", cycle: RequestResponseCycle) -> None:
         self._protocol = protocol
@@ -87,10 +93,25 @@ class Client:
 class StreamingProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1 protocol, which hands its connection to our answers. Set as `uvicorn.Config(http=…)`."""
 
-    on_gone: Callable[[], object] | None = None
-    is_gone = False
-    has_task = True
-    """Whether a task answers the latest request."""
+    # With more than 30 attributes in all, a dictionary of its own would take a kilobyte of every connection.
+    __slots__ = (
+        "_at_once",
+        "_deadline",
+        "_has_head",
+        "_held",
+        "_is_reading_head",
+        "_is_receiving",
+        "_is_refused",
+        "_is_upgrade",
+        "_limits",
+        "_num_hosts",
+        "_num_kept",
+        "_on_refused",
+        "_refusal",
+        "has_task",
+        "is_gone",
+        "on_gone",
+    )
 
     def __init__(
         self,
@@ -102,6 +123,11 @@ class StreamingProtocol(HttpToolsProtocol):
     ) -> None:
         """Args:  on_refused: told the code of each refusal.  at_once: POST routes that may need no task, by path."""
         super().__init__(*args, **kwargs)
+        self.pipeline = ShortQueue()  # type: ignore[assignment] # has all that is asked of it
+        self.on_gone: Callable[[], object] | None = None
+        self.is_gone = False
+        self.has_task = True
+        """Whether a task answers the latest request."""
         self._limits = limits
         self._on_refused = on_refused
         self._num_kept = 0
@@ -125,6 +151,7 @@ class StreamingProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         super().connection_made(transport)
+        self.flow._is_writable_event = LateEvent(is_set=True)  # type: ignore[assignment] # noqa: SLF001 - uvicorn is pinned
         # The first request has as much time to begin as every other.
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
         if len(self.connections) > self._limits.num_connections:
@@ -192,6 +219,7 @@ class StreamingProtocol(HttpToolsProtocol):
         self._is_reading_head = True
         super().on_headers_complete()
         self._is_reading_head = False
+        self.cycle.message_event = LateEvent()  # type: ignore[assignment] # nobody has waited for the other
         if self._held is None or self._held[0] is not self.cycle:
             # The task that runs the request exists, but has not begun: it will find the extension.
             self.scope["extensions"] = {EXTENSION: Client(self, self.cycle)}  # type: ignore[dict-item]
@@ -228,7 +256,10 @@ class StreamingProtocol(HttpToolsProtocol):
         is_whole = not (cycle.more_body or cycle.waiting_for_100_continue or self.is_gone)
         client, scope = Client(self, cycle), cast("Scope", cycle.scope)
         if is_whole and self._at_once[cycle.scope["path"]](client, scope, bytes(cycle.body)):
-            cycle.body = bytearray()
+            # The answer may take minutes, and what was asked is parsed.
+            if self.scope is cycle.scope:  # the next request has not begun to come
+                self.scope, self.headers = cast("Any", _ANSWERED), []
+            cycle.scope, cycle.body = cast("Any", _ANSWERED), bytearray()
         else:
             cycle.scope["extensions"] = {EXTENSION: client}  # type: ignore[dict-item]
             super()._start_asgi_task(cycle, app)

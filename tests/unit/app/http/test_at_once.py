@@ -33,7 +33,7 @@ class Application:
 
     async def with_task(self, request, response):
         body = await request.body()
-        response.whole(200, [("x-how", "task")], body)
+        response.whole(200, [("x-how", f"task{request.headers.get('x-said', '')}")], body)
 
 
 @pytest.fixture
@@ -69,6 +69,17 @@ async def test_what_comes_whole_is_answered_without_a_task_and_the_connection_se
             writer.write(post(body=b"body %d" % number))
             assert await read_whole(reader) == ("at once", b"body %d" % number)
             assert not state.tasks
+
+
+async def test_what_is_let_go_of_one_request_is_not_the_next_one_s(application, connect):
+    second = post(body=b"second").replace(b"\r\n\r\n", b"\r\nx-said: it\r\n\r\n")
+    cut = second.index(b"x-said")
+    async with connect() as (reader, writer):
+        writer.write(post(body=b"first") + second[:cut])
+        assert await read_whole(reader) == ("at once", b"first")
+        application.takes = False
+        writer.write(second[cut:])
+        assert await read_whole(reader) == ("taskit", b"second")
 
 
 async def test_chunks_that_come_with_their_head_are_the_body(connect):
