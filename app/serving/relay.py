@@ -5,6 +5,7 @@ for it. Between a leg's first payload and its end its tokens go past all this (`
 """
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
@@ -169,10 +170,11 @@ class Serving(ExchangeDriver):
         self._spent = self._rest_tokens = 0
         self._is_prompt_spent = self._is_rest_prompt = self._is_closed = False
         self._call_later = asyncio.get_running_loop().call_later
-        self._deadline = relay.call_at(request.deadline, self.receive, on.Deadline())
-        self._keepalive: asyncio.TimerHandle | None = None
+        self._comment_at = math.inf
+        """Instant at which a stream that has been silent gets a comment."""
         if relay.keepalive_s and request.format.is_streaming:
-            self._keepalive = self._call_later(relay.keepalive_s, self._keep_alive)
+            self._comment_at = relay.clock() + relay.keepalive_s
+        self._set_alarm()
 
     def leave(self) -> None:
         """The client has gone, or else the gateway stops."""
@@ -193,12 +195,27 @@ class Serving(ExchangeDriver):
         elif not self.response.is_ended:
             self._fail(do.Fail(exc, ()))
 
-    def _keep_alive(self) -> None:
+    def _set_alarm(self) -> None:
+        """One timer for whatever comes first: each takes 600 bytes of a stream."""
+        wait_s = min(self._request.deadline, self._comment_at) - self._relay.clock()
+        self._alarm = self._call_later(max(_LEAST_WAIT_S, wait_s), self._time_up)
+
+    def _time_up(self) -> None:
+        now = self._relay.clock()
+        if now >= self._request.deadline:
+            self.receive(on.Deadline())
+            return
+        if now >= self._comment_at:
+            self._keep_alive(now)
+        if not self._is_closed:
+            self._set_alarm()
+
+    def _keep_alive(self, now: float) -> None:
         """Once the whole interval has passed, then twice in each: so no silence is longer than one."""
         self.receive(on.Silence())
         if not self.response.is_ended:
             self.response.keep_alive()
-            self._keepalive = self._call_later(self._relay.keepalive_s / 2, self._keep_alive)
+        self._comment_at = now + self._relay.keepalive_s / 2
 
     def close(self) -> None:
         """Count and log, once. Everything else has been given back by the exchange's last effects."""
@@ -206,9 +223,7 @@ class Serving(ExchangeDriver):
             return
         self._is_closed = True
         super().close()
-        self._deadline.cancel()
-        if self._keepalive is not None:
-            self._keepalive.cancel()
+        self._alarm.cancel()
         self._tell_spent()
         exchange = self.exchange
         ended_at = self._relay.clock() if exchange.ended_at is None else exchange.ended_at
