@@ -83,6 +83,7 @@ from planes.wire.messages import Adapter, Registration, RequestId
 from planes.work_queue import PrefillQueue
 from process.exposure import refuse_open_gateway
 from process.logging import LineWriter, configure
+from process.memory import share_one_heap
 from router.roles import RoleGoals, RolePlanner
 from router.router import Router
 
@@ -118,6 +119,7 @@ def _serve_process(
     begun: Callable[[], None] = lambda: None,
 ) -> None:
     """sockets: the port's, and the admin port's if there is one."""
+    share_one_heap()
     always = {} if place is None else {"process": place.number}
     with LineWriter(sys.stderr) as lines, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         configure(settings.log_level, as_json=settings.log_json, lines=lines, always=always)
