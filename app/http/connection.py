@@ -159,6 +159,8 @@ class StreamingProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        if self.parser is None:
+            self._new_parser()
         while data and not self._is_refused:
             room = self._limits.head_bytes - self._num_kept
             piece, data = (data, b"") if len(data) <= room else (data[:room], data[room:])
@@ -259,6 +261,8 @@ class StreamingProtocol(HttpToolsProtocol):
             # The answer may take minutes, and what was asked is parsed.
             if self.scope is cycle.scope:  # the next request has not begun to come
                 self.scope, self.headers = cast("Any", _ANSWERED), []
+                if cycle.keep_alive and not self._num_kept:  # the parser would refuse what follows a connection's last
+                    self.parser = None
             cycle.scope, cycle.body = cast("Any", _ANSWERED), bytearray()
         else:
             cycle.scope["extensions"] = {EXTENSION: client}  # type: ignore[dict-item]
@@ -291,9 +295,13 @@ class StreamingProtocol(HttpToolsProtocol):
         version = self.parser.get_http_version().encode()
         head = b"".join([b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version), *fields, b"\r\n"])
         self._is_upgrade = False
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self._new_parser()
         self._fed(head)
+
+    def _new_parser(self) -> None:
+        """As uvicorn's."""
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
     def _read_too_long(self) -> None:
         self._deadline = None

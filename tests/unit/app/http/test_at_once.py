@@ -82,6 +82,21 @@ async def test_what_is_let_go_of_one_request_is_not_the_next_one_s(application, 
         assert await read_whole(reader) == ("taskit", b"second")
 
 
+async def test_what_comes_while_an_answer_lasts_is_read_after_it(application, connect):
+    application.is_held = True
+    async with connect() as (reader, writer):
+        writer.write(post(body=b"first"))
+        await until(lambda: application.responses)
+        application.takes = False
+        for piece in (post(body=b"second")[:9], post(body=b"second")[9:] + post(body=b"third")):
+            writer.write(piece)
+            await writer.drain()
+        application.responses[0].whole(200, [("x-how", "at once")], b"1")
+        assert await read_whole(reader) == ("at once", b"1")
+        assert await read_whole(reader) == ("task", b"second")
+        assert await read_whole(reader) == ("task", b"third")
+
+
 async def test_chunks_that_come_with_their_head_are_the_body(connect):
     async with connect() as (reader, writer):
         writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nbo\r\n2\r\ndy\r\n0\r\n\r\n")
