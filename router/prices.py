@@ -45,6 +45,8 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     much earlier."""
     patience: float = 4.0
     """How many times as long as it took to compute a KV cache may wait for room, unless SLOs say otherwise."""
+    sparing_share: float = 0.9
+    """Of its time to the first token, so much may have passed at the predicted one of a request that spares streams."""
     near: float = 1.003
     """Costs this close are equal, and a random one wins: several gateways must not all pick the same worker."""
 

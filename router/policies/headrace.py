@@ -14,7 +14,8 @@ and a decode step, and the time that it takes to send as many of those who wait 
 now could not start it sooner, and by the time it can start another worker may be cheaper.
 It joins the prompts of that step unless they would lose more by it than a step of its own costs those who wait. Held,
 too, is a request for which a worker has no room: where that is its decode worker, its KV cache would only wait in the
-prefill worker's memory.
+prefill worker's memory. And one that would cost a stream its SLO wherever it is computed, while its own first token has
+time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -201,6 +202,8 @@ def _bound_or_held(
     because, lacks_room = computing.busy_because(max_backlog_s) or _shares_badly(request, computing, view), False
     if not because and chosen.waits_for_room:
         because, lacks_room = f"{chosen.waits_for_room} has no room for it", True
+    if not because and _costs_an_slo(chosen, computing) and _has_time(request, chosen, view, max_backlog_s, model):
+        because, lacks_room = f"a stream on {name} would miss its time between tokens", True
     return Choice(
         chosen=chosen,
         candidates=options,
@@ -209,6 +212,17 @@ def _bound_or_held(
         max_backlog_s=max_backlog_s,
         lacks_room=lacks_room,
     )
+
+
+def _costs_an_slo(chosen: Candidate, worker: WorkerView) -> bool:
+    """Whether a stream on the worker that computes the prompt would lose its SLO, and as it is chosen, one anywhere."""
+    return chosen.gives_up is Sacrifice.ITL and chosen.work_s > worker.stall_left_s
+
+
+def _has_time(request: RoutableRequest, chosen: Candidate, view: FleetView, margin_s: float, model: CostModel) -> bool:
+    """Whether it would still be in time if it began `margin_s` later."""
+    ttft_s = request.slo_ttft_s
+    return ttft_s is not None and view.waited_s + chosen.ttft_s + margin_s < model.sparing_share * ttft_s
 
 
 def _num_to_send(request: RoutableRequest, worker: WorkerView, view: FleetView) -> float:
