@@ -155,8 +155,8 @@ def decode_cost(request: RoutableRequest, worker: WorkerView, model: CostModel =
 def _room_s(worker: WorkerView, tokens: int, decoding_s: float) -> float:
     """Until there is a place in the batch, and KV blocks for so many tokens; 0: there is.
 
-    decoding_s: how long a sequence keeps them. On average one of those that decode is done every `decoding_s / batch`,
-    and some wait already.
+    decoding_s: how long a sequence keeps them. Where nobody knows when those that decode will end, one of them is done
+    every `decoding_s / batch` on average, and some wait already.
     """
     facts, before = worker.facts, worker.without_room
     here = max(worker.num_running, worker.num_streams) + before
@@ -165,6 +165,8 @@ def _room_s(worker: WorkerView, tokens: int, decoding_s: float) -> float:
     needed = -(-tokens // facts.block_size)
     if here < facts.max_batch and needed * (1 + before) <= worker.free_blocks:
         return 0.0
+    if here >= facts.max_batch and worker.seat_in_s:
+        return worker.seat_in_s
     return (1 + max(before, here - facts.max_batch)) * decoding_s / max(1, min(here, facts.max_batch - 1))
 
 

@@ -70,6 +70,8 @@ class WorkerView(msgspec.Struct, frozen=True, gc=False):
     """… their work …"""
     num_sharing: int = 0
     """… and the prompts that they belong to."""
+    seat_in_s: float = 0.0
+    """Predicted seconds until a place in the batch is free, after those `without_room`; 0: one is, or nobody knows."""
 
     def busy_because(self, max_backlog_s: float) -> str:
         """Why a prompt bound now would start no sooner than one bound later; empty: no more lies before it than may."""

@@ -84,6 +84,8 @@ class Worker:
         self._own_streams = self._to_stream = self._other_streams = 0
         self.stalled_s = 0.0
         """How long streams here have stood still for prompts, in all its reports."""
+        self._seats: list[float] = []
+        """When the last one in each place of the batch will end, if no other came, in order; empty: not known."""
         self._stall_limits: list[tuple[float, RequestId, Reservation]] = []
         """A heap: what `stalled_s` must not reach, for each stream with an SLO."""
         self._sent: deque[Reservation] = deque()
@@ -129,6 +131,7 @@ class Worker:
 
     def reserve_decode(self, reservation: Reservation) -> None:
         self._idle_view = None
+        self._seats = []
         self.decoding[reservation.request] = reservation
         self.expected_tokens += reservation.expected_tokens
         self._to_stream += reservation.expected_tokens > 1
@@ -150,6 +153,7 @@ class Worker:
         """The decode leg is with the worker and will be in its reports."""
         if reservation.arrived_at == math.inf:
             reservation.arrived_at = now
+            self._seats = []
             self._arrived.append(reservation)
 
     def release_prefill(self, reservation: Reservation, now: float) -> None:
@@ -174,6 +178,7 @@ class Worker:
         if self.decoding.pop(reservation.request, None) is None:
             return
         self._idle_view = None
+        self._seats = []
         self.expected_tokens -= reservation.expected_tokens
         self._own_streams -= reservation.is_stream
         self._to_stream -= reservation.expected_tokens > 1
@@ -200,6 +205,7 @@ class Worker:
 
     def apply_load(self, report: LoadReport, *, now: float, report_delay_s: float) -> None:
         self._idle_view = None
+        self._seats = []
         counted = now - report_delay_s
         while self._sent and self._sent[0].bound_at <= counted:
             self._see_prefill(self._sent.popleft())
@@ -292,6 +298,31 @@ class Worker:
             return _LATE_SHARE * (pace.fixed_s + max(each.work_s for each in self.computing.values()))
         return plan.starts_in_s(now, pace)
 
+    def seat_in_s(self, now: float, before: int) -> float:
+        """Predicted seconds until a place in the batch is free for who comes now, after `before` others.
+
+        0: there is one, or all that decode here are another gateway's. Theirs are taken to have begun evenly spread; of
+        one that takes longer than expected nobody knows how much longer.
+        """
+        batch, decoding = self.facts.max_batch, self.decoding
+        if not decoding or len(decoding) + self._other_streams + before < batch:
+            return 0.0
+        step_s = self.latency.step_s(min(batch, self.num_streams), self.kv_tokens + self.unseen_kv_tokens)
+        mean_s = self.expected_tokens / len(decoding) * step_s
+        if not self._seats:
+            others = min(self._other_streams, batch)
+            ends = [now + mean_s * (place + 1) / others for place in range(others)]
+            for each in decoding.values():
+                takes_s = each.expected_tokens * step_s
+                begins_at = min(now, each.arrived_at)
+                if len(ends) >= batch:
+                    begins_at = max(begins_at, heapq.heappop(ends))
+                heapq.heappush(ends, max(begins_at + takes_s, now + _LATE_SHARE * takes_s))
+            self._seats = sorted(ends)
+        seats = self._seats
+        rounds, place = divmod(before - (batch - len(seats)), len(seats))
+        return max(0.0, seats[place] - now) + rounds * mean_s
+
     def stall_left_s(self, now: float, pace: Pace) -> float:
         """How long the streams here may stand still beyond what is to come, until one misses its SLO.
 
@@ -350,6 +381,8 @@ class Worker:
         if self.facts.is_shortest_first:  # asked here, too: the call costs a decision among 256 workers 7 %
             passed_tokens, starts_in_s = self.passing(backlog_s)
         free_blocks = self.free_blocks - self.unseen_blocks
+        is_full = len(self.decoding) + self._other_streams + without_room >= self.facts.max_batch
+        is_plain = is_plain and not is_full
         view = WorkerView(
             self.worker,
             self.role,
@@ -377,6 +410,7 @@ class Worker:
             shared_tokens=shared_tokens,
             shared_s=shared_s,
             num_sharing=num_sharing,
+            seat_in_s=self.seat_in_s(now, without_room) if is_full else 0.0,
         )
         if is_plain:
             self._idle_view = view

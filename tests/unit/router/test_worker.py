@@ -1,13 +1,15 @@
 """How a worker looks is remembered while nothing happens there, and never for longer."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from planes.wire.messages import HandoverMode, LoadReport, RequestId, Role, StepSample, WorkerId, WorkerState
 from router.fleet import Fleet
 from router.request import RoutableRequest
-from tests.fakes import candidate, registration
+from tests.fakes import FACTS, candidate, registration
 
 NAMES = ("p", "d")
 ROLES = {"p": Role.PREFILL, "d": Role.DECODE}
@@ -70,3 +72,54 @@ def test_a_kv_cache_that_is_pushed_waits_for_seconds_and_one_that_is_pulled_for_
     )
     assert push.keeps_s < 30.0
     assert pull.keeps_s == float("inf")
+
+
+def decoding(fleet, name, now, expected):
+    request = RoutableRequest(RequestId(name), "sim", np.array([], dtype=np.uint64), 100, expected, 1e9)
+    bound = fleet.reserve(request, candidate("d", "p"), now)
+    fleet.prefilled(bound, now)
+    return bound
+
+
+def test_the_next_place_is_free_when_the_first_of_those_that_decode_ends():
+    fleet = Fleet()
+    fleet.up(registration("p", Role.PREFILL))
+    fleet.up(replace(registration("d", Role.DECODE), facts=replace(FACTS, max_batch=3)))
+    worker = fleet.workers[WorkerId("d")]
+    decoding(fleet, "a", 0.0, 300)
+    decoding(fleet, "b", 0.1, 100)
+    assert worker.seat_in_s(0.2, 0) == 0.0
+    assert worker.seat_in_s(0.2, 1) > 0.0  # the one before takes the last place
+    c = decoding(fleet, "c", 0.2, 200)
+    step_s = worker.latency.step_s(3, worker.unseen_kv_tokens)
+    ends = [0.1 + 100 * step_s, 0.2 + 200 * step_s, 300 * step_s]
+    waits = [worker.seat_in_s(0.3, before) for before in range(4)]
+    assert waits == pytest.approx([*(end - 0.3 for end in ends), ends[0] - 0.3 + 200 * step_s])
+    d = decoding(fleet, "d", 0.3, 50)  # waits for the first to end, and takes its place
+    step_s = worker.latency.step_s(3, worker.unseen_kv_tokens)
+    assert worker.seat_in_s(0.3, 0) == pytest.approx(0.1 + 150 * step_s - 0.3)
+    for each in (c, d):
+        fleet.release(each, 1, 0.3)
+    assert worker.seat_in_s(0.3, 0) == 0.0
+
+
+def test_of_one_that_takes_longer_than_expected_nobody_expects_the_end_at_once():
+    fleet = Fleet()
+    fleet.up(replace(registration("d", Role.DECODE), facts=replace(FACTS, max_batch=1)))
+    fleet.up(registration("p", Role.PREFILL))
+    decoding(fleet, "a", 0.0, 100)
+    worker = fleet.workers[WorkerId("d")]
+    assert worker.seat_in_s(1e3, 0) == pytest.approx(10 * worker.latency.step_s(1, 100))
+    assert worker.view(0, 100, 0, 0.0, 1e3).seat_in_s == worker.seat_in_s(1e3, 0)
+    assert worker.view(0, 100, 0, 0.0, 1e3, 2).seat_in_s > worker.view(0, 100, 0, 0.0, 1e3, 1).seat_in_s
+
+
+def test_streams_of_other_gateways_are_taken_to_have_begun_evenly_spread():
+    fleet = Fleet()
+    fleet.up(registration("p", Role.PREFILL))
+    fleet.up(replace(registration("d", Role.DECODE), facts=replace(FACTS, max_batch=3)))
+    fleet.apply_load(load("d", 0), now=0.0, report_delay_s=0.0)  # two that are not ours
+    decoding(fleet, "a", 0.0, 100)
+    worker = fleet.workers[WorkerId("d")]
+    step_s = worker.latency.step_s(3, worker.kv_tokens + worker.unseen_kv_tokens)
+    assert [worker.seat_in_s(0.0, before) for before in range(3)] == pytest.approx([50 * step_s, *[100 * step_s] * 2])
