@@ -54,6 +54,8 @@ class Reservation:
     overtaken_s: float = 0.0
     """Predicted work of shorter prompts that were bound after it and go before it."""
     slo_itl_s: float | None = None
+    stall_limit_s: float = math.inf
+    """What its decode worker's `stalled_s` must not reach."""
     arrived_at: float = math.inf
     """When its decode leg reached the decode worker."""
 
@@ -135,10 +137,7 @@ class Worker:
         self.decoding[reservation.request] = reservation
         self.expected_tokens += reservation.expected_tokens
         self._to_stream += reservation.expected_tokens > 1
-        if reservation.slo_itl_s is not None and reservation.expected_tokens > 1:
-            step_s = self.latency.step_s(len(self.decoding), self.kv_tokens + self.unseen_kv_tokens)
-            spare_s = (reservation.slo_itl_s - step_s) * (reservation.expected_tokens - 1)
-            heapq.heappush(self._stall_limits, (self.stalled_s + spare_s, reservation.request, reservation))
+        self._limit_stalls(reservation)
         self.unseen_decodes += 1
         self.unseen_kv_tokens += reservation.prompt_tokens
         self.unseen_blocks += self._blocks(reservation)
@@ -148,6 +147,15 @@ class Worker:
         if reservation.expected_tokens > 1 and reservation.request in self.decoding:
             reservation.is_stream = True
             self._own_streams += 1
+            self._limit_stalls(reservation)
+
+    def _limit_stalls(self, reservation: Reservation) -> None:
+        """From now on, stalls here are its stalls; those before it began were not."""
+        if reservation.slo_itl_s is not None and reservation.expected_tokens > 1:
+            step_s = self.latency.step_s(len(self.decoding), self.kv_tokens + self.unseen_kv_tokens)
+            spare_s = (reservation.slo_itl_s - step_s) * (reservation.expected_tokens - 1)
+            reservation.stall_limit_s = self.stalled_s + spare_s
+            heapq.heappush(self._stall_limits, (reservation.stall_limit_s, reservation.request, reservation))
 
     def arrived(self, reservation: Reservation, now: float) -> None:
         """The decode leg is with the worker and will be in its reports."""
@@ -184,7 +192,7 @@ class Worker:
         self._to_stream -= reservation.expected_tokens > 1
         most = 2 * len(self.decoding) + _SOME
         if len(self._stall_limits) > most:  # those that ended lie below those that go on
-            self._stall_limits = [limit for limit in self._stall_limits if limit[1] in self.decoding]
+            self._stall_limits = [limit for limit in self._stall_limits if self._is_limited(*limit)]
             heapq.heapify(self._stall_limits)
         if len(self._arrived) > most:  # no report came to take them off
             self._arrived = deque(each for each in self._arrived if each.request in self.decoding)
@@ -333,9 +341,12 @@ class Worker:
             return math.inf
         step_s = self.latency.step_s(self.num_streams, self.kv_tokens + self.unseen_kv_tokens)
         coming_s = self.stalled_s + self.plan.stall_s(now, pace, step_s)
-        while limits and (limits[0][0] < coming_s or self.decoding.get(limits[0][1]) is not limits[0][2]):
+        while limits and (limits[0][0] < coming_s or not self._is_limited(*limits[0])):
             heapq.heappop(limits)
         return limits[0][0] - coming_s if limits else math.inf
+
+    def _is_limited(self, limit_s: float, request: RequestId, reservation: Reservation) -> bool:
+        return self.decoding.get(request) is reservation and reservation.stall_limit_s == limit_s
 
     def passing(self, backlog_s: float) -> tuple[int, float]:
         """A prompt of fewer tokens than the first of these begins before all of ours, after the second, in seconds.

@@ -187,6 +187,22 @@ def test_a_stream_tells_how_long_it_may_still_stand_still():
     assert view(fleet, D).num_streams == 0
 
 
+def test_what_stood_still_before_a_stream_began_is_not_taken_off_what_it_may():
+    fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
+    reservation = fleet.reserve(request(expected=21, slo_itl_s=0.05), candidate(P, D), 0.0)
+    steps = [StepSample(1000, 500_000, 1, 100, 2.0)]  # another one's, while its prompt is computed
+    fleet.apply_load(report("d", running=1, steps=steps), now=3.0, report_delay_s=0.02)
+    assert view(fleet, D).stall_left_s == math.inf  # as if it had been there
+    fleet.prefilled(reservation, 3.0)
+    step_s = fleet.workers[D].latency.step_s(1, 0)
+    assert view(fleet, D).stall_left_s == pytest.approx(20 * (0.05 - step_s), rel=0.05)
+    steps = [StepSample(1000, 500_000, 1, 100, 0.3)]
+    fleet.apply_load(report("d", running=1, steps=steps), now=4.0, report_delay_s=0.02)
+    assert view(fleet, D).stall_left_s == pytest.approx(20 * (0.05 - step_s) - (0.3 - step_s), rel=0.05)
+    fleet.release(reservation, 21, 5.0)
+    assert view(fleet, D).stall_left_s == math.inf
+
+
 def test_streams_that_ended_with_the_last_step_that_a_report_tells_of_decode_no_more():
     fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
     reservation = fleet.reserve(request(expected=21), candidate(P, D), 0.0)
