@@ -73,6 +73,6 @@ def console_routes(gateway: Gateway, live: Live) -> list[Route]:
     )
     return [
         Route("/console", page),
-        Route("/console/state", streamed, methods=["GET"]),
+        streamed.route("/console/state"),
         Route("/console/{name:path}", asset),
     ]

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import structlog
 from starlette.requests import Request
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from app.http.connection import EXTENSION, Client
@@ -217,6 +218,12 @@ class Streamed:
         self._max_unsent_bytes = max_unsent_bytes
         self._on_cut_off = on_cut_off
         self._at_once = at_once
+
+    def route(self, path: str) -> Route:
+        """It answers GET there, and not HEAD, which Starlette adds: what is streamed has no head without a body."""
+        found = Route(path, self)
+        found.methods = {"GET"}
+        return found
 
     def begin(self, client: Client, scope: Scope, body: bytes) -> bool:
         """Answer a request whose body is here, without a task.  Returns:  False, and nothing is done: it takes one."""

@@ -205,10 +205,12 @@ class Serving(ExchangeDriver):
         if now >= self._request.deadline:
             self.receive(on.Deadline())
             return
-        if now >= self._comment_at:
-            self._keep_alive(now)
-        if not self._is_closed:
-            self._set_alarm()
+        try:
+            if now >= self._comment_at:
+                self._keep_alive(now)
+        finally:
+            if not self._is_closed:
+                self._set_alarm()
 
     def _keep_alive(self, now: float) -> None:
         """Once the whole interval has passed, then twice in each: so no silence is longer than one."""

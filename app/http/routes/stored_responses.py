@@ -82,7 +82,7 @@ def stored_response_routes(gateway: Gateway) -> list[Route]:
         retrieve, max_unsent_bytes=gateway.settings.slow_client_bytes, on_cut_off=gateway.metrics.client_cut_off
     )
     return [
-        Route("/v1/responses/{response_id}", streamed, methods=["GET"]),
+        streamed.route("/v1/responses/{response_id}"),
         Route("/v1/responses/{response_id}", delete, methods=["DELETE"]),
         Route("/v1/responses/{response_id}/cancel", cancel, methods=["POST"]),
         Route("/v1/responses/{response_id}/input_items", input_items),

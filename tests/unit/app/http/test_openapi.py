@@ -8,6 +8,7 @@ from starlette.routing import Route
 
 from app.anthropic import errors as anthropic_errors
 from app.http.openapi import DETAILS, described
+from app.http.response import Streamed
 from app.main import create_app
 from app.metrics import Metrics
 from app.openai import errors as openai_errors
@@ -50,6 +51,15 @@ def test_every_route_is_described(app, document):
     assert set(operations(document)) == routes
     ids = [op["operationId"] for op in operations(document).values()]
     assert len(ids) == len(set(ids))
+
+
+def test_what_is_streamed_answers_no_head_which_would_get_a_body(app):
+    heads = {
+        route.path: "HEAD" in route.methods
+        for route in app.routes
+        if isinstance(route, Route) and "GET" in route.methods and isinstance(route.endpoint, Streamed)
+    }
+    assert heads == {"/v1/responses/{response_id}": False, "/console/state": False}
 
 
 def test_every_route_that_takes_a_body_says_which(document):
