@@ -165,7 +165,7 @@ def _room_s(worker: WorkerView, tokens: int, decoding_s: float) -> float:
     needed = -(-tokens // facts.block_size)
     if here < facts.max_batch and needed * (1 + before) <= worker.free_blocks:
         return 0.0
-    if here >= facts.max_batch and worker.seat_in_s:
+    if here >= facts.max_batch and worker.seat_in_s is not None:
         return worker.seat_in_s
     return (1 + max(before, here - facts.max_batch)) * decoding_s / max(1, min(here, facts.max_batch - 1))
 
@@ -202,6 +202,7 @@ def local(
         gives_up=_gives_up(request, goals, prefill, decode, ttft, left),
         waits_for_room=worker.worker if wait > model.patience * prefill.prefill_s else None,
         congestion_s=prefill.congestion_s,
+        strains=prefill.misses_itl,
     )
 
 
@@ -250,6 +251,7 @@ def pair(
         gives_up=_gives_up(request, goals, prefill, decode, ttft, left + pause),
         waits_for_room=lacking,
         congestion_s=prefill.congestion_s,
+        strains=prefill.misses_itl,
     )
 
 

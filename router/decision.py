@@ -30,6 +30,7 @@ class Decision(msgspec.Struct, frozen=True, eq=False):
     held_because: str
     max_backlog_s: float
     lacks_room: bool
+    spares_streams: bool
 
 
 def decide(policy: Policy, name: str, request: RoutableRequest, view: FleetView) -> Decision:
@@ -56,6 +57,7 @@ def decide(policy: Policy, name: str, request: RoutableRequest, view: FleetView)
         obeyed.held_because,
         float(obeyed.max_backlog_s),
         obeyed.lacks_room,
+        obeyed.spares_streams,
     )
 
 
@@ -69,6 +71,7 @@ def _check(choice: Choice, view: FleetView) -> None:
     _expect("the answer", choice, Choice)
     _expect("is_held", choice.is_held, bool)
     _expect("lacks_room", choice.lacks_room, bool)
+    _expect("spares_streams", choice.spares_streams, bool)
     _expect("held_because", choice.held_because, str)
     _expect("candidates", choice.candidates, tuple)
     _expect_number("max_backlog_s", choice.max_backlog_s, 0, _MOST)
@@ -85,6 +88,8 @@ def _check(choice: Choice, view: FleetView) -> None:
             raise ValueError(f"seconds must be 0 to {_MOST:g}, and are: {option!r}")
         if not 0.0 <= option.work_s <= _MOST:
             raise ValueError(f"work_s must be 0 to {_MOST:g}, and is {option.work_s!r}")
+        if not 0.0 <= option.congestion_s <= _MOST:
+            raise ValueError(f"congestion_s must be 0 to {_MOST:g}, and is {option.congestion_s!r}")
         if type(option.gives_up) is not Sacrifice:
             _expect("gives_up", option.gives_up, Sacrifice)
 
@@ -101,6 +106,7 @@ def _check_fields(option: Candidate, request: RoutableRequest) -> None:
     _expect_number("work_s", option.work_s, 0, _MOST)
     _expect_number("congestion_s", option.congestion_s, 0, _MOST)
     _expect("is_first_early", option.is_first_early, bool)
+    _expect("strains", option.strains, bool)
     if option.waits_for_room is not None:
         _expect("waits_for_room", option.waits_for_room, str)
     _expect("decode", option.decode, str)

@@ -32,6 +32,7 @@ _MAX_REFRESHED = 4
 _MAX_BLOCKED = 64
 _WIDE = 16  # from so many workers on, an array is quicker than a loop
 _STALE_S = 0.5
+_SPARED_S = 0.05  # those who are held for streams are asked about no more often than that, a walk's number at a time
 _SHARES_S = 0.01  # shares are found out no more often than that …
 _MOST_SHARED = 64  # … from so many of those who wait
 _POLL_S = 0.5
@@ -53,6 +54,10 @@ class LateBinding:
         """Of those who wait, the share that each worker will compute, as far as anybody knows."""
         self._shared_at = -math.inf
         self.room_changes = 0
+        self.round = 0
+        """A walk that had to stop goes on in the next one: in a round nobody is asked about twice who lacks room."""
+        self.spared_at = -math.inf
+        """When those who are held for streams were last asked about."""
         self.max_backlog_s = math.inf
         """More prompt work than this, and a worker has no room for more: as the policy last said."""
         self.wakeup = math.inf
@@ -72,7 +77,7 @@ class LateBinding:
         """
         if now < self._shared_at + _SHARES_S:
             return
-        some = in_reach[:: 1 + len(in_reach) // _MOST_SHARED]
+        some = in_reach[:: -(-len(in_reach) // _MOST_SHARED)]
         known = [waiting.bids for waiting in some if waiting.bids is not None and waiting.bids.version == self.version]
         if not known:
             return
@@ -151,6 +156,7 @@ class Walk:
         self._now = now
         self._is_set_up = False
         self._num_refreshed = self._num_blocked = 0
+        self._may_spare = now >= binding.spared_at + _SPARED_S
 
     def _set_up(self) -> None:
         """Look at the workers: a walk past a single new request has no need of it."""
@@ -176,6 +182,7 @@ class Walk:
         binding.wakeup = now + _POLL_S
         if (only := binding.queue.only()) is not None and only.bids is None:
             yield only
+            binding.round += 1
             if self._is_set_up:
                 binding.wakeup = min(binding.wakeup, self._next_room())
             return
@@ -195,6 +202,7 @@ class Walk:
             if self._is_to_ask(waiting):
                 num_asked += 1
                 yield waiting
+        binding.round += 1
         binding.wakeup = min(binding.wakeup, self._next_room())
 
     def bound(self, chosen: Candidate) -> None:
@@ -225,17 +233,24 @@ class Walk:
         uncached_tokens = max(0, waiting.request.prompt_tokens - best.cached_tokens)
         binding.queue.update(waiting, uncached_tokens, _work_s(best))
         row = binding.rows[chosen.prefill or chosen.decode]
-        if not decision.lacks_room and not chosen.num_passed:
-            self._pass(row, _work_s(chosen), limit_s)
-            self._room.discard(row)
-        else:
+        waiting.spares_streams = decision.spares_streams
+        if decision.spares_streams:
+            waiting.round = binding.round
+            binding.wakeup = min(binding.wakeup, self._now + _SPARED_S)
+        elif decision.lacks_room or chosen.num_passed:
+            waiting.round = binding.round
             waiting.blocked, waiting.blocked_by = binding.room_changes, chosen.waits_for_room
             self._blocked(waiting)
+        else:
+            self._pass(row, _work_s(chosen), limit_s)
+            self._room.discard(row)
 
     def _is_to_ask(self, waiting: Waiting) -> bool:
         bids = waiting.bids
         if bids is None or bids.version != self._binding.version:
             return True
+        if waiting.spares_streams:
+            return self._is_to_spare(waiting)
         if self._room and bids.made_at < self._now - _STALE_S and self._num_refreshed < _MAX_REFRESHED:
             self._num_refreshed += 1
             return True
@@ -245,9 +260,19 @@ class Walk:
         if queue_s > bids.max_backlog_s and tokens >= self._passed_tokens[row]:
             self._pass(row, bids.work_s[cheapest], bids.max_backlog_s)
             return False
-        if waiting.blocked == self._binding.room_changes:
+        if waiting.blocked == self._binding.room_changes or waiting.round == self._binding.round:
             self._blocked(waiting)
             return False
+        return True
+
+    def _is_to_spare(self, waiting: Waiting) -> bool:
+        """Streams end at any time; asking about all that wait for that at each report would cost more than it gives."""
+        binding = self._binding
+        if not self._may_spare:
+            binding.wakeup = min(binding.wakeup, binding.spared_at + _SPARED_S)
+        if not self._may_spare or waiting.round == binding.round:
+            return False
+        binding.spared_at = self._now
         return True
 
     def _blocked(self, waiting: Waiting) -> None:

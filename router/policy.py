@@ -70,8 +70,8 @@ class WorkerView(msgspec.Struct, frozen=True, gc=False):
     """… their work …"""
     num_sharing: int = 0
     """… and the prompts that they belong to."""
-    seat_in_s: float = 0.0
-    """Predicted seconds until a place in the batch is free, after those `without_room`; 0: one is, or nobody knows."""
+    seat_in_s: float | None = None
+    """Predicted seconds until a place in the batch is free, after those `without_room`; None: nobody knows."""
 
     def busy_because(self, max_backlog_s: float) -> str:
         """Why a prompt bound now would start no sooner than one bound later; empty: no more lies before it than may."""
@@ -123,6 +123,8 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     max_backlog_s: float = 0.0
     lacks_room: bool = False
     """It is held for room to decode, which comes when a request ends."""
+    spares_streams: bool = False
+    """It is held so that streams keep their SLOs, which end sooner or later."""
 
 
 class Policy(Protocol):

@@ -79,6 +79,10 @@ class Waiting:
     """Number of room changes there had been when it last lacked room to decode …"""
     blocked_by: WorkerId | None = None
     """… at this worker."""
+    spares_streams: bool = False
+    """It was last held so that streams keep their SLOs."""
+    round: int = -1
+    """Of walks: in which it was last asked about and held for room or for streams."""
     key: float = 0.0
 
     def makes_way(self, now: float) -> bool:

@@ -129,6 +129,8 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     """Where the first token is early, handover and first step only interrupt the stream: so much less they count."""
     congestion_s: float = 0.0
     """Of `inflicted_s`, what those who wait in the gateway, and those still to come, wait longer for it."""
+    strains: bool = False
+    """A stream where its prompt is computed would miss its SLO."""
 
     @property
     def order_s(self) -> float:

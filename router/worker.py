@@ -28,10 +28,11 @@ from router.steps import Pace, StepPlan
 _PUSH_S = 10.0  # a WRITE must begin within 30 s of its decode leg, and predictions err
 _WINDOW_S = 60.0  # over which utilisation is averaged
 _SOME = 64  # that have ended may be remembered, beside as many as are there
-_LATE_SHARE = 0.1  # of outstanding prompt work still to come when it has taken longer than predicted
+_LATE_SHARE = 0.1  # of prompt work still to come when it has taken longer than predicted; of an answer, at least
+_SEATS_S = 0.5  # so old may be what is known of the batch's places: it costs as much as there are streams
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Reservation:
     """What a bound request takes on its workers until it is released. `computing` is `decoding` for a local one."""
 
@@ -87,9 +88,12 @@ class Worker:
         self.stalled_s = 0.0
         """How long streams here have stood still for prompts, in all its reports."""
         self._seats: list[float] = []
-        """When the last one in each place of the batch will end, if no other came, in order; empty: not known."""
-        self._stall_limits: list[tuple[float, RequestId, Reservation]] = []
-        """A heap: what `stalled_s` must not reach, for each stream with an SLO."""
+        """When the last one in each place of the batch would end, if no other came, in order; empty: not known …"""
+        self._seats_at, self._num_seated = 0.0, 0
+        """… as it was found at an instant when so many decoded."""
+        self._stall_limits: list[tuple[float, int, Reservation]] = []
+        """A heap: what `stalled_s` must not reach, for each stream with an SLO, and a running number."""
+        self._num_limits = 0
         self._sent: deque[Reservation] = deque()
         self._arrived: deque[Reservation] = deque()
         self.unseen_prefills = self.unseen_prefill_tokens = 0
@@ -101,6 +105,7 @@ class Worker:
     def register(self, registration: Registration) -> None:
         """Take over a changed registration of the same epoch."""
         self._idle_view = None
+        self._seats = []
         self.registration = registration
         self.role, self.facts = registration.takes or registration.role, registration.facts
         self.handover = _handover_group(registration)
@@ -133,7 +138,6 @@ class Worker:
 
     def reserve_decode(self, reservation: Reservation) -> None:
         self._idle_view = None
-        self._seats = []
         self.decoding[reservation.request] = reservation
         self.expected_tokens += reservation.expected_tokens
         self._to_stream += reservation.expected_tokens > 1
@@ -155,13 +159,13 @@ class Worker:
             step_s = self.latency.step_s(len(self.decoding), self.kv_tokens + self.unseen_kv_tokens)
             spare_s = (reservation.slo_itl_s - step_s) * (reservation.expected_tokens - 1)
             reservation.stall_limit_s = self.stalled_s + spare_s
-            heapq.heappush(self._stall_limits, (reservation.stall_limit_s, reservation.request, reservation))
+            self._num_limits += 1
+            heapq.heappush(self._stall_limits, (reservation.stall_limit_s, self._num_limits, reservation))
 
     def arrived(self, reservation: Reservation, now: float) -> None:
         """The decode leg is with the worker and will be in its reports."""
         if reservation.arrived_at == math.inf:
             reservation.arrived_at = now
-            self._seats = []
             self._arrived.append(reservation)
 
     def release_prefill(self, reservation: Reservation, now: float) -> None:
@@ -186,7 +190,6 @@ class Worker:
         if self.decoding.pop(reservation.request, None) is None:
             return
         self._idle_view = None
-        self._seats = []
         self.expected_tokens -= reservation.expected_tokens
         self._own_streams -= reservation.is_stream
         self._to_stream -= reservation.expected_tokens > 1
@@ -213,7 +216,6 @@ class Worker:
 
     def apply_load(self, report: LoadReport, *, now: float, report_delay_s: float) -> None:
         self._idle_view = None
-        self._seats = []
         counted = now - report_delay_s
         while self._sent and self._sent[0].bound_at <= counted:
             self._see_prefill(self._sent.popleft())
@@ -306,30 +308,38 @@ class Worker:
             return _LATE_SHARE * (pace.fixed_s + max(each.work_s for each in self.computing.values()))
         return plan.starts_in_s(now, pace)
 
-    def seat_in_s(self, now: float, before: int) -> float:
-        """Predicted seconds until a place in the batch is free for who comes now, after `before` others.
+    def seat_in_s(self, now: float, before: int) -> float | None:
+        """Predicted seconds until a place in the batch is free for who comes now, after `before` others; 0: one is.
 
-        0: there is one, or all that decode here are another gateway's. Theirs are taken to have begun evenly spread; of
-        one that takes longer than expected nobody knows how much longer.
+        No sooner than in a tenth of an answer: who should end soon may take longer, and others want the place, too.
+        Other gateways' streams are taken to have begun evenly spread. None: all that decode here are another gateway's.
         """
         batch, decoding = self.facts.max_batch, self.decoding
-        if not decoding or len(decoding) + self._other_streams + before < batch:
+        if len(decoding) + self._other_streams + before < batch:
             return 0.0
+        if not decoding:
+            return None
         step_s = self.latency.step_s(min(batch, self.num_streams), self.kv_tokens + self.unseen_kv_tokens)
         mean_s = self.expected_tokens / len(decoding) * step_s
-        if not self._seats:
-            others = min(self._other_streams, batch)
-            ends = [now + mean_s * (place + 1) / others for place in range(others)]
-            for each in decoding.values():
-                takes_s = each.expected_tokens * step_s
-                begins_at = min(now, each.arrived_at)
-                if len(ends) >= batch:
-                    begins_at = max(begins_at, heapq.heappop(ends))
-                heapq.heappush(ends, max(begins_at + takes_s, now + _LATE_SHARE * takes_s))
-            self._seats = sorted(ends)
+        if not self._seats or now >= self._seats_at + _SEATS_S:
+            self._find_seats(now, step_s, mean_s)
         seats = self._seats
-        rounds, place = divmod(before - (batch - len(seats)), len(seats))
-        return max(0.0, seats[place] - now) + rounds * mean_s
+        later = before - (batch - len(seats)) + len(decoding) - self._num_seated
+        rounds, place = divmod(max(0, later), len(seats))
+        return max(seats[place] - now, _LATE_SHARE * mean_s) + rounds * mean_s
+
+    def _find_seats(self, now: float, step_s: float, mean_s: float) -> None:
+        batch = self.facts.max_batch
+        others = min(self._other_streams, batch)
+        ends = [now + mean_s * (place + 1) / others for place in range(others)]
+        for each in self.decoding.values():
+            takes_s = each.expected_tokens * step_s
+            begins_at = min(now, each.arrived_at)
+            if len(ends) >= batch:
+                begins_at = max(begins_at, heapq.heappop(ends))
+            end = begins_at + takes_s
+            heapq.heappush(ends, max(end, now + _LATE_SHARE * takes_s))
+        self._seats, self._seats_at, self._num_seated = sorted(ends), now, len(self.decoding)
 
     def stall_left_s(self, now: float, pace: Pace) -> float:
         """How long the streams here may stand still beyond what is to come, until one misses its SLO.
@@ -345,8 +355,9 @@ class Worker:
             heapq.heappop(limits)
         return limits[0][0] - coming_s if limits else math.inf
 
-    def _is_limited(self, limit_s: float, request: RequestId, reservation: Reservation) -> bool:
-        return self.decoding.get(request) is reservation and reservation.stall_limit_s == limit_s
+    def _is_limited(self, limit_s: float, number: int, reservation: Reservation) -> bool:
+        del number
+        return self.decoding.get(reservation.request) is reservation and reservation.stall_limit_s == limit_s
 
     def passing(self, backlog_s: float) -> tuple[int, float]:
         """A prompt of fewer tokens than the first of these begins before all of ours, after the second, in seconds.
@@ -421,7 +432,7 @@ class Worker:
             shared_tokens=shared_tokens,
             shared_s=shared_s,
             num_sharing=num_sharing,
-            seat_in_s=self.seat_in_s(now, without_room) if is_full else 0.0,
+            seat_in_s=self.seat_in_s(now, without_room) if is_full else None,
         )
         if is_plain:
             self._idle_view = view

@@ -202,8 +202,9 @@ def _bound_or_held(
     because, lacks_room = computing.busy_because(max_backlog_s) or _shares_badly(request, computing, view), False
     if not because and chosen.waits_for_room:
         because, lacks_room = f"{chosen.waits_for_room} has no room for it", True
-    if not because and _costs_an_slo(chosen, computing) and _has_time(request, chosen, view, max_backlog_s, model):
-        because, lacks_room = f"a stream on {name} would miss its time between tokens", True
+    spares_streams = not because and _costs_an_slo(chosen) and _has_time(request, chosen, view, max_backlog_s, model)
+    if spares_streams:
+        because = f"a stream on {name} would miss its time between tokens"
     return Choice(
         chosen=chosen,
         candidates=options,
@@ -211,12 +212,13 @@ def _bound_or_held(
         held_because=because,
         max_backlog_s=max_backlog_s,
         lacks_room=lacks_room,
+        spares_streams=spares_streams,
     )
 
 
-def _costs_an_slo(chosen: Candidate, worker: WorkerView) -> bool:
+def _costs_an_slo(chosen: Candidate) -> bool:
     """Whether a stream on the worker that computes the prompt would lose its SLO, and as it is chosen, one anywhere."""
-    return chosen.gives_up is Sacrifice.ITL and chosen.work_s > worker.stall_left_s
+    return chosen.gives_up is Sacrifice.ITL and chosen.strains
 
 
 def _has_time(request: RoutableRequest, chosen: Candidate, view: FleetView, margin_s: float, model: CostModel) -> bool:

@@ -61,6 +61,7 @@ def walked(backlog, waiting, *, num_others):
                 held_because="busy",
                 max_backlog_s=LIMIT_S,
                 lacks_room=False,
+                spares_streams=False,
             ),
         )
         held.blocked = -1

@@ -1,3 +1,4 @@
+import math
 import random
 import threading
 
@@ -23,7 +24,7 @@ from planes.wire.messages import (
     WorkerId,
     WorkerState,
 )
-from router.errors import DeadlineExceeded, DuplicateRequest, NoWorker, QueueFull, SloMissed
+from router.errors import DeadlineExceeded, DuplicateRequest, NoWorker, PolicyFailed, QueueFull, SloMissed
 from router.policies.headrace import Headrace
 from router.policies.least_loaded import LeastLoaded
 from router.policies.round_robin import RoundRobin
@@ -763,3 +764,57 @@ def test_a_request_that_ends_unserved_is_nobodys_lack():
         send(router, f"{second}", tenant="loud", now=float(second))
         router.release(RequestId(f"{second}"), Observed(completion_tokens=1), now=float(second))
     assert router.stats(now=40.0).fairness.num_windows == 0
+
+
+def test_a_stream_with_an_slo_that_comes_back_to_its_worker_is_bound_again():
+    router = router_of(registration("w"))
+    slo = {"tokens": 100, "slo_itl_s": 0.05}
+    send(router, "beside", expected=50, **slo)
+    for number in range(5):
+        (route,) = send(router, "again", now=1.0 + number, expected=100, **slo)
+        assert route.request == "again"
+        if number % 2:
+            router.prefilled(RequestId("again"), now=1.1 + number)
+        router.release(RequestId("again"), Observed(outcome=Outcome.FAILED), now=1.5 + number)
+    router.release(RequestId("beside"), Observed(outcome=Outcome.FINISHED, completion_tokens=50), now=9.0)
+    assert router.stats(now=9.0).bound == 0
+
+
+@pytest.mark.parametrize("reason", ["lacks_room", "spares_streams"])
+def test_those_that_are_held_do_not_keep_the_walk_from_those_behind_them(reason):
+    """However many workers report, each time asking about the first of those held anew."""
+
+    class Holds(Headrace):
+        def choose(self, request, view):
+            choice = super().choose(request, view)
+            if request.model == "other":
+                return choice
+            held = replace(choice.chosen, waits_for_room=WorkerId("w0") if reason == "lacks_room" else None)
+            return replace(choice, chosen=held, is_held=True, held_because=reason, **{reason: True})
+
+    workers = [registration(f"w{number}") for number in range(64)]
+    router = router_of(*workers, registration("other", model="other"), policy=Holds())
+    for number in range(12):
+        router.submit(request(f"held{number}"), now=0.0)
+    router.submit(request("behind", model="other"), now=0.0)
+    bound = []
+    for number in range(8):
+        router.apply_load(report(f"w{number}"), now=number / 1000)
+        bound += router.dispatch(now=number / 1000)
+    assert [route.request for route in bound] == ["behind"]
+
+
+@pytest.mark.parametrize("odd", ["x", None, math.nan, -math.inf, -1.0])
+def test_odd_seconds_of_a_candidate_that_nobody_is_shown_fail_their_request_alone(odd):
+    class Odd:
+        name = "odd"
+
+        def choose(self, request, view):
+            options = [candidate(worker.worker, total_s=0.1 + place) for place, worker in enumerate(view.decode)]
+            options[-1] = replace(options[-1], congestion_s=odd)
+            return Choice(chosen=options[0], candidates=tuple(options), is_held=True, held_because="x")
+
+    router = router_of(*[registration(f"w{number}") for number in range(40)], policy=Odd())
+    for number in range(3):
+        router.submit(request(f"r{number}"), now=0.0)
+    assert [type(answer.error) for answer in router.dispatch(now=0.0)] == [PolicyFailed] * 3

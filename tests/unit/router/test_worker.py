@@ -89,28 +89,33 @@ def test_the_next_place_is_free_when_the_first_of_those_that_decode_ends():
     decoding(fleet, "a", 0.0, 300)
     decoding(fleet, "b", 0.1, 100)
     assert worker.seat_in_s(0.2, 0) == 0.0
-    assert worker.seat_in_s(0.2, 1) > 0.0  # the one before takes the last place
     c = decoding(fleet, "c", 0.2, 200)
     step_s = worker.latency.step_s(3, worker.unseen_kv_tokens)
     ends = [0.1 + 100 * step_s, 0.2 + 200 * step_s, 300 * step_s]
     waits = [worker.seat_in_s(0.3, before) for before in range(4)]
     assert waits == pytest.approx([*(end - 0.3 for end in ends), ends[0] - 0.3 + 200 * step_s])
-    d = decoding(fleet, "d", 0.3, 50)  # waits for the first to end, and takes its place
+    d = decoding(fleet, "d", 0.3, 50)
+    assert worker.seat_in_s(0.3, 0) == waits[1]  # the first place that is free will be d's
     step_s = worker.latency.step_s(3, worker.unseen_kv_tokens)
-    assert worker.seat_in_s(0.3, 0) == pytest.approx(0.1 + 150 * step_s - 0.3)
+    assert worker.seat_in_s(0.81, 0) == pytest.approx(0.1 + 150 * step_s - 0.81)  # and free again after it
     for each in (c, d):
-        fleet.release(each, 1, 0.3)
-    assert worker.seat_in_s(0.3, 0) == 0.0
+        fleet.release(each, 1, 0.81)
+    assert worker.seat_in_s(0.81, 0) == 0.0
+    assert worker.seat_in_s(0.81, 1) > 0.0  # the one before takes the last place
 
 
-def test_of_one_that_takes_longer_than_expected_nobody_expects_the_end_at_once():
+def test_nobody_counts_on_a_place_sooner_than_in_a_tenth_of_an_answer():
     fleet = Fleet()
     fleet.up(replace(registration("d", Role.DECODE), facts=replace(FACTS, max_batch=1)))
     fleet.up(registration("p", Role.PREFILL))
     decoding(fleet, "a", 0.0, 100)
     worker = fleet.workers[WorkerId("d")]
-    assert worker.seat_in_s(1e3, 0) == pytest.approx(10 * worker.latency.step_s(1, 100))
-    assert worker.view(0, 100, 0, 0.0, 1e3).seat_in_s == worker.seat_in_s(1e3, 0)
+    step_s = worker.latency.step_s(1, 100)
+    assert worker.seat_in_s(80 * step_s, 0) == pytest.approx(20 * step_s)
+    for late in (99 * step_s, 101 * step_s, 1e3):  # it should end soon, is a little late, is very late
+        assert worker.seat_in_s(late, 0) == pytest.approx(10 * step_s)
+    view = worker.view(0, 100, 0, 0.0, 1e3)
+    assert view.seat_in_s == worker.seat_in_s(1e3, 0)
     assert worker.view(0, 100, 0, 0.0, 1e3, 2).seat_in_s > worker.view(0, 100, 0, 0.0, 1e3, 1).seat_in_s
 
 
@@ -123,3 +128,11 @@ def test_streams_of_other_gateways_are_taken_to_have_begun_evenly_spread():
     worker = fleet.workers[WorkerId("d")]
     step_s = worker.latency.step_s(3, worker.kv_tokens + worker.unseen_kv_tokens)
     assert [worker.seat_in_s(0.0, before) for before in range(3)] == pytest.approx([50 * step_s, *[100 * step_s] * 2])
+
+
+def test_where_all_that_decode_are_another_gateway_s_nobody_knows_when_a_place_comes_free():
+    fleet = Fleet()
+    fleet.up(replace(registration("d", Role.DECODE), facts=replace(FACTS, max_batch=2)))
+    fleet.apply_load(load("d", 0), now=0.0, report_delay_s=0.0)
+    assert fleet.workers[WorkerId("d")].seat_in_s(0.0, 0) is None
+    assert fleet.workers[WorkerId("d")].view(0, 100, 0, 0.0, 0.0).seat_in_s is None

@@ -469,9 +469,17 @@ def test_a_prompt_that_would_cost_a_stream_its_slo_wherever_it_goes_is_held_whil
         return Headrace().choose(routable, replace(fleet(beside), waited_s=waited_s))
 
     held = answer(strained)
-    assert (held.is_held, held.lacks_room, held.chosen.gives_up) == (True, True, Sacrifice.ITL)
+    assert (held.is_held, held.spares_streams, held.chosen.gives_up) == (True, True, Sacrifice.ITL)
     assert held.held_because == "a stream on d would miss its time between tokens"
     assert not answer(strained, waited_s=4.2).is_held
     assert not answer(strained, request(4000, slo_itl_s=0.05)).is_held
     assert not answer(calm).is_held
     assert Headrace().choose(wanted, fleet(strained, replace(calm, worker=WorkerId("e")))).chosen.decode == "e"
+
+
+def test_a_prompt_whose_own_stream_can_never_keep_its_slo_spares_nobody_by_waiting():
+    calm = worker("d", Role.BOTH, num_running=4, kv_tokens=8000, mean_expected=300.0, stall_left_s=0.5)
+    own_s = calm.latency.step_s(5, 12_000) / 2
+    wanted = request(1500, slo_ttft_s=5.0, slo_itl_s=own_s)
+    choice = choose(calm, routable=wanted)
+    assert (choice.is_held, choice.chosen.gives_up, choice.chosen.strains) == (False, Sacrifice.ITL, False)
