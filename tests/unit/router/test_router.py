@@ -784,9 +784,11 @@ def test_a_stream_with_an_slo_that_comes_back_to_its_worker_is_bound_again():
 def test_those_that_are_held_do_not_keep_the_walk_from_those_behind_them(reason):
     """However many workers report, each time asking about the first of those held anew."""
 
-    class Holds(Headrace):
+    class Holds:
+        name = "holds"
+
         def choose(self, request, view):
-            choice = super().choose(request, view)
+            choice = Headrace().choose(request, view)
             if request.model == "other":
                 return choice
             held = replace(choice.chosen, waits_for_room=WorkerId("w0") if reason == "lacks_room" else None)
