@@ -270,7 +270,8 @@ class Walk:
         binding = self._binding
         if not self._may_spare:
             binding.wakeup = min(binding.wakeup, binding.spared_at + _SPARED_S)
-        if not self._may_spare or waiting.round == binding.round:
+            return False
+        if waiting.round == binding.round:
             return False
         binding.spared_at = self._now
         return True

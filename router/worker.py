@@ -195,7 +195,7 @@ class Worker:
         self._to_stream -= reservation.expected_tokens > 1
         most = 2 * len(self.decoding) + _SOME
         if len(self._stall_limits) > most:  # those that ended lie below those that go on
-            self._stall_limits = [limit for limit in self._stall_limits if self._is_limited(*limit)]
+            self._stall_limits = [limit for limit in self._stall_limits if self._is_limited(limit)]
             heapq.heapify(self._stall_limits)
         if len(self._arrived) > most:  # no report came to take them off
             self._arrived = deque(each for each in self._arrived if each.request in self.decoding)
@@ -337,8 +337,7 @@ class Worker:
             begins_at = min(now, each.arrived_at)
             if len(ends) >= batch:
                 begins_at = max(begins_at, heapq.heappop(ends))
-            end = begins_at + takes_s
-            heapq.heappush(ends, max(end, now + _LATE_SHARE * takes_s))
+            heapq.heappush(ends, max(begins_at + takes_s, now + _LATE_SHARE * takes_s))
         self._seats, self._seats_at, self._num_seated = sorted(ends), now, len(self.decoding)
 
     def stall_left_s(self, now: float, pace: Pace) -> float:
@@ -351,12 +350,13 @@ class Worker:
             return math.inf
         step_s = self.latency.step_s(self.num_streams, self.kv_tokens + self.unseen_kv_tokens)
         coming_s = self.stalled_s + self.plan.stall_s(now, pace, step_s)
-        while limits and (limits[0][0] < coming_s or not self._is_limited(*limits[0])):
+        while limits and (limits[0][0] < coming_s or not self._is_limited(limits[0])):
             heapq.heappop(limits)
         return limits[0][0] - coming_s if limits else math.inf
 
-    def _is_limited(self, limit_s: float, number: int, reservation: Reservation) -> bool:
-        del number
+    def _is_limited(self, limit: tuple[float, int, Reservation]) -> bool:
+        """Whether it is still what its stream may stand still."""
+        limit_s, _, reservation = limit
         return self.decoding.get(reservation.request) is reservation and reservation.stall_limit_s == limit_s
 
     def passing(self, backlog_s: float) -> tuple[int, float]:
