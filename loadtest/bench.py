@@ -8,7 +8,6 @@ no fleet are measured first, in this process: a decision, a prompt's way, frames
 `make bench-peers` has the same loads through other gateways, and what is added to a worker's own first token.
 """
 
-import resource
 import statistics
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from loadtest.bench_streams import SPEEDUP, OpenStreams, open_streams
 from loadtest.closed_loop import CHAT, RESPONSES, Row, Shape, Target, closed_loop
 from loadtest.decisions import measure_all
 from loadtest.machine import circumstances
+from loadtest.processes import allow_files
 from loadtest.progress import Progress
 from loadtest.stack import stack
 from loadtest.written import grid, write
@@ -77,21 +77,13 @@ def main(
     """Run everything, print and write the tables."""
     counts = (2000, 20_000) if many else (2000,)
     extent = Extent(1, 1.0, counts[:1]) if quick and not many else Extent(1 if quick else rounds, seconds, counts)
-    _allow_files(2 * max(extent.open_streams) + _FEW_FILES)
+    allow_files(2 * max(extent.open_streams) + _FEW_FILES)
     where = circumstances()
     result: dict[str, Any] = {"circumstances": asdict(where), "extent": asdict(extent), "policy": policy}
     result["decisions"] = [asdict(each) for each in measure_all(num_decisions=1000 if quick else 4000)]
     result["parts"] = measure_parts(rounds=1 if quick else extent.rounds)
     result |= uvloop.run(_measure(extent, policy))
     write(out, "bench", result, [f"{where}.", *tables(result)])
-
-
-def _allow_files(count: int) -> None:
-    """For this process and what it starts.  Raises:  SystemExit if the system does not."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < count:
-        raise SystemExit(f"{count} open files are needed and the limit is {hard}: ulimit -Hn {count}, as root")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
 
 
 async def _measure(extent: Extent, policy: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     python -m loadtest.live agree     # the simulator against a live simulated fleet, and predictions against outcomes
     python -m loadtest.live planned   # `headrace plan` against the fleet that it plans, live and simulated
+    python -m loadtest.live closed    # many clients at once on fast simulated engines, by policy
     python -m loadtest.live mix       # real vLLM on two cores: long prompts among chats, disaggregated and plain
 
 Arrivals are drawn from a seed before the run and do not wait for answers (open loop); variants are compared in one run,
@@ -18,7 +19,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,11 +29,13 @@ import uvloop
 from cyclopts import App, Parameter
 
 from loadtest.client import Client, Sample
+from loadtest.closed_loop import Row, Shape, Target, closed_loop
 from loadtest.like import read_fleet
 from loadtest.plan import sample
 from loadtest.plan.__main__ import plan as make_plan
 from loadtest.plan.report import table
 from loadtest.plan.trial import P99, WARM_UP, Bench, Fleet
+from loadtest.processes import allow_files
 from loadtest.report import quantile
 from loadtest.simulator.scenario import Scenario
 from loadtest.simulator.simulation import Simulation
@@ -276,6 +279,102 @@ def _itl_of(each: Sample) -> float:
 
 def _p99(values: Iterable[float]) -> float:
     return quantile(sorted(values), P99) or 0.0
+
+
+# --- closed loops on fast engines ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Crowd:
+    """Clients, and the two workers that serve them. seconds: 0: each client asks once."""
+
+    shape: Shape
+    prefill_tokens_per_s: int
+    step_s: float
+    max_step_tokens: int
+    seconds: float
+
+    def environment(self, policy: str) -> dict[str, str]:
+        return {
+            "HEADRACE_POLICY": policy,
+            "HEADRACE_SIM_PREFILL_TOKENS_PER_S": str(self.prefill_tokens_per_s),
+            "HEADRACE_SIM_STEP_S": str(self.step_s),
+            "HEADRACE_MAX_STEP_TOKENS": str(self.max_step_tokens),
+            "HEADRACE_CONTEXT_LENGTH": "8192",
+            "HEADRACE_MAX_BATCH": "512",
+            "HEADRACE_SIM_ANSWER_TOKENS": "0",
+        }
+
+
+_CROWDS = {
+    "an H100 with an 8B model": _Crowd(Shape(256, 150, 1), 60_000, 0.010, 8192, 10.0),
+    "prefill nearly free": _Crowd(Shape(256, 150, 1), 10_000_000, 0.005, 8192, 10.0),
+    "all at once": _Crowd(Shape(3000, 150, 100), 60_000, 0.050, 8192, 0.0),
+}
+"""Prompts of 150 bytes are 170 tokens with the simulated model's template."""
+
+
+@app.command
+def closed(
+    policies: Annotated[list[str], Parameter(consume_multiple=True)] = ["headrace", "least_loaded"],  # noqa: B006
+    *,
+    rounds: int = 3,
+    out: _Out = None,
+) -> None:
+    """Many clients at once on two fast simulated workers that do both: throughput and TTFT by policy, round by round.
+
+    Clients, gateways and workers share this machine: where it is the bottleneck, what a policy costs counts too.
+
+    Args:
+        policies: compared with the last of them
+        rounds: of each policy, in turn
+    """
+    allow_files(2 * max(crowd.shape.concurrency for crowd in _CROWDS.values()) + 1000)
+    _write(uvloop.run(_closed(policies, rounds)), out)
+
+
+async def _closed(policies: Sequence[str], rounds: int) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for name, crowd in _CROWDS.items():
+        async with AsyncExitStack() as running:
+            print(f"{name}: starting {len(policies)} fleets …", flush=True)
+            flags = ("--engine", "sim", "--prefill", "0", "--decode", "0", "--both", "2")
+            fleets = {
+                policy: await running.enter_async_context(
+                    stack(*flags, "--namespace", policy, environment=crowd.environment(policy))
+                )
+                for policy in policies
+            }
+            rows: dict[str, list[Row]] = {policy: [] for policy in policies}
+            for number in range(rounds + 1):  # the first one warms up
+                for policy, fleet in fleets.items():
+                    target = Target(fleet.port, fleet.model, fleet.processes())
+                    row = await closed_loop(target, f"{name} {number}", crowd.shape, seconds=crowd.seconds)
+                    if number:
+                        rows[policy].append(row)
+                        print(f"round {number} of {rounds}: {_crowd_line(policy, row)}", flush=True)
+        results[name] = {policy: [asdict(row) for row in found] for policy, found in rows.items()}
+        _compare(rows, policies[-1])
+    return results
+
+
+def _crowd_line(policy: str, row: Row) -> str:
+    return (
+        f"{policy:13} {row.requests_per_s:7.1f} requests/s, TTFT p50 {row.ttft_p50_ms:.0f}, p99 {row.ttft_p99_ms:.0f} "
+        f"ms, {row.cpu_us['gateway']:.0f} µs of the gateway's CPU per {row.per}, {row.errors} errors"
+    )
+
+
+def _compare(rows: dict[str, list[Row]], base: str) -> None:
+    for policy in (name for name in rows if name != base):
+        pairs = list(zip(rows[policy], rows[base], strict=True))
+        rate = statistics.median(ours.requests_per_s / theirs.requests_per_s for ours, theirs in pairs)
+        ttft = statistics.median(ours.ttft_p50_ms / theirs.ttft_p50_ms for ours, theirs in pairs)
+        print(
+            f"{policy} / {base}, median of {len(pairs)} rounds: throughput {rate:.3f} (aim: at least 0.98), "
+            f"TTFT p50 {ttft:.3f} (aim: at most 1.05)",
+            flush=True,
+        )
 
 
 # --- long prompts among chats, real vLLM -----------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""CPU seconds and memory of the processes of a stack, read from /proc; and ports for them."""
+"""CPU seconds and memory of the processes of a stack, read from /proc; ports and open files for them."""
 
 import os
 import random
+import resource
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,3 +96,11 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
+
+
+def allow_files(count: int) -> None:
+    """For this process and what it starts.  Raises:  SystemExit if the system does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise SystemExit(f"{count} open files are needed and the limit is {hard}: ulimit -Hn {count}, as root")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
