@@ -27,6 +27,11 @@ IMAGE = docker build --network=host --build-arg REVISION=$(REVISION)
 COMPOSE := docker compose -f docker/compose.yaml
 BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
 
+
+# What is measured is what is shipped: a wheel, with the router compiled where that is possible, before the working copy.
+SHIPPED := build/wheel/.built
+MEASURE = PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/wheel:$(CURDIR) $(RUN)
+
 .DEFAULT_GOAL := help
 .PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test helm-test test-quotas lint format docs site bench bench-peers bench-disagg performance simulate simulate-grid simulate-day load fuzz docker docker-up docker-down docker-test docker-scan clean
 
@@ -148,26 +153,32 @@ docs: $(VENV)/.dev ## Write docs/reference.md and docs/api.md anew from the code
 site: $(VENV)/.dev ## The documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
-bench: $(VENV)/.dev ## CPU per token and request by streams and prompt, memory of a stream, parts, with the sim engine: ARGS=--quick
-	$(RUN) -m loadtest.bench $(ARGS)
+$(SHIPPED): $(VENV)/.dev $(BUILT_FROM) $(shell git ls-files app planes process router workers 2>/dev/null)
+	@echo "building a wheel (a minute) …"
+	@rm -rf build/wheel build/packed
+	@$(PIP) wheel -q --no-deps -w build/packed .
+	@$(RUN) -m zipfile -e build/packed/*.whl build/wheel && touch $@
 
-bench-peers: $(VENV)/.dev ## The same loads through SMG, sglang-router, vllm-router, Dynamo and LiteLLM: ARGS="smg headrace --rounds 3" or --quick
-	$(RUN) -m loadtest.peers $(ARGS)
+bench: $(SHIPPED) ## CPU per token and request by streams and prompt, memory of a stream, parts, with the sim engine: ARGS=--quick
+	$(MEASURE) -m loadtest.bench $(ARGS)
 
-bench-disagg: install $(VENV)/.dev ## Real vLLM: prefill and decode behind Headrace against two plain servers in turn: ARGS="--seconds 60 --rounds 3"
-	$(RUN) -m loadtest.disagg $(ARGS)
+bench-peers: $(SHIPPED) ## The same loads through SMG, sglang-router, vllm-router, Dynamo and LiteLLM: ARGS="smg headrace --rounds 3" or --quick
+	$(MEASURE) -m loadtest.peers $(ARGS)
+
+bench-disagg: install $(SHIPPED) ## Real vLLM: prefill and decode behind Headrace against two plain servers in turn: ARGS="--seconds 60 --rounds 3"
+	$(MEASURE) -m loadtest.disagg $(ARGS)
 
 performance: $(VENV)/.dev ## Write docs/performance.md from what the three benches have measured into build/bench
 	$(RUN) -m loadtest.performance $(ARGS)
 
-simulate: $(VENV)/.dev ## All routing policies on real and generated loads; writes docs/routing.md
-	$(RUN) -m loadtest.simulate --matrix docs $(ARGS)
+simulate: $(SHIPPED) ## All routing policies on real and generated loads; writes docs/routing.md
+	$(MEASURE) -m loadtest.simulate --matrix docs $(ARGS)
 
-simulate-grid: $(VENV)/.dev ## headrace against other rules in 300 regimes, losses first; writes build/grid: ARGS="--jobs 2" or --quick
-	$(RUN) -m loadtest.grid --out build/grid $(ARGS)
+simulate-grid: $(SHIPPED) ## headrace against other rules in 300 regimes, losses first; writes build/grid: ARGS="--jobs 2" or --quick
+	$(MEASURE) -m loadtest.grid --out build/grid $(ARGS)
 
-simulate-day: $(VENV)/.dev ## A day of load with roles that stay and with --autorole: ARGS="--jobs 2"
-	$(RUN) -m loadtest.day $(ARGS)
+simulate-day: $(SHIPPED) ## A day of load with roles that stay and with --autorole: ARGS="--jobs 2"
+	$(MEASURE) -m loadtest.day $(ARGS)
 
 load: $(VENV)/.dev ## Locust against a running gateway: ARGS="--host http://127.0.0.1:8000 -u 16 -t 30s" or --workload agentic
 	$(VENV)/bin/locust -f loadtest/locustfile.py --headless $(ARGS)

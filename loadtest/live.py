@@ -329,7 +329,7 @@ def closed(
         policies: compared with the last of them
         rounds: of each policy, in turn
     """
-    allow_files(2 * max(crowd.shape.concurrency for crowd in _CROWDS.values()) + 1000)
+    allow_files(max(crowd.shape.concurrency for crowd in _CROWDS.values()) + 1000)
     _write(uvloop.run(_closed(policies, rounds)), out)
 
 

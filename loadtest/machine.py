@@ -8,6 +8,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from router import cost
+
 _ROOT = Path(__file__).parents[1]
 
 
@@ -23,11 +25,14 @@ class Circumstances:
     commit: str
     date: str
     load: float
+    is_compiled: bool
+    """Whether the router is, as in a wheel."""
 
     def __str__(self) -> str:
         return (
             f"{self.cpu}, {self.num_cores} cores, {self.memory_gb:.0f} GB, Linux {self.system}, Python {self.python}, "
-            f"commit {self.commit}, {self.date}, load {self.load:.1f} at the start"
+            f"commit {self.commit} ({'compiled' if self.is_compiled else 'interpreted'}), {self.date}, "
+            f"load {self.load:.1f} at the start"
         )
 
 
@@ -43,6 +48,7 @@ def circumstances() -> Circumstances:
         commit=_commit(),
         date=dt.datetime.now(tz=dt.UTC).date().isoformat(),
         load=os.getloadavg()[0],
+        is_compiled=cost.__file__.endswith(".so"),
     )
 
 
