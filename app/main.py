@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.auth import ApiKeys, is_open_to_others
@@ -453,4 +453,8 @@ async def _refused(_: Request, exc: Exception) -> Response:
 
 async def _no_route(request: Request, exc: HTTPException) -> Response:
     code = {404: "not_found", 405: "method_not_allowed"}.get(exc.status_code, "invalid_request")
-    return error_reply(InvalidRequest(f"{request.method} {request.url.path[:200]}: {exc.detail}", code=code))
+    reply = error_reply(InvalidRequest(f"{request.method} {request.url.path[:200]}: {exc.detail}", code=code))
+    if exc.status_code == 405:  # of all routes of this path: one alone knows its own methods only
+        routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        reply.headers["allow"] = ", ".join(sorted({method for route in routes for method in route.methods}))
+    return reply

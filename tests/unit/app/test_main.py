@@ -235,6 +235,20 @@ async def test_every_refusal_has_openai_s_shape(client, method, path, status, co
     assert refusal.json()["error"]["code"] == code
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/chat/completions", {"POST"}),
+        ("DELETE", "/v1/models", {"GET", "HEAD"}),
+        ("PUT", "/v1/responses/resp_1", {"GET", "DELETE"}),
+    ],
+)
+async def test_a_refused_method_is_told_which_there_are(client, method, path, allowed):
+    refusal = await client.request(method, path)
+    assert refusal.status_code == 405
+    assert set(refusal.headers["allow"].split(", ")) == allowed
+
+
 async def test_a_bug_of_ours_has_it_too_and_tells_nothing(gateway, client):
     def broken(**_):
         raise ZeroDivisionError("secret")
