@@ -126,7 +126,9 @@ class Logfmt:
             self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
         words = [f"ts={self._stamp}.{int(now % 1 * 1e6):06d}Z level={level} event={_text(event.pop('event'))}"]
         for key, value in event.items():
-            if value is True:
+            if type(value) is float or type(value) is int:  # most of a request's, and never to be quoted
+                words.append(f"{key}={value}")
+            elif value is True:
                 words.append(key)
             elif value is False:
                 words.append(f"{key}=false")

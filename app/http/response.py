@@ -34,8 +34,9 @@ _COMMENT = b": keep-alive\n\n"
 """What readers of server-sent events pass over."""
 _SILENT = b"\0"
 """In place of a head that waits: nothing has been written since `keep_alive`. Never sent."""
-_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
-_STREAM = ((b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"))
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_STREAM = b"content-type: text/event-stream\r\ncache-control: no-cache\r\n"
+_CHUNKED = b"transfer-encoding: chunked\r\n"
 
 
 class _State(Enum):
@@ -99,10 +100,10 @@ class StreamedResponse:
         Raises:  ValueError, as `_encoded`; nothing has changed then.
         """
         self._require(_State.NEW)
-        framing = (b"transfer-encoding", b"chunked") if self._is_chunked else (b"connection", b"close")
+        fields = b"%b%b%b" % (_STREAM, _encoded(headers), _CHUNKED if self._is_chunked else b"")
         if not self._is_chunked:
             self._cycle.keep_alive = False
-        self._head = self._start(200, [*_STREAM, *_encoded(headers), framing], is_chunked=self._is_chunked)
+        self._head = self._start(200, fields, is_chunked=self._is_chunked)
 
     def write(self, payload: bytes) -> None:
         """Send one chunk, verbatim. `payload` must not be empty: an empty chunk would end the answer."""
@@ -133,7 +134,7 @@ class StreamedResponse:
     def whole(self, status: int, headers: Headers, body: bytes) -> None:
         """Answer in one piece.  Raises:  ValueError, as `_encoded`; nothing has changed then."""
         self._require(_State.NEW)
-        fields = [(b"content-length", str(len(body)).encode()), *_encoded(headers)]
+        fields = b"content-length: %d\r\n%b" % (len(body), _encoded(headers))
         head = self._start(status, fields, is_chunked=False)
         self._check_unsent()  # of answers before, on the same connection
         self._complete(head + body)
@@ -154,15 +155,14 @@ class StreamedResponse:
         if self._state is not state:
             raise RuntimeError(f"the answer is {self._state.name}, not {state.name}")
 
-    def _start(self, status: int, fields: list[tuple[bytes, bytes]], *, is_chunked: bool) -> bytes:
-        """What uvicorn's `send` does for a head, but for the writing."""
+    def _start(self, status: int, fields: bytes, *, is_chunked: bool) -> bytes:
+        """What uvicorn's `send` does for a head, but for the writing.  fields: each with the end of its line."""
         cycle = self._cycle
-        if not cycle.keep_alive and (b"connection", b"close") not in fields:
-            fields.append((b"connection", b"close"))
-        lines = b"".join([name + b": " + value + b"\r\n" for name, value in (*cycle.default_headers, *fields)])
+        defaults = b"".join([b"%b: %b\r\n" % field for field in cycle.default_headers])
+        end = b"" if cycle.keep_alive else b"connection: close\r\n"
         cycle.response_started, cycle.chunked_encoding, cycle.waiting_for_100_continue = True, is_chunked, False
         self._state = _State.BEGUN
-        return b"HTTP/1.1 %d %b\r\n%b\r\n" % (status, _reason(status), lines)
+        return b"HTTP/1.1 %d %b\r\n%b%b%b\r\n" % (status, _reason(status), defaults, fields, end)
 
     def _complete(self, data: bytes) -> None:
         """What uvicorn's `send` does with the last bytes."""
@@ -266,13 +266,12 @@ class Streamed:
         )
 
 
-def _encoded(headers: Headers) -> list[tuple[bytes, bytes]]:
-    """Raises:  ValueError for a header that would be several, or is not latin-1."""
-    encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-    for name, value in encoded:
-        if _CONTROL.search(name) or _CONTROL.search(value):
-            raise ValueError(f"the header {name!r} has a control character in it: {value!r}")
-    return encoded
+def _encoded(headers: Headers) -> bytes:
+    """Their lines.  Raises:  ValueError for a header that would be several, or is not latin-1."""
+    if _CONTROL.search("".join([name + value for name, value in headers])):
+        name, value = next(field for field in headers if _CONTROL.search("".join(field)))
+        raise ValueError(f"the header {name!r} has a control character in it: {value!r}")
+    return "".join([f"{name}: {value}\r\n" for name, value in headers]).encode("latin-1")
 
 
 @functools.cache

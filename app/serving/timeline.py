@@ -10,7 +10,6 @@ one and ends so much later: no clock of another machine is compared with ours.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 from app.metrics import RequestSummary
 from app.serving.attempt import Attempt
@@ -45,17 +44,18 @@ def timeline_of(exchange: Exchange, told: RequestSummary, *, ended_at: float) ->
     )
 
 
-def _stages(exchange: Exchange, ended_at: float) -> Iterator[Stage]:
+def _stages(exchange: Exchange, ended_at: float) -> list[Stage]:
     zero, unrouted_at = exchange.request.arrived_at, exchange.submitted_at
-    yield Stage(StageKind.PREPARE, 1, 0.0, unrouted_at - zero)
+    stages = [Stage(StageKind.PREPARE, 1, 0.0, unrouted_at - zero)]
     for number, attempt in _told_attempts(exchange):
         if number > 1:
             unrouted_at = exchange.attempts[number - 2].ended_at or unrouted_at
-        yield Stage(StageKind.QUEUE, number, unrouted_at - zero, attempt.bound_at - zero)
+        stages.append(Stage(StageKind.QUEUE, number, unrouted_at - zero, attempt.bound_at - zero))
         unrouted_at = ended_at if attempt.ended_at is None else attempt.ended_at
-        yield from _Served(exchange, number, attempt, unrouted_at).stages()
+        stages += _served(exchange, number, attempt, unrouted_at)
     if unrouted_at < ended_at:
-        yield Stage(StageKind.QUEUE, len(exchange.attempts) + 1, unrouted_at - zero, ended_at - zero)
+        stages.append(Stage(StageKind.QUEUE, len(exchange.attempts) + 1, unrouted_at - zero, ended_at - zero))
+    return stages
 
 
 def _told_attempts(exchange: Exchange) -> list[tuple[int, Attempt]]:
@@ -68,50 +68,37 @@ def _num_tokens(exchange: Exchange, number: int) -> int:
     return attempts[number].num_tokens_before if number < len(attempts) else len(exchange.tokens)
 
 
-class _Served:
+def _served(exchange: Exchange, number: int, attempt: Attempt, left_at: float) -> list[Stage]:
     """What workers did in one attempt, which was left at `left_at`."""
+    zero, bound_at, prefilled_at = exchange.request.arrived_at, attempt.bound_at, attempt.prefilled_at
+    worker, computed = attempt.prefill_worker, attempt.computed
+    if prefilled_at is None:
+        return [Stage(StageKind.PREFILL, number, bound_at - zero, left_at - zero, worker)]
+    stages = list[Stage]()
+    begun_at, cached_tokens = bound_at, 0
+    if computed is not None:
+        begun_at, cached_tokens = max(bound_at, prefilled_at - computed.prefill_s), computed.cached_tokens
+        stages.append(Stage(StageKind.WAIT, number, bound_at - zero, begun_at - zero, worker))
+    known_tokens = len(exchange.request.prompt) + attempt.num_tokens_before
+    begin_s, end_s, num_computed = begun_at - zero, prefilled_at - zero, max(0, known_tokens - cached_tokens)
+    stages.append(Stage(StageKind.PREFILL, number, begin_s, end_s, worker, None, num_computed, cached_tokens))
+    moved_at, decode = prefilled_at, attempt.route.decode
+    if attempt.handover_at is not None:
+        moved_at = _moved_at(attempt, attempt.handover_at, left_at)
+        begun_at = min(max(attempt.handover_at, prefilled_at), moved_at)
+        num_bytes = attempt.moved.handover_bytes if attempt.moved else 0
+        begin_s, end_s = begun_at - zero, moved_at - zero
+        stages.append(Stage(StageKind.HANDOVER, number, begin_s, end_s, decode, worker, num_bytes=num_bytes))
+    if attempt.decoding_at is not None:
+        new_tokens = max(0, _num_tokens(exchange, number) - attempt.num_tokens_before)
+        stages.append(Stage(StageKind.DECODE, number, moved_at - zero, left_at - zero, decode, tokens=new_tokens))
+    return stages
 
-    def __init__(self, exchange: Exchange, number: int, attempt: Attempt, left_at: float) -> None:
-        self._zero = exchange.request.arrived_at
-        self._number = number
-        self._attempt = attempt
-        self._left_at = left_at
-        self._known_tokens = len(exchange.request.prompt) + attempt.num_tokens_before
-        self._new_tokens = max(0, _num_tokens(exchange, number) - attempt.num_tokens_before)
 
-    def stages(self) -> Iterator[Stage]:
-        attempt, bound_at, prefilled_at = self._attempt, self._attempt.bound_at, self._attempt.prefilled_at
-        worker, computed = attempt.prefill_worker, attempt.computed
-        if prefilled_at is None:
-            yield self._stage(StageKind.PREFILL, bound_at, self._left_at, worker=worker)
-            return
-        begun_at, cached_tokens = bound_at, 0
-        if computed is not None:
-            begun_at, cached_tokens = max(bound_at, prefilled_at - computed.prefill_s), computed.cached_tokens
-            yield self._stage(StageKind.WAIT, bound_at, begun_at, worker=worker)
-        num_computed = max(0, self._known_tokens - cached_tokens)
-        counts = {"tokens": num_computed, "cached_tokens": cached_tokens}
-        yield self._stage(StageKind.PREFILL, begun_at, prefilled_at, worker=worker, **counts)
-        moved_at = prefilled_at
-        if attempt.handover_at is not None:
-            moved_at = self._moved_at(attempt.handover_at)
-            begun_at = min(max(attempt.handover_at, prefilled_at), moved_at)
-            num_bytes = attempt.moved.handover_bytes if attempt.moved else 0
-            places = {"worker": attempt.route.decode, "source": worker}
-            yield self._stage(StageKind.HANDOVER, begun_at, moved_at, **places, num_bytes=num_bytes)
-        if attempt.decoding_at is not None:
-            yield self._stage(
-                StageKind.DECODE, moved_at, self._left_at, worker=attempt.route.decode, tokens=self._new_tokens
-            )
-
-    def _moved_at(self, handover_at: float) -> float:
-        """When the KV cache was there, as far as is known: its taker says how long it took, or has begun to decode."""
-        attempt = self._attempt
-        latest = self._left_at if attempt.decoding_at is None else attempt.decoding_at
-        return latest if attempt.moved is None else min(latest, handover_at + attempt.moved.handover_s)
-
-    def _stage(self, kind: StageKind, begin: float, end: float, **told: Any) -> Stage:
-        return Stage(kind, self._number, begin - self._zero, end - self._zero, **told)
+def _moved_at(attempt: Attempt, handover_at: float, left_at: float) -> float:
+    """When the KV cache was there, as far as is known: its taker says how long it took, or has begun to decode."""
+    latest = left_at if attempt.decoding_at is None else attempt.decoding_at
+    return latest if attempt.moved is None else min(latest, handover_at + attempt.moved.handover_s)
 
 
 def _interruptions(exchange: Exchange) -> Iterator[Interruption]:

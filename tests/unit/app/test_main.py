@@ -19,7 +19,7 @@ from app.http.body import BodyMemory
 from app.http.leaving import Departure
 from app.keys.ledger import Ledger
 from app.keys.usage import UsageBook
-from app.main import _log_start, create_app, streams_first
+from app.main import _log_start, create_app, request_ids, streams_first
 from app.metrics import Metrics, router_gauges
 from app.prompt.catalog import Models
 from app.prompt.prepare import Preprocessor
@@ -406,3 +406,10 @@ def test_a_gateway_that_is_open_to_others_says_so_once(settings, host, events):
     with structlog.testing.capture_logs() as logged:
         _log_start(replace(settings, host=host), host, 8000)
     assert [line["event"] for line in logged] == [f"gateway.{event}" for event in events]
+
+
+def test_no_two_requests_have_one_name():
+    names = [name for name, _ in zip(request_ids(), range(1000), strict=False)]
+    assert len(set(names)) == 1000
+    assert {len(name) for name in names} == {24}
+    assert all(name.isalnum() for name in names)
