@@ -25,7 +25,7 @@ BASE  := python:3.11-slim-bookworm
 REVISION = $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 IMAGE = docker build --network=host --build-arg REVISION=$(REVISION)
 COMPOSE := docker compose -f docker/compose.yaml
-BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c
+BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c planes/wire/block_names.c
 
 
 # What is measured is what is shipped: a wheel, with the router compiled where that is possible, before the working copy.
@@ -215,4 +215,4 @@ docker-scan: ## What is known against the packages of the images that `make dock
 	docker/scan.sh headrace/etcd headrace/nats headrace/gateway headrace/worker:$(FLAVOR)
 
 clean: ## Remove what make made
-	rm -rf router/index/libblock_table.so $(VENV) $(CLIENTS) .venv-peers $(NODE)/node_modules $(BROWSER)/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf router/index/libblock_table.so planes/wire/libblock_names.so $(VENV) $(CLIENTS) .venv-peers $(NODE)/node_modules $(BROWSER)/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -1,6 +1,7 @@
 """Compiles what is hot while Headrace is being installed or packed; without a C compiler, plain Python serves.
 
-- The block table, `router/index/block_table.c`: no Python extension, it needs no headers of Python.
+- The block table, `router/index/block_table.c`, and the names of blocks, `planes/wire/block_names.c`: no Python
+  extensions, they need no headers of Python.
 - The modules in `COMPILED`, as they stand, by mypyc: in a wheel alone, and for the Python that builds it. In a working
   copy they would hide every edit of their sources.
 """
@@ -16,7 +17,10 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-_SOURCE, _LIBRARY = "router/index/block_table.c", "router/index/libblock_table.so"
+_LIBRARIES = {
+    "router/index/block_table.c": "router/index/libblock_table.so",
+    "planes/wire/block_names.c": "planes/wire/libblock_names.so",
+}
 _FLAGS = ("-std=c99", "-O3", "-fPIC", "-shared", "-fvisibility=hidden")  # -O2 takes half as long again to twice as long
 
 COMPILED = (
@@ -66,14 +70,15 @@ class CompilingHook(BuildHookInterface[Any]):
         if self.target_name != "wheel":
             return
         root = Path(self.root)
-        library = root / _LIBRARY
-        library.unlink(missing_ok=True)  # never a stale one
-        problem = _compile(root / _SOURCE, library)
-        if problem:
-            self.app.display_warning(f"the block index will be plain Python, several times slower: {problem}")
-            return
+        for name in _LIBRARIES.values():
+            (root / name).unlink(missing_ok=True)  # never a stale one
+        for source, name in _LIBRARIES.items():
+            problem = _compile(root / source, root / name)
+            if problem:
+                self.app.display_warning(f"the block index will be plain Python, several times slower: {problem}")
+                return
+            build_data["artifacts"].append(name)
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        build_data["artifacts"].append(_LIBRARY)
         build_data["pure_python"], build_data["tag"] = False, f"py3-none-{platform}"
         if version == "editable":
             return

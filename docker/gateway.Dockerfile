@@ -21,7 +21,7 @@ COPY workers workers
 COPY planes planes
 COPY process process
 RUN /installer/bin/pip --python /opt/headrace/bin/python install --no-cache-dir --no-deps --prefix /code . && \
-    find /code -name libblock_table.so | grep -q . && find /code -name '_compiled__mypyc*.so' | grep -q .
+    test $(find /code -name 'libblock_*.so' | wc -l) = 2 && find /code -name '_compiled__mypyc*.so' | grep -q .
 
 FROM ${BASE}
 RUN useradd --uid 1000 --create-home headrace

@@ -8,14 +8,23 @@ Every line is one vectorised numpy expression over all blocks, and `mix` is a bi
 (`continue_names`) from the name before it. Names steer routing only: engines compare tokens (vLLM by sha256, the sim
 engine by its own chain), so a collision costs a wrong guess, never a wrong answer (`docs/adr/0004-block-names.md`).
 
+`block_names.c` names a prompt's blocks in one call where it was compiled: two dozen calls of numpy's cost more than
+what most prompts have them compute.
+
 Source of `mix`: the finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
 """
 
+import ctypes
 import hashlib
+import sys
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+
+LIBRARY = __file__.removesuffix("blocks.py") + "libblock_names.so"
+_ABI = 1
 
 Hashes = npt.NDArray[np.uint64]
 Tokens = npt.NDArray[np.uint32]
@@ -44,9 +53,9 @@ def _unmix(x: Hashes) -> Hashes:
 
 
 @lru_cache(maxsize=4096)
-def _unmixed(name: int) -> np.uint64:
+def _unmixed(name: int) -> int:
     """The same for one name; prompts begin at few roots."""
-    return np.uint64(_unmix(np.array([name], dtype=np.uint64))[0])
+    return int(_unmix(np.array([name], dtype=np.uint64))[0])
 
 
 @lru_cache(maxsize=64)
@@ -90,7 +99,12 @@ def continue_each(parents: Hashes, depths: npt.NDArray[np.int64], tokens: npt.ND
     return names
 
 
-def _names(tokens: Tokens, block_size: int, acc: np.uint64, depth: int) -> Hashes:
+Names = Callable[[Tokens, int, int, int], Hashes]
+"""Args:  tokens, block size, `acc` and depth of what they follow."""
+
+
+def plain_names(tokens: Tokens, block_size: int, acc: int, depth: int) -> Hashes:
+    """`Names`, in numpy."""
     count = len(tokens) // block_size
     if not count:
         return np.empty(0, dtype=np.uint64)
@@ -99,8 +113,39 @@ def _names(tokens: Tokens, block_size: int, acc: np.uint64, depth: int) -> Hashe
     names = _mix(blocks @ _odd_multipliers(block_size, 1))
     names *= _odd_multipliers(_power_of_two(depth + count), 2)[depth : depth + count]
     np.add.accumulate(names, out=names)
-    names += acc
+    names += np.uint64(acc)
     return _mix(names)
+
+
+def compiled_names(path: str = LIBRARY) -> Names | None:
+    """`Names`, in C; None where there is no such library of this version."""
+    try:
+        library = ctypes.PyDLL(path)
+        abi = library.names_abi()
+    except (OSError, AttributeError):
+        return None
+    if abi != _ABI or sys.byteorder != "little":
+        return None
+    names_of, size, word, pointer = library.names_of, ctypes.c_size_t, ctypes.c_uint64, ctypes.c_void_p
+    names_of.restype, names_of.argtypes = None, (ctypes.c_char_p, size, size, pointer, word, word, pointer)
+
+    @lru_cache(maxsize=64)
+    def coefficients(block_size: int) -> tuple[Hashes, int]:
+        """And where they are."""
+        found = _odd_multipliers(block_size, 1)
+        return found, found.ctypes.data
+
+    def names(tokens: Tokens, block_size: int, acc: int, depth: int) -> Hashes:
+        found: Hashes = np.empty(len(tokens) // block_size, dtype=np.uint64)
+        packed = tokens.astype("<u4", copy=False).tobytes()
+        _kept, address = coefficients(block_size)
+        names_of(packed, len(found), block_size, address, acc, depth, found.ctypes.data)
+        return found
+
+    return names
+
+
+_names = compiled_names() or plain_names
 
 
 def _power_of_two(at_least: int) -> int:

@@ -115,7 +115,8 @@ async def test_what_is_published_is_whole_and_serves_beside_packages_of_the_same
     (installed,) = (tmp_path / "venv/lib").glob("python3*/site-packages")
     assert files_of(installed) == files_of(ROOT)
     is_compiled = kind == "whl" and any(map(shutil.which, ("cc", "gcc", "clang")))
-    assert (installed / "router/index/libblock_table.so").exists() == is_compiled
+    for library in ("router/index/libblock_table.so", "planes/wire/libblock_names.so"):
+        assert (installed / library).exists() == is_compiled
     has_router = is_compiled and has_python_headers()
     assert compiled_in(installed) == (compiled_by_wheels() if has_router else set())
     if has_router:

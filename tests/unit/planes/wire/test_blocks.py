@@ -1,6 +1,11 @@
 """Block names: the properties that the index, the events and the engines rely on."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -73,3 +78,42 @@ def test_many_prompts_are_continued_at_once_as_each_alone(depths, block_size):
     tails = np.array([p[d * block_size : (d + 1) * block_size] for p, d in zip(prompts, depths, strict=True)])
     continued = blocks.continue_each(parents, np.array(depths), tails)
     assert continued.tolist() == [row[depth + 1] for row, depth in zip(names, depths, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The names as C computes them, of the source as it stands."""
+    compiler = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler is None:
+        pytest.skip("no C compiler")
+    library = tmp_path_factory.mktemp("names") / "libblock_names.so"
+    source = Path(blocks.__file__).with_name("block_names.c")
+    subprocess.run(
+        [compiler, "-std=c99", "-Wall", "-Werror", "-fPIC", "-shared", str(source), "-o", library], check=True
+    )
+    return blocks.compiled_names(str(library))
+
+
+@given(
+    tokens_of,
+    st.integers(1, 40),
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 300),
+)
+def test_c_and_numpy_give_the_same_names(compiled, tokens, block_size, acc, depth):
+    names = compiled(tokens, block_size, acc, depth)
+    assert names.dtype == np.uint64
+    assert names.tolist() == blocks.plain_names(tokens, block_size, acc, depth).tolist()
+
+
+def test_tokens_of_any_layout_have_their_names(compiled):
+    tokens = np.arange(128, dtype=np.uint32)
+    for layout in (tokens[::2], tokens.astype(np.int64), tokens[1:]):
+        assert compiled(layout, 16, 5, 0).tolist() == blocks.plain_names(layout, 16, 5, 0).tolist()
+
+
+@pytest.mark.parametrize("content", [None, b"no library"])
+def test_numpy_serves_where_c_is_not_there(tmp_path, content):
+    if content is not None:
+        (tmp_path / "lib.so").write_bytes(content)
+    assert blocks.compiled_names(str(tmp_path / "lib.so")) is None
