@@ -23,54 +23,137 @@ worker kept for decoding stands still for long, which goes first where no SLO sp
 
 from collections.abc import Sequence
 
-import msgspec
-
 from planes.wire.messages import WorkerId
 from router.latency import LinkModel
 from router.policy import FleetView, WorkerView
 from router.prices import MEASURED, NO_CONGESTION, NO_GOALS, Congestion, CostModel, Goals, congestion, stall_price
-from router.request import Candidate, RoutableRequest, Sacrifice
+from router.request import SACRIFICE_S, Candidate, RoutableRequest, Sacrifice
 
 
-class PrefillCost(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Computing the prompt on one worker. `cost_s` is all that this leg adds to the total."""
+class PrefillCost:
+    """Computing the prompt on one worker. `cost_s` is all that this leg adds to the total.
 
-    worker: WorkerView
-    queue_s: float
-    prefill_s: float
-    """From the beginning of its first step to the end of its last, what is in them of others included."""
-    work_s: float
-    """Of the worker's time: its work, and its share of the steps."""
-    inflicted_s: float
-    congestion_s: float
-    """Of `inflicted_s`, for those who wait in the gateway and those still to come."""
-    cost_s: float
-    room_s: float = 0.0
-    """Until there is room for it beside those that decode there, should it decode elsewhere."""
-    misses_itl: bool = False
-    """A stream there would miss its SLO."""
-    pauses: bool = False
-    """Streams on a worker kept for decoding would stand still for long."""
+    No struct, for the reason that `Goals` is none.
+    """
+
+    def __init__(
+        self,
+        worker: WorkerView,
+        queue_s: float,
+        prefill_s: float,
+        work_s: float,
+        inflicted_s: float,
+        congestion_s: float,
+        room_s: float,
+        misses_itl: bool,
+        pauses: bool,
+    ) -> None:
+        self.worker, self.name = worker, worker.worker
+        self.queue_s = queue_s
+        self.prefill_s = prefill_s
+        """From the beginning of its first step to the end of its last, what is in them of others included."""
+        self.work_s = work_s
+        """Of the worker's time: its work, and its share of the steps."""
+        self.inflicted_s = inflicted_s
+        self.congestion_s = congestion_s
+        """Of `inflicted_s`, for those who wait in the gateway and those still to come."""
+        self.cost_s = queue_s + prefill_s + inflicted_s
+        self.room_s = room_s
+        """Until there is room for it beside those that decode there, should it decode elsewhere."""
+        self.misses_itl = misses_itl
+        """A stream there would miss its SLO."""
+        self.pauses = pauses
+        """Streams on a worker kept for decoding would stand still for long."""
 
 
-class DecodeCost(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class DecodeCost:
     """Decoding on one worker. `first_step_s` counts the wait for room; `cost_s` has everything but the handover."""
 
-    worker: WorkerView
-    room_s: float
-    """Until there is room for it."""
-    first_step_s: float
-    decode_s: float
-    inflicted_s: float
-    cost_s: float
-    prompts_s: float
-    """Prompt work there, with which its decoding shares steps until it is done."""
-    stall: float
-    """What a second of standing still costs it."""
-    gap_s: float
-    """Between two of its tokens, where no prompt is computed beside."""
-    missing_bytes: int
-    has_room: bool
+    def __init__(
+        self,
+        worker: WorkerView,
+        room_s: float,
+        gap_s: float,
+        decode_s: float,
+        inflicted_s: float,
+        prompts_s: float,
+        stall: float,
+        missing_bytes: int,
+    ) -> None:
+        self.worker, self.name = worker, worker.worker
+        self.room_s = room_s
+        """Until there is room for it."""
+        self.has_room = not room_s
+        self.gap_s = gap_s
+        """Between two of its tokens, where no prompt is computed beside."""
+        self.first_step_s = room_s + gap_s
+        self.decode_s = decode_s
+        self.inflicted_s = inflicted_s
+        self.cost_s = room_s + gap_s + decode_s + inflicted_s
+        self.prompts_s = prompts_s
+        """Prompt work there, with which its decoding shares steps until it is done."""
+        self.stall = stall
+        """What a second of standing still costs it."""
+        self.missing_bytes = missing_bytes
+
+
+class Way:
+    """One way to serve a request: two legs, of one worker or of two, and what only both together tell.
+
+    Hundreds are weighed and few are told of, so a `Candidate` is made of those alone.
+    """
+
+    def __init__(
+        self,
+        prefill: PrefillCost,
+        decode: DecodeCost,
+        queue_s: float,
+        handover_s: float,
+        first_step_s: float,
+        stalled_s: float,
+        total_s: float,
+        given_up: int,
+        waits_for_room: WorkerId | None,
+        is_first_early: bool = False,
+        early_token_discount_s: float = 0.0,
+    ) -> None:
+        self.prefill, self.decode = prefill, decode
+        self.is_local = prefill.worker is decode.worker
+        self.queue_s, self.handover_s, self.first_step_s = queue_s, handover_s, first_step_s
+        self.stalled_s = stalled_s
+        """What it costs that its own stream stands still."""
+        self.total_s = total_s
+        self.gives_up = _SACRIFICES[given_up]
+        self.order_s = total_s + given_up * SACRIFICE_S
+        """Seconds, after what is given up."""
+        self.waits_for_room = waits_for_room
+        self.is_first_early, self.early_token_discount_s = is_first_early, early_token_discount_s
+
+    def candidate(self) -> Candidate:
+        """All that there is to tell of it."""
+        prefill, decode = self.prefill, self.decode
+        sender, receiver = prefill.worker, decode.worker
+        return Candidate(
+            None if self.is_local else prefill.name,
+            decode.name,
+            sender.cached_tokens,
+            receiver.cached_tokens,
+            self.queue_s,
+            prefill.prefill_s,
+            self.handover_s,
+            self.first_step_s,
+            prefill.inflicted_s + decode.inflicted_s,
+            self.total_s,
+            self.is_first_early,
+            decode.decode_s + self.stalled_s,
+            sender.num_passed,
+            self.gives_up,
+            self.waits_for_room,
+            prefill.work_s,
+            self.early_token_discount_s,
+            prefill.congestion_s,
+            prefill.misses_itl,
+        )
 
 
 def prefill_cost(
@@ -111,18 +194,7 @@ def prefill_cost(
     queued = share * congested.price(worker.worker, busy)
     inflicted = stalled + num_sharing * work + added * worker.num_passed + queued
     seconds = shared_s + work + fixed * (new_steps + (shared_tokens > 0))
-    return PrefillCost(
-        worker=worker,
-        queue_s=queue,
-        prefill_s=seconds,
-        work_s=share,
-        inflicted_s=inflicted,
-        congestion_s=queued,
-        cost_s=queue + seconds + inflicted,
-        room_s=room,
-        misses_itl=misses_itl,
-        pauses=pauses,
-    )
+    return PrefillCost(worker, queue, seconds, share, inflicted, queued, room, misses_itl, pauses)
 
 
 def decode_cost(request: RoutableRequest, worker: WorkerView, model: CostModel = MEASURED) -> DecodeCost:
@@ -137,19 +209,8 @@ def decode_cost(request: RoutableRequest, worker: WorkerView, model: CostModel =
     uncached = request.prompt_tokens - worker.cached_tokens
     room = _room_s(worker, uncached + expected, decoding)
     missing = -(-uncached // facts.block_size) * facts.bytes_per_block
-    return DecodeCost(
-        worker=worker,
-        room_s=room,
-        first_step_s=room + after,
-        decode_s=decoding,
-        inflicted_s=slowdown,
-        cost_s=room + after + decoding + slowdown,
-        prompts_s=worker.queue_s + worker.shared_s,
-        stall=stall_price(request, worker, after, busy, model),
-        gap_s=after,
-        missing_bytes=missing,
-        has_room=not room,
-    )
+    stall = stall_price(request, worker, after, busy, model)
+    return DecodeCost(worker, room, after, decoding, slowdown, worker.queue_s + worker.shared_s, stall, missing)
 
 
 def _room_s(worker: WorkerView, tokens: int, decoding_s: float) -> float:
@@ -176,7 +237,7 @@ def local(
     decode: DecodeCost,
     goals: Goals = NO_GOALS,
     model: CostModel = MEASURED,
-) -> Candidate:
+) -> Way:
     """Both legs on one worker: the prompt's last step gives the first token."""
     worker = decode.worker
     wait = 0.0 if decode.has_room else decode.first_step_s
@@ -185,24 +246,16 @@ def local(
     if worker.num_passed:  # else nothing is left there when it begins to decode
         left = max(0.0, decode.prompts_s - prefill.queue_s - prefill.prefill_s)
     stalled = decode.stall * left
-    return Candidate(
-        None,
-        worker.worker,
-        worker.cached_tokens,
-        worker.cached_tokens,
-        prefill.queue_s,
-        prefill.prefill_s,
-        0.0,  # handover_s
-        wait,
-        prefill.inflicted_s + decode.inflicted_s,
-        prefill.cost_s + wait + decode.decode_s + stalled + decode.inflicted_s,
-        work_s=prefill.work_s,
-        decode_s=decode.decode_s + stalled,
-        num_passed=worker.num_passed,
-        gives_up=_gives_up(request, goals, prefill, decode, ttft, left),
-        waits_for_room=worker.worker if wait > model.patience * prefill.prefill_s else None,
-        congestion_s=prefill.congestion_s,
-        strains=prefill.misses_itl,
+    return Way(
+        prefill,
+        decode,
+        queue_s=prefill.queue_s,
+        handover_s=0.0,
+        first_step_s=wait,
+        stalled_s=stalled,
+        total_s=prefill.cost_s + wait + decode.decode_s + stalled + decode.inflicted_s,
+        given_up=_given_up(request, goals, prefill, decode, ttft, left),
+        waits_for_room=decode.name if wait > model.patience * prefill.prefill_s else None,
     )
 
 
@@ -213,7 +266,7 @@ def pair(
     link: LinkModel,
     goals: Goals = NO_GOALS,
     model: CostModel = MEASURED,
-) -> Candidate:
+) -> Way:
     """The legs on two workers, and the handover between them."""
     handover = link.handover_s(decode.missing_bytes)
     queue = prefill.queue_s + prefill.room_s
@@ -222,9 +275,9 @@ def pair(
     stalled, early = decode.stall * left, 0.0
     lacking = None
     if decode.room_s and _waits_for_room(request, prefill, decode, handover, left, goals, model):
-        ttft, lacking = ttft + decode.room_s, decode.worker.worker
+        ttft, lacking = ttft + decode.room_s, decode.name
     elif prefill.room_s > model.patience * prefill.prefill_s:
-        lacking = prefill.worker.worker
+        lacking = prefill.name
     if request.is_first_token_exact:
         pause = handover + decode.first_step_s - decode.room_s
         price = decode.stall if request.expected_tokens > 1 else 0.0
@@ -232,26 +285,18 @@ def pair(
         stalled += max(0.0, price - 1) * pause
     else:
         ttft += handover + decode.first_step_s
-    return Candidate(
-        prefill.worker.worker,
-        decode.worker.worker,
-        prefill.worker.cached_tokens,
-        decode.worker.cached_tokens,
-        queue,
-        prefill.prefill_s,
-        handover,
-        decode.first_step_s,
-        prefill.inflicted_s + decode.inflicted_s,
-        prefill.cost_s + prefill.room_s + handover + stalled + decode.cost_s - early,
-        work_s=prefill.work_s,
-        is_first_early=request.is_first_token_exact,
-        decode_s=decode.decode_s + stalled,
-        num_passed=prefill.worker.num_passed,
-        early_token_discount_s=early,
-        gives_up=_gives_up(request, goals, prefill, decode, ttft, left + pause),
+    return Way(
+        prefill,
+        decode,
+        queue_s=queue,
+        handover_s=handover,
+        first_step_s=decode.first_step_s,
+        stalled_s=stalled,
+        total_s=prefill.cost_s + prefill.room_s + handover + stalled + decode.cost_s - early,
+        given_up=_given_up(request, goals, prefill, decode, ttft, left + pause),
         waits_for_room=lacking,
-        congestion_s=prefill.congestion_s,
-        strains=prefill.misses_itl,
+        is_first_early=request.is_first_token_exact,
+        early_token_discount_s=early,
     )
 
 
@@ -283,10 +328,10 @@ def _waits_for_room(
     return decode.gap_s + (left_s + handover_s + decode.first_step_s) / gaps > itl_s
 
 
-def _gives_up(
+def _given_up(
     request: RoutableRequest, goals: Goals, prefill: PrefillCost, decode: DecodeCost, ttft_s: float, stalled_s: float
-) -> Sacrifice:
-    """stalled_s: how long its own stream will stand still."""
+) -> int:
+    """Number of the `Sacrifice`.  stalled_s: how long its own stream will stand still."""
     given_up = 0
     if prefill.pauses:
         given_up = 4 if goals.itl_s is None else 1
@@ -296,7 +341,7 @@ def _gives_up(
             given_up += 4
     if goals.ttft_s is not None and ttft_s > goals.ttft_s:
         given_up += 2
-    return _SACRIFICES[given_up]
+    return given_up
 
 
 _SACRIFICES = tuple(Sacrifice)
@@ -317,8 +362,8 @@ def judge(request: RoutableRequest, chosen: Candidate, view: FleetView) -> Candi
         prefill = _named(view.prefill, chosen.prefill)
         if can_hand_over(prefill, decode):
             link = view.links.link(prefill.worker, decode.worker)
-            return pair(request, prefill_cost(request, prefill, congested), leg, link, goals)
-    return local(request, prefill_cost(request, decode, congested), leg, goals)
+            return pair(request, prefill_cost(request, prefill, congested), leg, link, goals).candidate()
+    return local(request, prefill_cost(request, decode, congested), leg, goals).candidate()
 
 
 def _named(workers: Sequence[WorkerView], name: WorkerId) -> WorkerView:

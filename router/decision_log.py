@@ -8,15 +8,15 @@ from operator import attrgetter
 from planes.wire.messages import RequestId
 from router.request import Candidate, Explanation
 
-_MAX_CANDIDATES = 32
+MAX_CANDIDATES = 32
 _MAX_EARLIER = 8
 
 
 def worth_keeping(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
     """All, or the cheapest ones: with hundreds of workers the others would fill the memory."""
-    if len(candidates) <= _MAX_CANDIDATES:
+    if len(candidates) <= MAX_CANDIDATES:
         return candidates
-    return tuple(nsmallest(_MAX_CANDIDATES, candidates, key=attrgetter("total_s")))
+    return tuple(nsmallest(MAX_CANDIDATES, candidates, key=attrgetter("total_s")))
 
 
 class History:

@@ -110,7 +110,8 @@ class Links(Protocol):
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """A policy's answer. `candidates` holds what it weighed (for explain); `chosen` is one of them.
+    """A policy's answer. `candidates` holds what it weighed (for explain), of many the cheapest at least,
+    and all where it holds the request; `chosen` is one of them.
 
     `is_held`: the chosen worker is the right one but has enough to do; ask again when its `queue_s` has come down to
     `max_backlog_s`, or when another worker looks cheaper.

@@ -54,15 +54,19 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
 MEASURED = CostModel()
 
 
-class Goals(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What an answer shall keep, in seconds. None: nobody has said."""
+class Goals:
+    """What an answer shall keep, in seconds. None: nobody has said.
 
-    ttft_s: float | None = None
-    """The time to the first token from now on: what was waited is off."""
-    itl_s: float | None = None
-    """The mean time between tokens, of its own stream and of those that it touches."""
-    makes_way: bool = False
-    """Its first token is late: it takes no room to decode from those that can still be in time."""
+    No struct, as `Congestion`: of a compiled class compiled code reads attributes ten times as fast.
+    """
+
+    def __init__(self, *, ttft_s: float | None = None, itl_s: float | None = None, makes_way: bool = False) -> None:
+        self.ttft_s = ttft_s
+        """The time to the first token from now on: what was waited is off."""
+        self.itl_s = itl_s
+        """The mean time between tokens, of its own stream and of those that it touches."""
+        self.makes_way = makes_way
+        """Its first token is late: it takes no room to decode from those that can still be in time."""
 
     @classmethod
     def of(cls, request: RoutableRequest, view: FleetView) -> "Goals":
@@ -74,16 +78,24 @@ class Goals(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 NO_GOALS = Goals()
 
 
-class Congestion(msgspec.Struct, frozen=True, kw_only=True):
+class Congestion:
     """What a second of prompt work adds to the waits of others, in seconds, by how busy its worker is."""
 
-    num_waiting: float = 0.0
-    """Other requests in the gateway's queue."""
-    power: float = 1.0
-    shares: Mapping[WorkerId, float] = NOBODY_KNOWS
-    """Of these, the share that waits for each worker."""
-    any_share: float = 1.0
-    """The same, where nobody knows."""
+    def __init__(
+        self,
+        *,
+        num_waiting: float = 0.0,
+        power: float = 1.0,
+        shares: Mapping[WorkerId, float] = NOBODY_KNOWS,
+        any_share: float = 1.0,
+    ) -> None:
+        self.num_waiting = num_waiting
+        """Other requests in the gateway's queue."""
+        self.power = power
+        self.shares = shares
+        """Of these, the share that waits for each worker."""
+        self.any_share = any_share
+        """The same, where nobody knows."""
 
     def price(self, worker: WorkerId, utilisation: float) -> float:
         """`utilisation`: 0.0 to less than 1."""

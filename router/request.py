@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 import msgspec
 
@@ -23,9 +24,10 @@ class Sacrifice(StrEnum):
     EVERYTHING = "a stream's time between tokens, and its time to first token, and streams stand still for long"
 
 
-_SACRIFICE_S = {sacrifice: number * 1e9 for number, sacrifice in enumerate(Sacrifice)}
+SACRIFICE_S: Final = 1e9
 """More than any way costs: where a first token has a day, a second of standing still costs days. Sums keep a
 microsecond."""
+_SACRIFICE_S = {sacrifice: number * SACRIFICE_S for number, sacrifice in enumerate(Sacrifice)}
 
 
 class SloSource(StrEnum):

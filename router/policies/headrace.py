@@ -22,7 +22,8 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 from planes.wire.messages import WorkerId
-from router.cost import DecodeCost, PrefillCost, decode_cost, local, pair, prefill_cost
+from router.cost import DecodeCost, PrefillCost, Way, decode_cost, local, pair, prefill_cost
+from router.decision_log import MAX_CANDIDATES
 from router.policy import Choice, FleetView, HandoverGroup, Links, WorkerView
 from router.prices import MEASURED, CostModel, Goals, congestion
 from router.request import Candidate, HandoverPreference, RoutableRequest, Sacrifice
@@ -40,23 +41,23 @@ class Headrace:
         model, congested, goals = self.model, congestion(view), Goals.of(request, view)
         decodes = [decode_cost(request, worker, model) for worker in view.decode]
         locals_ = [prefill_cost(request, worker, congested, model) for worker in view.decode]
-        options = [local(request, *legs, goals, model) for legs in zip(locals_, decodes, strict=True)]
-        best = min(options, key=_order)
+        alone = [local(request, *legs, goals, model) for legs in zip(locals_, decodes, strict=True)]
         pairs = _Pairs(request, view.links, goals, model)
         if view.prefill and not request.is_local_only:
-            known = {leg.worker.worker: leg for leg in locals_ if leg.worker.role.can_prefill}
+            known = {leg.name: leg for leg in locals_ if leg.worker.role.can_prefill}
             prefills = [
                 known.get(worker.worker) or prefill_cost(request, worker, congested, model) for worker in view.prefill
             ]
+            best = _best(alone)
             is_free = request.handover is HandoverPreference.AUTO and len(known) == len(prefills)
             if not (is_free and _beats_pairs(best, known, prefills, decodes, model)):
                 pairs.weigh(prefills, decodes, best.decode)
-        chosen, options = _one_of_the_best(options, pairs, view, model)
-        return _bound_or_held(request, chosen, tuple(options), view, model)
+        chosen, ways = _one_of_the_best(alone, pairs, view, model)
+        return _bound_or_held(request, chosen, ways, view, model)
 
 
 def _beats_pairs(
-    alone: Candidate,
+    alone: Way,
     both: Mapping[WorkerId, PrefillCost],
     prefills: Sequence[PrefillCost],
     decodes: Sequence[DecodeCost],
@@ -65,32 +66,30 @@ def _beats_pairs(
     """Whether no pair can be cheaper than a worker of `both` that serves alone: the handover and the step after it,
     which at best cost nothing, left out.
     """
-    if alone.decode not in both or alone.gives_up is not Sacrifice.NOTHING:
+    if alone.decode.name not in both or alone.gives_up is not Sacrifice.NOTHING:
         return False
     least_s = min([leg.cost_s for leg in prefills]) + min([leg.cost_s - leg.gap_s for leg in decodes])
     return alone.total_s <= least_s * model.near
 
 
-def _one_of_the_best(
-    alone: list[Candidate], pairs: "_Pairs", view: FleetView, model: CostModel
-) -> tuple[Candidate, list[Candidate]]:
+def _one_of_the_best(alone: list[Way], pairs: "_Pairs", view: FleetView, model: CostModel) -> tuple[Way, list[Way]]:
     """Any of those that are as good as the best, and all that were weighed. A pair as good as another one may lie
     beside a better one, by a faster link, which the other does not.
     """
     is_first = True
     while True:
-        options = [*alone, *pairs.found.values()]
-        best = min(options, key=_order)
+        ways = alone + pairs.found
+        best = _best(ways)
         most_s, given_up = best.total_s * model.near, best.gives_up
-        near = [option for option in options if option.total_s <= most_s and option.gives_up is given_up]
+        near = [way for way in ways if way.total_s <= most_s and way.gives_up is given_up]
         if len(near) > 1:  # workers that do both need no handover that gains nothing
             both = {worker.worker for worker in view.prefill}
-            near = [option for option in near if option.prefill is None and option.decode in both] or near
+            near = [way for way in near if way.is_local and way.decode.name in both] or near
         chosen = near[0] if len(near) == 1 else view.rng.choice(near)
         if is_first and chosen is best:  # the search has looked around it
-            return chosen, options
+            return chosen, ways
         if not pairs.weigh_around(chosen) or pairs.least_s() >= best.order_s:
-            return chosen, [*alone, *pairs.found.values()]
+            return chosen, alone + pairs.found
         is_first = False
 
 
@@ -99,10 +98,11 @@ class _Pairs:
 
     def __init__(self, request: RoutableRequest, links: Links, goals: Goals, model: CostModel) -> None:
         self._request, self._links, self._goals, self._model = request, links, goals, model
-        self.found: dict[tuple[WorkerId, WorkerId], Candidate] = {}
+        self.found: list[Way] = []
+        self._known: dict[tuple[WorkerId, WorkerId], Way] = {}
         self._groups: dict[HandoverGroup, tuple[list[PrefillCost], list[DecodeCost]]] = {}
 
-    def weigh(self, prefills: Sequence[PrefillCost], decodes: Sequence[DecodeCost], nearest: WorkerId) -> None:
+    def weigh(self, prefills: Sequence[PrefillCost], decodes: Sequence[DecodeCost], nearest: DecodeCost) -> None:
         """Of each handover group: the cheapest prefill worker with its best decode worker, that one with its best
         prefill worker, and so on until that is no cheaper; and the same from the worker that serves alone for least,
         `nearest`, on.
@@ -117,86 +117,80 @@ class _Pairs:
                 group[1].append(receiver)
         for senders, receivers in groups.values():
             if len(senders) == 1 == len(receivers):
-                if senders[0].worker.worker != receivers[0].worker.worker:
+                if senders[0].name != receivers[0].name:
                     self._pair(senders[0], receivers[0])
                 continue
             self._improve(senders, receivers, nearest)
 
-    def weigh_around(self, pair: Candidate) -> bool:
+    def weigh_around(self, pair: Way) -> bool:
         """All that exchange one worker of `pair`.  Returns whether any of them had not been weighed."""
         before = len(self.found)
-        for senders, receivers in self._groups.values():
-            sender = next((leg for leg in senders if leg.worker.worker == pair.prefill), None)
-            receiver = next((leg for leg in receivers if leg.worker.worker == pair.decode), None)
-            if sender is not None and receiver is not None:
-                self._best_decode(sender, receivers)
-                self._best_prefill(receiver, senders)
+        if not pair.is_local:
+            for senders, receivers in self._groups.values():
+                if pair.prefill in senders:
+                    self._best_decode(pair.prefill, receivers)
+                    self._best_prefill(pair.decode, senders)
         return len(self.found) > before
 
     def least_s(self) -> float:
-        return min([option.order_s for option in self.found.values()])
+        return min([way.order_s for way in self.found])
 
-    def _improve(self, senders: Sequence[PrefillCost], receivers: Sequence[DecodeCost], nearest: WorkerId) -> None:
-        only = receivers[0].worker.worker if len(receivers) == 1 else None
-        able = [leg for leg in senders if leg.worker.worker != only]
+    def _improve(self, senders: Sequence[PrefillCost], receivers: Sequence[DecodeCost], nearest: DecodeCost) -> None:
+        only = receivers[0].name if len(receivers) == 1 else None
+        able = [leg for leg in senders if leg.name != only]
         if not able:  # there is nobody to hand over to
             return
         seen = self._descend(self._best_decode(min(able, key=_cost), receivers), senders, receivers)
-        for receiver in receivers:
-            if receiver.worker.worker == nearest and nearest not in seen:
-                first = self._best_prefill(receiver, senders)
-                if first is not None:
-                    self._descend(self._best_decode(_sender(first, senders), receivers), senders, receivers)
+        if nearest in receivers and nearest.name not in seen:
+            first = self._best_prefill(nearest, senders)
+            if first is not None:
+                self._descend(self._best_decode(first.prefill, receivers), senders, receivers)
 
     def _descend(
-        self, best: Candidate | None, senders: Sequence[PrefillCost], receivers: Sequence[DecodeCost]
+        self, best: Way | None, senders: Sequence[PrefillCost], receivers: Sequence[DecodeCost]
     ) -> set[WorkerId]:
         """Exchange workers until that is no cheaper.  Returns the decode workers whose best partner was found."""
         seen: set[WorkerId] = set()
-        while best is not None and best.decode not in seen:
-            seen.add(best.decode)
-            receiver = next(leg for leg in receivers if leg.worker.worker == best.decode)
-            better = self._best_prefill(receiver, senders)
+        while best is not None and best.decode.name not in seen:
+            seen.add(best.decode.name)
+            better = self._best_prefill(best.decode, senders)
             if better is None or not better.order_s < best.order_s:
                 break
-            best = self._best_decode(_sender(better, senders), receivers)
+            best = self._best_decode(better.prefill, receivers)
         return seen
 
-    def _best_decode(self, sender: PrefillCost, receivers: Sequence[DecodeCost]) -> Candidate | None:
-        name = sender.worker.worker
-        pairs = [self._pair(sender, leg) for leg in receivers if leg.worker.worker != name]
-        return min(pairs, key=_order, default=None)
+    def _best_decode(self, sender: PrefillCost, receivers: Sequence[DecodeCost]) -> Way | None:
+        pairs = [self._pair(sender, leg) for leg in receivers if leg.name != sender.name]
+        return _best(pairs) if pairs else None
 
-    def _best_prefill(self, receiver: DecodeCost, senders: Sequence[PrefillCost]) -> Candidate | None:
-        name = receiver.worker.worker
-        pairs = [self._pair(leg, receiver) for leg in senders if leg.worker.worker != name]
-        return min(pairs, key=_order, default=None)
+    def _best_prefill(self, receiver: DecodeCost, senders: Sequence[PrefillCost]) -> Way | None:
+        pairs = [self._pair(leg, receiver) for leg in senders if leg.name != receiver.name]
+        return _best(pairs) if pairs else None
 
-    def _pair(self, sender: PrefillCost, receiver: DecodeCost) -> Candidate:
-        names = sender.worker.worker, receiver.worker.worker
-        found = self.found.get(names)
+    def _pair(self, sender: PrefillCost, receiver: DecodeCost) -> Way:
+        names = sender.name, receiver.name
+        found = self._known.get(names)
         if found is None:
-            link = self._links.link(*names)
-            found = self.found[names] = pair(self._request, sender, receiver, link, self._goals, self._model)
+            link = self._links.link(sender.name, receiver.name)
+            found = self._known[names] = pair(self._request, sender, receiver, link, self._goals, self._model)
+            self.found.append(found)
         return found
 
 
-def _sender(option: Candidate, senders: Sequence[PrefillCost]) -> PrefillCost:
-    return next(leg for leg in senders if leg.worker.worker == option.prefill)
+def _best(ways: Sequence[Way]) -> Way:
+    """Of those that cost as much the first."""
+    best = ways[0]
+    for way in ways:
+        if way.order_s < best.order_s:
+            best = way
+    return best
 
 
-_cost, _order = attrgetter("cost_s"), attrgetter("order_s")
+_cost, _total = attrgetter("cost_s"), attrgetter("total_s")
 
 
-def _bound_or_held(
-    request: RoutableRequest,
-    chosen: Candidate,
-    options: tuple[Candidate, ...],
-    view: FleetView,
-    model: CostModel,
-) -> Choice:
-    name, workers = (chosen.decode, view.decode) if chosen.prefill is None else (chosen.prefill, view.prefill)
-    computing = next(worker for worker in workers if worker.worker == name)
+def _bound_or_held(request: RoutableRequest, way: Way, ways: list[Way], view: FleetView, model: CostModel) -> Choice:
+    chosen, computing = way.candidate(), way.prefill.worker
     max_backlog_s = model.round_trip_s + computing.latency.step_s(computing.num_streams, computing.kv_tokens)
     max_backlog_s += model.sending_s * _num_to_send(request, computing, view)
     because, lacks_room = computing.busy_because(max_backlog_s) or _shares_badly(request, computing, view), False
@@ -204,16 +198,27 @@ def _bound_or_held(
         because, lacks_room = f"{chosen.waits_for_room} has no room for it", True
     spares_streams = not because and _costs_an_slo(chosen) and _has_time(request, chosen, view, max_backlog_s, model)
     if spares_streams:
-        because = f"a stream on {name} would miss its time between tokens"
+        because = f"a stream on {way.prefill.name} would miss its time between tokens"
+    if not because and request.handover is not HandoverPreference.ALWAYS:  # else somebody looks at all of them
+        ways = _worth_telling(ways, way)
     return Choice(
         chosen=chosen,
-        candidates=options,
+        candidates=tuple([chosen if each is way else each.candidate() for each in ways]),
         is_held=bool(because),
         held_because=because,
         max_backlog_s=max_backlog_s,
         lacks_room=lacks_room,
         spares_streams=spares_streams,
     )
+
+
+def _worth_telling(ways: list[Way], chosen: Way) -> list[Way]:
+    """All, or of many the cheapest, and the chosen one."""
+    if len(ways) <= MAX_CANDIDATES:
+        return ways
+    most_s = sorted([way.total_s for way in ways])[MAX_CANDIDATES - 1]
+    cheapest = sorted([way for way in ways if way.total_s <= most_s], key=_total)[:MAX_CANDIDATES]
+    return cheapest if chosen in cheapest else [*cheapest, chosen]
 
 
 def _costs_an_slo(chosen: Candidate) -> bool:

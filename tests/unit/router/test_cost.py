@@ -78,7 +78,8 @@ def test_on_a_full_worker_the_first_step_waits_until_one_of_those_that_run_has_e
 def test_a_request_served_where_it_is_prefilled_waits_for_room_to_decode_too():
     full, free = worker("b", Role.BOTH, num_running=8), worker("b", Role.BOTH, num_running=7)
     for each, is_waiting in ((full, True), (free, False)):
-        served = cost.local(request(), cost.prefill_cost(request(), each), cost.decode_cost(request(), each))
+        way = cost.local(request(), cost.prefill_cost(request(), each), cost.decode_cost(request(), each))
+        served = way.candidate()
         assert (served.first_step_s > 0.05) is is_waiting
         assert served.ttft_s == pytest.approx(served.queue_s + served.prefill_s + served.first_step_s)
 
@@ -132,7 +133,7 @@ def test_a_prompt_to_be_handed_over_waits_for_a_place_beside_those_that_decode_w
             cost.decode_cost(wanted, worker("d")),
             LinkModel(LatencyPrior()),
             goals,
-        )
+        ).candidate()
         for sender in (
             {"num_running": 7, "num_streams": 7},
             {"num_running": 8, "num_streams": 8},

@@ -264,12 +264,13 @@ LOADS = st.fixed_dictionaries(
 def every_way(routable, view):
     here = congestion(view)
     ways = [local(routable, prefill_cost(routable, d, here), decode_cost(routable, d)) for d in view.decode]
-    return ways + [
+    ways += [
         pair(routable, prefill_cost(routable, p, here), decode_cost(routable, d), view.links.link(p.worker, d.worker))
         for p in view.prefill
         for d in view.decode
         if can_hand_over(p, d)
     ]
+    return [way.candidate() for way in ways]
 
 
 @settings(max_examples=100, deadline=None)
