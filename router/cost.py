@@ -21,6 +21,7 @@ time between tokens of a stream that it touches, its own included; its own time 
 worker kept for decoding stands still for long, which goes first where no SLO speaks of streams.
 """
 
+import math
 from collections.abc import Sequence
 
 from planes.wire.messages import WorkerId
@@ -46,6 +47,7 @@ class PrefillCost:
         congestion_s: float,
         room_s: float,
         misses_itl: bool,
+        misses_ttft: bool,
         pauses: bool,
     ) -> None:
         self.worker, self.name = worker, worker.worker
@@ -62,6 +64,8 @@ class PrefillCost:
         """Until there is room for it beside those that decode there, should it decode elsewhere."""
         self.misses_itl = misses_itl
         """A stream there would miss its SLO."""
+        self.misses_ttft = misses_ttft
+        """A prompt in its first step would."""
         self.pauses = pauses
         """Streams on a worker kept for decoding would stand still for long."""
 
@@ -153,6 +157,7 @@ class Way:
             self.early_token_discount_s,
             prefill.congestion_s,
             prefill.misses_itl,
+            prefill.misses_ttft,
         )
 
 
@@ -176,6 +181,10 @@ def prefill_cost(
     new_steps = -(-(uncached - free) // budget) if uncached > free else 0
     added = work + fixed * new_steps
     share = work + fixed * uncached / budget if uncached < budget else added
+    misses_ttft = False
+    if worker.late_in_s < math.inf and shared_tokens:
+        longer = work * free / uncached if uncached > free else work
+        misses_ttft = longer + model.round_trip_s > worker.late_in_s
     busy = min(worker.prefill_utilisation, model.max_utilisation)
     stalled, room, misses_itl, pauses = 0.0, 0.0, False, False
     if worker.role.can_decode and (batch or worker.mean_running):
@@ -194,7 +203,7 @@ def prefill_cost(
     queued = share * congested.price(worker.worker, busy)
     inflicted = stalled + num_sharing * work + added * worker.num_passed + queued
     seconds = shared_s + work + fixed * (new_steps + (shared_tokens > 0))
-    return PrefillCost(worker, queue, seconds, share, inflicted, queued, room, misses_itl, pauses)
+    return PrefillCost(worker, queue, seconds, share, inflicted, queued, room, misses_itl, misses_ttft, pauses)
 
 
 def decode_cost(request: RoutableRequest, worker: WorkerView, model: CostModel = MEASURED) -> DecodeCost:

@@ -107,6 +107,7 @@ def _check_fields(option: Candidate, request: RoutableRequest) -> None:
     _expect_number("congestion_s", option.congestion_s, 0, _MOST)
     _expect("is_first_early", option.is_first_early, bool)
     _expect("strains", option.strains, bool)
+    _expect("delays", option.delays, bool)
     if option.waits_for_room is not None:
         _expect("waits_for_room", option.waits_for_room, str)
     _expect("decode", option.decode, str)

@@ -1,6 +1,7 @@
 """All workers as this gateway knows them, what they hold, and how fast they hand over to each other."""
 
 import itertools
+import math
 import random
 from collections.abc import Iterable, Mapping
 
@@ -91,7 +92,10 @@ class Fleet:
 
     # --- reservations --------------------------------------------------------------------------------------------
 
-    def reserve(self, request: RoutableRequest, candidate: Candidate, now: float) -> Reservation:
+    def reserve(
+        self, request: RoutableRequest, candidate: Candidate, now: float, due_at: float = math.inf
+    ) -> Reservation:
+        """due_at: when its first token should have come."""
         self.changes += 1
         decoding = self.workers[candidate.decode]
         computing = decoding if candidate.prefill is None else self.workers[candidate.prefill]
@@ -107,6 +111,7 @@ class Fleet:
             work_s=computing.latency.work_s(uncached_tokens, request.prompt_tokens),
             bound_at=now,
             decode_cached_tokens=candidate.decode_cached_tokens,
+            prefill_due_at=due_at - (candidate.ttft_s - candidate.queue_s - candidate.prefill_s),
             slo_itl_s=request.slo_itl_s,
         )
         computing.reserve_prefill(reservation, now)

@@ -70,6 +70,8 @@ class WorkerView(msgspec.Struct, frozen=True, gc=False):
     """… their work …"""
     num_sharing: int = 0
     """… and the prompts that they belong to."""
+    late_in_s: float = math.inf
+    """So much later that step may end, until the first token of one of these comes later than its SLO has it."""
     seat_in_s: float | None = None
     """Predicted seconds until a place in the batch is free, after those `without_room`; None: nobody knows."""
 

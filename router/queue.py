@@ -237,8 +237,13 @@ class Queue:
             if latest > now:  # more of its prompt is cached than when it came
                 heapq.heappush(self._hopes, (latest, waiting.number, waiting))
             else:
-                waiting.is_late = True
-                self._place_anew(waiting, waiting.prefill_s, waiting.due_at + self._settings.late_s)
+                self.make_way(waiting)
+
+    def make_way(self, waiting: Waiting) -> None:
+        """It can no longer be in time: move it behind those that can, once."""
+        if not waiting.is_late:
+            waiting.is_late = True
+            self._place_anew(waiting, waiting.prefill_s, waiting.due_at + self._settings.late_s)
 
     def _plan_promotion(self, waiting: Waiting) -> None:
         if not waiting.is_rising and waiting.level > self._first_class():

@@ -133,6 +133,8 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     """Of `inflicted_s`, what those who wait in the gateway, and those still to come, wait longer for it."""
     strains: bool = False
     """A stream where its prompt is computed would miss its SLO."""
+    delays: bool = False
+    """So would the first token of a prompt that is in its first step already."""
 
     @property
     def order_s(self) -> float:

@@ -255,6 +255,11 @@ class Router:
             walk.held(waiting, decision)
             return None
         slo_s = self._slo(request)
+        if slo_s is None and self._makes_way(waiting, decision.chosen, held_s):
+            explanation.held_because = "it would be late; those that can be in time go first"
+            self._queue.make_way(waiting)
+            self._late_binding.wakeup = now
+            return None
         try:
             if slo_s is not None:
                 self._check_slo(decision.chosen, held_s, slo_s)
@@ -264,6 +269,13 @@ class Router:
         walk.bound(decision.chosen)
         return route
 
+    def _makes_way(self, waiting: Waiting, chosen: Candidate, held_s: float) -> bool:
+        """Whether it is found out now that it can no longer be in time, while others wait."""
+        slo_s = waiting.request.slo_ttft_s
+        if slo_s is None or waiting.is_late or waiting.request.is_retry or len(self._queue) == 1:
+            return False
+        return held_s + chosen.ttft_s > slo_s
+
     def _still_holds(self, asked: _Asked, request: RoutableRequest, now: float) -> bool:
         is_alone = asked.request is request and len(self._queue) == 1
         return is_alone and asked.changes == self._fleet.changes and now <= asked.until
@@ -271,7 +283,8 @@ class Router:
     def _bind(self, waiting: Waiting, decision: Decision, view: FleetView, now: float) -> Route:
         request, chosen = waiting.request, decision.chosen
         self._queue.serve(waiting)
-        reservation = self._fleet.reserve(request, chosen, now)
+        due_at = math.inf if request.slo_ttft_s is None else waiting.submitted_at + request.slo_ttft_s
+        reservation = self._fleet.reserve(request, chosen, now, due_at)
         self._bound[request.request] = reservation, chosen, request, waiting.submitted_at
         self._bind_rate.add(now)
         self._counts.decisions[self._policy_name] += 1

@@ -8,6 +8,7 @@ is to begin anyway costs its own work alone. The plan runs on by itself; a worke
 """
 
 import math
+from bisect import bisect_left, insort
 from typing import Final, NamedTuple
 
 _MOST_BEGUN: Final = 3  # at one instant: one that was due, and those that take no time
@@ -25,7 +26,17 @@ class Pace(NamedTuple):
 class StepPlan:
     """The step in progress, and what is ready for those after it, in the order in which it came."""
 
-    __slots__ = ("ends_at", "num_ready", "ready_s", "ready_tokens", "step_s", "step_tokens")
+    __slots__ = (
+        "_due",
+        "began_at",
+        "ends_at",
+        "is_full",
+        "num_ready",
+        "ready_s",
+        "ready_tokens",
+        "step_s",
+        "step_tokens",
+    )
 
     def __init__(self) -> None:
         self.ends_at = 0.0
@@ -34,11 +45,16 @@ class StepPlan:
         """Prompt tokens in it."""
         self.step_s = 0.0
         """How long it takes in all."""
+        self.began_at = 0.0
+        self.is_full = False
+        """The last of its prompts may go on in the next one."""
         self.ready_tokens = 0
         self.ready_s = 0.0
         """Their work."""
         self.num_ready = 0
         """Prompts that they belong to."""
+        self._due: list[float] = []
+        """By when those that end in the last step planned have to be computed, in order, as far as they have to."""
 
     def advance(self, now: float, pace: Pace) -> None:
         """Let the steps begin that have begun by now. As quick for a billion of them as for one."""
@@ -54,6 +70,7 @@ class StepPlan:
             self._begin(self.ends_at, pace)
 
     def _begin(self, at: float, pace: Pace) -> None:
+        self.began_at, self.is_full = at, self.ready_tokens >= pace.budget
         self.step_tokens = min(pace.budget, self.ready_tokens)
         self.step_s = pace.fixed_s + self._take(self.step_tokens)
         self.ends_at = at + self.step_s
@@ -69,9 +86,14 @@ class StepPlan:
         self.num_ready = self.num_ready - int(self.num_ready * share) if self.ready_tokens else 0
         return work_s
 
-    def add(self, tokens: int, work_s: float, now: float, pace: Pace) -> None:
-        """A prompt is on its way there. An idle worker begins with it at once."""
+    def add(self, tokens: int, work_s: float, now: float, pace: Pace, due_at: float = math.inf) -> None:
+        """A prompt is on its way there, to be computed by `due_at`. An idle worker begins with it at once."""
         self.advance(now, pace)
+        last = self.ready_tokens % pace.budget
+        if not last or last + tokens > pace.budget:  # it ends in a step of its own
+            self._due = []
+        if due_at < math.inf:
+            insort(self._due, due_at)
         self.ready_tokens += tokens
         self.ready_s += work_s
         self.num_ready += 1
@@ -90,12 +112,25 @@ class StepPlan:
         if surplus <= 0:
             return
         if surplus < self.step_tokens:
-            self.step_tokens -= surplus
+            self._continue(self.step_tokens - surplus, now, pace)
             return
         surplus -= self.step_tokens
         self.ends_at, self.step_tokens = min(self.ends_at, now), 0
         self._take(surplus)
         self.advance(now, pace)
+
+    def _continue(self, left: int, now: float, pace: Pace) -> None:
+        """The step in progress has ended, and of its tokens `left` are not known to be computed.
+
+        Of a full one they may be a prompt's that goes on. Others were not in it, and begin now.
+        """
+        if self.is_full and now >= self.began_at + pace.fixed_s:
+            self.step_tokens = left
+            return
+        work_s = (self.step_s - pace.fixed_s) * left / self.step_tokens
+        self.ready_tokens += left
+        self.ready_s += max(0.0, work_s)
+        self._begin(now, pace)
 
     def clear(self, now: float) -> None:
         """Nothing is left."""
@@ -107,7 +142,8 @@ class StepPlan:
     ) -> None:
         """What a report tells, and what was sent too late for it.
 
-        Of its tokens a step's worth is being computed, since nobody knows when: as the plan has it, or half is over.
+        Where the plan has a step in progress it goes on, with tokens in it that the plan does not know. Else a step's
+        worth of its tokens is being computed, nobody knows since when: half of it is over.
         """
         if not tokens and not (now < self.ends_at and self.step_tokens <= unseen_tokens):
             self.ends_at, self.step_tokens = now, 0
@@ -115,10 +151,14 @@ class StepPlan:
             unseen_s *= 1 - self.step_tokens / unseen_tokens if unseen_tokens else 0.0
             unseen_tokens -= self.step_tokens
         else:
-            self.step_tokens = min(tokens, pace.budget)
+            in_step = tokens
+            if self.step_tokens and now < self.ends_at:
+                in_step = max(self.step_tokens, tokens + unseen_tokens - self.ready_tokens)
+            self.step_tokens = min(tokens, in_step, pace.budget)
             self.step_s = pace.fixed_s + work_s * self.step_tokens / tokens
             if not now < self.ends_at <= now + self.step_s:
                 self.ends_at = now + self.step_s / 2
+                self.began_at, self.is_full = now - self.step_s / 2, self.step_tokens >= pace.budget
             work_s -= work_s * self.step_tokens / tokens
             tokens -= self.step_tokens
         self.ready_tokens, self.ready_s = tokens + unseen_tokens, work_s + unseen_s
@@ -145,3 +185,11 @@ class StepPlan:
             return 0, 0.0, 0
         share = tokens / self.ready_tokens
         return tokens, share * self.ready_s, max(1, int(share * self.num_ready))
+
+    def late_in_s(self, ends_at: float) -> float:
+        """How much later the step that has a place may end than at `ends_at`, until one of its prompts is late.
+
+        Those that are late anyway do not count.
+        """
+        place = bisect_left(self._due, ends_at)
+        return self._due[place] - ends_at if place < len(self._due) else math.inf

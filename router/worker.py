@@ -54,6 +54,8 @@ class Reservation:
     is_stream: bool = False
     overtaken_s: float = 0.0
     """Predicted work of shorter prompts that were bound after it and go before it."""
+    prefill_due_at: float = math.inf
+    """When its prompt has to be computed, for its first token to be in time."""
     slo_itl_s: float | None = None
     stall_limit_s: float = math.inf
     """What its decode worker's `stalled_s` must not reach."""
@@ -134,7 +136,8 @@ class Worker:
         self._sent.append(reservation)
         self.unseen_prefills += 1
         self.unseen_prefill_tokens += reservation.uncached_tokens
-        self.plan.add(reservation.uncached_tokens, reservation.work_s, now, self.pace())
+        due_at = reservation.prefill_due_at
+        self.plan.add(reservation.uncached_tokens, reservation.work_s, now, self.pace(), due_at)
 
     def reserve_decode(self, reservation: Reservation) -> None:
         self._idle_view = None
@@ -227,6 +230,7 @@ class Worker:
         self.num_running, self.num_waiting = report.num_running, report.num_waiting
         self.waiting_prefill_tokens = self._not_ours_again(report.waiting_prefill_tokens)
         self.kv_tokens, self.free_blocks = report.kv_tokens, report.free_blocks
+        self.plan.advance(now, self.pace())
         unseen_s = sum((sent.work_s for sent in self._sent if sent.request in self.computing), start=0.0)
         self.plan.report(
             self.waiting_prefill_tokens,
@@ -389,7 +393,7 @@ class Worker:
         if known is not None and is_plain and known.num_cached == num_cached:
             return known
         used, plan = self.utilisation, self.plan
-        backlog_s, stall_left_s, shared_tokens, shared_s, num_sharing = 0.0, math.inf, 0, 0.0, 0
+        backlog_s, stall_left_s, late_in_s, shared_tokens, shared_s, num_sharing = 0.0, math.inf, math.inf, 0, 0.0, 0
         # Most workers of a large fleet have no prompts at most times.
         if plan.ready_tokens or plan.ends_at > now or self.computing or self._stall_limits:
             is_plain = False
@@ -397,6 +401,7 @@ class Worker:
             backlog_s = self.backlog_s(now, pace)
             if plan.ready_tokens:
                 shared_tokens, shared_s, num_sharing = plan.shared(pace)
+                late_in_s = plan.late_in_s(now + backlog_s + pace.fixed_s + shared_s)
             if self._stall_limits:
                 stall_left_s = self.stall_left_s(now, pace)
         passed_tokens, starts_in_s = 0, 0.0
@@ -432,6 +437,7 @@ class Worker:
             shared_tokens=shared_tokens,
             shared_s=shared_s,
             num_sharing=num_sharing,
+            late_in_s=late_in_s,
             seat_in_s=self.seat_in_s(now, without_room) if is_full else None,
         )
         if is_plain:

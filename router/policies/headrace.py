@@ -193,7 +193,8 @@ def _bound_or_held(request: RoutableRequest, way: Way, ways: list[Way], view: Fl
     chosen, computing = way.candidate(), way.prefill.worker
     max_backlog_s = model.round_trip_s + computing.latency.step_s(computing.num_streams, computing.kv_tokens)
     max_backlog_s += model.sending_s * _num_to_send(request, computing, view)
-    because, lacks_room = computing.busy_because(max_backlog_s) or _shares_badly(request, computing, view), False
+    because = computing.busy_because(max_backlog_s) or _shares_badly(request, chosen, computing, view)
+    lacks_room = False
     if not because and chosen.waits_for_room:
         because, lacks_room = f"{chosen.waits_for_room} has no room for it", True
     spares_streams = not because and _costs_an_slo(chosen) and _has_time(request, chosen, view, max_backlog_s, model)
@@ -239,7 +240,7 @@ def _num_to_send(request: RoutableRequest, worker: WorkerView, view: FleetView) 
     return max(0.0, min(fitting, (view.num_waiting - 1) / max(1, len(view.prefill) or len(view.decode))))
 
 
-def _shares_badly(request: RoutableRequest, worker: WorkerView, view: FleetView) -> str:
+def _shares_badly(request: RoutableRequest, chosen: Candidate, worker: WorkerView, view: FleetView) -> str:
     """Why the step that begins next should begin without it; empty: it should not.
 
     In that step it keeps those that are in it for as long as its work there takes. In a step of its own it costs
@@ -247,6 +248,9 @@ def _shares_badly(request: RoutableRequest, worker: WorkerView, view: FleetView)
     """
     if not worker.num_sharing or worker.num_passed:
         return ""
+    slo_s = request.slo_ttft_s
+    if chosen.delays and slo_s is not None and (view.waited_s < slo_s or view.makes_way):
+        return f"{worker.worker} begins a step in which another prompt would be late with it"
     uncached = request.prompt_tokens - worker.cached_tokens
     free = worker.facts.max_step_tokens - worker.num_streams - worker.shared_tokens
     longer_s = worker.latency.work_s(uncached, request.prompt_tokens) * min(1.0, free / uncached)

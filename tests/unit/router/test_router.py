@@ -536,6 +536,25 @@ def test_a_request_that_is_late_is_refused_or_leaves_room_to_decode_to_those_in_
     assert route.request == "late"
 
 
+def test_a_request_that_is_found_to_come_too_late_lets_others_go_first():
+    router = router_of(registration("b0"), refuse_late=False)
+    alone_s = router.preview(request("other", tokens=3000), now=0.0).chosen.prefill_s
+    (first,) = send(router, "first", tokens=8000)
+    ends_at = first.predicted.prefill_s
+    router.submit(request("late", tokens=3000, slo_ttft_s=ends_at - 0.005 + alone_s), now=0.0)
+    router.submit(request("in time", tokens=3000, slo_ttft_s=9.0), now=0.0)
+    assert router.dispatch(now=0.5) == []
+    now = ends_at - 0.008  # the worker takes the next one, which could be in time if it began at once
+    assert [route.request for route in router.dispatch(now=now)] == ["in time"]
+    late = router.explain(RequestId("late"))
+    assert late.held_because == "it would be late; those that can be in time go first"
+    assert router.wakeup() == now
+    for name in ("first", "in time"):
+        router.prefilled(RequestId(name), now=ends_at + alone_s)
+    (route,) = router.dispatch(now=ends_at + alone_s)
+    assert route.request == "late"
+
+
 class InTurn:
     """A user's policy that remembers whom it named last."""
 

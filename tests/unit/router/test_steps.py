@@ -1,5 +1,7 @@
 """A worker's prompts as steps: against an engine that composes them, and against what comes late or never."""
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,6 +64,61 @@ def test_the_plan_is_what_an_engine_does(arrivals):
             assert plan.starts_in_s(now, PACE) == 0.0
         add(plan, tokens, now)
         engine.add(tokens, now)
+
+
+def test_how_much_longer_a_step_may_get_is_told_by_who_is_due_first_in_it():
+    plan = StepPlan()
+    plan.add(50, 0.05, 0.0, PACE, 0.01)  # begins at once
+    assert plan.late_in_s(0.1) == math.inf
+    for tokens, due_at in ((20, 0.30), (20, 0.25), (20, math.inf), (20, 0.05)):
+        plan.add(tokens, tokens * PER_TOKEN_S, 0.0, PACE, due_at)
+    assert plan.late_in_s(0.15) == pytest.approx(0.10)
+    assert plan.late_in_s(0.26) == pytest.approx(0.04)  # one is late anyway
+    assert plan.late_in_s(0.31) == math.inf
+    plan.add(30, 0.03, 0.0, PACE, 0.9)  # ends in the step after that one
+    assert plan.late_in_s(0.15) == pytest.approx(0.75)
+    plan.advance(0.06, PACE)
+    assert plan.late_in_s(0.15) == pytest.approx(0.75)
+    plan.advance(0.2, PACE)
+    plan.add(10, 0.01, 0.2, PACE, 0.8)
+    assert plan.late_in_s(0.3) == pytest.approx(0.5)
+
+
+def test_prompts_taken_to_be_in_a_step_that_ended_without_them_begin_when_it_ends():
+    plan = StepPlan()
+    add(plan, 10)
+    add(plan, 40)
+    add(plan, 20)
+    plan.advance(0.021, PACE)  # both begin at 0.02, as far as anybody knows
+    assert (plan.step_tokens, plan.ends_at) == (60, pytest.approx(0.09))
+    add(plan, 30, 0.03)
+    plan.done(50, 0.07, PACE)  # the first alone was in it
+    assert (plan.step_tokens, plan.ready_tokens) == (50, 0)
+    assert plan.ends_at == pytest.approx(0.07 + PACE.fixed_s + 0.05)
+    plan.done(30, 0.07, PACE)  # and so was the second one
+    assert plan.ends_at == pytest.approx(0.07 + PACE.fixed_s + 0.03)
+
+
+def test_what_is_left_of_a_full_step_may_be_a_prompt_that_goes_on():
+    plan = StepPlan()
+    for tokens in (10, 40, 200):
+        add(plan, tokens)
+    plan.advance(0.021, PACE)
+    assert (plan.step_tokens, plan.ready_tokens, plan.ends_at) == (100, 140, pytest.approx(0.13))
+    plan.done(200, 0.12, PACE)
+    assert (plan.step_tokens, plan.ready_tokens, plan.ends_at) == (60, 140, pytest.approx(0.13))
+
+
+def test_a_report_leaves_the_step_in_progress_as_it_is_planned():
+    plan = StepPlan()
+    add(plan, 10)
+    add(plan, 40)
+    plan.advance(0.021, PACE)
+    add(plan, 30, 0.03)
+    plan.report(70, 0.07, 0, 0.0, 2, 0.04, PACE)
+    assert (plan.step_tokens, plan.ready_tokens, plan.ends_at) == (40, 30, pytest.approx(0.07))
+    plan.report(20, 0.02, 0, 0.0, 1, 0.05, PACE)  # less is left than that step has
+    assert (plan.step_tokens, plan.ready_tokens, plan.ends_at) == (20, 0, pytest.approx(0.07))
 
 
 def test_what_is_in_the_step_that_a_prompt_would_join_is_told():

@@ -484,3 +484,20 @@ def test_a_prompt_whose_own_stream_can_never_keep_its_slo_spares_nobody_by_waiti
     wanted = request(1500, slo_ttft_s=5.0, slo_itl_s=own_s)
     choice = choose(calm, routable=wanted)
     assert (choice.is_held, choice.chosen.gives_up, choice.chosen.strains) == (False, Sacrifice.ITL, False)
+
+
+def test_a_prompt_that_would_make_another_late_begins_in_a_step_of_its_own():
+    forming = worker("d", Role.BOTH, shared_tokens=1000, shared_s=0.2, num_sharing=2, late_in_s=0.1)
+    wanted = request(2000, slo_ttft_s=5.0)
+
+    def answer(beside, routable=wanted, **waiting):
+        return Headrace().choose(routable, replace(fleet(beside), num_waiting=100, **waiting))
+
+    held = answer(forming)
+    assert (held.is_held, held.lacks_room, held.chosen.delays) == (True, False, True)
+    assert held.held_because == "d begins a step in which another prompt would be late with it"
+    assert answer(forming, waited_s=9.0, makes_way=True).is_held
+    assert not answer(forming, waited_s=70.0).is_held  # it is its turn
+    assert not answer(forming, request(2000)).is_held  # it could wait for ever
+    roomy = answer(replace(forming, late_in_s=10.0))
+    assert (roomy.is_held, roomy.chosen.delays) == (False, False)
