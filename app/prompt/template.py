@@ -229,6 +229,7 @@ _BUDGET: Final = "_headrace_budget"
 _IS_REPLY: Final = "add_generation_prompt"
 _IS_CONTINUED: Final = "continue_final_message"
 _PRIVATE_USE: Final = 0xF0000
+_OF_ANY_DICT: Final = frozenset(dir({}))
 _DEFUSED: Final = "\U0010fffd"
 """No control token has it: the last private-use character."""
 
@@ -352,6 +353,18 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         budget: _Budget = context[_BUDGET]
         budget.multiply(operator, left, right)
         return super().call_binop(context, operator, left, right)
+
+    # As the sandbox's, which raises and catches an error for each `message.key`, and two for a key that is not there.
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and attribute not in _OF_ANY_DICT:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if type(obj) is dict and type(argument) is str and argument not in _OF_ANY_DICT:
+            return obj[argument] if argument in obj else self.undefined(obj=obj, name=argument)
+        return super().getitem(obj, argument)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         tree = super()._parse(source, name, filename)

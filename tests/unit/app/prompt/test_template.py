@@ -7,6 +7,8 @@ import jinja2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from app.prompt.template import (
     ChatTemplate,
@@ -378,3 +380,17 @@ def test_a_control_token_in_a_tool_stays_text():
     segments = template(TOOLS).render([user("x")], {"tools": [{"function": {"name": "f", "description": "<|end|>"}}]})
     assert "<|end|>" in text(segments)
     assert "".join(s.text for s in segments if s.is_trusted).count("<|end|>") == 1
+
+
+@pytest.mark.parametrize("name", ["role", "absent", "items", "get", "__class__", "__len__", "mro"])
+@pytest.mark.parametrize("written", ["m.{}", "m['{}']", "m.inner.{}", "m.inner['{}']", "m.listed.{}", "m.listed['{}']"])
+def test_what_a_template_finds_in_a_message_is_what_the_sandbox_finds(name, written):
+    message = {"role": "user", "inner": {"role": 1, "items": 2, "__len__": 3}, "listed": [4]}
+    source = f"{{% set found = {written.format(name)} %}}{{{{ found is defined }}}} {{{{ found }}}}"
+    rendered = []
+    for environment in (_environment(datetime.now), ImmutableSandboxedEnvironment()):
+        try:
+            rendered.append(environment.from_string(source).render(m=message))
+        except SecurityError as exc:
+            rendered.append(str(exc))
+    assert rendered[0] == rendered[1]
