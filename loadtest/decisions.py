@@ -66,7 +66,7 @@ def measure(policy: str, num_workers: int, *, num_decisions: int, has_slos: bool
     now, spent = 1.0, []
     for number in range(num_decisions):
         now += _PAUSE_S
-        request = RoutableRequest(RequestId(str(number)), "m", blocks, 200, 10, now + 60)
+        request = RoutableRequest(RequestId(str(number)), "m", blocks.copy(), 200, 10, now + 60)
         before = time.process_time()
         router.submit(request, now=now)
         router.dispatch(now=now)

@@ -75,6 +75,8 @@ class BlockIndex:
     def __init__(self, blocks: Blocks | None = None) -> None:
         self._blocks, self.fallback = (blocks, "") if blocks is not None else fastest_blocks()
         self._copies: dict[WorkerId, _Copy] = {}
+        self._matched: tuple[Hashes, dict[WorkerId, int]] | None = None
+        """The last answer, as long as no worker's blocks have changed: a request is asked about more than once."""
 
     def __len__(self) -> int:
         """Blocks held, summed over the workers."""
@@ -88,11 +90,13 @@ class BlockIndex:
         if copy is not None and copy.epoch == epoch:
             copy.limit = limit
             return
+        self._matched = None
         self._blocks.forget(worker)
         self._copies[worker] = _Copy(worker, epoch, limit)
 
     def drop(self, worker: WorkerId) -> None:
         """Forget the worker's blocks. Unknown workers are ignored."""
+        self._matched = None
         self._copies.pop(worker, None)
         self._blocks.forget(worker)
 
@@ -168,6 +172,7 @@ class BlockIndex:
         copy.reported_seq = max(copy.reported_seq, report.seq)
 
     def _apply_to(self, copy: _Copy, batch: KvEvents) -> None:
+        self._matched = None
         copy.seq = batch.seq
         for event in batch.events:
             match event:
@@ -180,6 +185,7 @@ class BlockIndex:
                     copy.num_cached, copy.digest = 0, 0
 
     def _restart(self, copy: _Copy, epoch: int) -> _Copy:
+        self._matched = None
         self._blocks.forget(copy.worker)
         fresh = self._copies[copy.worker] = _Copy(copy.worker, epoch, copy.limit)
         return fresh
@@ -203,7 +209,9 @@ class BlockIndex:
 
     def match(self, names: Hashes) -> dict[WorkerId, int]:
         """How many leading blocks of a prompt each worker holds, without a hole; workers with none are left out."""
-        return self._blocks.match(names)
+        if self._matched is None or self._matched[0] is not names:
+            self._matched = names, self._blocks.match(names)
+        return self._matched[1].copy()
 
     def held(self, worker: WorkerId) -> Hashes:
         """Every block of one worker, in no order; may walk the whole index (tests and diagnosis)."""

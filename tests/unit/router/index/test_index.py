@@ -76,6 +76,24 @@ def test_matches_prompts_longer_than_one_look_up(index_of):
     assert index.match(names) == {A: 1000, B: 600}
 
 
+def test_a_prompt_that_is_asked_about_again_sees_what_has_changed(index_of):
+    index, names = index_of(A, B), hashes(1, 2, 3)
+    changes = [
+        (lambda: index.apply(stored(A, 1, 1, 2, 3)), {A: 3}),
+        (lambda: index.match(names).clear(), {A: 3}),
+        (lambda: index.apply(removed(A, 2, 3)), {A: 2}),
+        (lambda: index.apply_snapshot(Snapshot(B, 2, 5, pack(hashes(1)))), {A: 2, B: 1}),
+        (lambda: index.check(report(B, 1, [], epoch=3)), {A: 2}),
+        (lambda: index.apply(KvEvents(A, 1, 3, [AllCleared()])), {}),
+        (lambda: index.apply(stored(A, 4, 1)), {A: 1}),
+        (lambda: index.drop(A), {}),
+    ]
+    assert index.match(names) == {}
+    for change, found in changes:
+        change()
+        assert index.match(names) == found
+
+
 def test_storing_a_held_block_and_a_block_twice_changes_nothing(index_of):
     index = index_of(A)
     index.apply(stored(A, 1, 1, 2, 2))
