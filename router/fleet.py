@@ -115,7 +115,7 @@ class Fleet:
             slo_itl_s=request.slo_itl_s,
         )
         computing.reserve_prefill(reservation, now)
-        decoding.reserve_decode(reservation)
+        decoding.reserve_decode(reservation, now)
         if candidate.prefill is None:
             decoding.arrived(reservation, now)
         if len(request.blocks):
@@ -129,7 +129,7 @@ class Fleet:
         reservation.is_prefilled = True
         reservation.computing.release_prefill(reservation, now)
         reservation.decoding.arrived(reservation, now)
-        reservation.decoding.prefilled(reservation)
+        reservation.decoding.prefilled(reservation, now)
         if len(reservation.blocks):
             first = int(reservation.blocks[0])
             sharing = self._computing.get(first)

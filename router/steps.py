@@ -32,10 +32,12 @@ class StepPlan:
         "ends_at",
         "is_full",
         "num_ready",
+        "num_untold",
         "ready_s",
         "ready_tokens",
         "step_s",
         "step_tokens",
+        "untold_s",
     )
 
     def __init__(self) -> None:
@@ -55,6 +57,10 @@ class StepPlan:
         """Prompts that they belong to."""
         self._due: list[float] = []
         """By when those that end in the last step planned have to be computed, in order, as far as they have to."""
+        self.untold_s = 0.0
+        """How long the steps take that have begun and that no report has told of …"""
+        self.num_untold = 0
+        """… and how many they are."""
 
     def advance(self, now: float, pace: Pace) -> None:
         """Let the steps begin that have begun by now. As quick for a billion of them as for one."""
@@ -64,6 +70,8 @@ class StepPlan:
             ended = int(min(due, self.ready_tokens // pace.budget))
             self._take(ended * pace.budget)
             self.ends_at += ended * step_s
+            self.untold_s += ended * step_s
+            self.num_untold += ended
         for _ in range(_MOST_BEGUN):
             if self.ends_at > now or not self.ready_tokens:
                 break
@@ -74,6 +82,8 @@ class StepPlan:
         self.step_tokens = min(pace.budget, self.ready_tokens)
         self.step_s = pace.fixed_s + self._take(self.step_tokens)
         self.ends_at = at + self.step_s
+        self.untold_s += self.step_s
+        self.num_untold += 1
 
     def _take(self, tokens: int) -> float:
         """So many of those that are ready are so no longer. Returns their work."""
@@ -115,7 +125,7 @@ class StepPlan:
             self._continue(self.step_tokens - surplus, now, pace)
             return
         surplus -= self.step_tokens
-        self.ends_at, self.step_tokens = min(self.ends_at, now), 0
+        self._end(now)
         self._take(surplus)
         self.advance(now, pace)
 
@@ -128,14 +138,21 @@ class StepPlan:
             self.step_tokens = left
             return
         work_s = (self.step_s - pace.fixed_s) * left / self.step_tokens
+        self._end(now)
         self.ready_tokens += left
         self.ready_s += max(0.0, work_s)
         self._begin(now, pace)
 
     def clear(self, now: float) -> None:
         """Nothing is left."""
-        self.ends_at, self.step_tokens = min(self.ends_at, now), 0
+        self._end(now)
         self.ready_tokens, self.ready_s, self.num_ready = 0, 0.0, 0
+
+    def _end(self, now: float) -> None:
+        """The step in progress is over, if one is."""
+        self.untold_s -= max(0.0, self.ends_at - now)
+        self.num_untold -= self.num_untold > 0 and self.began_at >= now  # it has not even begun
+        self.ends_at, self.step_tokens = min(self.ends_at, now), 0
 
     def report(
         self, tokens: int, work_s: float, unseen_tokens: int, unseen_s: float, num_ready: int, now: float, pace: Pace
@@ -163,6 +180,7 @@ class StepPlan:
             tokens -= self.step_tokens
         self.ready_tokens, self.ready_s = tokens + unseen_tokens, work_s + unseen_s
         self.num_ready = min(num_ready, self.ready_tokens)
+        self.untold_s, self.num_untold = (self.step_s, 1) if self.ends_at > now else (0.0, 0)
 
     def starts_in_s(self, now: float, pace: Pace) -> float:
         """Until the first step begins that has a place for a prompt sent now. `advance` first."""
@@ -172,11 +190,19 @@ class StepPlan:
             wait_s += full * (pace.fixed_s + self.ready_s * pace.budget / self.ready_tokens)
         return wait_s
 
-    def stall_s(self, now: float, pace: Pace, step_s: float) -> float:
-        """How long streams beside it will stand still for it, where a step without prompts takes `step_s`."""
+    def stall_s(self, pace: Pace, step_s: float) -> float:
+        """How long streams beside it stand still in steps that no report has told of, those to come included, where a
+        step without prompts takes `step_s`.
+        """
         steps = -(-self.ready_tokens // pace.budget)
-        stall_s = self.ready_s + steps * max(0.0, pace.fixed_s - step_s)
-        return stall_s + max(0.0, self.ends_at - now - step_s) if self.step_tokens else stall_s
+        return self._begun_stall_s(step_s) + self.ready_s + steps * max(0.0, pace.fixed_s - step_s)
+
+    def past_stall_s(self, now: float, step_s: float) -> float:
+        """Of that, what is over. `advance` first."""
+        return max(0.0, self._begun_stall_s(step_s) - max(0.0, self.ends_at - now - step_s))
+
+    def _begun_stall_s(self, step_s: float) -> float:
+        return max(0.0, self.untold_s - self.num_untold * step_s)
 
     def shared(self, pace: Pace) -> tuple[int, float, int]:
         """Tokens, work and prompts that are in that step already."""

@@ -88,7 +88,7 @@ class Worker:
         """Of all of `decoding`."""
         self._own_streams = self._to_stream = self._other_streams = 0
         self.stalled_s = 0.0
-        """How long streams here have stood still for prompts, in all its reports."""
+        """How long streams would have stood still here for prompts, in all its reports."""
         self._seats: list[float] = []
         """When the last one in each place of the batch would end, if no other came, in order; empty: not known …"""
         self._seats_at, self._num_seated = 0.0, 0
@@ -139,29 +139,30 @@ class Worker:
         due_at = reservation.prefill_due_at
         self.plan.add(reservation.uncached_tokens, reservation.work_s, now, self.pace(), due_at)
 
-    def reserve_decode(self, reservation: Reservation) -> None:
+    def reserve_decode(self, reservation: Reservation, now: float) -> None:
         self._idle_view = None
         self.decoding[reservation.request] = reservation
         self.expected_tokens += reservation.expected_tokens
         self._to_stream += reservation.expected_tokens > 1
-        self._limit_stalls(reservation)
+        self._limit_stalls(reservation, now)
         self.unseen_decodes += 1
         self.unseen_kv_tokens += reservation.prompt_tokens
         self.unseen_blocks += self._blocks(reservation)
 
-    def prefilled(self, reservation: Reservation) -> None:
+    def prefilled(self, reservation: Reservation, now: float) -> None:
         """Its prompt is computed: it decodes from now on, or in a moment."""
         if reservation.expected_tokens > 1 and reservation.request in self.decoding:
             reservation.is_stream = True
             self._own_streams += 1
-            self._limit_stalls(reservation)
+            self._limit_stalls(reservation, now)
 
-    def _limit_stalls(self, reservation: Reservation) -> None:
+    def _limit_stalls(self, reservation: Reservation, now: float) -> None:
         """From now on, stalls here are its stalls; those before it began were not."""
         if reservation.slo_itl_s is not None and reservation.expected_tokens > 1:
             step_s = self.latency.step_s(len(self.decoding), self.kv_tokens + self.unseen_kv_tokens)
             spare_s = (reservation.slo_itl_s - step_s) * (reservation.expected_tokens - 1)
-            reservation.stall_limit_s = self.stalled_s + spare_s
+            self.plan.advance(now, self.pace())
+            reservation.stall_limit_s = self.stalled_s + self.plan.past_stall_s(now, step_s) + spare_s
             self._num_limits += 1
             heapq.heappush(self._stall_limits, (reservation.stall_limit_s, self._num_limits, reservation))
 
@@ -247,7 +248,7 @@ class Worker:
         elif not (self.has_steps and report.num_running):
             self._other_streams = max(0, report.num_running - len(self.decoding.keys() | self.computing.keys()))
         for step in report.steps:
-            if step.prefill_tokens and step.batch and is_plausible(step.duration_s):
+            if step.prefill_tokens and is_plausible(step.duration_s):
                 self.stalled_s += max(0.0, step.duration_s - self.latency.step_s(step.batch, step.kv_tokens))
         self.utilisation.add(report, self.latency, now - self.reported_at if self.reported_at is not None else 0.0)
         self.reported_at = now
@@ -344,7 +345,7 @@ class Worker:
             heapq.heappush(ends, max(begins_at + takes_s, now + _LATE_SHARE * takes_s))
         self._seats, self._seats_at, self._num_seated = sorted(ends), now, len(self.decoding)
 
-    def stall_left_s(self, now: float, pace: Pace) -> float:
+    def stall_left_s(self, pace: Pace) -> float:
         """How long the streams here may stand still beyond what is to come, until one misses its SLO.
 
         Streams that have missed it already, and those without one, do not count.
@@ -353,7 +354,7 @@ class Worker:
         if not limits:
             return math.inf
         step_s = self.latency.step_s(self.num_streams, self.kv_tokens + self.unseen_kv_tokens)
-        coming_s = self.stalled_s + self.plan.stall_s(now, pace, step_s)
+        coming_s = self.stalled_s + self.plan.stall_s(pace, step_s)
         while limits and (limits[0][0] < coming_s or not self._is_limited(limits[0])):
             heapq.heappop(limits)
         return limits[0][0] - coming_s if limits else math.inf
@@ -403,7 +404,7 @@ class Worker:
                 shared_tokens, shared_s, num_sharing = plan.shared(pace)
                 late_in_s = plan.late_in_s(now + backlog_s + pace.fixed_s + shared_s)
             if self._stall_limits:
-                stall_left_s = self.stall_left_s(now, pace)
+                stall_left_s = self.stall_left_s(pace)
         passed_tokens, starts_in_s = 0, 0.0
         if self.facts.is_shortest_first:  # asked here, too: the call costs a decision among 256 workers 7 %
             passed_tokens, starts_in_s = self.passing(backlog_s)

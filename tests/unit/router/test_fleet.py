@@ -187,6 +187,24 @@ def test_a_stream_tells_how_long_it_may_still_stand_still():
     assert view(fleet, D).num_streams == 0
 
 
+def test_a_stall_is_known_before_a_report_tells_of_it():
+    fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.BOTH))
+    stream = fleet.reserve(request("r", expected=21, slo_itl_s=0.05), candidate(P, D), 0.0)
+    fleet.prefilled(stream, 0.0)
+    before_s = view(fleet, D).stall_left_s
+    prompt = fleet.reserve(request("s", tokens=2000), candidate(None, D), 0.0)
+    strained_s = view(fleet, D).stall_left_s
+    assert before_s - strained_s == pytest.approx(fleet.workers[D].latency.work_s(2000, 2000), rel=0.1)
+    takes_s = fleet.workers[D].backlog_s(0.0)
+    assert view(fleet, D, now=takes_s / 2).stall_left_s == pytest.approx(strained_s, rel=0.01)
+    fleet.prefilled(prompt, takes_s)
+    assert view(fleet, D, now=takes_s).stall_left_s == pytest.approx(strained_s, rel=0.01)
+    late = fleet.reserve(request("t", expected=21, slo_itl_s=0.05), candidate(P, D), takes_s)
+    fleet.prefilled(late, takes_s)
+    fleet.release(stream, 21, takes_s)
+    assert view(fleet, D, now=takes_s).stall_left_s == pytest.approx(before_s, rel=0.05)  # it was not there yet
+
+
 def test_what_stood_still_before_a_stream_began_is_not_taken_off_what_it_may():
     fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
     reservation = fleet.reserve(request(expected=21, slo_itl_s=0.05), candidate(P, D), 0.0)

@@ -171,10 +171,29 @@ def test_streams_stand_still_for_the_work_and_not_for_steps_that_they_would_have
     plan = StepPlan()
     add(plan, 100)
     add(plan, 150)
-    assert plan.stall_s(0.0, PACE, 0.01) == pytest.approx(0.1 + 0.15)
-    assert plan.stall_s(0.0, PACE, 0.004) == pytest.approx(0.1 + 0.15 + 3 * 0.006)
+    assert plan.stall_s(PACE, 0.01) == pytest.approx(0.1 + 0.15)
+    assert plan.stall_s(PACE, 0.004) == pytest.approx(0.1 + 0.15 + 3 * 0.006)
+
+
+def test_a_stall_counts_from_when_it_begins_until_a_report_tells_of_it():
+    plan = StepPlan()
+    add(plan, 100)
+    add(plan, 100)
+    assert plan.past_stall_s(0.0, 0.01) == 0.0
+    plan.advance(0.05, PACE)
+    assert plan.stall_s(PACE, 0.01) == pytest.approx(0.2)  # the part of the step that is over is not forgotten
+    assert plan.past_stall_s(0.05, 0.01) == pytest.approx(0.05)
     plan.advance(1.0, PACE)
-    assert plan.stall_s(1.0, PACE, 0.01) == 0.0
+    assert plan.stall_s(PACE, 0.01) == plan.past_stall_s(1.0, 0.01) == pytest.approx(0.2)
+    plan.report(0, 0.0, 0, 0.0, 0, 1.0, PACE)
+    assert plan.stall_s(PACE, 0.01) == 0.0
+
+
+def test_a_step_that_is_over_sooner_than_planned_stalled_for_no_longer():
+    plan = StepPlan()
+    add(plan, 100)
+    plan.clear(0.05)
+    assert plan.stall_s(PACE, 0.01) == pytest.approx(0.04)
 
 
 @pytest.mark.parametrize("pace", [Pace(0.0, 1), Pace(1e-30, 1), Pace(1e-9, 1), Pace(0.01, 2048)])
