@@ -42,6 +42,12 @@ def is_plausible(seconds: float) -> bool:
     return 0.0 < seconds <= _MAX_SECONDS
 
 
+def _log_ratio(seconds: float, predicted: float, most: float) -> float:
+    """-`most` to `most`. Of 5e-324 seconds, which is more than nothing, the ratio may be 0."""
+    ratio = seconds / predicted
+    return max(-most, min(most, math.log(ratio))) if ratio > 0.0 else -most
+
+
 class Fit:
     """`seconds = sum(factor[i] * x[i])` with factors >= 0; x[i] are the prior's seconds for each part of the work.
 
@@ -64,10 +70,10 @@ class Fit:
     def add(self, x: Sequence[float], seconds: float) -> None:
         """Take in a sample; call `solve` after a batch of them."""
         predicted = self.predict(x)
-        if predicted <= 0.0:
+        if not 0.0 < predicted < math.inf:
             return
         self._is_news = True
-        log_ratio = max(-_MAX_LOG_RATIO, min(_MAX_LOG_RATIO, math.log(seconds / predicted)))
+        log_ratio = _log_ratio(seconds, predicted, _MAX_LOG_RATIO)
         seconds = predicted * math.exp(log_ratio)
         weight = min(1.0, 0.7 / max(abs(log_ratio), 1e-9)) / (seconds * max(seconds, predicted))
         forget = _FORGET if abs(log_ratio) < _MAX_LOG_RATIO else _FORGET_FAR_OFF
@@ -224,7 +230,7 @@ class LatencyModel:
 
     def _follow(self, predicted: float, seconds: float) -> None:
         if predicted > 0.0:
-            step = max(-_MAX_LOG_STEP, min(_MAX_LOG_STEP, math.log(seconds / predicted)))
+            step = _log_ratio(seconds, predicted, _MAX_LOG_STEP)
             log_speed = self._log_speed + _SPEED_GAIN * step
             self._log_speed = max(-_MAX_LOG_SPEED, min(_MAX_LOG_SPEED, log_speed))
 

@@ -129,6 +129,18 @@ def test_stays_finite_non_negative_and_monotone_whatever_comes_in(samples, data)
     assert all(0 <= error <= 10 for error in errors)
 
 
+@pytest.mark.parametrize("seconds", [5e-324, 1e-300, 3600.0])
+def test_a_step_of_hardly_any_time_or_a_lot_teaches_no_nonsense(seconds):
+    model, link = LatencyModel(PRIOR, max_step_tokens=2048), LinkModel(PRIOR)
+    for _ in range(10):
+        model.learn([StepSample(1000, 1 << 20, 8, 4000, seconds), StepSample(0, 0, 8, 4000, seconds)])
+        model.learn_prefill(1000, 2000, seconds)
+        link.learn(1 << 20, seconds)
+        assert 0 <= model.prefill_s(1000, 2000) < math.inf
+        assert 0 <= model.step_s(8, 4000) < math.inf
+        assert 0 <= link.handover_s(1 << 20) < math.inf
+
+
 def test_a_prior_of_zeros_can_still_be_learned_against():
     model = LatencyModel(LatencyPrior(**dict.fromkeys(LatencyPrior.__struct_fields__, 0.0)))
     for _ in range(50):
