@@ -316,7 +316,7 @@ _CROWDS = {
 
 @app.command
 def closed(
-    policies: Annotated[list[str], Parameter(consume_multiple=True)] = ["headrace", "least_loaded"],  # noqa: B006
+    policies: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("headrace", "least_loaded"),
     *,
     rounds: int = 3,
     out: _Out = None,

@@ -21,7 +21,6 @@ time between tokens of a stream that it touches, its own included; its own time 
 worker kept for decoding stands still for long, which goes first where no SLO speaks of streams.
 """
 
-import math
 from collections.abc import Sequence
 
 from planes.wire.messages import WorkerId
@@ -46,6 +45,7 @@ class PrefillCost:
         inflicted_s: float,
         congestion_s: float,
         room_s: float,
+        longer_s: float,
         misses_itl: bool,
         misses_ttft: bool,
         pauses: bool,
@@ -62,6 +62,8 @@ class PrefillCost:
         self.cost_s = queue_s + prefill_s + inflicted_s
         self.room_s = room_s
         """Until there is room for it beside those that decode there, should it decode elsewhere."""
+        self.longer_s = longer_s
+        """So much longer the step that it shares takes with it; 0: it shares none."""
         self.misses_itl = misses_itl
         """A stream there would miss its SLO."""
         self.misses_ttft = misses_ttft
@@ -181,8 +183,8 @@ def prefill_cost(
     new_steps = -(-(uncached - free) // budget) if uncached > free else 0
     added = work + fixed * new_steps
     share = work + fixed * uncached / budget if uncached < budget else added
-    misses_ttft = False
-    if worker.late_in_s < math.inf and shared_tokens:
+    longer, misses_ttft = 0.0, False
+    if shared_tokens:
         longer = work * free / uncached if uncached > free else work
         misses_ttft = longer + model.round_trip_s > worker.late_in_s
     busy = min(worker.prefill_utilisation, model.max_utilisation)
@@ -203,7 +205,7 @@ def prefill_cost(
     queued = share * congested.price(worker.worker, busy)
     inflicted = stalled + num_sharing * work + added * worker.num_passed + queued
     seconds = shared_s + work + fixed * (new_steps + (shared_tokens > 0))
-    return PrefillCost(worker, queue, seconds, share, inflicted, queued, room, misses_itl, misses_ttft, pauses)
+    return PrefillCost(worker, queue, seconds, share, inflicted, queued, room, longer, misses_itl, misses_ttft, pauses)
 
 
 def decode_cost(request: RoutableRequest, worker: WorkerView, model: CostModel = MEASURED) -> DecodeCost:

@@ -1,22 +1,33 @@
 """The router's recent decisions, in full, and what became of the requests."""
 
 from collections import OrderedDict
-from heapq import nsmallest
+from collections.abc import Sequence
 from itertools import islice
 from operator import attrgetter
+from typing import Protocol, TypeVar
 
 from planes.wire.messages import RequestId
-from router.request import Candidate, Explanation
+from router.request import Explanation
 
-MAX_CANDIDATES = 32
+_MAX_CANDIDATES = 32
 _MAX_EARLIER = 8
 
 
-def worth_keeping(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+class _Priced(Protocol):
+    @property
+    def total_s(self) -> float: ...
+
+
+_Option = TypeVar("_Option", bound=_Priced)
+
+
+def worth_keeping(options: Sequence[_Option]) -> tuple[_Option, ...]:
     """All, or the cheapest ones: with hundreds of workers the others would fill the memory."""
-    if len(candidates) <= MAX_CANDIDATES:
-        return candidates
-    return tuple(nsmallest(MAX_CANDIDATES, candidates, key=attrgetter("total_s")))
+    if len(options) <= _MAX_CANDIDATES:
+        return tuple(options)
+    most_s = sorted([option.total_s for option in options])[_MAX_CANDIDATES - 1]  # half of what `nsmallest` takes
+    near = [option for option in options if option.total_s <= most_s]
+    return tuple(sorted(near, key=attrgetter("total_s"))[:_MAX_CANDIDATES])
 
 
 class History:

@@ -231,7 +231,8 @@ class Worker:
         self.num_running, self.num_waiting = report.num_running, report.num_waiting
         self.waiting_prefill_tokens = self._not_ours_again(report.waiting_prefill_tokens)
         self.kv_tokens, self.free_blocks = report.kv_tokens, report.free_blocks
-        self.plan.advance(now, self.pace())
+        pace = self.pace()
+        self.plan.advance(now, pace)
         unseen_s = sum((sent.work_s for sent in self._sent if sent.request in self.computing), start=0.0)
         self.plan.report(
             self.waiting_prefill_tokens,
@@ -240,7 +241,7 @@ class Worker:
             unseen_s,
             report.num_waiting + self.unseen_prefills,
             now,
-            self.pace(),
+            pace,
         )
         if report.steps:
             streams = min(report.steps[-1].batch, report.num_running)  # that step may have been the last one of some

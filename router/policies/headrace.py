@@ -23,7 +23,7 @@ from operator import attrgetter
 
 from planes.wire.messages import WorkerId
 from router.cost import DecodeCost, PrefillCost, Way, decode_cost, local, pair, prefill_cost
-from router.decision_log import MAX_CANDIDATES
+from router.decision_log import worth_keeping
 from router.policy import Choice, FleetView, HandoverGroup, Links, WorkerView
 from router.prices import MEASURED, CostModel, Goals, congestion
 from router.request import Candidate, HandoverPreference, RoutableRequest, Sacrifice
@@ -186,14 +186,14 @@ def _best(ways: Sequence[Way]) -> Way:
     return best
 
 
-_cost, _total = attrgetter("cost_s"), attrgetter("total_s")
+_cost = attrgetter("cost_s")
 
 
 def _bound_or_held(request: RoutableRequest, way: Way, ways: list[Way], view: FleetView, model: CostModel) -> Choice:
     chosen, computing = way.candidate(), way.prefill.worker
     max_backlog_s = model.round_trip_s + computing.latency.step_s(computing.num_streams, computing.kv_tokens)
     max_backlog_s += model.sending_s * _num_to_send(request, computing, view)
-    because = computing.busy_because(max_backlog_s) or _shares_badly(request, chosen, computing, view)
+    because = computing.busy_because(max_backlog_s) or _shares_badly(request, way.prefill, view)
     lacks_room = False
     if not because and chosen.waits_for_room:
         because, lacks_room = f"{chosen.waits_for_room} has no room for it", True
@@ -201,7 +201,8 @@ def _bound_or_held(request: RoutableRequest, way: Way, ways: list[Way], view: Fl
     if spares_streams:
         because = f"a stream on {way.prefill.name} would miss its time between tokens"
     if not because and request.handover is not HandoverPreference.ALWAYS:  # else somebody looks at all of them
-        ways = _worth_telling(ways, way)
+        cheapest = worth_keeping(ways)
+        ways = list(cheapest if way in cheapest else (*cheapest, way))
     return Choice(
         chosen=chosen,
         candidates=tuple([chosen if each is way else each.candidate() for each in ways]),
@@ -211,15 +212,6 @@ def _bound_or_held(request: RoutableRequest, way: Way, ways: list[Way], view: Fl
         lacks_room=lacks_room,
         spares_streams=spares_streams,
     )
-
-
-def _worth_telling(ways: list[Way], chosen: Way) -> list[Way]:
-    """All, or of many the cheapest, and the chosen one."""
-    if len(ways) <= MAX_CANDIDATES:
-        return ways
-    most_s = sorted([way.total_s for way in ways])[MAX_CANDIDATES - 1]
-    cheapest = sorted([way for way in ways if way.total_s <= most_s], key=_total)[:MAX_CANDIDATES]
-    return cheapest if chosen in cheapest else [*cheapest, chosen]
 
 
 def _costs_an_slo(chosen: Candidate) -> bool:
@@ -240,22 +232,21 @@ def _num_to_send(request: RoutableRequest, worker: WorkerView, view: FleetView) 
     return max(0.0, min(fitting, (view.num_waiting - 1) / max(1, len(view.prefill) or len(view.decode))))
 
 
-def _shares_badly(request: RoutableRequest, chosen: Candidate, worker: WorkerView, view: FleetView) -> str:
+def _shares_badly(request: RoutableRequest, prefill: PrefillCost, view: FleetView) -> str:
     """Why the step that begins next should begin without it; empty: it should not.
 
     In that step it keeps those that are in it for as long as its work there takes. In a step of its own it costs
     everybody who waits, itself first, what a step costs beside the work.
     """
+    worker = prefill.worker
     if not worker.num_sharing or worker.num_passed:
         return ""
     slo_s = request.slo_ttft_s
-    if chosen.delays and slo_s is not None and (view.waited_s < slo_s or view.makes_way):
+    if prefill.misses_ttft and slo_s is not None and (view.waited_s < slo_s or view.makes_way):
         return f"{worker.worker} begins a step in which another prompt would be late with it"
-    uncached = request.prompt_tokens - worker.cached_tokens
-    free = worker.facts.max_step_tokens - worker.num_streams - worker.shared_tokens
-    longer_s = worker.latency.work_s(uncached, request.prompt_tokens) * min(1.0, free / uncached)
     num_waiting = max(1.0, view.num_waiting / max(1, len(view.prefill) or len(view.decode)))
     saved_s = worker.latency.fixed_s(worker.num_streams, worker.kv_tokens)
-    if worker.num_sharing * longer_s <= num_waiting * saved_s:
+    if worker.num_sharing * prefill.longer_s <= num_waiting * saved_s:
         return ""
-    return f"{worker.worker} begins a step that {worker.num_sharing} prompts would wait {longer_s:.2f} s longer for"
+    waits = f"{worker.num_sharing} prompts would wait {prefill.longer_s:.2f} s longer for"
+    return f"{worker.worker} begins a step that {waits}"
