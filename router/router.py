@@ -255,7 +255,7 @@ class Router:
             walk.held(waiting, decision)
             return None
         slo_s = self._slo(request)
-        if slo_s is None and self._makes_way(waiting, decision.chosen, held_s):
+        if slo_s is None and is_our_own(self._policy) and self._makes_way(waiting, decision.chosen, held_s):
             explanation.held_because = "it would be late; those that can be in time go first"
             self._queue.make_way(waiting)
             self._late_binding.wakeup = now

@@ -581,6 +581,16 @@ def test_neither_a_preview_nor_an_slo_moves_a_policy_that_remembers(policy, slo_
     assert served == ["b0", "b1", "b2"] * 2
 
 
+@pytest.mark.parametrize("policy", [RoundRobin, InTurn])
+def test_a_policy_that_remembers_is_asked_once_about_those_who_come_too_late(policy):
+    router = router_of(*(registration(f"b{k}") for k in range(3)), policy=policy(), refuse_late=False)
+    for number in range(3):
+        send(router, f"before{number}")
+    for number in range(3):  # on an idle worker they would be in time
+        router.submit(request(f"r{number}", tokens=3000, slo_ttft_s=1.0), now=0.0)
+    assert [route.decode for route in router.dispatch(now=0.0)] == ["b0", "b1", "b2"]
+
+
 def test_a_preview_of_a_policy_that_cannot_be_copied_says_so_and_does_not_ask_it():
     policy = InTurn()
     vars(policy)["lock"] = threading.Lock()
