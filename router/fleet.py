@@ -6,18 +6,16 @@ import random
 from collections.abc import Iterable, Mapping
 
 import msgspec
-import numpy as np
 
-from planes.wire.messages import LatencyPrior, LoadReport, Registration, RequestId, WorkerId, WorkerState
+from planes.wire.messages import KvEvents, LatencyPrior, LoadReport, Registration, WorkerId, WorkerState
 from router.errors import ContextTooLong, NoPair, NoWorker
 from router.index.index import BlockIndex
+from router.index.untold import UntoldBlocks
 from router.links import LinkTable
 from router.policy import NOBODY_KNOWS, FleetView, HandoverGroup, WorkerView
 from router.request import Candidate, HandoverPreference, Observed, RoutableRequest
 from router.stats import LinkStatus, WorkerStatus
 from router.worker import Reservation, Worker
-
-_MAX_SHARING = 64  # prompts under way with the same first block that a new one is compared with
 
 
 class _Serving:
@@ -47,7 +45,7 @@ class Fleet:
         self._departed: dict[WorkerId, Worker] = {}
         self._ready: dict[tuple[str, str, int], _Serving] = {}
         self._ready_version = -1
-        self._computing: dict[int, dict[RequestId, Reservation]] = {}
+        self._untold = UntoldBlocks()
 
     def up(self, registration: Registration) -> None:
         """Take in a new or changed registration; one of an older epoch is ignored."""
@@ -76,6 +74,7 @@ class Fleet:
         self.version += 1
         self.changes += 1
         self.index.drop(name)
+        self._untold.gone(name)
         self.links.drop(name)
         if worker.has_reservations:
             self._departed[name] = worker
@@ -86,9 +85,14 @@ class Fleet:
             return
         self.changes += 1
         self.index.check(report)
+        self._untold.forget(report.worker, now)
         if report.state is not worker.state:
             self.version += 1
         worker.apply_load(report, now=now, report_delay_s=report_delay_s)
+
+    def apply_events(self, batch: KvEvents) -> None:
+        self.index.apply(batch)
+        self._untold.told(batch.worker, self.index.holds)
 
     # --- reservations --------------------------------------------------------------------------------------------
 
@@ -104,7 +108,6 @@ class Fleet:
             request=request.request,
             computing=computing,
             decoding=decoding,
-            blocks=request.blocks,
             uncached_tokens=uncached_tokens,
             prompt_tokens=request.prompt_tokens,
             expected_tokens=request.expected_tokens,
@@ -118,29 +121,26 @@ class Fleet:
         decoding.reserve_decode(reservation, now)
         if candidate.prefill is None:
             decoding.arrived(reservation, now)
-        if len(request.blocks):
-            self._computing.setdefault(int(request.blocks[0]), {})[request.request] = reservation
+        self._untold.add(request.request, computing.worker, request.blocks)
         return reservation
 
     def prefilled(self, reservation: Reservation, now: float) -> None:
-        if reservation.is_prefilled:
-            return
+        if not reservation.is_prefilled:
+            self._untold.computed(reservation.request, now)
+            self._end_prefill(reservation, now)
+
+    def _end_prefill(self, reservation: Reservation, now: float) -> None:
         self.changes += 1
         reservation.is_prefilled = True
         reservation.computing.release_prefill(reservation, now)
         reservation.decoding.arrived(reservation, now)
         reservation.decoding.prefilled(reservation, now)
-        if len(reservation.blocks):
-            first = int(reservation.blocks[0])
-            sharing = self._computing.get(first)
-            if sharing is not None:
-                sharing.pop(reservation.request, None)
-                if not sharing:
-                    del self._computing[first]
 
     def release(self, reservation: Reservation, completion_tokens: int, now: float) -> None:
         self.changes += 1
-        self.prefilled(reservation, now)
+        if not reservation.is_prefilled:
+            self._untold.drop(reservation.request)
+            self._end_prefill(reservation, now)
         reservation.decoding.release_decode(reservation, completion_tokens)
         for worker in (reservation.computing, reservation.decoding):
             if self._departed.get(worker.worker) is worker and not worker.has_reservations:
@@ -192,18 +192,11 @@ class Fleet:
         return self._ready.get((request.model, request.card_digest, request.adapter), _NONE)
 
     def cached_blocks(self, request: RoutableRequest) -> dict[WorkerId, int]:
-        """Leading blocks held, or soon held because a prompt with the same beginning is being computed there."""
+        """Leading blocks held, or soon held by a prompt with the same beginning that was sent there."""
         cached = self.index.match(request.blocks)
-        if len(request.blocks):
-            sharing = self._computing.get(int(request.blocks[0]))
-            if sharing:
-                for reservation in _last(sharing.values()):
-                    name = reservation.computing.worker
-                    shared = min(len(reservation.blocks), len(request.blocks))
-                    # Names are chained: equal ones are a leading run.
-                    depth = int(np.count_nonzero(reservation.blocks[:shared] == request.blocks[:shared]))
-                    if depth > cached.get(name, 0):
-                        cached[name] = depth
+        for name, depth in self._untold.match(request.blocks).items():
+            if depth > cached.get(name, 0):
+                cached[name] = depth
         return cached
 
     def view(
@@ -324,7 +317,3 @@ def _pairable(workers: Iterable[Worker]) -> list[Worker]:
         if senders and receivers and len({worker.worker for worker in senders + receivers}) > 1:
             found += able
     return found
-
-
-def _last(reservations: Iterable[Reservation]) -> list[Reservation]:
-    return list(reservations)[-_MAX_SHARING:]

@@ -120,7 +120,7 @@ class Router:
 
     def apply_events(self, batch: KvEvents) -> None:
         """Apply one publication; duplicates, gaps and foreign epochs are noticed here and healed by a snapshot."""
-        self._fleet.index.apply(batch)
+        self._fleet.apply_events(batch)
 
     def apply_snapshot(self, snapshot: Snapshot) -> None:
         """Replace what is known of a worker's blocks."""

@@ -19,7 +19,6 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from planes.wire.blocks import Hashes
 from planes.wire.messages import HandoverMode, LoadReport, Registration, RequestId, WorkerState
 from router.latency import LatencyModel, is_plausible
 from router.policy import HandoverGroup, WorkerView
@@ -39,7 +38,6 @@ class Reservation:
     request: RequestId
     computing: "Worker"
     decoding: "Worker"
-    blocks: Hashes
     uncached_tokens: int
     prompt_tokens: int
     expected_tokens: int

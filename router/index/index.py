@@ -19,6 +19,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from planes.wire.blocks import Hashes, unpack
 from planes.wire.messages import AllCleared, BlocksRemoved, BlocksStored, KvEvents, LoadReport, Snapshot, WorkerId
 from router.index.block_masks import BlockMasks
@@ -212,6 +214,10 @@ class BlockIndex:
         if self._matched is None or self._matched[0] is not names:
             self._matched = names, self._blocks.match(names)
         return self._matched[1].copy()
+
+    def holds(self, worker: WorkerId, name: int) -> bool:
+        """Whether the worker holds a block, whatever lies before it."""
+        return worker in self._blocks.match(np.array([name], dtype=np.uint64))
 
     def held(self, worker: WorkerId) -> Hashes:
         """Every block of one worker, in no order; may walk the whole index (tests and diagnosis)."""

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from planes.wire.blocks import pack
 from planes.wire.messages import (
+    BlocksRemoved,
     BlocksStored,
     EngineFacts,
     HandoverEndpoint,
@@ -93,7 +94,7 @@ def test_dispatches_count_at_once_and_are_gone_after_the_release():
 
 def test_views_tell_how_many_blocks_a_worker_holds():
     fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
-    fleet.index.apply(KvEvents(P, 1, 1, [BlocksStored(pack(np.array([1, 2, 3], dtype=np.uint64)))]))
+    fleet.apply_events(KvEvents(P, 1, 1, [BlocksStored(pack(np.array([1, 2, 3], dtype=np.uint64)))]))
     assert (view(fleet, P).num_cached, view(fleet, D).num_cached) == (3, 0)
 
 
@@ -288,13 +289,27 @@ def test_a_prompt_under_way_counts_as_cached_where_it_is_computed():
     second = request("second", blocks=[1, 2, 3, 4, 50, 60])
     assert view(fleet, P, routable=second).cached_tokens == 40
     assert view(fleet, D, routable=second).cached_tokens == 0
+    fleet.release(reservation, 0, 1.0)
+    assert view(fleet, P, routable=second).cached_tokens == 0, "it was never computed"
+
+
+def test_a_computed_prompt_counts_as_cached_until_its_worker_tells_of_it():
+    """Else a client that has its first token, and goes on, finds its prompt computed anew by another worker."""
+    fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
+    reservation = fleet.reserve(request("first", blocks=range(1, 9)), candidate(P, D), 0.0)
     fleet.prefilled(reservation, 1.0)
-    assert view(fleet, P, routable=second).cached_tokens == 0
+    fleet.release(reservation, 1, 1.0)
+    second = request("second", blocks=[1, 2, 3, 4, 50, 60])
+    assert view(fleet, P, routable=second).cached_tokens == 40
+    fleet.apply_events(KvEvents(P, 1, 1, [BlocksStored(pack(np.arange(1, 9, dtype=np.uint64)))]))
+    assert view(fleet, P, routable=second).cached_tokens == 40
+    fleet.apply_events(KvEvents(P, 1, 2, [BlocksRemoved(pack(np.arange(3, 9, dtype=np.uint64)))]))
+    assert view(fleet, P, routable=second).cached_tokens == 20, "what the worker tells is what counts"
 
 
 def test_a_fully_cached_prompt_leaves_its_last_token_to_compute():
     fleet = fleet_of(registration("d"))
-    fleet.index.apply(KvEvents(D, 1, 1, [BlocksStored(pack(np.arange(1, 11, dtype=np.uint64)))]))
+    fleet.apply_events(KvEvents(D, 1, 1, [BlocksStored(pack(np.arange(1, 11, dtype=np.uint64)))]))
     assert view(fleet, D, routable=request(blocks=range(1, 11), tokens=100)).cached_tokens == 90
     assert view(fleet, D, routable=request(blocks=range(1, 11), tokens=101)).cached_tokens == 100
 

@@ -1,0 +1,105 @@
+"""Blocks that a worker holds, or soon will, and has not told of: those of prompts that this gateway has sent there.
+
+A worker tells of its blocks when the step that computed them has ended, over another way than its tokens come by. A
+client that has its first token may send what begins alike before the gateway has heard of the blocks.
+
+| a prompt is        | on                                            | after that                              |
+|--------------------|-----------------------------------------------|-----------------------------------------|
+| bound              | `add`                                         | its blocks count where it is computed   |
+| computed           | `computed`                                    | until that worker has told of them      |
+| not computed       | `drop`                                        | no longer                               |
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from planes.wire.blocks import Hashes
+from planes.wire.messages import RequestId, WorkerId
+
+_MAX_COMPARED = 64  # prompts with the same first block that a new one is compared with
+_PATIENCE_S = 1.0  # a worker that had nothing new to tell says nothing
+
+
+@dataclass(slots=True, eq=False)
+class _Prompt:
+    request: RequestId
+    worker: WorkerId
+    blocks: Hashes
+    computed_at: float = math.inf
+
+    @property
+    def first(self) -> int:
+        return int(self.blocks[0])
+
+
+class UntoldBlocks:
+    """The prompts under way, by their first block."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[RequestId, _Prompt] = {}
+        self._alike: dict[int, dict[RequestId, _Prompt]] = {}
+        self._computed: dict[WorkerId, list[_Prompt]] = {}
+
+    def __len__(self) -> int:
+        """Prompts under way."""
+        return len(self._prompts)
+
+    def add(self, request: RequestId, worker: WorkerId, blocks: Hashes) -> None:
+        """A prompt was sent to a worker that will compute it. The same request again: the later one counts."""
+        self.drop(request)
+        if len(blocks):
+            prompt = self._prompts[request] = _Prompt(request, worker, blocks)
+            self._alike.setdefault(prompt.first, {})[request] = prompt
+
+    def computed(self, request: RequestId, now: float) -> None:
+        """It is known to be computed: the worker will tell soon. Unknown requests are ignored, as `drop` does."""
+        prompt = self._prompts.get(request)
+        if prompt is not None and prompt.computed_at == math.inf:
+            self.forget(prompt.worker, now)
+            prompt.computed_at = now
+            self._computed.setdefault(prompt.worker, []).append(prompt)
+
+    def drop(self, request: RequestId) -> None:
+        prompt = self._prompts.pop(request, None)
+        if prompt is not None:
+            alike = self._alike[prompt.first]
+            del alike[request]
+            if not alike:
+                del self._alike[prompt.first]
+
+    def told(self, worker: WorkerId, holds: Callable[[WorkerId, int], bool]) -> None:
+        """The worker has told of some blocks.  holds: whether it is now known to hold a block."""
+        self._end(worker, lambda prompt: holds(worker, int(prompt.blocks[-1])))
+
+    def gone(self, worker: WorkerId) -> None:
+        """What was computed there is lost."""
+        self._end(worker, lambda _: True)
+
+    def forget(self, worker: WorkerId, now: float) -> None:
+        """What was computed there long ago has been told of, or never will be."""
+        self._end(worker, lambda prompt: prompt.computed_at <= now - _PATIENCE_S)
+
+    def _end(self, worker: WorkerId, is_over: Callable[[_Prompt], bool]) -> None:
+        left: list[_Prompt] = []
+        for prompt in self._computed.pop(worker, ()):
+            if not is_over(prompt):
+                left.append(prompt)
+            elif self._prompts.get(prompt.request) is prompt:
+                self.drop(prompt.request)
+        if left:
+            self._computed[worker] = left
+
+    def match(self, blocks: Hashes) -> dict[WorkerId, int]:
+        """How many leading blocks of a prompt each worker will hold by those under way; 0 is left out."""
+        found: dict[WorkerId, int] = {}
+        alike = self._alike.get(int(blocks[0])) if len(blocks) else None
+        if alike:
+            for prompt in list(alike.values())[-_MAX_COMPARED:]:
+                shared = min(len(prompt.blocks), len(blocks))
+                # Names are chained: equal ones are a leading run.
+                depth = int(np.count_nonzero(prompt.blocks[:shared] == blocks[:shared]))
+                found[prompt.worker] = max(depth, found.get(prompt.worker, 0))
+        return found
