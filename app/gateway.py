@@ -9,6 +9,7 @@ from app.console.live import Live
 from app.fleet.adapters import Adapters
 from app.fleet.autorole import Autorole
 from app.fleet.connections import WorkerConnections
+from app.fleet.peers import PeerNews
 from app.fleet.routing_config import RoutingConfigFollower
 from app.http.body import BodyMemory
 from app.http.leaving import Departure
@@ -53,6 +54,7 @@ class Gateway:
     routing_config: RoutingConfigFollower
     dispatcher: Dispatcher
     fleet: WorkerConnections
+    peers: PeerNews
     relay: Relay
     responses: ResponseStore
     background: Background

@@ -29,6 +29,7 @@ from app.console.routes import console_routes
 from app.fleet.adapters import Adapters
 from app.fleet.autorole import OFFICE, Autorole
 from app.fleet.connections import WorkerConnections
+from app.fleet.peers import PeerNews
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, RoutingSetup, routing_setup
 from app.gateway import Gateway, Tracer
 from app.http.admin import admin_app
@@ -201,6 +202,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane, siblings: Sibl
         )
 
     fleet = WorkerConnections(router, dispatcher, models, events, connect=connect, clock=clock, rng=random.Random())
+    peers = PeerNews(router, dispatcher, events, name=secrets.token_hex(8), clock=clock)
     live = None
     if settings.console:
         about: dict[str, Any] = {"version": version("headrace"), "namespace": settings.namespace}
@@ -254,6 +256,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane, siblings: Sibl
     metrics.watch(ledger.gauges)
     metrics.watch(usage.gauges)
     metrics.watch(fleet.gauges)
+    metrics.watch(peers.gauges)
     metrics.watch(routing_config.gauges)
     metrics.watch(lambda: router_gauges(router.stats(now=clock())))
     return Gateway(
@@ -268,6 +271,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane, siblings: Sibl
         routing_config=routing_config,
         dispatcher=dispatcher,
         fleet=fleet,
+        peers=peers,
         relay=relay,
         adapters=adapters,
         prefills=prefills,
@@ -303,6 +307,7 @@ async def _run(
     fleet = gateway.fleet
     await events.subscribe_kv(fleet.kv_changed)
     await events.subscribe_load(fleet.load_reported)
+    await events.subscribe_news(gateway.peers.told)
     app = create_app(gateway)
     origins = parse_origins(settings.cors_origin)
     serving = cross_origin(streams_first(app), origins)
@@ -356,6 +361,7 @@ def _lasting(settings: GatewaySettings, gateway: Gateway, events: EventPlane) ->
         directory.run(),
         watch_config(etcd, settings.namespace, gateway.routing_config.take),
         fleet.run(),
+        gateway.peers.run(),
         gateway.adapters.run(),
         _watch_loop(gateway.metrics, gateway.clock),
     ]

@@ -191,6 +191,7 @@ def router_gauges(stats: RouterStats) -> Iterator[Gauge]:
         yield Gauge("requests_waiting", "Requests in the gateway's queue.", count, (("priority", str(priority)),))
     yield Gauge("oldest_wait_seconds", "Age of the oldest request in the queue.", stats.oldest_wait_s)
     yield Gauge("requests_bound", "Requests that hold a reservation.", stats.bound)
+    yield Gauge("peer_requests_bound", "Requests of other gateways that hold one, as they tell.", stats.peers_bound)
     yield Total("requests_held", "Requests ever held back for a worker with room.", stats.held)
     yield Gauge("index_blocks", "Blocks in the index, summed over workers.", stats.index_blocks)
     yield Gauge("index_pure_python", "1 if the block index was not compiled.", bool(stats.index_fallback))

@@ -4,6 +4,7 @@ user of nats-py.
     headrace.{ns}.kv.{worker}        KvEvents, published; lost ones are noticed by digest
     headrace.{ns}.load.{worker}      LoadReport, published
     headrace.{ns}.snapshot.{worker}  request, answered with the parts of a Snapshot
+    headrace.{ns}.gateway.{gateway}  GatewayNews, published; lost ones are noticed by their numbers
 
 NATS may come late, go away and come back: publications meanwhile are dropped and counted, requests fail at once, and
 subscriptions are there again before `on_connect` is told. `work_queue.py` and `objects.py` speak JetStream's
@@ -31,7 +32,7 @@ from nats.aio.subscription import Subscription
 from planes.events_client import Client, NatsKeys
 from planes.security.planes import NatsSecurity
 from planes.wire.errors import HeadraceError
-from planes.wire.messages import KvEvents, LoadReport, Snapshot, WorkerId
+from planes.wire.messages import GatewayNews, KvEvents, LoadReport, Snapshot, WorkerId
 from planes.wire.names import check_namespace, subject_token
 from planes.wire.urls import parse_nats
 
@@ -353,6 +354,14 @@ class EventPlane:
         """Never raises and hardly ever waits: what cannot be sent is dropped."""
         await self._publish(self.subject("load", report.worker), report)
 
+    async def publish_news(self, news: GatewayNews) -> None:
+        """Never raises and hardly ever waits: what cannot be sent is dropped, and the numbers tell."""
+        await self._publish(self.subject("gateway", news.gateway), news)
+
+    async def subscribe_news(self, callback: Callable[[GatewayNews], None]) -> None:
+        """Call back with what every gateway tells, ourselves included. Holds across reconnects."""
+        await self._subscribe(self.subjects("gateway"), self._decoded(GatewayNews, callback))
+
     async def subscribe_kv(self, callback: Callable[[KvEvents], None]) -> None:
         """Call back with every publication of every worker, in each worker's order. Holds across reconnects."""
         await self._subscribe(self.subjects("kv"), self._decoded(KvEvents, callback))
@@ -361,7 +370,7 @@ class EventPlane:
         """Call back with every load report of every worker. Holds across reconnects."""
         await self._subscribe(self.subjects("load"), self._decoded(LoadReport, callback))
 
-    async def _publish(self, subject: str, message: KvEvents | LoadReport) -> None:
+    async def _publish(self, subject: str, message: KvEvents | LoadReport | GatewayNews) -> None:
         payload = self._encoder.encode(message)
         client = self._client
         if client is None or not client.is_connected:

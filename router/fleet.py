@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from planes.wire.messages import KvEvents, LatencyPrior, LoadReport, Registration, WorkerId, WorkerState
+from planes.wire.messages import KvEvents, LatencyPrior, LoadReport, Registration, RequestBound, WorkerId, WorkerState
 from router.errors import ContextTooLong, NoPair, NoWorker
 from router.index.index import BlockIndex
 from router.index.untold import UntoldBlocks
@@ -100,7 +100,6 @@ class Fleet:
         self, request: RoutableRequest, candidate: Candidate, now: float, due_at: float = math.inf
     ) -> Reservation:
         """due_at: when its first token should have come."""
-        self.changes += 1
         decoding = self.workers[candidate.decode]
         computing = decoding if candidate.prefill is None else self.workers[candidate.prefill]
         uncached_tokens = max(0, request.prompt_tokens - candidate.cached_tokens)
@@ -117,12 +116,40 @@ class Fleet:
             prefill_due_at=due_at - (candidate.ttft_s - candidate.queue_s - candidate.prefill_s),
             slo_itl_s=request.slo_itl_s,
         )
-        computing.reserve_prefill(reservation, now)
-        decoding.reserve_decode(reservation, now)
-        if candidate.prefill is None:
-            decoding.arrived(reservation, now)
+        self._take(reservation, now)
         self._untold.add(request.request, computing.worker, request.blocks)
         return reservation
+
+    def reserve_told(self, told: RequestBound, now: float) -> Reservation | None:
+        """Another gateway's request; its blocks are not told. None: one of its workers is not known here."""
+        decoding = self.workers.get(told.decode)
+        computing = decoding if told.prefill is None else self.workers.get(told.prefill)
+        if decoding is None or computing is None:
+            return None
+        reservation = Reservation(
+            request=told.request,
+            computing=computing,
+            decoding=decoding,
+            uncached_tokens=told.uncached_tokens,
+            prompt_tokens=told.prompt_tokens,
+            expected_tokens=told.expected_tokens,
+            work_s=computing.latency.work_s(told.uncached_tokens, told.prompt_tokens),
+            bound_at=now,
+            decode_cached_tokens=told.decode_cached_tokens,
+            prefill_due_at=math.inf if told.due_in_s is None else now + told.due_in_s,
+            slo_itl_s=told.slo_itl_s,
+        )
+        self._take(reservation, now)
+        if told.is_prefilled:
+            self.prefilled(reservation, now)
+        return reservation
+
+    def _take(self, reservation: Reservation, now: float) -> None:
+        self.changes += 1
+        reservation.computing.reserve_prefill(reservation, now)
+        reservation.decoding.reserve_decode(reservation, now)
+        if reservation.computing is reservation.decoding:
+            reservation.decoding.arrived(reservation, now)
 
     def prefilled(self, reservation: Reservation, now: float) -> None:
         if not reservation.is_prefilled:

@@ -13,14 +13,25 @@ How a request is bound is in `router/late_binding.py`.
 import copy
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from planes.wire.errors import Expired, Rejected
-from planes.wire.messages import KvEvents, LoadReport, Registration, RequestId, Snapshot, WorkerId
+from planes.wire.messages import (
+    KvEvents,
+    LoadReport,
+    Registration,
+    RequestBound,
+    RequestId,
+    RequestNews,
+    RequestPrefilled,
+    RequestReleased,
+    Snapshot,
+    WorkerId,
+)
 from router.decision import Decision, decide, is_our_own
 from router.decision_log import History
 from router.errors import DeadlineExceeded, DuplicateRequest, QueueFull, SloMissed
@@ -28,6 +39,7 @@ from router.fairness import ServiceMeter
 from router.fleet import Fleet
 from router.late_binding import LateBinding, Walk
 from router.load import LoadMeter, ModelLoad
+from router.peers import PeerRequests, told_of
 from router.policies.headrace import Headrace
 from router.policy import FleetView, Policy
 from router.queue import Queue, Waiting
@@ -94,6 +106,8 @@ class Router:
         self._service = ServiceMeter()
         self._asked: _Asked | None = None
         self._meter = LoadMeter()
+        self._peers = PeerRequests(self._fleet, own=self._bound)
+        self._on_news: Callable[[RequestNews], None] | None = None
 
     def configure(self, settings: RouterSettings, policy: Policy, *, shadow: Policy | None = None) -> None:
         """Change settings and policies. Waiting requests stay, and are decided anew at the next `dispatch`."""
@@ -134,6 +148,26 @@ class Router:
     def workers_to_snapshot(self) -> list[WorkerId]:
         """Workers whose blocks we do not know for sure. Stays so until `apply_snapshot`; the caller paces itself."""
         return self._fleet.index.inexact()
+
+    # --- other gateways ----------------------------------------------------------------------------------------
+
+    def watch_news(self, on_news: Callable[[RequestNews], None] | None) -> None:
+        """Tell of each request that is bound, computed or released from now on; None: no longer."""
+        self._on_news = on_news
+
+    def all_bound(self, *, now: float) -> list[RequestBound]:
+        """All that is bound, as `on_news` told of it."""
+        return [told_of(bound[0], now) for bound in self._bound.values()]
+
+    def apply_news(self, gateway: str, news: Iterable[RequestNews], *, now: float) -> None:
+        """What another gateway has bound, and so on: it is counted as if it was ours."""
+        self._peers.apply(gateway, news, now)
+        self._late_binding.room_changed()
+
+    def forget_gateway(self, gateway: str, *, now: float) -> None:
+        """What that gateway told counts no longer."""
+        self._peers.forget(gateway, now)
+        self._late_binding.room_changed()
 
     # --- requests ------------------------------------------------------------------------------------------------
 
@@ -286,6 +320,8 @@ class Router:
         due_at = math.inf if request.slo_ttft_s is None else waiting.submitted_at + request.slo_ttft_s
         reservation = self._fleet.reserve(request, chosen, now, due_at)
         self._bound[request.request] = reservation, chosen, request, waiting.submitted_at
+        if self._on_news is not None:
+            self._on_news(told_of(reservation, now))
         self._bind_rate.add(now)
         self._counts.decisions[self._policy_name] += 1
         self._counts.local += chosen.prefill is None
@@ -363,6 +399,8 @@ class Router:
         """The prompt has been computed (prefill leg answered, or a local first token came): frees prefill load."""
         bound = self._bound.get(request)
         if bound is not None:
+            if self._on_news is not None and not bound[0].is_prefilled:
+                self._on_news(RequestPrefilled(request))
             self._fleet.prefilled(bound[0], now)
             self._service.served(request, now=now)
 
@@ -370,6 +408,8 @@ class Router:
         """Give back the reservation of a bound request, exactly once, and learn from it. Raises KeyError if unbound."""
         reservation, predicted, asked, submitted_at = self._bound.pop(request)
         self._fleet.release(reservation, observed.completion_tokens, now)
+        if self._on_news is not None:
+            self._on_news(RequestReleased(request, max(0, observed.completion_tokens)))
         if observed.outcome is Outcome.FINISHED:
             self._service.served(request, now=now)
         else:
@@ -470,6 +510,7 @@ class Router:
             waiting=self._queue.depths(),
             oldest_wait_s=now - oldest.submitted_at if oldest is not None else 0.0,
             bound=len(self._bound),
+            peers_bound=len(self._peers),
             index_blocks=len(self._fleet.index),
             index_fallback=self._fleet.index.fallback,
             inexact_workers=len(self._fleet.index.inexact()),

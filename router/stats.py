@@ -33,7 +33,9 @@ class RouterStats:
     """Requests in the queue per priority class."""
     oldest_wait_s: float
     bound: int
-    """Requests that hold a reservation."""
+    """Requests that hold a reservation …"""
+    peers_bound: int
+    """… and those of other gateways."""
     index_blocks: int
     """Blocks in the index, summed over the workers that hold them."""
     index_fallback: str

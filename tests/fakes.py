@@ -12,6 +12,7 @@ from planes.streams.client import WorkerUnreachable
 from planes.wire.frames import Generate
 from planes.wire.messages import (
     EngineFacts,
+    GatewayNews,
     HandoverEndpoint,
     HandoverMode,
     Registration,
@@ -379,3 +380,16 @@ class FakeChanges:
     async def next(self, timeout_s):
         del timeout_s
         return await self._queue.get()
+
+
+class FakeNewsPlane:
+    """Keeps what a gateway tells the others."""
+
+    def __init__(self) -> None:
+        self._published: asyncio.Queue[GatewayNews] = asyncio.Queue()
+
+    async def publish_news(self, news: GatewayNews) -> None:
+        self._published.put_nowait(news)
+
+    async def next(self) -> GatewayNews:
+        return await self._published.get()

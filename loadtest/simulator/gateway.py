@@ -2,8 +2,9 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from app.fleet.peers import BATCH_S, BEAT_S, GatewayPeers
 from app.serving.binding import Dispatcher
 from app.serving.effects import Noted
 from app.serving.events import Event, LegFailed, LegOutput
@@ -13,7 +14,7 @@ from loadtest.simulator.leg import SimulatedLeg
 from loadtest.simulator.scenario import Scenario
 from loadtest.simulator.worker import SimulatedWorker
 from planes.streams.client import WorkerLost, WorkerUnreachable
-from planes.wire.messages import KvEvents, LoadReport, Registration, RequestId, Snapshot, WorkerId
+from planes.wire.messages import GatewayNews, KvEvents, LoadReport, Registration, RequestId, Snapshot, WorkerId
 from router.policies import load_policy
 from router.router import Router
 from router.settings import RouterSettings
@@ -70,7 +71,7 @@ class SimulatedConnection:
 class SimulatedGateway:
     """What exchanges share: the way to the router, connections, who waits for workers, counters."""
 
-    def __init__(self, router: Router, scenario: Scenario, clock: Clock) -> None:
+    def __init__(self, router: Router, scenario: Scenario, clock: Clock, number: int = 0) -> None:
         self.router = router
         self.scenario = scenario
         self.clock = clock
@@ -79,6 +80,36 @@ class SimulatedGateway:
         self._connections: dict[WorkerId, SimulatedConnection] = {}
         self._joins: Watchers[WorkerId] = Watchers()
         self._snapshots: set[WorkerId] = set()
+        self._peers = GatewayPeers(router, name=f"{number:016x}", wake=self._tell_soon)
+        self._others: list[SimulatedGateway] = []
+        self._is_telling = False
+
+    # --- other gateways ------------------------------------------------------------------------------------------
+
+    def join(self, gateways: Iterable["SimulatedGateway"]) -> None:
+        """There are others: tell them, from now on, and hear them."""
+        self._others = [gateway for gateway in gateways if gateway is not self]
+        if self._others:
+            self._beat()
+
+    def _beat(self) -> None:
+        self._peers.beat(now=self.clock.now)
+        self.clock.call_later(BEAT_S, self._beat)
+
+    def _tell_soon(self) -> None:
+        if not self._is_telling:
+            self._is_telling = True
+            self.clock.call_later(BATCH_S, self._tell)
+
+    def _tell(self) -> None:
+        self._is_telling = False
+        for news in self._peers.take(now=self.clock.now):
+            for other in self._others:
+                self.clock.call_later(self.scenario.publish_s, other.told, news)
+
+    def told(self, news: GatewayNews) -> None:
+        self._peers.hear(news, now=self.clock.now)
+        self.dispatcher.changed()
 
     # --- workers -------------------------------------------------------------------------------------------------
 

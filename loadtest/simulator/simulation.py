@@ -43,7 +43,7 @@ class Simulation:
         self.lives: dict[WorkerId, SimulatedWorker] = {}
         """Of every worker the present one, or the last."""
         self.gateways = [
-            SimulatedGateway(make_router(scenario, number), scenario, self.clock)
+            SimulatedGateway(make_router(scenario, number), scenario, self.clock, number)
             for number in range(scenario.num_gateways)
         ]
         self._workload = workload
@@ -77,7 +77,9 @@ class Simulation:
     # --- workers -------------------------------------------------------------------------------------------------
 
     def start_workers(self) -> None:
-        """Let all gateways know them, and begin to report. `run` does it."""
+        """Let all gateways know them, and each other, and begin to report. `run` does it."""
+        for gateway in self.gateways:
+            gateway.join(self.gateways)
         phases = random.Random(self.scenario.seed)
         for worker in self._totals:
             life = self._live(worker, _FIRST_EPOCH)

@@ -1,4 +1,4 @@
-"""What processes tell each other: registrations (etcd), KV events, load reports and snapshots (NATS).
+"""What processes tell each other: registrations (etcd), KV events, load reports, snapshots, requests bound (NATS).
 
 Structs ignore unknown fields, so that a newer worker can talk to an older gateway. Counts of blocks and tokens are
 per worker. Hashes travel packed: little-endian uint64, one per block (`planes/wire/blocks.py`).
@@ -25,6 +25,9 @@ Sequence = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=1e6)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 WorkerName = Annotated[WorkerId, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}\Z")]
+GatewayName = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
+"""Drawn anew at each start."""
+RequestName = Annotated[RequestId, Meta(min_length=1, max_length=256)]
 ModelName = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,256}\Z")]
 """Any text of one line, without control characters: it stands in logs and on terminals."""
 Address = Annotated[str, Meta(pattern=r"^[^\s\x00-\x1f\x7f-\x9f/]{1,255}:[0-9]{1,5}\Z")]
@@ -298,3 +301,52 @@ class LoadReport(msgspec.Struct, frozen=True):
     """XOR of the hashes of all blocks held after publication `seq`."""
     steps: Annotated[list[StepSample], Meta(max_length=256)] = []
     """Engine steps since the last report, newest last, at most 256."""
+
+
+class RequestBound(msgspec.Struct, frozen=True, tag="bound", array_like=True):
+    """A gateway has sent a request to workers: what another one needs to count it as its own.
+
+    prefill: None: `decode` computes its prompt.  due_in_s: seconds until its prompt has to be computed, for its first
+    token to be in time; None: whenever.  is_prefilled: it is computed. Clocks differ, so times are told from now on.
+    """
+
+    request: RequestName
+    prefill: WorkerName | None
+    decode: WorkerName
+    prompt_tokens: Count
+    uncached_tokens: Count
+    decode_cached_tokens: Count
+    expected_tokens: Count
+    slo_itl_s: Seconds | None
+    due_in_s: Annotated[float, Meta(ge=-1e6, le=1e6)] | None
+    is_prefilled: bool = False
+
+
+class RequestPrefilled(msgspec.Struct, frozen=True, tag="prefilled", array_like=True):
+    """Its prompt is computed."""
+
+    request: RequestName
+
+
+class RequestReleased(msgspec.Struct, frozen=True, tag="released", array_like=True):
+    """It has ended, after so many tokens, however it ended."""
+
+    request: RequestName
+    completion_tokens: Count
+
+
+RequestNews = RequestBound | RequestPrefilled | RequestReleased
+
+
+class GatewayNews(msgspec.Struct, frozen=True):
+    """Publication on `headrace.{ns}.gateway.{gateway}`; `seq` counts those of this gateway's start from 1.
+
+    is_whole: forget what was told before; this and what follows is everything.  hears: of which other gateways it has
+    missed nothing; told once a second.
+    """
+
+    gateway: GatewayName
+    seq: Sequence
+    news: list[RequestNews] = []
+    is_whole: bool = False
+    hears: list[GatewayName] | None = None

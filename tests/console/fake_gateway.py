@@ -18,6 +18,7 @@ from app.auth import ApiKeys
 from app.console.live import Live
 from app.fleet.adapters import Adapters
 from app.fleet.connections import WorkerConnections
+from app.fleet.peers import PeerNews
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, routing_setup
 from app.gateway import Gateway
 from app.http.body import BodyMemory
@@ -39,7 +40,7 @@ from planes.wire.messages import LoadReport, RequestId, Role, StepSample, Worker
 from router.request import Explanation
 from router.router import Router
 from router.timeline import Stage, StageKind, Timeline
-from tests.fakes import FakeEntries, FakeValues, registration
+from tests.fakes import FakeEntries, FakeNewsPlane, FakeValues, registration
 
 NAMES = ("llama-3.1-70b", "qwen3-8b")
 
@@ -105,6 +106,7 @@ def make_gateway(folder: Path, keys: ApiKeys | None = None, *, has_playground: b
         routing_config=routing,
         dispatcher=dispatcher,
         fleet=fleet,
+        peers=PeerNews(router, dispatcher, FakeNewsPlane(), name="0" * 16, clock=clock),
         relay=relay,
         responses=responses,
         background=Background(responses, models, relay, gateway="g"),

@@ -1,4 +1,4 @@
-"""Two gateways over one fleet know nothing of each other and serve the same."""
+"""Two gateways over one fleet serve the same, and each counts what the other has bound."""
 
 import asyncio
 
@@ -40,3 +40,31 @@ async def test_what_one_gateway_has_put_into_a_cache_the_other_one_finds_there(a
     await until(has_learned)
     second = (await api.chat(unique + LONG)).json()["usage"]
     assert second["prompt_tokens_details"]["cached_tokens"] == (num_tokens - 1) // 16 * 16
+
+
+async def test_each_counts_what_the_other_has_bound_until_it_ends_or_the_gateway_is_killed(site, reach, until, unique):
+    await site.worker("both-1", speedup=1)
+    asked, counting = [await site.gateway(num_workers=1) for _ in range(2)]
+    async with reach(asked) as one, reach(counting) as other:
+
+        async def counts(number):
+            peers = await other.metric("headrace_peer_gateways")
+            return (peers, await other.metric("headrace_peer_requests_bound")) == (1, number)
+
+        await until(lambda: counts(0))
+        async with one.stream(unique, max_tokens=4000) as stream:
+            await stream.read(3)
+            await until(lambda: counts(1))
+        await until(lambda: counts(0))
+        async with one.stream(unique, max_tokens=4000) as stream:
+            await stream.read(3)
+            await until(lambda: counts(1))
+            asked.process.kill()
+
+            async def is_forgotten():
+                return (
+                    await other.metric("headrace_peer_gateways") + await other.metric("headrace_peer_requests_bound")
+                    == 0
+                )
+
+            await until(is_forgotten)

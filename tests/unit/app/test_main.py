@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from app.auth import ApiKeys
 from app.fleet.adapters import Adapters
 from app.fleet.connections import WorkerConnections
+from app.fleet.peers import PeerNews
 from app.fleet.routing_config import RoutingConfig, RoutingConfigFollower, routing_setup
 from app.gateway import Gateway
 from app.http.body import BodyMemory
@@ -37,7 +38,7 @@ from router.errors import NoWorker
 from router.request import RoutableRequest
 from router.router import Router
 from router.timeline import Timeline
-from tests.fakes import FakeValues, registration
+from tests.fakes import FakeNewsPlane, FakeValues, registration
 from tests.raw_http import read_head
 
 
@@ -99,6 +100,7 @@ async def gateway(settings, tmp_path):
         routing_config=RoutingConfigFollower(settings, start, lambda changed: None),
         dispatcher=dispatcher,
         fleet=fleet,
+        peers=PeerNews(router, dispatcher, FakeNewsPlane(), name="0" * 16, clock=clock),
         relay=relay,
         responses=responses,
         background=Background(responses, models, relay, gateway="g"),

@@ -18,7 +18,10 @@ from planes.wire.messages import (
     KvEvents,
     LoadReport,
     Registration,
+    RequestBound,
     RequestId,
+    RequestPrefilled,
+    RequestReleased,
     Role,
     Snapshot,
     WorkerId,
@@ -686,7 +689,10 @@ NAMES = st.sampled_from([f"w{k}" for k in range(4)])
     st.lists(
         st.tuples(
             st.sampled_from(
-                ["submit", "submit", "submit", "prefilled", "release", "withdraw", "down", "up", "report", "configure"]
+                [
+                    *["submit", "submit", "submit", "prefilled", "release", "withdraw"],
+                    *["down", "up", "report", "configure", "peer", "peer ends", "peer is gone"],
+                ]
             ),
             NAMES,
             st.integers(0, 40),
@@ -737,10 +743,21 @@ def test_everything_balances_to_zero_after_any_history(history, policy):  # noqa
             router.apply_load(report(name, tokens=tokens, running=place, epoch=epochs[name]), now=now)
         elif what == "configure":
             router.configure(RouterSettings(), LeastLoaded())
+        elif what == "peer":
+            told = RequestBound(
+                RequestId(f"p{place}"), None, WorkerId(name), tokens, tokens, 0, 9, 0.1, 1.0, place % 2 > 0
+            )
+            router.apply_news("g", [told], now=now)
+        elif what == "peer ends":
+            ending = RequestId(f"p{place}")
+            router.apply_news("g", [RequestPrefilled(ending), RequestReleased(ending, 9)][place % 2 :], now=now)
+        elif what == "peer is gone":
+            router.forget_gateway("g", now=now)
         dispatch()
         stats = router.stats(now=now)
         assert stats.bound == len(bound)
         assert sum(stats.waiting.values()) == len(submitted)
+    router.forget_gateway("g", now=now)
     for name, role in roles.items():
         router.worker_up(registration(name, role, epoch=epochs[name]))
     for _ in range(1000):

@@ -1,0 +1,100 @@
+import random
+
+import numpy as np
+import pytest
+
+from planes.wire.messages import RequestBound, RequestId, RequestPrefilled, RequestReleased, WorkerId
+from router.request import RoutableRequest
+from router.router import Router
+from router.settings import RouterSettings
+from tests.fakes import registration
+
+W = WorkerId("both-1")
+
+
+@pytest.fixture
+def router():
+    router = Router(RouterSettings(), rng=random.Random(0))
+    router.worker_up(registration("both-1"))
+    return router
+
+
+def bound(name="r", *, prefill=None, decode=W, tokens=400, **fields):
+    told = {"decode_cached_tokens": 0, "expected_tokens": 50, "slo_itl_s": 0.05, "due_in_s": 1.0, **fields}
+    return RequestBound(RequestId(name), prefill, decode, tokens, tokens, **told)
+
+
+def seen(router, now=0.0):
+    (worker,) = router.workers(now=now)
+    return worker.num_running, worker.num_waiting, worker.kv_tokens
+
+
+def view(router, now=0.0):
+    request = RoutableRequest(RequestId("q"), "sim", np.zeros(0, dtype=np.uint64), 40, 8, 1e9)
+    (worker,) = router._fleet.view(request, {}, now, random.Random(0)).decode
+    return worker
+
+
+def test_another_gateways_prompt_and_stream_take_what_our_own_would(router):
+    router.apply_news("g", [bound()], now=0.0)
+    assert seen(router) == (1, 1, 400)
+    assert view(router).queue_s > 0.0, "its prompt is computed first"
+    assert view(router).stall_left_s < 50 * 0.05, "and its stream may not stand still for longer"
+    router.apply_news("g", [RequestPrefilled(RequestId("r"))], now=0.1)
+    assert seen(router, 0.1) == (1, 0, 400)
+    router.apply_news("g", [RequestReleased(RequestId("r"), 50)], now=0.2)
+    assert seen(router, 0.2) == (0, 0, 0)
+
+
+def test_one_that_is_computed_already_has_no_prompt_here(router):
+    router.apply_news("g", [bound(is_prefilled=True)], now=0.0)
+    assert seen(router) == (1, 0, 400)
+
+
+@pytest.mark.parametrize("told", [{"decode": WorkerId("x")}, {"prefill": WorkerId("x")}])
+def test_one_on_a_worker_that_is_not_known_here_is_left_out(router, told):
+    router.apply_news(
+        "g", [bound(**told), RequestPrefilled(RequestId("r")), RequestReleased(RequestId("r"), 1)], now=0.0
+    )
+    assert seen(router) == (0, 0, 0)
+
+
+def test_a_name_that_is_in_use_is_left_out(router):
+    request = RoutableRequest(RequestId("r"), "sim", np.zeros(0, dtype=np.uint64), 40, 8, 1e9)
+    router.submit(request, now=0.0)
+    router.dispatch(now=0.0)
+    router.apply_news("g", [bound("r"), bound("s")], now=0.0)
+    router.apply_news("h", [bound("s")], now=0.0)
+    assert router.stats(now=0.0).peers_bound == 1
+    router.apply_news("h", [RequestReleased(RequestId("s"), 1)], now=0.0)
+    assert router.stats(now=0.0).peers_bound == 1, "that one is of another gateway"
+
+
+def test_a_gateway_that_is_forgotten_leaves_nothing(router):
+    router.apply_news("g", [bound("r"), bound("s", is_prefilled=True)], now=0.0)
+    router.apply_news("h", [bound("t")], now=0.0)
+    router.forget_gateway("g", now=0.5)
+    router.forget_gateway("unheard of", now=0.5)
+    assert seen(router, 0.5) == (1, 1, 400)
+
+
+def test_what_is_bound_is_told_as_it_happens_and_as_a_whole(router):
+    told = []
+    router.watch_news(told.append)
+    request = RoutableRequest(
+        RequestId("r"), "sim", np.zeros(0, dtype=np.uint64), 40, 8, 1e9, slo_ttft_s=2.0, slo_itl_s=0.1
+    )
+    router.submit(request, now=5.0)
+    router.dispatch(now=5.0)
+    (first,) = told
+    assert (first.request, first.prefill, first.decode) == ("r", None, W)
+    assert (first.prompt_tokens, first.uncached_tokens, first.expected_tokens) == (40, 40, 8)
+    assert (first.slo_itl_s, first.is_prefilled) == (0.1, False)
+    assert 1.9 < first.due_in_s <= 2.0
+    router.prefilled(RequestId("r"), now=6.0)
+    router.prefilled(RequestId("r"), now=6.0)
+    assert told[1:] == [RequestPrefilled(RequestId("r"))]
+    (whole,) = router.all_bound(now=6.0)
+    assert whole.is_prefilled
+    assert whole.due_in_s == pytest.approx(first.due_in_s - 1.0)
+    router.watch_news(None)
