@@ -60,6 +60,7 @@ class Fleet:
                 known = departed  # its lease ran out, not its requests
             else:
                 known = Worker(registration)
+                self._untold.gone(name)
             self.workers[name] = known
             self.links.drop(name)
             self.links.add(name, registration.facts.latency)
@@ -117,31 +118,41 @@ class Fleet:
             slo_itl_s=request.slo_itl_s,
         )
         self._take(reservation, now)
-        self._untold.add(request.request, computing.worker, request.blocks)
+        size = computing.facts.block_size
+        if candidate.cached_tokens < (request.prompt_tokens - 1) // size * size:  # it has blocks to tell of
+            self._untold.add(request.request, computing.worker, request.blocks)
         return reservation
 
     def reserve_told(self, told: RequestBound, now: float) -> Reservation | None:
-        """Another gateway's request; its blocks are not told. None: one of its workers is not known here."""
+        """Another gateway's request; its blocks are not told. None: one of its workers is not known here.
+
+        What is too long for its worker is cut.
+        """
         decoding = self.workers.get(told.decode)
         computing = decoding if told.prefill is None else self.workers.get(told.prefill)
         if decoding is None or computing is None:
             return None
+        context = decoding.facts.context_length
+        prompt_tokens = min(told.prompt_tokens, context)
+        uncached_tokens = min(told.uncached_tokens, prompt_tokens)
         reservation = Reservation(
             request=told.request,
             computing=computing,
             decoding=decoding,
-            uncached_tokens=told.uncached_tokens,
-            prompt_tokens=told.prompt_tokens,
-            expected_tokens=told.expected_tokens,
-            work_s=computing.latency.work_s(told.uncached_tokens, told.prompt_tokens),
-            bound_at=now,
-            decode_cached_tokens=told.decode_cached_tokens,
+            uncached_tokens=uncached_tokens,
+            prompt_tokens=prompt_tokens,
+            expected_tokens=min(told.expected_tokens, context),
+            work_s=computing.latency.work_s(uncached_tokens, prompt_tokens),
+            bound_at=now - told.age_s,
+            decode_cached_tokens=min(told.decode_cached_tokens, prompt_tokens),
             prefill_due_at=math.inf if told.due_in_s is None else now + told.due_in_s,
             slo_itl_s=told.slo_itl_s,
         )
         self._take(reservation, now)
         if told.is_prefilled:
-            self.prefilled(reservation, now)
+            self._end_prefill(reservation, now)
+        for worker in dict.fromkeys((computing, decoding)):
+            worker.catch_up(reservation)
         return reservation
 
     def _take(self, reservation: Reservation, now: float) -> None:
@@ -153,7 +164,11 @@ class Fleet:
 
     def prefilled(self, reservation: Reservation, now: float) -> None:
         if not reservation.is_prefilled:
-            self._untold.computed(reservation.request, now)
+            computing = reservation.computing
+            if self.workers.get(computing.worker) is computing:
+                self._untold.computed(reservation.request, now)
+            else:  # it tells of nothing any more
+                self._untold.drop(reservation.request)
             self._end_prefill(reservation, now)
 
     def _end_prefill(self, reservation: Reservation, now: float) -> None:
@@ -236,8 +251,10 @@ class Fleet:
         *,
         waited_s: float = 0.0,
         makes_way: bool = False,
+        lets_pass: bool = False,
         without_room: Mapping[WorkerId, int] = _NOBODY,
         waiting_shares: Mapping[WorkerId, float] = NOBODY_KNOWS,
+        found_busy: float = 1.0,
     ) -> FleetView | None:
         """The workers that may serve a request; None if `can_serve` says no. A `both` worker is one view in both lists.
 
@@ -279,7 +296,9 @@ class Fleet:
             num_waiting=num_waiting,
             waited_s=waited_s,
             makes_way=makes_way,
+            lets_pass=lets_pass,
             waiting_shares=waiting_shares,
+            found_busy=found_busy,
         )
 
     def learn(self, reservation: Reservation, observed: Observed) -> None:

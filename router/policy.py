@@ -99,9 +99,14 @@ class FleetView(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     waited_s: float = 0.0
     """How long this one has been there."""
     makes_way: bool = False
-    """It can no longer be in time, and takes no room to decode from those that can."""
+    """It can no longer be in time, and takes no room to decode from those that can …"""
+    lets_pass: bool = False
+    """… nor, for a shorter time, what streams need to keep their SLOs."""
     waiting_shares: Mapping[WorkerId, float] = NOBODY_KNOWS
     """Of those in the queue, the share that waits for each worker to compute their prompts; empty: nobody knows."""
+    found_busy: float = 1.0
+    """Of the last requests that came, the share that found others there: a single client at a time keeps a worker busy
+    and nobody waiting."""
 
 
 class Links(Protocol):

@@ -88,6 +88,7 @@ class Congestion:
         power: float = 1.0,
         shares: Mapping[WorkerId, float] = NOBODY_KNOWS,
         any_share: float = 1.0,
+        found_busy: float = 1.0,
     ) -> None:
         self.num_waiting = num_waiting
         """Other requests in the gateway's queue."""
@@ -96,12 +97,15 @@ class Congestion:
         """Of these, the share that waits for each worker."""
         self.any_share = any_share
         """The same, where nobody knows."""
+        self.found_busy = found_busy
+        """Of those that come, the share that finds others there, and no more than that can find its worker busy."""
 
     def price(self, worker: WorkerId, utilisation: float) -> float:
         """`utilisation`: 0.0 to less than 1."""
         waiting = self.num_waiting
         if waiting:
             waiting *= self.shares.get(worker, 0.0) if self.shares else self.any_share
+        utilisation = min(utilisation, self.found_busy)
         if not utilisation:
             return waiting
         return max(float(utilisation**self.power) / (1 - utilisation), waiting)
@@ -118,6 +122,7 @@ def congestion(view: FleetView) -> Congestion:
         power=math.sqrt(2 * math.sqrt(num_workers) + 2) - 1,
         shares=view.waiting_shares,
         any_share=1 / num_workers,
+        found_busy=view.found_busy,
     )
 
 

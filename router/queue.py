@@ -92,6 +92,10 @@ class Waiting:
         request = self.request
         return self.is_late and now < self.due_at + (request.slo_itl_s or 0.0) * request.expected_tokens
 
+    def lets_pass(self, now: float) -> bool:
+        """It can no longer be in time, is not somebody's answer in its midst, and has not waited `late_s` more."""
+        return self.is_late and not self.request.is_retry and now < self.due_at
+
 
 @dataclass(slots=True)
 class _Tenant:

@@ -52,6 +52,7 @@ from router.worker import Reservation
 _LENGTH_GAIN = 0.02
 _LEAST_SHARE = 0.01
 _RATE_WINDOW_S = 10.0
+_FOUND_GAIN = 0.05
 _FRESH_S = 0.002  # for so long a decision holds while nothing changes
 _MAX_MODELS = 1024  # whose answers' lengths are remembered; the one that has been silent for longest is forgotten
 
@@ -106,6 +107,7 @@ class Router:
         self._service = ServiceMeter()
         self._asked: _Asked | None = None
         self._meter = LoadMeter()
+        self._found_busy = 0.0
         self._peers = PeerRequests(self._fleet, own=self._bound)
         self._on_news: Callable[[RequestNews], None] | None = None
 
@@ -159,10 +161,19 @@ class Router:
         """All that is bound, as `on_news` told of it."""
         return [told_of(bound[0], now) for bound in self._bound.values()]
 
-    def apply_news(self, gateway: str, news: Iterable[RequestNews], *, now: float) -> None:
-        """What another gateway has bound, and so on: it is counted as if it was ours."""
-        self._peers.apply(gateway, news, now)
-        self._late_binding.room_changed()
+    def apply_news(self, gateway: str, news: Iterable[RequestNews], *, now: float) -> bool:
+        """What another gateway has bound, and so on: it is counted as if it was ours.
+
+        Returns:  whether any of its requests has ended, so that there may be room.
+        """
+        has_ended = self._peers.apply(gateway, news, now)
+        if has_ended:
+            self._late_binding.room_changed()
+        return has_ended
+
+    def incomplete_gateways(self) -> list[str]:
+        """Those that told of requests on workers which have come up here only since."""
+        return self._peers.incomplete()
 
     def forget_gateway(self, gateway: str, *, now: float) -> None:
         """What that gateway told counts no longer."""
@@ -180,6 +191,8 @@ class Router:
             raise DuplicateRequest(request.request)
         request = self._completed(request)
         explanation = self._explanation(request, now)
+        found_others = bool(self._bound or len(self._queue) or len(self._peers))
+        self._found_busy += _FOUND_GAIN * (found_others - self._found_busy)
         try:
             self._check(request, now)
         except Rejected as exc:
@@ -218,7 +231,11 @@ class Router:
         if not self._fleet.can_serve(request):
             raise self._fleet.refusal(request)
         slo_s = self._slo(request)
-        view = None if slo_s is None else self._fleet.view(request, {}, now, self._rng, len(self._queue) + 1)
+        view = (
+            None
+            if slo_s is None
+            else self._fleet.view(request, {}, now, self._rng, len(self._queue) + 1, found_busy=self._found_busy)
+        )
         if slo_s is not None and view is not None:
             # Our own rule, whatever the policy: that one may remember what it is asked, and is asked when it counts.
             decision = decide(self._estimate, self._estimate.name, request, view)
@@ -269,8 +286,10 @@ class Router:
                 len(self._queue),
                 waited_s=now - waiting.submitted_at,
                 makes_way=self._slo(request) is None and waiting.makes_way(now),
+                lets_pass=self._slo(request) is None and waiting.lets_pass(now),
                 without_room=walk.without_room,
                 waiting_shares=self._late_binding.shares,
+                found_busy=self._found_busy,
             )
             if looked is None:
                 return self._turn_away(waiting, self._fleet.refusal(request), now)
@@ -318,6 +337,7 @@ class Router:
         request, chosen = waiting.request, decision.chosen
         self._queue.serve(waiting)
         due_at = math.inf if request.slo_ttft_s is None else waiting.submitted_at + request.slo_ttft_s
+        self._peers.drop(request.request, now)
         reservation = self._fleet.reserve(request, chosen, now, due_at)
         self._bound[request.request] = reservation, chosen, request, waiting.submitted_at
         if self._on_news is not None:
@@ -465,7 +485,7 @@ class Router:
                 "what it does next; give it a __deepcopy__"
             )
             return explanation
-        view = self._fleet.view(request, {}, now, random.Random(0), len(self._queue) + 1)
+        view = self._fleet.view(request, {}, now, random.Random(0), len(self._queue) + 1, found_busy=self._found_busy)
         try:
             if view is None:
                 raise self._fleet.refusal(request)

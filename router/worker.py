@@ -71,6 +71,8 @@ class Worker:
         self.register(registration)
         self.latency = LatencyModel(registration.facts.latency, registration.facts.max_step_tokens)
         self.reported_at: float | None = None
+        self._counted_at = -math.inf
+        """What was there by then is in the last report."""
         self.num_running = 0
         self.num_waiting = 0
         self.waiting_prefill_tokens = 0
@@ -218,7 +220,7 @@ class Worker:
 
     def apply_load(self, report: LoadReport, *, now: float, report_delay_s: float) -> None:
         self._idle_view = None
-        counted = now - report_delay_s
+        counted = self._counted_at = now - report_delay_s
         while self._sent and self._sent[0].bound_at <= counted:
             self._see_prefill(self._sent.popleft())
         while self._arrived and self._arrived[0].arrived_at <= counted:
@@ -251,6 +253,17 @@ class Worker:
                 self.stalled_s += max(0.0, step.duration_s - self.latency.step_s(step.batch, step.kv_tokens))
         self.utilisation.add(report, self.latency, now - self.reported_at if self.reported_at is not None else 0.0)
         self.reported_at = now
+
+    def catch_up(self, reservation: Reservation) -> None:
+        """Of another gateway's request that was told of late: the last report may have counted it."""
+        if reservation.bound_at > self._counted_at:
+            return
+        self._idle_view = None
+        if reservation.is_prefilled:
+            self._other_streams = max(0, self._other_streams - reservation.is_stream)
+            self._see_decode(reservation)
+        else:
+            self._see_prefill(reservation)
 
     def _see_prefill(self, reservation: Reservation) -> None:
         if self.computing.get(reservation.request) is reservation:

@@ -391,5 +391,7 @@ class FakeNewsPlane:
     async def publish_news(self, news: GatewayNews) -> None:
         self._published.put_nowait(news)
 
+    async def flush(self) -> None: ...
+
     async def next(self) -> GatewayNews:
         return await self._published.get()

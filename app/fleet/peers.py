@@ -5,8 +5,9 @@ What a gateway publishes is numbered. Once a second it also tells which others i
 | a gateway                                       | then                                                           |
 |-------------------------------------------------|----------------------------------------------------------------|
 | hears the next number of another one            | takes in what it tells                                         |
-| hears a later number: something was lost        | forgets what that one told, and hears it no longer             |
+| hears another number: something was lost        | forgets what that one told, and hears it no longer             |
 | is told by another one that it is not heard     | publishes all that it has bound; from there on it is heard     |
+| knows a worker that it did not when told of it  | hears whoever told of it no longer, and so is told all         |
 | is told nothing by another one for some seconds | forgets what that one told                                     |
 
 So one that has just started, one that missed something and one that was cut off are brought up to date in the same
@@ -14,13 +15,15 @@ way, and where NATS is away each gateway goes by the workers' reports alone.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
 import structlog
 
 from app.metrics import Gauge
 from app.serving.binding import Clock, Dispatcher
+from planes.wire.errors import HeadraceError
 from planes.wire.messages import GatewayNews, RequestNews
 from router.router import Router
 
@@ -30,13 +33,19 @@ BATCH_S: Final = 0.005
 """For so long what is to be told is gathered: a fraction of an engine's step."""
 BEAT_S: Final = 1.0
 _SILENT_S: Final = 3.5
-_MOST_NEWS: Final = 1000  # in a message: about 100 kB
+_MOST_NEWS: Final = 500  # in a message: about 50 kB
+_MOST_GATEWAYS: Final = 1024
+_MOST_PAUSE_S: Final = 32.0
+_CALM_S: Final = 60.0
+"""Who asks for everything so long after the last time is not the same trouble again."""
 
 
 class NewsPlane(Protocol):
     """What is needed of `planes.events.EventPlane`."""
 
     async def publish_news(self, news: GatewayNews) -> None: ...
+    async def flush(self) -> None:
+        """Return when all that was published has been sent.  Raises:  HeadraceError."""
 
 
 class GatewayPeers:
@@ -52,6 +61,8 @@ class GatewayPeers:
         self._seq = 0
         self._pending: list[RequestNews] = []
         self._is_beat_due = self._is_whole_due = False
+        self._whole_at, self._pause_s = -math.inf, BEAT_S
+        """When everything was told last, and for how long it is not told again."""
         self._heard: dict[str, int] = {}
         """The last number of each gateway of which nothing was missed …"""
         self._alive: dict[str, float] = {}
@@ -65,38 +76,55 @@ class GatewayPeers:
 
     def take(self, *, now: float) -> list[GatewayNews]:
         """What is to be published now, in this order."""
-        if not (self._pending or self._is_beat_due or self._is_whole_due):
+        is_whole = self._is_whole_due and now >= self._whole_at + self._pause_s
+        if not (self._pending or self._is_beat_due or is_whole):
             return []
         pending, self._pending = self._pending, []
-        is_whole, self._is_whole_due = self._is_whole_due, False
+        messages = self._messages(pending) if pending or self._is_beat_due else []
         if is_whole:
-            pending = list(self._router.all_bound(now=now))
+            self._is_whole_due = False
+            is_trouble = now < self._whole_at + _CALM_S
+            self._pause_s = min(2 * self._pause_s, _MOST_PAUSE_S) if is_trouble else BEAT_S
+            self._whole_at = now
+            messages += self._messages(self._router.all_bound(now=now), is_whole=True)
+        return messages
+
+    def _messages(self, news: Sequence[RequestNews], *, is_whole: bool = False) -> list[GatewayNews]:
         messages = []
-        for start in range(0, max(1, len(pending)), _MOST_NEWS):
+        for start in range(0, max(1, len(news)), _MOST_NEWS):
             self._seq += 1
             hears = None
             if self._is_beat_due:
                 hears, self._is_beat_due = list(self._heard), False
-            part = pending[start : start + _MOST_NEWS]
+            part = list(news[start : start + _MOST_NEWS])
             messages.append(GatewayNews(self._name, self._seq, part, is_whole and not start, hears))
         return messages
 
-    def beat(self, *, now: float) -> None:
-        """Once in `BEAT_S`: who is silent is forgotten, and all are told that we are there."""
-        for gateway in [gateway for gateway, at in self._alive.items() if now > at + _SILENT_S]:
+    def beat(self, *, now: float) -> bool:
+        """Once in `BEAT_S`: who is silent is forgotten, and all are told that we are there.
+
+        Returns:  whether what was told is counted no longer.
+        """
+        gone = [gateway for gateway, at in self._alive.items() if now > at + _SILENT_S]
+        for gateway in gone:
             del self._alive[gateway]
-            self._lose(gateway, now)
-        if not self._alive:
+        lost = [self._lose(gateway, now) for gateway in {*gone, *self._router.incomplete_gateways()}]
+        if gone and not self._alive:
             self._router.watch_news(None)
             self._pending.clear()
+            self._seq += 1  # what ends from now on is told to nobody
         self._is_beat_due = True
         self._wake()
+        return any(lost)
 
-    def hear(self, news: GatewayNews, *, now: float) -> None:
-        """Another gateway tells something; what is our own is ignored."""
+    def hear(self, news: GatewayNews, *, now: float) -> bool:
+        """Another gateway tells something; what is our own is ignored.
+
+        Returns:  whether any request of it has ended, or is counted no longer.
+        """
         gateway = news.gateway
-        if gateway == self._name:
-            return
+        if gateway == self._name or (gateway not in self._alive and len(self._alive) >= _MOST_GATEWAYS):
+            return False
         if not self._alive:  # what was bound alone was told to nobody
             self._router.watch_news(self._collect)
             self._is_whole_due = True
@@ -105,26 +133,27 @@ class GatewayPeers:
             self._is_whole_due = True
         if self._is_whole_due:
             self._wake()
-        last = self._heard.get(gateway, 0)
-        if news.is_whole and news.seq > last:
-            self._router.forget_gateway(gateway, now=now)
-        elif news.seq != last + 1:
-            if news.seq > last:
-                self._lose(gateway, now)
-            return
+        is_next = news.seq == self._heard.get(gateway, 0) + 1
+        has_ended = False
+        if not is_next:
+            has_ended = self._lose(gateway, now)
+            if not news.is_whole:
+                return has_ended
         self._heard[gateway] = news.seq
         try:
-            self._router.apply_news(gateway, news.news, now=now)
+            return self._router.apply_news(gateway, news.news, now=now) or has_ended
         except Exception as exc:  # noqa: BLE001 - what was told is at fault, and there will be more
-            self._lose(gateway, now)
             self._num_refused += 1
             if self._num_refused.bit_count() == 1:
                 reason = f"{type(exc).__name__}: {exc}"
                 _log.warning("peer.refused", gateway=gateway, total=self._num_refused, reason=reason)
+            return self._lose(gateway, now)
 
-    def _lose(self, gateway: str, now: float) -> None:
-        if self._heard.pop(gateway, None) is not None:
-            self._router.forget_gateway(gateway, now=now)
+    def _lose(self, gateway: str, now: float) -> bool:
+        if self._heard.pop(gateway, None) is None:
+            return False
+        self._router.forget_gateway(gateway, now=now)
+        return True
 
     def _collect(self, news: RequestNews) -> None:
         self._pending.append(news)
@@ -148,8 +177,9 @@ class PeerNews:
         self.gauges = self._peers.gauges
 
     def told(self, news: GatewayNews) -> None:
-        self._peers.hear(news, now=self._clock())
-        self._dispatcher.changed()
+        """Another gateway, or this one, has told something."""
+        if self._peers.hear(news, now=self._clock()):
+            self._dispatcher.changed()
 
     async def run(self) -> None:
         """Tell and count the others until cancelled."""
@@ -159,13 +189,28 @@ class PeerNews:
                 await self._woken.wait()
                 await asyncio.sleep(BATCH_S)
                 self._woken.clear()
-                for message in self._peers.take(now=self._clock()):
-                    await self._plane.publish_news(message)
+                try:
+                    await self._tell(self._peers.take(now=self._clock()))
+                except HeadraceError as exc:
+                    _log.debug("peer.not_told", reason=str(exc))
+                except Exception:  # noqa: BLE001 - our own bug, and requests are served without this
+                    _log.exception("peer.bug")
+
+    async def _tell(self, messages: Sequence[GatewayNews]) -> None:
+        """One after the other: the connection's buffer is everybody's. What is not sent is missed, and asked for."""
+        for number, message in enumerate(messages, 1):
+            await self._plane.publish_news(message)
+            if number < len(messages):
+                await self._plane.flush()
 
     async def _beat(self) -> None:
         known: frozenset[str] = frozenset()
         while True:
-            self._peers.beat(now=self._clock())
+            try:
+                if self._peers.beat(now=self._clock()):
+                    self._dispatcher.changed()
+            except Exception:  # noqa: BLE001 - as above
+                _log.exception("peer.bug")
             before, known = known, self._peers.alive
             for gateway in known - before:
                 _log.info("peer.heard", gateway=gateway)

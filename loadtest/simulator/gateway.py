@@ -108,8 +108,8 @@ class SimulatedGateway:
                 self.clock.call_later(self.scenario.publish_s, other.told, news)
 
     def told(self, news: GatewayNews) -> None:
-        self._peers.hear(news, now=self.clock.now)
-        self.dispatcher.changed()
+        if self._peers.hear(news, now=self.clock.now):
+            self.dispatcher.changed()
 
     # --- workers -------------------------------------------------------------------------------------------------
 

@@ -307,7 +307,8 @@ class RequestBound(msgspec.Struct, frozen=True, tag="bound", array_like=True):
     """A gateway has sent a request to workers: what another one needs to count it as its own.
 
     prefill: None: `decode` computes its prompt.  due_in_s: seconds until its prompt has to be computed, for its first
-    token to be in time; None: whenever.  is_prefilled: it is computed. Clocks differ, so times are told from now on.
+    token to be in time; None: whenever.  is_prefilled: it is computed.  age_s: seconds since its decode leg arrived, or
+    since it was bound where that has not. Clocks differ, so times are told from now on.
     """
 
     request: RequestName
@@ -320,6 +321,11 @@ class RequestBound(msgspec.Struct, frozen=True, tag="bound", array_like=True):
     slo_itl_s: Seconds | None
     due_in_s: Annotated[float, Meta(ge=-1e6, le=1e6)] | None
     is_prefilled: bool = False
+    age_s: Seconds = 0.0
+
+    def __post_init__(self) -> None:
+        if max(self.uncached_tokens, self.decode_cached_tokens) > self.prompt_tokens:
+            raise ValueError(f"more tokens computed or cached than the prompt's {self.prompt_tokens}")
 
 
 class RequestPrefilled(msgspec.Struct, frozen=True, tag="prefilled", array_like=True):
@@ -347,6 +353,6 @@ class GatewayNews(msgspec.Struct, frozen=True):
 
     gateway: GatewayName
     seq: Sequence
-    news: list[RequestNews] = []
+    news: Annotated[list[RequestNews], Meta(max_length=1024)] = []
     is_whole: bool = False
-    hears: list[GatewayName] | None = None
+    hears: Annotated[list[GatewayName], Meta(max_length=1024)] | None = None

@@ -21,6 +21,7 @@ from planes.wire.messages import RequestId, WorkerId
 
 _MAX_COMPARED = 64  # prompts with the same first block that a new one is compared with
 _PATIENCE_S = 1.0  # a worker that had nothing new to tell says nothing
+_MOST_COMPUTED = 64  # prompts of a worker that it has not told of
 
 
 @dataclass(slots=True, eq=False)
@@ -58,9 +59,11 @@ class UntoldBlocks:
         """It is known to be computed: the worker will tell soon. Unknown requests are ignored, as `drop` does."""
         prompt = self._prompts.get(request)
         if prompt is not None and prompt.computed_at == math.inf:
-            self.forget(prompt.worker, now)
             prompt.computed_at = now
-            self._computed.setdefault(prompt.worker, []).append(prompt)
+            computed = self._computed.setdefault(prompt.worker, [])
+            computed.append(prompt)
+            if len(computed) > _MOST_COMPUTED or computed[0].computed_at <= now - _PATIENCE_S:
+                self._end(prompt.worker, lambda each: each is computed[0] or each.computed_at <= now - _PATIENCE_S)
 
     def drop(self, request: RequestId) -> None:
         prompt = self._prompts.pop(request, None)
@@ -75,8 +78,10 @@ class UntoldBlocks:
         self._end(worker, lambda prompt: holds(worker, int(prompt.blocks[-1])))
 
     def gone(self, worker: WorkerId) -> None:
-        """What was computed there is lost."""
-        self._end(worker, lambda _: True)
+        """What was sent there is lost."""
+        for request in [request for request, prompt in self._prompts.items() if prompt.worker == worker]:
+            self.drop(request)
+        self._computed.pop(worker, None)
 
     def forget(self, worker: WorkerId, now: float) -> None:
         """What was computed there long ago has been told of, or never will be."""

@@ -197,7 +197,11 @@ def _bound_or_held(request: RoutableRequest, way: Way, ways: list[Way], view: Fl
     lacks_room = False
     if not because and chosen.waits_for_room:
         because, lacks_room = f"{chosen.waits_for_room} has no room for it", True
-    spares_streams = not because and _costs_an_slo(chosen) and _has_time(request, chosen, view, max_backlog_s, model)
+    spares_streams = (
+        not because
+        and _costs_an_slo(chosen)
+        and (view.lets_pass or _has_time(request, chosen, view, max_backlog_s, model))
+    )
     if spares_streams:
         because = f"a stream on {way.prefill.name} would miss its time between tokens"
     if not because and request.handover is not HandoverPreference.ALWAYS:  # else somebody looks at all of them
@@ -216,7 +220,7 @@ def _bound_or_held(request: RoutableRequest, way: Way, ways: list[Way], view: Fl
 
 def _costs_an_slo(chosen: Candidate) -> bool:
     """Whether a stream on the worker that computes the prompt would lose its SLO, and as it is chosen, one anywhere."""
-    return chosen.gives_up is Sacrifice.ITL and chosen.strains
+    return chosen.gives_up in {Sacrifice.ITL, Sacrifice.ITL_AND_TTFT} and chosen.strains
 
 
 def _has_time(request: RoutableRequest, chosen: Candidate, view: FleetView, margin_s: float, model: CostModel) -> bool:

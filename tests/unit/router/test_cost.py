@@ -159,3 +159,13 @@ def test_one_that_is_late_for_its_first_token_takes_no_seat_from_those_still_in_
     goals = prices.Goals(ttft_s=-1.0, itl_s=0.05, makes_way=makes_way)
     lacking = cost.pair(wanted, *legs, LinkModel(LatencyPrior()), goals).waits_for_room
     assert lacking == ("d" if makes_way else None)
+
+
+def test_a_worker_that_is_busy_with_one_client_at_a_time_keeps_nobody_waiting():
+    busy = worker("p", Role.PREFILL, prefill_utilisation=0.9)
+    prices_of = [
+        prices.congestion(replace(view(busy, worker("d")), found_busy=found)).price(WorkerId("p"), 0.9)
+        for found in (0.0, 0.5, 1.0)
+    ]
+    assert prices_of[0] == 0.0
+    assert 0.0 < prices_of[1] < prices_of[2]

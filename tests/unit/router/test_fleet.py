@@ -307,6 +307,28 @@ def test_a_computed_prompt_counts_as_cached_until_its_worker_tells_of_it():
     assert view(fleet, P, routable=second).cached_tokens == 20, "what the worker tells is what counts"
 
 
+def test_what_was_sent_to_a_worker_is_not_expected_of_its_next_start():
+    fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
+    fleet.reserve(request("first", blocks=range(1, 9)), candidate(P, D), 0.0)
+    fleet.up(registration("p", Role.PREFILL, epoch=2))
+    assert view(fleet, P, routable=request("second", blocks=range(1, 9))).cached_tokens == 0
+
+
+def test_what_a_worker_computed_after_it_was_given_up_is_not_kept():
+    fleet = fleet_of(registration("d"))
+    reservation = fleet.reserve(request("first", blocks=range(1, 9)), candidate(None, D), 0.0)
+    fleet.down(D)
+    fleet.prefilled(reservation, 1.0)
+    assert len(fleet._untold) == 0
+
+
+def test_a_prompt_of_which_all_is_held_or_soon_will_be_is_not_compared_with_later_ones():
+    fleet = fleet_of(registration("d"))
+    fleet.reserve(request("first", blocks=range(1, 11)), candidate(None, D, cached=80), 0.0)
+    fleet.reserve(request("again", blocks=range(1, 11)), candidate(None, D, cached=90), 0.0)
+    assert len(fleet._untold) == 1
+
+
 def test_a_fully_cached_prompt_leaves_its_last_token_to_compute():
     fleet = fleet_of(registration("d"))
     fleet.apply_events(KvEvents(D, 1, 1, [BlocksStored(pack(np.arange(1, 11, dtype=np.uint64)))]))

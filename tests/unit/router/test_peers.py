@@ -1,10 +1,19 @@
 import random
 
+import msgspec
 import numpy as np
 import pytest
 
-from planes.wire.messages import RequestBound, RequestId, RequestPrefilled, RequestReleased, WorkerId
-from router.request import RoutableRequest
+from planes.wire.messages import (
+    LoadReport,
+    RequestBound,
+    RequestId,
+    RequestPrefilled,
+    RequestReleased,
+    WorkerId,
+    WorkerState,
+)
+from router.request import Observed, RoutableRequest
 from router.router import Router
 from router.settings import RouterSettings
 from tests.fakes import registration
@@ -98,3 +107,52 @@ def test_what_is_bound_is_told_as_it_happens_and_as_a_whole(router):
     assert whole.is_prefilled
     assert whole.due_in_s == pytest.approx(first.due_in_s - 1.0)
     router.watch_news(None)
+
+
+@pytest.mark.parametrize("told", [{"uncached_tokens": 401}, {"decode_cached_tokens": 401}])
+def test_more_tokens_than_the_prompt_has_are_not_to_be_told(told):
+    fields = {"uncached_tokens": 400, "decode_cached_tokens": 0} | told
+    with pytest.raises(ValueError, match="the prompt's 400"):
+        RequestBound(RequestId("r"), None, W, 400, expected_tokens=1, slo_itl_s=None, due_in_s=None, **fields)
+
+
+def test_what_is_too_long_for_its_worker_is_cut(router):
+    router.apply_news("g", [bound(tokens=1 << 48, expected_tokens=1 << 48)], now=0.0)
+    assert seen(router) == (1, 1, 4096)
+    assert view(router).queue_s < 60.0
+
+
+def test_a_request_of_ours_takes_the_place_of_one_of_the_same_name(router):
+    router.apply_news("g", [bound("r")], now=0.0)
+    request = RoutableRequest(RequestId("r"), "sim", np.zeros(0, dtype=np.uint64), 40, 8, 1e9)
+    router.submit(request, now=9.0)
+    assert router.dispatch(now=9.0)
+    assert router.stats(now=9.0).peers_bound == 0
+    router.apply_news("g", [RequestReleased(RequestId("r"), 1)], now=9.0)
+    router.release(RequestId("r"), Observed(), now=9.0)
+    assert seen(router, 9.0) == (0, 0, 0)
+    worker = router._fleet.workers[W]
+    assert (worker.unseen_prefill_tokens, worker.unseen_decodes, worker.expected_tokens) == (0, 0, 0)
+
+
+def test_what_the_last_report_has_counted_is_not_counted_again(router):
+    report = LoadReport(W, 1, WorkerState.READY, 2, 1, 300, 900, 240, 0, 0, 0)
+    router.apply_load(report, now=5.0)
+    router.apply_news("g", [bound("r", is_prefilled=True, age_s=3.0), bound("s", tokens=300, age_s=1.0)], now=5.1)
+    (worker,) = router.workers(now=5.1)
+    assert (worker.num_waiting, worker.waiting_prefill_tokens) == (1, 300)
+    assert worker.num_running == 3, "the stream that was told, another one, and the answer to come"
+    router.apply_news("g", [bound("new")], now=5.1)
+    assert seen(router, 5.1)[1] == 2
+
+
+def test_numbers_beyond_what_may_be_told_are_told_as_the_most(router):
+    told = []
+    router.watch_news(told.append)
+    request = RoutableRequest(
+        RequestId("r"), "sim", np.zeros(0, dtype=np.uint64), 40, 8, 1e12, slo_ttft_s=1e9, slo_itl_s=1e9
+    )
+    router.submit(request, now=0.0)
+    router.dispatch(now=0.0)
+    (news,) = told
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(news), type=RequestBound) == news

@@ -86,6 +86,10 @@ def test_for_room_to_decode_it_makes_way_as_long_as_its_answer_may_take_besides(
     assert waiting.makes_way(2.0)
     assert waiting.makes_way(82.9)
     assert not waiting.makes_way(83.0)  # 3 s, 60 s, and 40 times half a second
+    assert waiting.lets_pass(62.9)
+    assert not waiting.lets_pass(63.0)
+    waiting.request = msgspec.structs.replace(waiting.request, is_retry=True)
+    assert not waiting.lets_pass(2.0), "its client has a part of the answer"
 
 
 def test_those_that_make_way_keep_their_class_and_their_tenant_s_share():

@@ -782,6 +782,17 @@ def test_everything_balances_to_zero_after_any_history(history, policy):  # noqa
     assert len(router._fleet._untold) == 0
 
 
+def test_it_is_known_how_many_requests_find_others_there():
+    router = router_of(registration("b"), policy=LeastLoaded())
+    for number in range(100):
+        send(router, f"alone{number}")
+        router.release(RequestId(f"alone{number}"), Observed(), now=0.0)
+    assert router._found_busy == 0.0
+    for number in range(100):
+        send(router, f"beside{number}")
+    assert router._found_busy > 0.99
+
+
 def test_stats_tell_how_evenly_tenants_were_served():
     def fairness(served):
         router = router_of(registration("b"), policy=LeastLoaded())

@@ -1,5 +1,6 @@
 import asyncio
 import random
+from itertools import pairwise
 
 import msgspec
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from app.fleet.peers import BEAT_S, GatewayPeers, PeerNews
 from app.serving.binding import Dispatcher
-from planes.wire.messages import GatewayNews, RequestId, RequestReleased
+from planes.wire.messages import GatewayNews, RequestId, RequestReleased, WorkerId
 from router.policies.least_loaded import LeastLoaded
 from router.request import Observed, RoutableRequest
 from router.router import Router
@@ -140,14 +141,98 @@ def test_one_alone_tells_only_that_it_is_there():
     assert site.tell(A) == [GatewayNews(A, 2, hears=[])]
 
 
-def test_what_was_told_before_is_not_taken_in_twice():
+def test_a_number_that_was_told_before_is_a_gap_too():
+    """Else one message with a number far ahead would make all that follow it old."""
+    site = Site(A, B)
+    site.beat()
+    site.peers[B].hear(GatewayNews(A, 2**62, is_whole=True), now=site.now)
+    site.bind(A, "r")
+    site.tell(A)
+    assert site.counted(B) == (0, 0)
+    site.beat()
+    assert site.counted(B) == (0, 1)
+
+
+def test_everything_is_told_once_and_then_ever_more_seldom_whoever_asks_how_often():
     site = Site(A, B)
     site.beat()
     site.bind(A, "r")
-    (message,) = site.tell(A)
-    for _ in range(2):
-        site.peers[B].hear(message, now=site.now)
+    wholes = []
+    for _ in range(200):
+        site.now += 0.25
+        site.peers[A].hear(GatewayNews(C, 7, hears=[]), now=site.now)
+        wholes += [site.now for message in site.peers[A].take(now=site.now) if message.is_whole]
+    pauses = [later - earlier for earlier, later in pairwise(wholes)]
+    assert pauses == [2.0, 4.0, 8.0, 16.0]
+
+
+def test_one_that_hears_without_a_gap_is_not_disturbed_by_what_is_told_for_another():
+    site = Site(A, B)
+    site.beat()
+    site.bind(A, "r")
+    site.tell(A)
+    site.start(C)
+    told = []
+    site.routers[B].forget_gateway = lambda *args, **fields: told.append(args)
+    site.beat()
+    assert site.counted(C) == (0, 1)
     assert site.counted(B) == (0, 1)
+    assert not told
+
+
+def test_one_that_nobody_is_left_to_hear_tells_by_its_number_that_it_stopped():
+    site = Site(A, B)
+    site.beat()
+    site.bind(A, "r")
+    site.tell(A)
+    for _ in range(5):  # B's messages are lost, A's are not
+        site.now += BEAT_S
+        site.peers[A].beat(now=site.now)
+        site.tell(A)
+        site.peers[B].beat(now=site.now)
+    assert site.counted(B) == (0, 0)
+
+
+def test_what_was_told_of_a_worker_that_comes_up_later_is_asked_for_again():
+    site = Site(A, B)
+    for router in site.routers.values():
+        router.worker_up(registration("both-2"))
+    site.routers[B].worker_down(WorkerId("both-1"))
+    site.routers[B].worker_down(WorkerId("both-2"))
+    site.beat()
+    site.bind(A, "r")
+    site.bind(A, "s")
+    site.tell(A)
+    for _ in range(3):
+        site.beat()
+    assert site.counted(B) == (0, 0)
+    assert [gauge.value for gauge in site.peers[B].gauges()] == [1]
+    for name in ("both-1", "both-2"):
+        site.routers[B].worker_up(registration(name))
+    site.beat()
+    assert site.counted(B) == (0, 2)
+
+
+def test_only_the_end_of_a_request_is_a_reason_to_look_for_room():
+    site = Site(A, B)
+    site.beat()
+    heard = []
+    hear = site.peers[B].hear
+    site.peers[B].hear = lambda news, now: heard.append(hear(news, now=now))
+    site.bind(A, "r")
+    site.tell(A)
+    site.beat()
+    assert not any(heard)
+    site.release(A, "r")
+    site.tell(A)
+    assert heard[-1]
+
+
+def test_as_many_gateways_as_there_may_be_are_remembered():
+    site = Site(A)
+    for number in range(2000):
+        site.peers[A].hear(GatewayNews(f"{number:016x}", 1), now=site.now)
+    assert len(site.peers[A].alive) == 1024
 
 
 def test_all_of_many_is_told_in_several_messages():
@@ -157,7 +242,7 @@ def test_all_of_many_is_told_in_several_messages():
     site.peers[B].beat(now=site.now)
     site.tell(B)
     messages = site.tell(A)
-    assert [message.is_whole for message in messages] == [True, False, False]
+    assert [message.is_whole for message in messages] == [True, False, False, False, False]
     assert site.counted(B) == (0, 2100)
 
 
@@ -189,6 +274,8 @@ def test_what_cannot_be_taken_in_is_logged_and_asked_for_again(monkeypatch):
         GatewayNews(A, 1, [RequestReleased("", 1)]),
         GatewayNews(A, 1, [RequestReleased("r", -1)]),
         GatewayNews(A, 1, hears=["nobody"]),
+        GatewayNews(A, 1, hears=[A] * 2000),
+        GatewayNews(A, 1, [RequestReleased("r", 1)] * 2000),
     ],
 )
 def test_what_is_out_of_range_does_not_decode(message):

@@ -57,7 +57,6 @@ def test_a_computed_one_stays_until_its_own_last_block_is_told_of(untold):
 
 def test_one_still_to_be_computed_is_not_ended_by_what_a_worker_tells(untold):
     untold.told(A, knows((A, 3)))
-    untold.gone(A)
     untold.forget(A, 1e9)
     assert len(untold) == 2
 
@@ -72,10 +71,20 @@ def test_what_no_worker_tells_of_is_forgotten_after_a_while(untold):
     assert untold.match(names(8)) == {A: 1}, "also where no report comes"
 
 
-def test_what_was_computed_by_a_worker_that_is_gone_is_lost(untold):
+def test_all_that_was_sent_to_a_worker_that_is_gone_is_lost(untold):
+    untold.add(RequestId("three"), A, names(1, 9))
     untold.computed(ONE, 1.0)
     untold.gone(A)
     assert untold.match(names(1)) == {B: 1}
+
+
+def test_of_those_that_are_never_told_of_only_some_are_kept(untold):
+    for number in range(1000):
+        untold.add(RequestId(f"r{number}"), A, names(number + 10))
+        untold.computed(RequestId(f"r{number}"), 1.0)
+    assert len(untold) == 2 + 64
+    assert untold.match(names(10)) == {}
+    assert untold.match(names(1009)) == {A: 1}
 
 
 def test_a_request_that_is_sent_again_counts_where_it_was_sent_last(untold):

@@ -461,18 +461,21 @@ def test_the_constants_of_the_price_are_the_policy_s_to_be_given():
     assert not Headrace(CostModel(round_trip_s=60.0)).choose(request(), fleet(late)).is_held
 
 
-def test_a_prompt_that_would_cost_a_stream_its_slo_wherever_it_goes_is_held_while_it_has_time():
+def test_a_prompt_that_would_cost_a_stream_its_slo_wherever_it_goes_is_held_while_it_has_time_or_makes_way():
     strained = worker("d", Role.BOTH, num_running=4, kv_tokens=8000, mean_expected=300.0, stall_left_s=0.1)
     calm = replace(strained, stall_left_s=50.0)
     wanted = request(4000, slo_ttft_s=5.0, slo_itl_s=0.05)
 
-    def answer(beside, routable=wanted, waited_s=0.0):
-        return Headrace().choose(routable, replace(fleet(beside), waited_s=waited_s))
+    def answer(beside, routable=wanted, **waiting):
+        return Headrace().choose(routable, replace(fleet(beside), **waiting))
 
     held = answer(strained)
     assert (held.is_held, held.spares_streams, held.chosen.gives_up) == (True, True, Sacrifice.ITL)
     assert held.held_because == "a stream on d would miss its time between tokens"
     assert not answer(strained, waited_s=4.2).is_held
+    late = answer(strained, waited_s=9.0, lets_pass=True)
+    assert (late.is_held, late.spares_streams, late.chosen.gives_up) == (True, True, Sacrifice.ITL_AND_TTFT)
+    assert not answer(strained, waited_s=70.0).is_held  # it is its turn
     assert not answer(strained, request(4000, slo_itl_s=0.05)).is_held
     assert not answer(calm).is_held
     assert Headrace().choose(wanted, fleet(strained, replace(calm, worker=WorkerId("e")))).chosen.decode == "e"
