@@ -27,6 +27,7 @@ COMPILED = (
     "router/cost.py",
     "router/fairness.py",
     "router/fleet.py",
+    "router/index/untold.py",
     "router/late_binding.py",
     "router/latency.py",
     "router/links.py",

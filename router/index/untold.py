@@ -12,7 +12,6 @@ client that has its first token may send what begins alike before the gateway ha
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,16 +23,17 @@ _PATIENCE_S = 1.0  # a worker that had nothing new to tell says nothing
 _MOST_COMPUTED = 64  # prompts of a worker that it has not told of
 
 
-@dataclass(slots=True, eq=False)
 class _Prompt:
-    request: RequestId
-    worker: WorkerId
-    blocks: Hashes
-    computed_at: float = math.inf
+    """first, last: of its blocks."""
 
-    @property
-    def first(self) -> int:
-        return int(self.blocks[0])
+    __slots__ = ("blocks", "computed_at", "first", "last", "request", "worker")
+
+    def __init__(self, request: RequestId, worker: WorkerId, blocks: Hashes) -> None:
+        self.request = request
+        self.worker = worker
+        self.blocks = blocks
+        self.first, self.last = int(blocks[0]), int(blocks[-1])
+        self.computed_at = math.inf
 
 
 class UntoldBlocks:
@@ -75,7 +75,7 @@ class UntoldBlocks:
 
     def told(self, worker: WorkerId, holds: Callable[[WorkerId, int], bool]) -> None:
         """The worker has told of some blocks.  holds: whether it is now known to hold a block."""
-        self._end(worker, lambda prompt: holds(worker, int(prompt.blocks[-1])))
+        self._end(worker, lambda prompt: holds(worker, prompt.last))
 
     def gone(self, worker: WorkerId) -> None:
         """What was sent there is lost."""
