@@ -52,7 +52,7 @@ from router.worker import Reservation
 _LENGTH_GAIN = 0.02
 _LEAST_SHARE = 0.01
 _RATE_WINDOW_S = 10.0
-_FOUND_GAIN = 0.05
+_FOUND_GAIN = 0.05  # of each request that comes, in the share that found others there
 _FRESH_S = 0.002  # for so long a decision holds while nothing changes
 _MAX_MODELS = 1024  # whose answers' lengths are remembered; the one that has been silent for longest is forgotten
 

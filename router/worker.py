@@ -259,14 +259,14 @@ class Worker:
         if reservation.bound_at > self._counted_at:
             return
         self._idle_view = None
-        if reservation.is_prefilled:
+        if not reservation.is_prefilled:
+            self._see_prefill(reservation)
+        elif reservation.decoding is self:
             self._other_streams = max(0, self._other_streams - reservation.is_stream)
             self._see_decode(reservation)
-        else:
-            self._see_prefill(reservation)
 
     def _see_prefill(self, reservation: Reservation) -> None:
-        if self.computing.get(reservation.request) is reservation:
+        if self.computing.get(reservation.request) is reservation and not reservation.prefill_seen:
             reservation.prefill_seen = True
             self.unseen_prefills -= 1
             self.unseen_prefill_tokens -= reservation.uncached_tokens
@@ -275,7 +275,7 @@ class Worker:
             self.seen_s += reservation.work_s
 
     def _see_decode(self, reservation: Reservation) -> None:
-        if self.decoding.get(reservation.request) is reservation:
+        if self.decoding.get(reservation.request) is reservation and not reservation.decode_seen:
             reservation.decode_seen = True
             self.unseen_decodes -= 1
             self.unseen_kv_tokens -= reservation.prompt_tokens

@@ -33,14 +33,17 @@ def bound(name="r", *, prefill=None, decode=W, tokens=400, **fields):
     return RequestBound(RequestId(name), prefill, decode, tokens, tokens, **told)
 
 
+def ours(name="r", *, deadline=1e9, **slos):
+    return RoutableRequest(RequestId(name), "sim", np.zeros(0, dtype=np.uint64), 40, 8, deadline, **slos)
+
+
 def seen(router, now=0.0):
     (worker,) = router.workers(now=now)
     return worker.num_running, worker.num_waiting, worker.kv_tokens
 
 
 def view(router, now=0.0):
-    request = RoutableRequest(RequestId("q"), "sim", np.zeros(0, dtype=np.uint64), 40, 8, 1e9)
-    (worker,) = router._fleet.view(request, {}, now, random.Random(0)).decode
+    (worker,) = router._fleet.view(ours("q"), {}, now, random.Random(0)).decode
     return worker
 
 
@@ -69,8 +72,7 @@ def test_one_on_a_worker_that_is_not_known_here_is_left_out(router, told):
 
 
 def test_a_name_that_is_in_use_is_left_out(router):
-    request = RoutableRequest(RequestId("r"), "sim", np.zeros(0, dtype=np.uint64), 40, 8, 1e9)
-    router.submit(request, now=0.0)
+    router.submit(ours(), now=0.0)
     router.dispatch(now=0.0)
     router.apply_news("g", [bound("r"), bound("s")], now=0.0)
     router.apply_news("h", [bound("s")], now=0.0)
@@ -90,10 +92,7 @@ def test_a_gateway_that_is_forgotten_leaves_nothing(router):
 def test_what_is_bound_is_told_as_it_happens_and_as_a_whole(router):
     told = []
     router.watch_news(told.append)
-    request = RoutableRequest(
-        RequestId("r"), "sim", np.zeros(0, dtype=np.uint64), 40, 8, 1e9, slo_ttft_s=2.0, slo_itl_s=0.1
-    )
-    router.submit(request, now=5.0)
+    router.submit(ours(slo_ttft_s=2.0, slo_itl_s=0.1), now=5.0)
     router.dispatch(now=5.0)
     (first,) = told
     assert (first.request, first.prefill, first.decode) == ("r", None, W)
@@ -124,8 +123,7 @@ def test_what_is_too_long_for_its_worker_is_cut(router):
 
 def test_a_request_of_ours_takes_the_place_of_one_of_the_same_name(router):
     router.apply_news("g", [bound("r")], now=0.0)
-    request = RoutableRequest(RequestId("r"), "sim", np.zeros(0, dtype=np.uint64), 40, 8, 1e9)
-    router.submit(request, now=9.0)
+    router.submit(ours(), now=9.0)
     assert router.dispatch(now=9.0)
     assert router.stats(now=9.0).peers_bound == 0
     router.apply_news("g", [RequestReleased(RequestId("r"), 1)], now=9.0)
@@ -146,13 +144,33 @@ def test_what_the_last_report_has_counted_is_not_counted_again(router):
     assert seen(router, 5.1)[1] == 2
 
 
+@pytest.mark.parametrize("is_prefilled", [True, False])
+def test_what_one_report_has_counted_the_next_one_does_not_take_off_once_more(router, is_prefilled):
+    report = LoadReport(W, 1, WorkerState.READY, 1, 1, 400, 900, 400, 0, 0, 0)
+    router.apply_load(report, now=5.0)
+    router.apply_news("g", [bound("r", is_prefilled=is_prefilled, age_s=3.0)], now=5.1)
+    router.apply_load(report, now=6.0)
+    worker = router._fleet.workers[W]
+    assert (worker.unseen_prefills, worker.unseen_prefill_tokens, worker.unseen_decodes) == (0, 0, 0)
+    router.apply_news("g", [RequestReleased(RequestId("r"), 50)], now=6.1)
+    router.apply_load(LoadReport(W, 1, WorkerState.READY, 0, 0, 0, 1000, 0, 0, 0, 0), now=7.0)
+    assert (worker.unseen_decodes, worker.unseen_kv_tokens, worker.unseen_blocks) == (0, 0, 0)
+    assert (worker.seen_tokens, worker.seen_prompt_tokens, worker.seen_s) == (0, 0, 0.0)
+
+
+def test_a_stream_that_was_told_is_taken_off_the_unknown_ones_of_its_decode_worker_alone(router):
+    other = WorkerId("both-2")
+    router.worker_up(registration("both-2"))
+    for worker in (W, other):
+        router.apply_load(LoadReport(worker, 1, WorkerState.READY, 3, 0, 0, 900, 240, 0, 0, 0), now=5.0)
+    router.apply_news("g", [bound("r", prefill=other, is_prefilled=True, age_s=3.0)], now=5.1)
+    assert [router._fleet.workers[worker].num_streams for worker in (W, other)] == [3, 3]
+
+
 def test_numbers_beyond_what_may_be_told_are_told_as_the_most(router):
     told = []
     router.watch_news(told.append)
-    request = RoutableRequest(
-        RequestId("r"), "sim", np.zeros(0, dtype=np.uint64), 40, 8, 1e12, slo_ttft_s=1e9, slo_itl_s=1e9
-    )
-    router.submit(request, now=0.0)
+    router.submit(ours(deadline=1e12, slo_ttft_s=1e9, slo_itl_s=1e9), now=0.0)
     router.dispatch(now=0.0)
     (news,) = told
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(news), type=RequestBound) == news
