@@ -12,36 +12,41 @@ client that has its first token may send what begins alike before the gateway ha
 
 import math
 from collections.abc import Callable
+from itertools import islice
 
 import numpy as np
 
 from planes.wire.blocks import Hashes
 from planes.wire.messages import RequestId, WorkerId
 
-_MAX_COMPARED = 64  # prompts with the same first block that a new one is compared with
+_MAX_COMPARED = 64  # prompts of a worker that begin alike, with which a new one is compared block by block
 _PATIENCE_S = 1.0  # a worker that had nothing new to tell says nothing
 _MOST_COMPUTED = 64  # prompts of a worker that it has not told of
 
 
 class _Prompt:
-    """first, last: of its blocks."""
+    """last: its last block.  some: those by which it is found."""
 
-    __slots__ = ("blocks", "computed_at", "first", "last", "request", "worker")
+    __slots__ = ("blocks", "computed_at", "last", "request", "some", "worker")
 
     def __init__(self, request: RequestId, worker: WorkerId, blocks: Hashes) -> None:
         self.request = request
         self.worker = worker
         self.blocks = blocks
-        self.first, self.last = int(blocks[0]), int(blocks[-1])
+        self.some = _some(blocks)
+        self.last = int(blocks[-1])
         self.computed_at = math.inf
 
 
 class UntoldBlocks:
-    """The prompts under way, by their first block."""
+    """The prompts under way, by some of their blocks: the first, second, fourth, eighth … of each.
+
+    A name stands for all blocks up to it, so prompts with the same one begin alike; many have the same first ones.
+    """
 
     def __init__(self) -> None:
         self._prompts: dict[RequestId, _Prompt] = {}
-        self._alike: dict[int, dict[RequestId, _Prompt]] = {}
+        self._alike: list[dict[int, dict[WorkerId, dict[RequestId, _Prompt]]]] = []
         self._computed: dict[WorkerId, list[_Prompt]] = {}
 
     def __len__(self) -> int:
@@ -53,7 +58,10 @@ class UntoldBlocks:
         self.drop(request)
         if len(blocks):
             prompt = self._prompts[request] = _Prompt(request, worker, blocks)
-            self._alike.setdefault(prompt.first, {})[request] = prompt
+            while len(self._alike) < len(prompt.some):
+                self._alike.append({})
+            for level, name in enumerate(prompt.some):
+                self._alike[level].setdefault(name, {}).setdefault(worker, {})[request] = prompt
 
     def computed(self, request: RequestId, now: float) -> None:
         """It is known to be computed: the worker will tell soon. Unknown requests are ignored, as `drop` does."""
@@ -67,11 +75,16 @@ class UntoldBlocks:
 
     def drop(self, request: RequestId) -> None:
         prompt = self._prompts.pop(request, None)
-        if prompt is not None:
-            alike = self._alike[prompt.first]
+        if prompt is None:
+            return
+        for level, name in enumerate(prompt.some):
+            workers = self._alike[level][name]
+            alike = workers[prompt.worker]
             del alike[request]
             if not alike:
-                del self._alike[prompt.first]
+                del workers[prompt.worker]
+                if not workers:
+                    del self._alike[level][name]
 
     def told(self, worker: WorkerId, holds: Callable[[WorkerId, int], bool]) -> None:
         """The worker has told of some blocks.  holds: whether it is now known to hold a block."""
@@ -100,11 +113,28 @@ class UntoldBlocks:
     def match(self, blocks: Hashes) -> dict[WorkerId, int]:
         """How many leading blocks of a prompt each worker will hold by those under way; 0 is left out."""
         found: dict[WorkerId, int] = {}
-        alike = self._alike.get(int(blocks[0])) if len(blocks) else None
-        if alike:
-            for prompt in list(alike.values())[-_MAX_COMPARED:]:
-                shared = min(len(prompt.blocks), len(blocks))
-                # Names are chained: equal ones are a leading run.
-                depth = int(np.count_nonzero(prompt.blocks[:shared] == blocks[:shared]))
-                found[prompt.worker] = max(depth, found.get(prompt.worker, 0))
+        some = _some(blocks)
+        for level in range(min(len(some), len(self._alike)) - 1, -1, -1):
+            workers = self._alike[level].get(some[level])
+            if workers:
+                for worker, alike in workers.items():
+                    if worker not in found:
+                        found[worker] = _deepest(alike, blocks, 1 << level)
         return found
+
+
+def _some(blocks: Hashes) -> list[int]:
+    """The names of the first, second, fourth, eighth … block."""
+    return [int(blocks[(1 << level) - 1]) for level in range(len(blocks).bit_length())]
+
+
+def _deepest(alike: dict[RequestId, _Prompt], blocks: Hashes, depth: int) -> int:
+    """Most leading blocks that any of these prompts shares.  depth: so many they all do, and none twice as many."""
+    most = min(2 * depth - 1, len(blocks))
+    for prompt in islice(reversed(alike.values()), _MAX_COMPARED):
+        if depth == most:
+            break
+        until = min(len(prompt.blocks), most)
+        if depth < until and prompt.blocks[depth] == blocks[depth]:
+            depth += int(np.count_nonzero(prompt.blocks[depth:until] == blocks[depth:until]))
+    return depth

@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from planes.wire.messages import RequestId, WorkerId
 from router.index.untold import UntoldBlocks
@@ -93,3 +95,24 @@ def test_a_request_that_is_sent_again_counts_where_it_was_sent_last(untold):
     assert untold.match(names(1, 2, 3)) == {B: 3}
     untold.told(A, knows((A, 3)))
     assert untold.match(names(1, 2, 3)) == {B: 3}
+
+
+# Prompts of a few texts, each a chain: its names say how it goes on and what is before.
+prompts = st.tuples(st.integers(0, 40), st.integers(0, 40)).map(
+    lambda lengths: names(*range(1, lengths[0] + 1), *(1000 * lengths[0] + n for n in range(1, lengths[1] + 1)))
+)
+
+
+@given(st.lists(st.tuples(prompts, st.sampled_from([A, B]), st.booleans())), prompts)
+def test_depths_are_those_of_comparing_with_each_prompt(sent, prompt):
+    untold, expected = UntoldBlocks(), {}
+    for number, (blocks, worker, is_dropped) in enumerate(sent):
+        untold.add(RequestId(str(number)), worker, blocks)
+        if is_dropped:
+            untold.drop(RequestId(str(number)))
+            continue
+        shared = min(len(blocks), len(prompt))
+        depth = int(np.count_nonzero(blocks[:shared] == prompt[:shared]))
+        if depth:
+            expected[worker] = max(depth, expected.get(worker, 0))
+    assert untold.match(prompt) == expected
