@@ -1,6 +1,7 @@
 """Whether this gateway makes the prompts that a worker's own code would make: both turn the same probes into tokens."""
 
-from app.prompt.template import ChatTemplate, TemplateError
+from app.prompt.sandbox import TemplateError
+from app.prompt.template import ChatTemplate
 from app.prompt.tokenizer import Tokenizer
 from planes.probes import Probe, digest
 from planes.wire.blocks import Tokens

@@ -16,7 +16,8 @@ import msgspec
 
 from app.openai.schema import Json, Kind, ParsedRequest
 from app.prompt.nonce import without_nonce
-from app.prompt.template import ChatTemplate, TemplateError
+from app.prompt.sandbox import TemplateError
+from app.prompt.template import ChatTemplate
 from app.prompt.tokenizer import Tokenizer
 from planes.wire import blocks
 from planes.wire.blocks import Hashes, Tokens

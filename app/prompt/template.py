@@ -20,25 +20,23 @@ both ends itself around a client's word (`<|{{ role }}|>`) means the token.
 """
 
 import itertools
-import json
 import re
 import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import jinja2
-import jinja2.compiler
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 
+from app.prompt.sandbox import BUDGET, Budget, Environment, TemplateError, TemplateLimits
+from app.prompt.shapes import Shapes
 from planes.wire.errors import InvalidRequest
 
 Json = Any
+
+_LIMITS: Final = TemplateLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +56,6 @@ class SpecialToken:
     rstrip: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class TemplateLimits:
-    """Bounds on one rendering."""
-
-    iterations: int = 1_000_000
-    spelt_tokens: int = 10_000
-    """Control tokens spelt out by the client; each costs some microseconds."""
-    output_chars: int = 64_000_000
-    """Of the output, and of what `*` repeats on the way there."""
-    integer_bits: int = 4_096
-
-
-class TemplateError(InvalidRequest):
-    """The template refused the messages, or could not be rendered with them."""
-
-    code = "template_error"
-
-
 class ChatTemplate:
     """One model's compiled chat template. `render` may run on several threads at once."""
 
@@ -85,7 +65,7 @@ class ChatTemplate:
         special_tokens: Sequence[SpecialToken] = (),
         *,
         variables: Mapping[str, Json] | None = None,
-        limits: TemplateLimits = TemplateLimits(),
+        limits: TemplateLimits = _LIMITS,
         clock: Callable[[], datetime] = datetime.now,
     ) -> None:
         """
@@ -93,7 +73,7 @@ class ChatTemplate:
         messages (`bos_token`, …).  clock: for `strftime_now`.
         Raises:  jinja2.TemplateSyntaxError.
         """
-        self._template = _environment(clock).from_string(source)
+        self._template = Environment(clock).from_string(source)
         # The globals too: Jinja would merge them anew for every rendering, which takes as long as rendering.
         self._variables = {**self._template.globals, "tools": None, "documents": None, **(variables or {})}
         self._specials = {token.text: token for token in special_tokens if token.text}
@@ -107,6 +87,13 @@ class ChatTemplate:
         self._limits = limits
         # Most templates know only system, user and assistant; developer is OpenAI's newer word for system.
         self._knows_developer = "developer" in source
+        self._shapes = Shapes(
+            source,
+            self._variables,
+            has_edge=self._has_edge,
+            knows_developer=self._knows_developer,
+            limits=limits,
+        )
 
     def render(
         self,
@@ -123,12 +110,18 @@ class ChatTemplate:
         is_continued: whether it ends with the last message's content, for the answer to go on with it.
         Raises:  TemplateError.
         """
+        if not kwargs and not is_continued:
+            prompt = self._shapes.prompt(messages, is_reply=is_reply)
+            if prompt is not None:
+                return [Segment(prompt, is_trusted=True)]
         if not is_reply:
             kwargs = {**(kwargs or {}), _IS_REPLY: False}
         if is_continued:
             kwargs = {**(kwargs or {}), _IS_CONTINUED: True}
         if not self._knows_developer:
             messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
+        else:
+            messages = list(messages)
         try:
             if not (_spells(messages, self._has_edge) or (kwargs and _spells(kwargs, self._has_edge))):
                 return [Segment(self._rendered(messages, kwargs), is_trusted=True)]
@@ -168,14 +161,14 @@ class ChatTemplate:
         return self._rendered([_mapped(message, change) for message in messages], _mapped(kwargs, change))
 
     def _rendered(self, messages: Sequence[dict[str, Json]], kwargs: Mapping[str, Json] | None) -> str:
-        budget = _Budget(self._limits)
+        budget = Budget(self._limits)
         end = _End(messages) if kwargs and _IS_CONTINUED in kwargs else None
         variables = {
             **self._variables,
             _IS_REPLY: True,
             **(kwargs or {}),
             "messages": messages if end is None else end.messages,
-            _BUDGET: budget,
+            BUDGET: budget,
         }
         try:
             context = self._template.new_context(variables, shared=True)
@@ -225,11 +218,9 @@ class ChatTemplate:
 
 
 _NOWHERE: Final = (sys.maxsize, sys.maxsize)
-_BUDGET: Final = "_headrace_budget"
 _IS_REPLY: Final = "add_generation_prompt"
 _IS_CONTINUED: Final = "continue_final_message"
 _PRIVATE_USE: Final = 0xF0000
-_OF_ANY_DICT: Final = frozenset(dir({}))
 _DEFUSED: Final = "\U0010fffd"
 """No control token has it: the last private-use character."""
 
@@ -284,141 +275,6 @@ class _End:
         if not mark:
             raise TemplateError("The chat template does not show the last message's content.", param="messages")
         return before if after.startswith(" ") else before.rstrip()  # it trims, so it would have trimmed that end too
-
-
-class _Budget:
-    """Counts one rendering's iterations and characters."""
-
-    __slots__ = ("_chars_left", "_iterations_left", "_limits")
-
-    def __init__(self, limits: TemplateLimits) -> None:
-        self._limits = limits
-        self._iterations_left = limits.iterations
-        self._chars_left = limits.output_chars
-
-    def iterate(self, items: Iterable[Any]) -> Iterator[Any]:
-        for item in items:
-            self._iterations_left -= 1
-            if self._iterations_left < 0:
-                raise TemplateError(
-                    f"The chat template looped more than {self._limits.iterations} times over these messages.",
-                    param="messages",
-                )
-            yield item
-
-    def multiply(self, operator: str, left: Any, right: Any) -> None:
-        """Count what `left operator right` will make, before it is made."""
-        if isinstance(left, int) and isinstance(right, int):
-            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
-            if bits > self._limits.integer_bits:
-                raise TemplateError(
-                    f"The chat template computed a number of more than {self._limits.integer_bits} bits.",
-                    param="messages",
-                )
-            return
-        for repeated, times in ((left, right), (right, left)):
-            if isinstance(repeated, Sequence) and isinstance(times, int):
-                self._spend(len(repeated) * max(times, 0))
-
-    def output(self, pieces: Iterable[str]) -> Iterator[str]:
-        for piece in pieces:
-            self._spend(len(piece))
-            yield piece
-
-    def _spend(self, num_chars: int) -> None:
-        self._chars_left -= num_chars
-        if self._chars_left < 0:
-            raise TemplateError(
-                f"The rendered prompt has more than {self._limits.output_chars} characters, which is the limit.",
-                param="messages",
-            )
-
-
-class _CodeGenerator(jinja2.compiler.CodeGenerator):
-    """Computes nothing: Jinja's own does so with whatever is written out and has no variable in it."""
-
-    def _output_child_to_const(self, node: jinja2.nodes.Expr, frame: jinja2.compiler.Frame, finalize: Any) -> str:
-        if not isinstance(node, jinja2.nodes.Const | jinja2.nodes.TemplateData):
-            raise jinja2.nodes.Impossible
-        return super()._output_child_to_const(node, frame, finalize)
-
-
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """transformers' sandbox; every `for`, `*` and `**` counts against the rendering's budget."""
-
-    intercepted_binops = frozenset({"*", "**"})
-    code_generator_class = _CodeGenerator
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        budget: _Budget = context[_BUDGET]
-        budget.multiply(operator, left, right)
-        return super().call_binop(context, operator, left, right)
-
-    # As the sandbox's, which raises and catches an error for each `message.key`, and two for a key that is not there.
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        if type(obj) is dict and attribute not in _OF_ANY_DICT:
-            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
-        return super().getattr(obj, attribute)
-
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        if type(obj) is dict and type(argument) is str and argument not in _OF_ANY_DICT:
-            return obj[argument] if argument in obj else self.undefined(obj=obj, name=argument)
-        return super().getitem(obj, argument)
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(jinja2.nodes.For):
-            loop.iter = jinja2.nodes.Filter(loop.iter, _BUDGET, [], [], None, None, lineno=loop.lineno)
-        for modifier in tree.find_all(jinja2.nodes.EvalContextModifier):
-            if not all(isinstance(option.value, jinja2.nodes.Const) for option in modifier.options):
-                raise jinja2.TemplateSyntaxError("'autoescape' takes true or false", modifier.lineno, name, filename)
-        return tree
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks text for training; for serving it is the text."""
-
-    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@jinja2.pass_context
-def _counted(context: jinja2.runtime.Context, items: Any) -> Iterator[Any]:
-    budget: _Budget = context[_BUDGET]
-    return budget.iterate(items)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Without the HTML escapes of Jinja's own."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _environment(clock: Callable[[], datetime]) -> _Environment:
-    environment = _Environment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        optimized=False,  # nothing of a template is computed before a request pays for it
-        extensions=[_Generation, jinja2.ext.loopcontrols],
-    )
-    environment.filters["tojson"] = _tojson
-    environment.filters[_BUDGET] = _counted
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda pattern: clock().strftime(pattern)
-    return environment
 
 
 def _spells(value: Json, finds: Callable[[str], object]) -> bool:

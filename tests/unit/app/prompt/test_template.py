@@ -10,15 +10,8 @@ from hypothesis import strategies as st
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from app.prompt.template import (
-    ChatTemplate,
-    Segment,
-    SpecialToken,
-    TemplateError,
-    TemplateLimits,
-    _alternatives,
-    _environment,
-)
+from app.prompt.sandbox import Environment, TemplateError, TemplateLimits
+from app.prompt.template import ChatTemplate, Segment, SpecialToken, _alternatives
 
 SPECIALS = [SpecialToken("<|a|>"), SpecialToken("<|ab|>"), SpecialToken("<|end|>"), SpecialToken("<s>")]
 TURNS = "{{ bos_token }}{% for m in messages %}<|a|>{{ m.role }}\n{{ m.content | trim }}<|end|>\n{% endfor %}<|a|>"
@@ -273,7 +266,7 @@ def test_products_of_a_sane_size_are_computed():
     ],
 )
 def test_nothing_is_computed_when_a_template_is_compiled(computed):
-    environment, calls = _environment(datetime.now), []
+    environment, calls = Environment(datetime.now), []
     environment.filters["spy"] = calls.append
     for expression in ("'x' | spy", "('x' | spy) ~ 'y'", "'%9d' % ('x' | spy)", "[('x' | spy)] | join"):
         try:
@@ -388,7 +381,7 @@ def test_what_a_template_finds_in_a_message_is_what_the_sandbox_finds(name, writ
     message = {"role": "user", "inner": {"role": 1, "items": 2, "__len__": 3}, "listed": [4]}
     source = f"{{% set found = {written.format(name)} %}}{{{{ found is defined }}}} {{{{ found }}}}"
     rendered = []
-    for environment in (_environment(datetime.now), ImmutableSandboxedEnvironment()):
+    for environment in (Environment(datetime.now), ImmutableSandboxedEnvironment()):
         try:
             rendered.append(environment.from_string(source).render(m=message))
         except SecurityError as exc:
