@@ -27,11 +27,14 @@ class OpenStreams:
 
 
 async def open_streams(count: int, policy: str, environment: dict[str, str]) -> OpenStreams:
-    """Each client has one stream of some tokens; steps are long enough for all to be read in time."""
+    """Each client has one stream of some tokens; steps are long enough for all to be read in time.
+
+    All prompts are the same, so that what the tokenizer remembers of texts, in bounds of its own, counts for no stream.
+    """
     print(f"{count:,} open streams …", flush=True)
     step_s = count / _TOKENS_PER_S
     environment = environment | {"HEADRACE_SIM_STEP_S": str(step_s * SPEEDUP)}
-    shape = Shape(count, 200, _TOKENS)
+    shape = Shape(count, 200, _TOKENS, shared_bytes=200)
     flags = ("--engine", "sim", "--prefill", "0", "--decode", "0", "--both", "2", "--policy", policy)
     async with stack(*flags, environment=environment) as running:
         gateway = next(process for process in running.processes() if process.name == "gateway")
@@ -41,7 +44,7 @@ async def open_streams(count: int, policy: str, environment: dict[str, str]) -> 
         through = await closed_loop(target, "open", shape, seconds=0.0)
         most = gateway.peak_bytes()
     async with plain_workers(Fleet(environment, None), 2) as urls:
-        half = Shape(count // 2, 200, _TOKENS)
+        half = Shape(count // 2, 200, _TOKENS, shared_bytes=200)
         alone = await asyncio.gather(
             *(closed_loop(Target(int(url.rpartition(":")[2]), "sim"), "alone", half, seconds=0.0) for url in urls)
         )

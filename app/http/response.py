@@ -61,6 +61,19 @@ class StreamedResponse:
     max_unsent_bytes: most bytes that may wait for a client before it is cut off; `on_cut_off` is called then.
     """
 
+    __slots__ = (
+        "_client",
+        "_cycle",
+        "_errors",
+        "_flow",
+        "_head",
+        "_is_chunked",
+        "_max_unsent_bytes",
+        "_on_cut_off",
+        "_state",
+        "_transport",
+    )
+
     def __init__(
         self,
         client: Client,

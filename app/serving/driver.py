@@ -44,6 +44,19 @@ class Workers(Protocol):
 class ExchangeDriver:
     """One exchange under way. A subclass adds to `PERFORM`, and says what an end and a bug of ours mean."""
 
+    __slots__ = (
+        "_call_at",
+        "_clock",
+        "_dispatcher",
+        "_events",
+        "_is_receiving",
+        "_name",
+        "_timer",
+        "_unwatch",
+        "_workers",
+        "exchange",
+    )
+
     def __init__(
         self, exchange: Exchange, dispatcher: Dispatcher, workers: Workers, *, clock: Clock, call_at: CallAt
     ) -> None:

@@ -87,6 +87,27 @@ Handler = Callable[[Any, Any, float], list[Effect]]
 class Exchange:
     """See the table. Read only from outside, but for `start` and `receive`."""
 
+    __slots__ = (
+        "_fallback",
+        "_has_prefill_queue",
+        "_has_said",
+        "_kept",
+        "_legs",
+        "_lost",
+        "_num_legs",
+        "_retries",
+        "_waits_for",
+        "attempts",
+        "code",
+        "ended_at",
+        "first_at",
+        "is_begun",
+        "request",
+        "state",
+        "submitted_at",
+        "tokens",
+    )
+
     def __init__(self, request: GatewayRequest, limits: ExchangeLimits, *, has_prefill_queue: bool = False) -> None:
         self.request = request
         self.state = State.ROUTING

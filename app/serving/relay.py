@@ -150,6 +150,24 @@ class Relay:
 class Serving(ExchangeDriver):
     """One exchange under way, for a client. Made by `Relay`."""
 
+    __slots__ = (
+        "__weakref__",  # by which a test sees that it is freed
+        "_alarm",
+        "_comment_at",
+        "_is_closed",
+        "_is_prompt_spent",
+        "_is_rest_prompt",
+        "_legs",
+        "_on_end",
+        "_relay",
+        "_request",
+        "_rest_tokens",
+        "_spent",
+        "_tasks",
+        "_write",
+        "response",
+    )
+
     def __init__(
         self,
         relay: Relay,
@@ -169,7 +187,6 @@ class Serving(ExchangeDriver):
         self._legs: dict[LegId, WorkerStream | asyncio.Task[None]] = {}
         self._spent = self._rest_tokens = 0
         self._is_prompt_spent = self._is_rest_prompt = self._is_closed = False
-        self._call_later = asyncio.get_running_loop().call_later
         self._comment_at = math.inf
         """Instant at which a stream that has been silent gets a comment."""
         if relay.keepalive_s and request.format.is_streaming:
@@ -198,7 +215,7 @@ class Serving(ExchangeDriver):
     def _set_alarm(self) -> None:
         """One timer for whatever comes first: each takes 600 bytes of a stream."""
         wait_s = min(self._request.deadline, self._comment_at) - self._relay.clock()
-        self._alarm = self._call_later(max(_LEAST_WAIT_S, wait_s), self._time_up)
+        self._alarm = asyncio.get_running_loop().call_later(max(_LEAST_WAIT_S, wait_s), self._time_up)
 
     def _time_up(self) -> None:
         now = self._relay.clock()

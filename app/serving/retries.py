@@ -1,12 +1,16 @@
 """How often and how long one request is tried again: its failures so far, and the patience that is left."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from app.serving.blame import WELL, Cause, LegFailure, suspects
 from planes.wire.messages import WorkerId
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.0
 """Between two looks for a worker; each pause is twice the one before."""
+_NOBODY: Final[Sequence[frozenset[WorkerId]]] = (frozenset(),)
+"""One for all requests: an empty frozenset takes 200 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +27,22 @@ class ExchangeLimits:
 class Retries:
     """One request's. `now` is always the exchange's."""
 
+    __slots__ = (
+        "_busy_until",
+        "_exclusions",
+        "_failures",
+        "_limits",
+        "_num_in_row",
+        "_num_tokens",
+        "_num_waits",
+        "_pause_s",
+        "_waits_until",
+    )
+
     def __init__(self, limits: ExchangeLimits) -> None:
         self._limits = limits
-        self._failures: list[LegFailure] = []
-        self._exclusions: list[frozenset[WorkerId]] = [frozenset()]
+        self._failures: tuple[LegFailure, ...] = ()
+        self._exclusions = _NOBODY
         self._num_in_row = 0
         self._num_tokens = 0
         """What the client had at the last failure."""
@@ -60,7 +76,7 @@ class Retries:
         That a worker is busy says nothing about a begun answer: it goes on asking for `replacement_s`. So does any that
         came to a worker with another role, which says nothing about the request.
         """
-        self._failures.append(failure)
+        self._failures = (*self._failures, failure)
         self._judge()
         if num_tokens > self._num_tokens:
             self._num_in_row, self._busy_until, self._pause_s = 0, None, _FIRST_PAUSE_S
@@ -77,19 +93,19 @@ class Retries:
         """Nobody is left: leave fewer workers out. Returns whether there was a way."""
         if len(self._exclusions) == 1:
             return False
-        del self._exclusions[0]
+        self._exclusions = self._exclusions[1:]
         return True
 
     def forgive(self, worker: WorkerId) -> None:
         """A worker has come (back): what it did before may be of another start."""
-        self._failures = [
+        self._failures = tuple(
             each for each in self._failures if worker != each.worker and (each.pair is None or worker not in each.pair)
-        ]
+        )
         self._judge()
 
     def back_off(self, now: float) -> float:
         """When to look again. Whoever was busy may have room by then, and roles will be known."""
-        self._failures = [each for each in self._failures if each.kind not in WELL]
+        self._failures = tuple(each for each in self._failures if each.kind not in WELL)
         self._judge()
         pause_s, self._pause_s = self._pause_s, min(_LONGEST_PAUSE_S, 2 * self._pause_s)
         instant = now + pause_s

@@ -59,6 +59,17 @@ async def test_one_connection_more_than_the_limit_is_refused_and_the_others_go_o
     assert recorder.refusals == ["too_many_connections"]
 
 
+async def test_connections_to_one_listener_share_its_address(recorder, connect, server_state):
+    recorder.produce = echo
+    async with connect() as first, connect() as second:
+        for reader, writer in (first, second):
+            writer.write(post(body=b"hello"))
+            await whole(reader)
+        addresses = [connection.server for connection in server_state.connections]
+    assert len(addresses) == 2
+    assert addresses[0] is addresses[1]
+
+
 @pytest.mark.parametrize("size", [1, 1_000, 10**9])
 async def test_a_head_without_end_is_refused_at_the_limit(recorder, connect, size):
     recorder.produce = echo

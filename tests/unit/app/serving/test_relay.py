@@ -155,6 +155,16 @@ async def test_a_local_leg_is_relayed_verbatim_and_released_with_what_it_measure
     assert metric(scene, "headrace_requests_total") == ['headrace_requests_total{code="ok",model="sim"} 1.0']
 
 
+async def test_an_open_stream_s_objects_have_no_dictionaries_and_share_who_is_left_out(scene):
+    scene.router.answers = [route("r", "d0", None), route("s", "d0", None)]
+    first, second = (scene.relay.begin(scene.request(), scene.response, list) for _ in range(2))
+    for kept in (first, first.exchange, first.exchange._retries):
+        assert not hasattr(kept, "__dict__")
+    assert first.exchange._retries.excluded is second.exchange._retries.excluded
+    first.close()
+    second.close()
+
+
 async def test_a_request_that_has_ended_is_freed_at_once(scene):
     gc.disable()
     try:
