@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.prompt.template import ChatTemplate, Segment, SpecialToken
-from app.prompt.tokenizer import Tokenizer, UnusableTokenizerError, _HuggingFace
+from app.prompt.tokenizer import Tokenizer, UnusableTokenizerError, _Fastokens, _HuggingFace
 
 SIM = Path("workers/sim/model")
 SIM_JSON = (SIM / "tokenizer.json").read_bytes()
@@ -214,6 +214,18 @@ def test_the_cache_changes_no_tokens():
     for _ in range(3):
         text = "<|turn|>user\nhello<|end_of_turn|>" * 50
         assert np.array_equal(plain.encode_prompt(text), cached.encode_prompt(text))
+
+
+def test_the_cache_keeps_to_its_bound():
+    bound = 1 << 20
+    backend = _Fastokens(SIM_JSON.decode(), bound)
+    for number in range(6000):
+        backend.encode(f"<|turn|>user\n{number} {'hello ' * 10}<|end_of_turn|>", is_trusted=True)
+    stats = backend._tokenizer.segment_cache_stats()
+    assert stats is not None
+    assert stats["misses"] >= 6000
+    assert bound / 4 < stats["bytes"] <= bound
+    assert stats["entries"] < 6000
 
 
 def test_tokens_are_spelt_as_the_vocabulary_writes_them(sim):
