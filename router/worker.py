@@ -81,7 +81,9 @@ class Worker:
         self.plan = StepPlan()
         self.utilisation = Utilisation()
         self.has_steps = False
-        """Its reports tell of engine steps; if not, whole prefills have to teach the latency model."""
+        """Its reports tell of engine steps. Until they do whole prefills have to teach the latency model, though each
+        may have shared its steps with others; what they taught is forgotten then.
+        """
         self.computing: dict[RequestId, Reservation] = {}
         self.decoding: dict[RequestId, Reservation] = {}
         self.expected_tokens = 0
@@ -225,8 +227,10 @@ class Worker:
             self._see_prefill(self._sent.popleft())
         while self._arrived and self._arrived[0].arrived_at <= counted:
             self._see_decode(self._arrived.popleft())
+        if report.steps and not self.has_steps:
+            self.has_steps = True
+            self.latency = LatencyModel(self.facts.latency, self.facts.max_step_tokens)
         self.latency.learn(report.steps)
-        self.has_steps = self.has_steps or bool(report.steps)
         self.state = report.state
         self.num_running, self.num_waiting = report.num_running, report.num_waiting
         self.waiting_prefill_tokens = self._not_ours_again(report.waiting_prefill_tokens)

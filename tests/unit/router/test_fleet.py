@@ -484,6 +484,19 @@ def test_whole_prefills_teach_only_where_no_steps_are_reported():
     assert math.isfinite(learned)
 
 
+def test_what_whole_prefills_taught_is_forgotten_when_steps_are_told():
+    """Of eight prompts in one step each took as long as all of them."""
+    fleet, untaught = fleet_of(registration("d")), fleet_of(registration("d"))
+    reservation = fleet.reserve(request(tokens=100), candidate(None, D), 0.0)
+    for _ in range(8):
+        fleet.learn(reservation, Observed(prefill_s=8 * alone_s(100), cached_tokens=0))
+    told = report("d", steps=[StepSample(800, 0, 0, 0, alone_s(800))])
+    for each in (fleet, untaught):
+        each.apply_load(told, now=0.0, report_delay_s=0.02)
+    one, other = (view(each, D).latency.prefill_s(1000, 1000) for each in (fleet, untaught))
+    assert one == other
+
+
 def test_a_request_with_an_adapter_is_for_those_that_have_loaded_it():
     fleet = fleet_of(
         replace(registration("a"), adapters={7: "", 8: "no such directory"}),
