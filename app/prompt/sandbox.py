@@ -34,6 +34,8 @@ class TemplateError(InvalidRequest):
     code = "template_error"
 
 
+IS_REPLY: Final = "add_generation_prompt"
+"""The variable that says whether the prompt ends where the assistant's turn begins."""
 BUDGET: Final = "_headrace_budget"
 """The variable with the rendering's `Budget`, and the filter that every loop goes through."""
 _OF_ANY_DICT: Final = frozenset(dir({}))

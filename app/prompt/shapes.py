@@ -28,11 +28,10 @@ import jinja2.nodes
 import jinja2.runtime
 import jinja2.utils
 
-from app.prompt.sandbox import BUDGET, Budget, CodeGenerator, Environment, TemplateLimits
+from app.prompt.sandbox import BUDGET, IS_REPLY, Budget, CodeGenerator, Environment, TemplateLimits
 
 Json = Any
 
-_IS_REPLY: Final = "add_generation_prompt"
 _KEYS: Final = ("role", "content")
 _ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool"})
 _NUM_SHAPES: Final = 256
@@ -68,7 +67,7 @@ class Shapes:
         self._shown_roles = {role: role for role in _ROLES}
         if not knows_developer:
             self._shown_roles["developer"] = "system"
-        self._is_off = any(has_edge(word) for word in (*_KEYS, *_ROLES, _IS_REPLY))
+        self._is_off = any(has_edge(word) for word in (*_KEYS, *_ROLES, IS_REPLY))
         self._shapes: dict[tuple[tuple[str, ...], bool], _Shape | None] = {}
 
     def prompt(self, messages: Sequence[dict[str, Json]], *, is_reply: bool) -> str | None:
@@ -110,7 +109,7 @@ class Shapes:
             for index, role in enumerate(roles)
         ]
         budget = Budget(self._limits)
-        variables = {**self._variables, _IS_REPLY: is_reply, "messages": messages, BUDGET: budget}
+        variables = {**self._variables, IS_REPLY: is_reply, "messages": messages, BUDGET: budget}
         pieces: list[_Piece] = []
         try:
             context = self._template.new_context(variables, shared=True)

@@ -30,7 +30,7 @@ from typing import Any, Final
 
 import jinja2
 
-from app.prompt.sandbox import BUDGET, Budget, Environment, TemplateError, TemplateLimits
+from app.prompt.sandbox import BUDGET, IS_REPLY, Budget, Environment, TemplateError, TemplateLimits
 from app.prompt.shapes import Shapes
 from planes.wire.errors import InvalidRequest
 
@@ -115,7 +115,7 @@ class ChatTemplate:
             if prompt is not None:
                 return [Segment(prompt, is_trusted=True)]
         if not is_reply:
-            kwargs = {**(kwargs or {}), _IS_REPLY: False}
+            kwargs = {**(kwargs or {}), IS_REPLY: False}
         if is_continued:
             kwargs = {**(kwargs or {}), _IS_CONTINUED: True}
         if not self._knows_developer:
@@ -165,7 +165,7 @@ class ChatTemplate:
         end = _End(messages) if kwargs and _IS_CONTINUED in kwargs else None
         variables = {
             **self._variables,
-            _IS_REPLY: True,
+            IS_REPLY: True,
             **(kwargs or {}),
             "messages": messages if end is None else end.messages,
             BUDGET: budget,
@@ -218,7 +218,6 @@ class ChatTemplate:
 
 
 _NOWHERE: Final = (sys.maxsize, sys.maxsize)
-_IS_REPLY: Final = "add_generation_prompt"
 _IS_CONTINUED: Final = "continue_final_message"
 _PRIVATE_USE: Final = 0xF0000
 _DEFUSED: Final = "\U0010fffd"
