@@ -8,7 +8,6 @@ is to begin anyway costs its own work alone. The plan runs on by itself; a worke
 """
 
 import math
-from bisect import bisect_left, insort
 from typing import Final, NamedTuple
 
 _MOST_BEGUN: Final = 3  # at one instant: one that was due, and those that take no time
@@ -56,7 +55,8 @@ class StepPlan:
         self.num_ready = 0
         """Prompts that they belong to."""
         self._due: list[float] = []
-        """By when those that end in the last step planned have to be computed, in order, as far as they have to."""
+        """By when those that end in the last step planned have to be computed, in the order in which they came; inf: no
+        SLO. Some before them may be computed by now."""
         self.untold_s = 0.0
         """How long the steps take that have begun and that no report has told of …"""
         self.num_untold = 0
@@ -102,8 +102,7 @@ class StepPlan:
         last = self.ready_tokens % pace.budget
         if not last or last + tokens > pace.budget:  # it ends in a step of its own
             self._due = []
-        if due_at < math.inf:
-            insort(self._due, due_at)
+        self._due.append(due_at)
         self.ready_tokens += tokens
         self.ready_s += work_s
         self.num_ready += 1
@@ -155,13 +154,14 @@ class StepPlan:
         self.ends_at, self.step_tokens = min(self.ends_at, now), 0
 
     def report(
-        self, tokens: int, work_s: float, unseen_tokens: int, unseen_s: float, num_ready: int, now: float, pace: Pace
+        self, tokens: int, work_s: float, unseen_tokens: int, unseen_s: float, num_prompts: int, now: float, pace: Pace
     ) -> None:
-        """What a report tells, and what was sent too late for it.
+        """What a report tells, and what was sent too late for it; num_prompts: that both belong to.
 
         Where the plan has a step in progress it goes on, with tokens in it that the plan does not know. Else a step's
         worth of its tokens is being computed, nobody knows since when: half of it is over.
         """
+        all_tokens = tokens + unseen_tokens
         if not tokens and not (now < self.ends_at and self.step_tokens <= unseen_tokens):
             self.ends_at, self.step_tokens = now, 0
         elif not tokens:
@@ -179,7 +179,7 @@ class StepPlan:
             work_s -= work_s * self.step_tokens / tokens
             tokens -= self.step_tokens
         self.ready_tokens, self.ready_s = tokens + unseen_tokens, work_s + unseen_s
-        self.num_ready = min(num_ready, self.ready_tokens)
+        self.num_ready = -(-num_prompts * self.ready_tokens // all_tokens) if all_tokens else 0
         self.untold_s, self.num_untold = (self.step_s, 1) if self.ends_at > now else (0.0, 0)
 
     def starts_in_s(self, now: float, pace: Pace) -> float:
@@ -212,10 +212,14 @@ class StepPlan:
         share = tokens / self.ready_tokens
         return tokens, share * self.ready_s, max(1, int(share * self.num_ready))
 
-    def late_in_s(self, ends_at: float) -> float:
+    def late_in_s(self, ends_at: float, num_sharing: int) -> float:
         """How much later the step that has a place may end than at `ends_at`, until one of its prompts is late.
 
-        Those that are late anyway do not count.
+        Those that are late anyway do not count. The last that came are in it, as many as `shared` says; those before
+        them are being computed.
         """
-        place = bisect_left(self._due, ends_at)
-        return self._due[place] - ends_at if place < len(self._due) else math.inf
+        first = math.inf
+        for due in self._due[-num_sharing:]:
+            if ends_at <= due < first:
+                first = due
+        return first - ends_at

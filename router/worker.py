@@ -418,7 +418,7 @@ class Worker:
             backlog_s = self.backlog_s(now, pace)
             if plan.ready_tokens:
                 shared_tokens, shared_s, num_sharing = plan.shared(pace)
-                late_in_s = plan.late_in_s(now + backlog_s + pace.fixed_s + shared_s)
+                late_in_s = plan.late_in_s(now + backlog_s + pace.fixed_s + shared_s, num_sharing)
             if self._stall_limits:
                 stall_left_s = self.stall_left_s(pace)
         passed_tokens, starts_in_s = 0, 0.0

@@ -66,22 +66,37 @@ def test_the_plan_is_what_an_engine_does(arrivals):
         engine.add(tokens, now)
 
 
+def late_in_s(plan, ends_at):
+    _, _, num_sharing = plan.shared(PACE)
+    return plan.late_in_s(ends_at, num_sharing)
+
+
 def test_how_much_longer_a_step_may_get_is_told_by_who_is_due_first_in_it():
     plan = StepPlan()
     plan.add(50, 0.05, 0.0, PACE, 0.01)  # begins at once
-    assert plan.late_in_s(0.1) == math.inf
     for tokens, due_at in ((20, 0.30), (20, 0.25), (20, math.inf), (20, 0.05)):
         plan.add(tokens, tokens * PER_TOKEN_S, 0.0, PACE, due_at)
-    assert plan.late_in_s(0.15) == pytest.approx(0.10)
-    assert plan.late_in_s(0.26) == pytest.approx(0.04)  # one is late anyway
-    assert plan.late_in_s(0.31) == math.inf
+    assert late_in_s(plan, 0.15) == pytest.approx(0.10)
+    assert late_in_s(plan, 0.26) == pytest.approx(0.04)  # one is late anyway
+    assert late_in_s(plan, 0.31) == math.inf
     plan.add(30, 0.03, 0.0, PACE, 0.9)  # ends in the step after that one
-    assert plan.late_in_s(0.15) == pytest.approx(0.75)
+    assert late_in_s(plan, 0.15) == pytest.approx(0.75)
     plan.advance(0.06, PACE)
-    assert plan.late_in_s(0.15) == pytest.approx(0.75)
+    assert late_in_s(plan, 0.15) == pytest.approx(0.75)
     plan.advance(0.2, PACE)
     plan.add(10, 0.01, 0.2, PACE, 0.8)
-    assert plan.late_in_s(0.3) == pytest.approx(0.5)
+    assert late_in_s(plan, 0.3) == pytest.approx(0.5)
+
+
+def test_a_step_is_not_short_of_time_for_prompts_that_are_computed_before_it():
+    plan = StepPlan()
+    plan.add(50, 0.05, 0.0, PACE)  # begins at once
+    for due_at in (0.20, 0.20, 0.90):
+        plan.add(20, 0.02, 0.0, PACE, due_at)
+    plan.advance(0.06, PACE)  # they begin together, as far as anybody knows …
+    plan.report(40, 0.04, 20, 0.02, 3, 0.07, PACE)  # … and the third one came too late for that
+    assert plan.shared(PACE) == (20, pytest.approx(0.02), 1)
+    assert late_in_s(plan, 0.15) == pytest.approx(0.75)
 
 
 def test_prompts_taken_to_be_in_a_step_that_ended_without_them_begin_when_it_ends():
