@@ -44,6 +44,7 @@ class PrefillCost:
         work_s: float,
         inflicted_s: float,
         congestion_s: float,
+        shared_s: float,
         room_s: float,
         longer_s: float,
         misses_itl: bool,
@@ -59,6 +60,8 @@ class PrefillCost:
         self.inflicted_s = inflicted_s
         self.congestion_s = congestion_s
         """Of `inflicted_s`, for those who wait in the gateway and those still to come."""
+        self.shared_s = shared_s
+        """Of `prefill_s` and `inflicted_s`, what it waits for prompts of the step that it joins, and they for it."""
         self.cost_s = queue_s + prefill_s + inflicted_s
         self.room_s = room_s
         """Until there is room for it beside those that decode there, should it decode elsewhere."""
@@ -160,6 +163,7 @@ class Way:
             prefill.congestion_s,
             prefill.misses_itl,
             prefill.misses_ttft,
+            prefill.shared_s,
         )
 
 
@@ -203,9 +207,13 @@ def prefill_cost(
                 chunk = min(uncached, budget)
                 pauses = fixed + work * chunk / uncached > model.pause_steps * step
     queued = share * congested.price(worker.worker, busy)
-    inflicted = stalled + num_sharing * work + added * worker.num_passed + queued
+    delaying = num_sharing * work
+    inflicted = stalled + delaying + added * worker.num_passed + queued
     seconds = shared_s + work + fixed * (new_steps + (shared_tokens > 0))
-    return PrefillCost(worker, queue, seconds, share, inflicted, queued, room, longer, misses_itl, misses_ttft, pauses)
+    shared = shared_s + delaying
+    return PrefillCost(
+        worker, queue, seconds, share, inflicted, queued, shared, room, longer, misses_itl, misses_ttft, pauses
+    )
 
 
 def decode_cost(request: RoutableRequest, worker: WorkerView, model: CostModel = MEASURED) -> DecodeCost:

@@ -31,6 +31,7 @@ class Decision(msgspec.Struct, frozen=True, eq=False):
     max_backlog_s: float
     lacks_room: bool
     spares_streams: bool
+    makes_way_because: str
 
 
 def decide(policy: Policy, name: str, request: RoutableRequest, view: FleetView) -> Decision:
@@ -58,6 +59,7 @@ def decide(policy: Policy, name: str, request: RoutableRequest, view: FleetView)
         float(obeyed.max_backlog_s),
         obeyed.lacks_room,
         obeyed.spares_streams,
+        obeyed.makes_way_because,
     )
 
 
@@ -73,6 +75,7 @@ def _check(choice: Choice, view: FleetView) -> None:
     _expect("lacks_room", choice.lacks_room, bool)
     _expect("spares_streams", choice.spares_streams, bool)
     _expect("held_because", choice.held_because, str)
+    _expect("makes_way_because", choice.makes_way_because, str)
     _expect("candidates", choice.candidates, tuple)
     _expect_number("max_backlog_s", choice.max_backlog_s, 0, _MOST)
     if not choice.candidates:
@@ -90,6 +93,8 @@ def _check(choice: Choice, view: FleetView) -> None:
             raise ValueError(f"work_s must be 0 to {_MOST:g}, and is {option.work_s!r}")
         if not 0.0 <= option.congestion_s <= _MOST:
             raise ValueError(f"congestion_s must be 0 to {_MOST:g}, and is {option.congestion_s!r}")
+        if not 0.0 <= option.shared_s <= _MOST:
+            raise ValueError(f"shared_s must be 0 to {_MOST:g}, and is {option.shared_s!r}")
         if type(option.gives_up) is not Sacrifice:
             _expect("gives_up", option.gives_up, Sacrifice)
 
@@ -105,6 +110,7 @@ def _check_fields(option: Candidate, request: RoutableRequest) -> None:
     _expect_number("num_passed", option.num_passed, 0, _MOST)
     _expect_number("work_s", option.work_s, 0, _MOST)
     _expect_number("congestion_s", option.congestion_s, 0, _MOST)
+    _expect_number("shared_s", option.shared_s, 0, _MOST)
     _expect("is_first_early", option.is_first_early, bool)
     _expect("strains", option.strains, bool)
     _expect("delays", option.delays, bool)

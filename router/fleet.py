@@ -12,7 +12,7 @@ from router.errors import ContextTooLong, NoPair, NoWorker
 from router.index.index import BlockIndex
 from router.index.untold import UntoldBlocks
 from router.links import LinkTable
-from router.policy import NOBODY_KNOWS, FleetView, HandoverGroup, WorkerView
+from router.policy import NOBODY_HOPES, NOBODY_KNOWS, FleetView, HandoverGroup, Hopeful, WorkerView
 from router.request import Candidate, HandoverPreference, Observed, RoutableRequest
 from router.stats import LinkStatus, WorkerStatus
 from router.worker import Reservation, Worker
@@ -250,6 +250,7 @@ class Fleet:
         num_waiting: int = 0,
         *,
         waited_s: float = 0.0,
+        hopeful: Hopeful = NOBODY_HOPES,
         makes_way: bool = False,
         lets_pass: bool = False,
         without_room: Mapping[WorkerId, int] = _NOBODY,
@@ -295,6 +296,7 @@ class Fleet:
             rng=rng,
             num_waiting=num_waiting,
             waited_s=waited_s,
+            hopeful=hopeful,
             makes_way=makes_way,
             lets_pass=lets_pass,
             waiting_shares=waiting_shares,

@@ -1,12 +1,13 @@
 """Late binding: which of the waiting requests to ask the policy about, so that thousands may wait at little cost.
 
 Asking about every waiting request whenever something changes would cost queue x workers. Instead each request that was
-held keeps what every worker bid for it: its predicted cost there without the worker's queue. A dispatch walks the queue
-in order of service. Each request takes the worker that is cheapest by its bid plus that worker's queue, where the work
-of those before it counts as queue already (list scheduling). If that worker has room the policy is asked, and decides
-anew with fresh numbers; if not, the request's work lies before those that follow. The walk ends when no worker has room
-left, or after `_MAX_WALK` requests. Where an engine computes the shortest prompt first, one shorter than all that are
-bound there needs no room.
+held keeps what every worker bid for it: its predicted cost there without the worker's queue, the step that it would
+join, and what those who wait lose by it, all of which change. A dispatch walks the queue in order of service. Each
+request takes the worker that is cheapest by its bid and by these as they are now, where the work of those before it
+counts as queue already (list scheduling). If that worker has room the policy is asked, and decides anew with fresh
+numbers; if not, the request's work lies before those that follow. The walk ends when no worker has room left, or after
+`_MAX_WALK` requests. Where an engine computes the shortest prompt first, one shorter than all that are bound there
+needs no room.
 
 So a hot worker's line grows, for those at its end, until an idle worker is cheaper for them. Bids go stale by at most
 `_STALE_S` or the time until the request comes into reach of the walk; they only choose whom to ask.
@@ -73,7 +74,11 @@ class LateBinding:
         """Find out who will compute what waits: some of it goes to workers one by one, each to where it costs least
         with the lines that have grown there and what the line loses by it.
 
+        Lines that get some of it are of one length where all may go anywhere, however much lay there before: then a
+        place in one is worth as much as in another, and so a line counts whole, as that many requests as it is long.
         A price makes as many go elsewhere as it overstates, and those are the next price: halfway it is right.
+
+        backlogs_s: per worker, what lies there already.
         """
         if now < self._shared_at + _SHARES_S:
             return
@@ -82,12 +87,12 @@ class LateBinding:
         if not known:
             return
         self._shared_at = now
-        lines_s, prices = list(backlogs_s), [len(self.queue) * self.shares.get(name, 0.0) for name in self.names]
+        lines_s, prices = list(backlogs_s), self.prices()
         arrays = (np.array(lines_s), np.array(prices)) if known[0].arrays is not None else None
-        each, counts = len(self.queue) / len(known), [0] * len(lines_s)
+        each, counts, works_s = len(self.queue) / len(known), [0] * len(lines_s), [0.0] * len(lines_s)
         for bids in known:
             if arrays is not None and bids.arrays is not None:
-                rows, _, own_s, work_s = bids.arrays
+                rows, own_s, work_s = bids.arrays
                 place = int((own_s + arrays[0][rows] + arrays[1][rows] * work_s).argmin())
                 arrays[0][bids.rows[place]] += each * bids.work_s[place]
             else:
@@ -98,9 +103,21 @@ class LateBinding:
                 place = costs.index(min(costs))
                 lines_s[bids.rows[place]] += each * bids.work_s[place]
             counts[bids.rows[place]] += 1
-        for name, count in zip(self.names, counts, strict=True):
-            share = count / len(known)
+            works_s[bids.rows[place]] += bids.work_s[place]
+        if arrays is not None:
+            lines_s = arrays[0].tolist()
+        in_line = [
+            line_s * count / work_s if work_s else 0.0
+            for line_s, count, work_s in zip(lines_s, counts, works_s, strict=True)
+        ]
+        total = sum(in_line)
+        for name, number in zip(self.names, in_line, strict=True):
+            share = number / total if total else 0.0
             self.shares[name] = (self.shares.get(name, share) + share) / 2
+
+    def prices(self) -> list[float]:
+        """What a second of prompt work at each worker costs those who wait, in seconds."""
+        return [len(self.queue) * self.shares.get(name, 0.0) for name in self.names]
 
     def room_changed(self) -> None:
         """A worker reported, or a request ended: those that lacked room to decode may try again."""
@@ -156,6 +173,9 @@ class Walk:
         self._now = now
         self._is_set_up = False
         self._num_refreshed = self._num_blocked = 0
+        self._prices: list[float] = []
+        self._price_array = np.zeros(0)
+        """The same of many workers."""
         self._may_spare = now >= binding.spared_at + _SPARED_S
 
     def _set_up(self) -> None:
@@ -169,12 +189,15 @@ class Walk:
         """Per row, work of requests that this walk has passed included."""
         self._passed_tokens, self._starts_in_s = [0] * len(queue_s), queue_s.copy()
         """Per row: prompts shorter than the first need no room and begin after the second."""
+        self._shared = [worker.shared() for worker in binding.fleet.workers.values()]
+        """Per row: work and prompts in the step that all others join."""
         for row, worker in binding.shortest_first:
             self._passed_tokens[row], self._starts_in_s[row] = worker.passing(queue_s[row])
         self._most_passed = max(self._passed_tokens, default=0)
         is_wide = len(queue_s) >= _WIDE
-        self._arrays = np.array((queue_s, self._passed_tokens, self._starts_in_s)) if is_wide else None
-        """The three above once more, of many workers."""
+        columns = queue_s, self._passed_tokens, self._starts_in_s, *zip(*self._shared, strict=True)
+        self._arrays = np.array(columns) if is_wide else None
+        """All of these once more, of many workers."""
 
     def __iter__(self) -> Iterator[Waiting]:
         """The requests to ask the policy about, in order of service."""
@@ -190,7 +213,10 @@ class Walk:
         max_asked, num_asked = max(4, _MAX_ASKED_WORKERS // max(1, len(binding.names))), 0
         in_reach = list(islice(binding.queue.walk(), _MAX_WALK)) if self._room or self._most_passed else []
         if in_reach:
-            binding.share_out(in_reach, self._queue_s, now)
+            lines_s = [queue_s + shared_s for queue_s, (shared_s, _) in zip(self._queue_s, self._shared, strict=True)]
+            binding.share_out(in_reach, lines_s, now)
+            self._prices = binding.prices()
+            self._price_array = np.array(self._prices)
         for waiting in in_reach:
             if self._num_blocked >= _MAX_BLOCKED or not (self._room or self._most_passed):
                 break
@@ -216,8 +242,10 @@ class Walk:
         if worker.facts.is_shortest_first:
             self._passed_tokens[row], self._starts_in_s[row] = worker.passing(backlog_s)
             self._most_passed = max(self._passed_tokens)
+        self._shared[row] = worker.shared()
         if self._arrays is not None:
-            self._arrays[:, row] = self._queue_s[row], self._passed_tokens[row], self._starts_in_s[row]
+            passed_tokens, starts_in_s = self._passed_tokens[row], self._starts_in_s[row]
+            self._arrays[:, row] = self._queue_s[row], passed_tokens, starts_in_s, *self._shared[row]
         if self._queue_s[row] > binding.max_backlog_s:
             self._room.discard(row)
 
@@ -284,17 +312,23 @@ class Walk:
     def _cheapest(self, bids: Bids, tokens: int) -> tuple[int, float]:
         """Which bid is least with its worker's queue, and that queue. Runs for each request of each walk."""
         if self._arrays is not None and bids.arrays is not None:
-            rows, cost_s, _, _ = bids.arrays
-            waits = self._arrays[0, rows]
+            rows, own_s, work_s = bids.arrays
+            waits, passed_tokens, starts_in_s, shared_s, num_sharing = self._arrays[:, rows]
+            costs = own_s + waits + shared_s + (num_sharing + self._price_array[rows]) * work_s
             if tokens < self._most_passed:
-                waits = np.where(tokens < self._arrays[1, rows], self._arrays[2, rows], waits)
-            place = int((cost_s + waits).argmin())
+                passes = tokens < passed_tokens
+                waits = np.where(passes, starts_in_s, waits)
+                costs = np.where(passes, own_s + starts_in_s + self._price_array[rows] * work_s, costs)
+            place = int(costs.argmin())
             return place, float(waits[place])
         best, best_wait_s, least_s = 0, 0.0, math.inf
         for place, row in enumerate(bids.rows):
-            wait_s = self._starts_in_s[row] if tokens < self._passed_tokens[row] else self._queue_s[row]
-            if bids.cost_s[place] + wait_s < least_s:
-                best, best_wait_s, least_s = place, wait_s, bids.cost_s[place] + wait_s
+            wait_s, shared_s, num_sharing = self._queue_s[row], *self._shared[row]
+            if tokens < self._passed_tokens[row]:
+                wait_s, shared_s, num_sharing = self._starts_in_s[row], 0.0, 0
+            cost_s = bids.own_s[place] + wait_s + shared_s + (num_sharing + self._prices[row]) * bids.work_s[place]
+            if cost_s < least_s:
+                best, best_wait_s, least_s = place, wait_s, cost_s
         return best, best_wait_s
 
     def _pass(self, row: int, work_s: float, max_backlog_s: float) -> None:
@@ -312,15 +346,13 @@ class Walk:
         for option in decision.candidates:
             row = self._binding.rows[option.prefill or option.decode]
             cost_s = option.order_s - option.queue_s
-            bid = cost_s, cost_s - option.congestion_s, _work_s(option)
+            bid = cost_s, cost_s - option.congestion_s - option.shared_s, _work_s(option)
             if row not in cheapest or bid < cheapest[row]:
                 cheapest[row] = bid
-        costs_s, own_s, work_s = zip(*cheapest.values(), strict=True)
+        _, own_s, work_s = zip(*cheapest.values(), strict=True)
         rows = list(cheapest)
-        arrays = None
-        if self._arrays is not None:
-            arrays = np.array(rows), np.array(costs_s), np.array(own_s), np.array(work_s)
-        return Bids(self._binding.version, self._now, rows, costs_s, own_s, work_s, decision.max_backlog_s, arrays)
+        arrays = (np.array(rows), np.array(own_s), np.array(work_s)) if self._arrays is not None else None
+        return Bids(self._binding.version, self._now, rows, own_s, work_s, decision.max_backlog_s, arrays)
 
     def _next_room(self) -> float:
         """When the first busy worker will have room, by prediction."""

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import NewType, Protocol
+from typing import Final, NamedTuple, NewType, Protocol
 
 import msgspec
 
@@ -86,6 +86,19 @@ NOBODY_KNOWS: Mapping[WorkerId, float] = {}
 """Who waits for which worker."""
 
 
+class Hopeful(NamedTuple):
+    """Requests with an SLO that wait and can still be in time."""
+
+    num: int
+    uncached_tokens: float
+    """Of one, on average …"""
+    work_s: float
+    """… and how long they take."""
+
+
+NOBODY_HOPES: Final = Hopeful(0, 0.0, 0.0)
+
+
 class FleetView(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """The workers that may serve a request; a worker of role `both` stands in both lists. Never empty in `decode`."""
 
@@ -98,6 +111,8 @@ class FleetView(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Requests in this gateway's queue, this one included."""
     waited_s: float = 0.0
     """How long this one has been there."""
+    hopeful: Hopeful = NOBODY_HOPES
+    """Of those in the queue."""
     makes_way: bool = False
     """It can no longer be in time, and takes no room to decode from those that can …"""
     lets_pass: bool = False
@@ -133,6 +148,8 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """It is held for room to decode, which comes when a request ends."""
     spares_streams: bool = False
     """It is held so that streams keep their SLOs, which end sooner or later."""
+    makes_way_because: str = ""
+    """Why those that wait should go before it, once; empty: they should not."""
 
 
 class Policy(Protocol):

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planes.wire.messages import RequestId, WorkerId
+from router.policy import NOBODY_HOPES, Hopeful
 from router.request import Explanation, RoutableRequest
 from router.settings import RouterSettings
 
@@ -35,7 +36,8 @@ _MAX_SAVED_ROUNDS = 8
 
 @dataclass(slots=True)
 class Bids:
-    """What each worker asks for a request that was held: seconds without the worker's queue, and of prompt work.
+    """What each worker asks for a request that was held: seconds without the worker's queue and the step that it would
+    join, and of prompt work.
 
     Row numbers of workers hold for one `version` of the dispatch.
     """
@@ -43,15 +45,12 @@ class Bids:
     version: int
     made_at: float
     rows: Sequence[int]
-    cost_s: Sequence[float]
     own_s: Sequence[float]
-    """Costs without what others who wait lose by it."""
+    """Costs without what others who wait lose by it, which changes with them."""
     work_s: Sequence[float]
     max_backlog_s: float
-    arrays: (
-        tuple[npt.NDArray[np.intp], npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]] | None
-    )
-    """The four once more, of many workers."""
+    arrays: tuple[npt.NDArray[np.intp], npt.NDArray[np.float64], npt.NDArray[np.float64]] | None
+    """The three once more, of many workers."""
 
 
 @dataclass(slots=True, eq=False)
@@ -126,6 +125,7 @@ class Queue:
         self._hopes: list[tuple[float, int, Waiting]] = []
         """When each must be computed at the latest to be in time."""
         self._number = 0
+        self._num_hopeful, self._hopeful_tokens, self._hopeful_s = 0, 0, 0.0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -169,6 +169,7 @@ class Queue:
         waiting.due_at = self._due_at(request, now)
         waiting.key = self._key(prefill_s, waiting.due_at)
         self._waiting[request.request] = waiting
+        self._count(waiting, 1)
         self._enter(waiting)
         heapq.heappush(self._deadlines, (request.deadline, number, waiting))
         if request.slo_ttft_s is not None:
@@ -183,6 +184,7 @@ class Queue:
     def remove(self, waiting: Waiting) -> None:
         """Withdrawn or expired: its tenant has not been served."""
         del self._waiting[waiting.request.request]
+        self._count(waiting, -1)
         self._leave(waiting)
         if len(self._deadlines) > 2 * len(self._waiting) + 64:
             self._tidy()
@@ -197,9 +199,11 @@ class Queue:
 
     def update(self, waiting: Waiting, uncached_tokens: int, prefill_s: float) -> None:
         """What is cached has changed, and with it the request's place."""
+        self._count(waiting, -1)
         if prefill_s != waiting.prefill_s:
             self._place_anew(waiting, prefill_s, waiting.due_at)
         waiting.uncached_tokens = uncached_tokens
+        self._count(waiting, 1)
 
     def _place_anew(self, waiting: Waiting, prefill_s: float, due_at: float) -> None:
         tenant = self._levels[waiting.level].tenants[waiting.request.tenant]
@@ -246,8 +250,16 @@ class Queue:
     def make_way(self, waiting: Waiting) -> None:
         """It can no longer be in time: move it behind those that can, once."""
         if not waiting.is_late:
+            self._count(waiting, -1)
             waiting.is_late = True
             self._place_anew(waiting, waiting.prefill_s, waiting.due_at + self._settings.late_s)
+
+    def _count(self, waiting: Waiting, times: int) -> None:
+        """times: 1 where it comes to be one of those that hope, -1 where it no longer is; others are not counted."""
+        if waiting.request.slo_ttft_s is not None and not waiting.is_late:
+            self._num_hopeful += times
+            self._hopeful_tokens += times * waiting.uncached_tokens
+            self._hopeful_s = self._hopeful_s + times * waiting.prefill_s if self._num_hopeful else 0.0
 
     def _plan_promotion(self, waiting: Waiting) -> None:
         if not waiting.is_rising and waiting.level > self._first_class():
@@ -323,6 +335,10 @@ class Queue:
             heapq.heapify(heap)
 
     # --- answers about itself ------------------------------------------------------------------------------------
+
+    def hopeful(self) -> Hopeful:
+        num = self._num_hopeful
+        return Hopeful(num, self._hopeful_tokens / num, self._hopeful_s / num) if num else NOBODY_HOPES
 
     def all(self) -> Iterator[Waiting]:
         """Everybody, oldest first."""

@@ -135,6 +135,8 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     """A stream where its prompt is computed would miss its SLO."""
     delays: bool = False
     """So would the first token of a prompt that is in its first step already."""
+    shared_s: float = 0.0
+    """Of `prefill_s` and `inflicted_s`, what it waits for the prompts of the step that it joins, and they for it."""
 
     @property
     def order_s(self) -> float:

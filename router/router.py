@@ -285,6 +285,7 @@ class Router:
                 self._rng,
                 len(self._queue),
                 waited_s=now - waiting.submitted_at,
+                hopeful=self._queue.hopeful(),
                 makes_way=self._slo(request) is None and waiting.makes_way(now),
                 lets_pass=self._slo(request) is None and waiting.lets_pass(now),
                 without_room=walk.without_room,
@@ -308,8 +309,8 @@ class Router:
             walk.held(waiting, decision)
             return None
         slo_s = self._slo(request)
-        if slo_s is None and is_our_own(self._policy) and self._makes_way(waiting, decision.chosen, held_s):
-            explanation.held_because = "it would be late; those that can be in time go first"
+        if decision.makes_way_because and slo_s is None and not waiting.is_late and not request.is_retry:
+            explanation.held_because = decision.makes_way_because
             self._queue.make_way(waiting)
             self._late_binding.wakeup = now
             return None
@@ -321,13 +322,6 @@ class Router:
         route = self._bind(waiting, decision, view, now)
         walk.bound(decision.chosen)
         return route
-
-    def _makes_way(self, waiting: Waiting, chosen: Candidate, held_s: float) -> bool:
-        """Whether it is found out now that it can no longer be in time, while others wait."""
-        slo_s = waiting.request.slo_ttft_s
-        if slo_s is None or waiting.is_late or waiting.request.is_retry or len(self._queue) == 1:
-            return False
-        return held_s + chosen.ttft_s > slo_s
 
     def _still_holds(self, asked: _Asked, request: RoutableRequest, now: float) -> bool:
         is_alone = asked.request is request and len(self._queue) == 1

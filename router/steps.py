@@ -102,10 +102,11 @@ class StepPlan:
         last = self.ready_tokens % pace.budget
         if not last or last + tokens > pace.budget:  # it ends in a step of its own
             self._due = []
-        self._due.append(due_at)
         self.ready_tokens += tokens
         self.ready_s += work_s
         self.num_ready += 1
+        self._due.append(due_at)
+        del self._due[: -self.num_ready]
         if self.ends_at <= now:
             self._begin(now, pace)
 
@@ -179,7 +180,8 @@ class StepPlan:
             work_s -= work_s * self.step_tokens / tokens
             tokens -= self.step_tokens
         self.ready_tokens, self.ready_s = tokens + unseen_tokens, work_s + unseen_s
-        self.num_ready = -(-num_prompts * self.ready_tokens // all_tokens) if all_tokens else 0
+        share = -(-num_prompts * self.ready_tokens // all_tokens) if all_tokens else 0
+        self.num_ready = min(share, self.ready_tokens)
         self.untold_s, self.num_untold = (self.step_s, 1) if self.ends_at > now else (0.0, 0)
 
     def starts_in_s(self, now: float, pace: Pace) -> float:

@@ -329,6 +329,13 @@ class Worker:
             return _LATE_SHARE * (pace.fixed_s + max(each.work_s for each in self.computing.values()))
         return plan.starts_in_s(now, pace)
 
+    def shared(self) -> tuple[float, int]:
+        """Seconds of work, and prompts, in the step that a prompt sent now would join. `backlog_s` first."""
+        if not self.plan.ready_tokens:
+            return 0.0, 0
+        _, work_s, num_prompts = self.plan.shared(self.pace())
+        return work_s, num_prompts
+
     def seat_in_s(self, now: float, before: int) -> float | None:
         """Predicted seconds until a place in the batch is free for who comes now, after `before` others; 0: one is.
 

@@ -18,6 +18,7 @@ prefill worker's memory. And one that would cost a stream its SLO wherever it is
 time.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
@@ -215,6 +216,7 @@ def _bound_or_held(request: RoutableRequest, way: Way, ways: list[Way], view: Fl
         max_backlog_s=max_backlog_s,
         lacks_room=lacks_room,
         spares_streams=spares_streams,
+        makes_way_because="" if because else _makes_way_because(request, way, chosen, view),
     )
 
 
@@ -234,6 +236,39 @@ def _num_to_send(request: RoutableRequest, worker: WorkerView, view: FleetView) 
     uncached = request.prompt_tokens - worker.cached_tokens
     fitting = (worker.facts.max_step_tokens - worker.num_streams) / uncached
     return max(0.0, min(fitting, (view.num_waiting - 1) / max(1, len(view.prefill) or len(view.decode))))
+
+
+def _makes_way_because(request: RoutableRequest, way: Way, chosen: Candidate, view: FleetView) -> str:
+    """Why those that wait should go before it; empty: they should not."""
+    if request.slo_ttft_s is None or view.num_waiting < 2:
+        return ""
+    spare_s = request.slo_ttft_s - view.waited_s - chosen.ttft_s
+    if spare_s < 0:
+        return "it would be late; those that can be in time go first"
+    if _keeps_a_step_empty(request, way.prefill, spare_s, view):
+        return "it would be in time only in a step that leaves others out; they go first"
+    return ""
+
+
+def _keeps_a_step_empty(request: RoutableRequest, prefill: PrefillCost, spare_s: float, view: FleetView) -> bool:
+    """Whether its step, which may end `spare_s` later and no more, computes less than one that those who can be in time
+    fill, by more than the one prompt that would be late in that.
+
+    A step of `step_s` seconds, `fixed_s` of them beside its prompts, computes fixed_s / step_s prompts more in the same
+    time with one more in it. From a short step to a long one that adds up to a logarithm.
+    """
+    worker, others = prefill.worker, view.hopeful
+    if worker.num_passed or others.num < 2 or not others.work_s:
+        return False
+    uncached = request.prompt_tokens - worker.cached_tokens
+    free_tokens = worker.facts.max_step_tokens - worker.num_streams - worker.shared_tokens - uncached
+    num_waiting = (others.num - 1) / max(1, len(view.prefill) or len(view.decode))
+    joining_s = min(num_waiting, free_tokens / max(1.0, others.uncached_tokens)) * others.work_s
+    fixed_s = worker.latency.fixed_s(worker.num_streams, worker.kv_tokens)
+    if joining_s <= spare_s or not fixed_s:
+        return False
+    step_s = fixed_s + worker.shared_s + worker.latency.work_s(uncached, request.prompt_tokens)
+    return fixed_s / others.work_s * math.log((step_s + joining_s) / (step_s + spare_s)) > 1
 
 
 def _shares_badly(request: RoutableRequest, prefill: PrefillCost, view: FleetView) -> str:

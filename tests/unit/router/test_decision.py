@@ -90,6 +90,7 @@ class Word(str):
         choice(replace(GOOD, prefill=Word("p"))),
         choice(GOOD, is_held=1),
         choice(GOOD, held_because=None),
+        choice(GOOD, makes_way_because=None),
         choice(GOOD, max_backlog_s=float("nan")),
         choice(GOOD, max_backlog_s=-1.0),
         choice(GOOD, max_backlog_s="0"),
@@ -107,6 +108,7 @@ class Word(str):
                 "decode_s",
                 "num_passed",
                 "early_token_discount_s",
+                "shared_s",
             )
             for value in (-1, 1e300, float("nan"), float("inf"), "0", None, np.float64(0.5))
         ],

@@ -62,6 +62,7 @@ def walked(backlog, waiting, *, num_others):
                 max_backlog_s=LIMIT_S,
                 lacks_room=False,
                 spares_streams=False,
+                makes_way_because="",
             ),
         )
         held.blocked = -1
@@ -105,7 +106,7 @@ def shares_of(waiting, backlogs_s, *, times=1):
         queue.add(request, 100, 0.1, Explanation(request.request, "p", 100, 0.0), now=0.0)
         rows = [binding.rows[WorkerId(name)] for name in costs]
         own_s, work_s = zip(*costs.values(), strict=True)
-        queue.get(request.request).bids = Bids(binding.version, 0.0, rows, own_s, own_s, work_s, LIMIT_S, None)
+        queue.get(request.request).bids = Bids(binding.version, 0.0, rows, own_s, work_s, LIMIT_S, None)
     for number in range(times):
         binding.share_out(list(queue.walk()), backlogs_s, 1.0 + number)
     return [binding.shares[WorkerId(name)] for name in NAMES]
@@ -123,6 +124,18 @@ def test_those_who_cost_far_more_elsewhere_wait_for_the_worker_where_they_do_not
     assert (a, b, c) == pytest.approx([1 / 3] * 3, abs=0.06)
     a, b, c = shares_of([tied, tied, anywhere] * 20, [0.0] * 3, times=9)
     assert (a, b, c) == pytest.approx([2 / 3, 1 / 6, 1 / 6], abs=0.06)
+
+
+def test_a_request_waits_for_a_busy_worker_where_it_would_keep_many_waiting_at_the_free_one():
+    either = (100, {"a": (0.1, 0.1), "b": (0.1, 0.3)})
+    tied = (100, {"b": (0.1, 0.1)})
+    busy = {"a": (0.6, 0), "b": (0.0, 0), "c": (0.0, 0)}
+    for num_others in (0, 30):
+        asked, ahead, _, _ = walked(busy, [either, *[tied] * 5], num_others=num_others)
+        assert asked == ["r1", "r2", "r3", "r4", "r5"]
+        assert ahead == {"a": 0.1}
+        asked, ahead, _, _ = walked(busy, [either], num_others=num_others)
+        assert (asked, ahead) == (["r0"], {})
 
 
 def test_a_worker_that_gives_up_prefilling_shortens_nobodys_wait():

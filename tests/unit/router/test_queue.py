@@ -2,6 +2,7 @@ import random
 
 import msgspec
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,6 +76,26 @@ def test_a_request_that_can_no_longer_be_in_time_makes_way_until_it_is_its_turn(
     add(queue, "after", now=13.1, slo=50.0)
     queue.let_go(now=40.0)  # nobody is given up twice
     assert order(queue) == ["wide", "before", "tight", "after"]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.sampled_from(["slo", "plain", "update", "late", "leave"]))))
+def test_those_that_can_be_in_time_are_counted_whatever_comes_between(happened):
+    queue = Queue(RouterSettings())
+    for number, (name, what) in enumerate(happened, 1):
+        waiting = queue.get(RequestId(name))
+        if what in {"slo", "plain"} and waiting is None:
+            add(queue, name, seconds=number / 8, tokens=number, slo=5.0 if what == "slo" else None)
+        elif waiting is not None and what == "update":
+            queue.update(waiting, number, number / 8)
+        elif waiting is not None and what == "late" and waiting.request.slo_ttft_s is not None:
+            queue.make_way(waiting)
+        elif waiting is not None and what == "leave":
+            queue.remove(waiting)
+        hoping = [each for each in queue.all() if each.request.slo_ttft_s is not None and not each.is_late]
+        tokens, seconds = [sum(each.uncached_tokens for each in hoping), sum(each.prefill_s for each in hoping)]
+        found = queue.hopeful()
+        assert (found.num, found.num * found.uncached_tokens) == (len(hoping), pytest.approx(tokens))
+        assert found.num * found.work_s == pytest.approx(seconds)
 
 
 def test_for_room_to_decode_it_makes_way_as_long_as_its_answer_may_take_besides():

@@ -584,6 +584,22 @@ def test_neither_a_preview_nor_an_slo_moves_a_policy_that_remembers(policy, slo_
     assert served == ["b0", "b1", "b2"] * 2
 
 
+def test_a_policy_that_lets_everybody_go_first_does_so_once_for_each():
+    class Polite:
+        name = "polite"
+
+        def choose(self, request, view):
+            only = candidate(view.decode[0].worker)
+            return Choice(chosen=only, candidates=(only,), makes_way_because="after you")
+
+    router = router_of(registration("b0"), policy=Polite(), refuse_late=False)
+    for name in ("first", "second"):
+        router.submit(request(name, slo_ttft_s=1e6), now=0.0)
+    assert router.dispatch(now=0.0) == []
+    assert router.explain(RequestId("first")).held_because == "after you"
+    assert [route.request for route in router.dispatch(now=router.wakeup())] == ["first", "second"]
+
+
 @pytest.mark.parametrize("policy", [RoundRobin, InTurn])
 def test_a_policy_that_remembers_is_asked_once_about_those_who_come_too_late(policy):
     router = router_of(*(registration(f"b{k}") for k in range(3)), policy=policy(), refuse_late=False)
@@ -863,14 +879,15 @@ def test_those_that_are_held_do_not_keep_the_walk_from_those_behind_them(reason)
     assert [route.request for route in bound] == ["behind"]
 
 
+@pytest.mark.parametrize("field", ["congestion_s", "shared_s"])
 @pytest.mark.parametrize("odd", ["x", None, math.nan, -math.inf, -1.0])
-def test_odd_seconds_of_a_candidate_that_nobody_is_shown_fail_their_request_alone(odd):
+def test_odd_seconds_of_a_candidate_that_nobody_is_shown_fail_their_request_alone(field, odd):
     class Odd:
         name = "odd"
 
         def choose(self, request, view):
             options = [candidate(worker.worker, total_s=0.1 + place) for place, worker in enumerate(view.decode)]
-            options[-1] = replace(options[-1], congestion_s=odd)
+            options[-1] = replace(options[-1], **{field: odd})
             return Choice(chosen=options[0], candidates=tuple(options), is_held=True, held_because="x")
 
     router = router_of(*[registration(f"w{number}") for number in range(40)], policy=Odd())

@@ -99,6 +99,15 @@ def test_a_step_is_not_short_of_time_for_prompts_that_are_computed_before_it():
     assert late_in_s(plan, 0.15) == pytest.approx(0.75)
 
 
+def test_what_a_step_is_due_for_is_not_kept_longer_than_its_prompts():
+    plan = StepPlan()
+    plan.add(50, 0.05, 0.0, PACE)
+    for number in range(1000):  # something is left whenever another one comes
+        plan.add(10, 0.01, 0.001, PACE, 1.0 + number)
+        plan.report(20, 0.02, 10, 0.01, 3, 0.001, PACE)
+    assert len(plan._due) <= 3
+
+
 def test_prompts_taken_to_be_in_a_step_that_ended_without_them_begin_when_it_ends():
     plan = StepPlan()
     add(plan, 10)

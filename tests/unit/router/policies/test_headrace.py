@@ -10,7 +10,7 @@ from planes.wire.messages import EngineFacts, HandoverMode, LatencyPrior, Reques
 from router.cost import can_hand_over, decode_cost, judge, local, pair, prefill_cost
 from router.latency import LatencyModel, LinkModel
 from router.policies.headrace import Headrace
-from router.policy import FleetView, WorkerView
+from router.policy import FleetView, Hopeful, WorkerView
 from router.prices import MEASURED, CostModel, congestion, stall_price
 from router.request import RoutableRequest, Sacrifice
 from tests.fakes import candidate
@@ -504,3 +504,31 @@ def test_a_prompt_that_would_make_another_late_begins_in_a_step_of_its_own():
     assert not answer(forming, request(2000)).is_held  # it could wait for ever
     roomy = answer(replace(forming, late_in_s=10.0))
     assert (roomy.is_held, roomy.chosen.delays) == (False, False)
+
+
+CROWDED = "it would be in time only in a step that leaves others out; they go first"
+
+
+@pytest.mark.parametrize(
+    ("num_hopeful", "tokens", "spare_s", "fixed_s", "because"),
+    [
+        (30, 100, 0.004, 0.03, CROWDED),
+        (30, 100, 0.050, 0.03, ""),  # 17 of the 20 that a step takes
+        (2, 100, 0.004, 0.03, ""),  # the other one has a place
+        (30, 100, 0.004, 0.001, ""),  # a step of its own costs less than a prompt …
+        (30, 100, 0.000, 0.0, ""),  # … or nothing
+        (30, 2000, 0.004, 0.03, ""),  # hardly any of them shares its step
+        (0, 100, 0.004, 0.03, ""),  # who waits is late, or has no SLO
+        (30, 100, -0.001, 0.03, "it would be late; those that can be in time go first"),
+    ],
+)
+def test_a_prompt_makes_way_that_is_in_time_only_where_a_step_leaves_more_than_one_of_those_who_wait_out(
+    num_hopeful, tokens, spare_s, fixed_s, because
+):
+    prior = LatencyPrior(prefill_fixed_s=fixed_s, prefill_per_token_s=3e-5, prefill_per_pair_s=0.0)
+    idle = replace(worker("b", Role.BOTH), latency=LatencyModel(prior, FACTS.max_step_tokens))
+    view = replace(fleet(idle), num_waiting=30, hopeful=Hopeful(num_hopeful, tokens, tokens * 3e-5))
+    alone = choose(idle, routable=request(100)).chosen
+    choice = Headrace().choose(request(100, slo_ttft_s=alone.ttft_s + spare_s), view)
+    assert (choice.is_held, choice.makes_way_because) == (False, because)
+    assert Headrace().choose(request(100), view).makes_way_because == ""
