@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Final
 ENVIRONMENTS: Final = Path(__file__).parents[2] / ".venv-peers"
 BASE: Final = "SMG 1.13.0"
 """What ratios are against."""
+RELAY: Final = "Relay in Python"
+"""What no gateway in Python can be cheaper than."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,8 @@ class Gateway:
     """One of them.
 
     installs: what pip is told, one call after the other.  argv, workers, environment: of a site; the programs lie in
-    the environment's bin.  workers: a program that it needs in place of plain HTTP workers.
+    the environment's bin, but for one that is named whole.  workers: a program that it needs in place of plain HTTP
+    workers.
     """
 
     name: str
@@ -98,6 +102,10 @@ def _dynamo_environment(site: Site) -> dict[str, str]:
     return {"ETCD_ENDPOINTS": site.etcd, "NATS_SERVER": site.nats, "DYN_LOG": "warn"}
 
 
+def _relay(site: Site) -> list[str]:
+    return [sys.executable, str(Path(__file__).with_name("relay.py")), str(site.port), *site.workers]
+
+
 GATEWAYS: Final = (
     Gateway(
         BASE,
@@ -138,6 +146,7 @@ GATEWAYS: Final = (
         _dynamo_workers,
         note="kv; tokenizes, exact index; before its own mocker, which never waits",
     ),
+    Gateway(RELAY, "", (), _relay, note="forwards bytes, nothing else: the floor of a gateway in Python"),
     Gateway("LiteLLM 1.108.7", "litellm", (("litellm[proxy]==1.108.7",),), _litellm, note="one process, as it comes"),
 )
 POLICIES: Final = ("headrace", "least_loaded")

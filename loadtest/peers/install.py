@@ -10,6 +10,8 @@ _DONE = ".installed"
 
 def install(gateway: Gateway) -> str:
     """Returns:  why it cannot be installed; "": it is."""
+    if not gateway.installs:
+        return ""
     folder = gateway.bin.parent
     done, wanted = folder / _DONE, repr(gateway.installs)
     if done.exists() and done.read_text() == wanted:

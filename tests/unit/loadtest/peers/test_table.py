@@ -59,7 +59,7 @@ def test_added_latency_is_the_median_difference_to_the_worker_itself():
     assert added_ms(result(**{OURS: measured([])}), OURS, "p50") is None
 
 
-@pytest.mark.parametrize("gateway", GATEWAYS, ids=lambda gateway: gateway.name)
+@pytest.mark.parametrize("gateway", [each for each in GATEWAYS if each.installs], ids=lambda gateway: gateway.name)
 def test_each_gateway_is_pinned_by_its_name(gateway):
     version = gateway.name.split(" ")[1]
     assert any(word.endswith(f"=={version}") for call in gateway.installs for word in call)
