@@ -36,6 +36,7 @@ _STALE_S = 0.5
 _SPARED_S = 0.05  # those who are held for streams are asked about no more often than that, a walk's number at a time
 _SHARES_S = 0.01  # shares are found out no more often than that …
 _MOST_SHARED = 64  # … from so many of those who wait
+_NO_PRICES = np.zeros(0)
 _POLL_S = 0.5
 """With requests waiting, dispatch runs at least this often: utilisation decays, and reports may have stopped."""
 
@@ -174,7 +175,7 @@ class Walk:
         self._is_set_up = False
         self._num_refreshed = self._num_blocked = 0
         self._prices: list[float] = []
-        self._price_array = np.zeros(0)
+        self._price_array = _NO_PRICES
         """The same of many workers."""
         self._may_spare = now >= binding.spared_at + _SPARED_S
 
@@ -194,10 +195,10 @@ class Walk:
         for row, worker in binding.shortest_first:
             self._passed_tokens[row], self._starts_in_s[row] = worker.passing(queue_s[row])
         self._most_passed = max(self._passed_tokens, default=0)
-        is_wide = len(queue_s) >= _WIDE
-        columns = queue_s, self._passed_tokens, self._starts_in_s, *zip(*self._shared, strict=True)
-        self._arrays = np.array(columns) if is_wide else None
+        self._arrays = None
         """All of these once more, of many workers."""
+        if len(queue_s) >= _WIDE:
+            self._arrays = np.array((queue_s, self._passed_tokens, self._starts_in_s, *zip(*self._shared, strict=True)))
 
     def __iter__(self) -> Iterator[Waiting]:
         """The requests to ask the policy about, in order of service."""
@@ -216,7 +217,8 @@ class Walk:
             lines_s = [queue_s + shared_s for queue_s, (shared_s, _) in zip(self._queue_s, self._shared, strict=True)]
             binding.share_out(in_reach, lines_s, now)
             self._prices = binding.prices()
-            self._price_array = np.array(self._prices)
+            if self._arrays is not None:
+                self._price_array = np.array(self._prices)
         for waiting in in_reach:
             if self._num_blocked >= _MAX_BLOCKED or not (self._room or self._most_passed):
                 break

@@ -123,6 +123,11 @@ class FleetView(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Of the last requests that came, the share that found others there: a single client at a time keeps a worker busy
     and nobody waiting."""
 
+    @property
+    def num_computing(self) -> int:
+        """Workers that prompts may be computed on."""
+        return max(1, len(self.prefill) or len(self.decode))
+
 
 class Links(Protocol):
     """Handover speeds, learned per pair."""

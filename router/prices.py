@@ -116,7 +116,7 @@ NO_CONGESTION = Congestion()
 
 def congestion(view: FleetView) -> Congestion:
     """The same for all workers of a view."""
-    num_workers = max(1, len(view.prefill) or len(view.decode))
+    num_workers = view.num_computing
     return Congestion(
         num_waiting=max(0, view.num_waiting - 1),
         power=math.sqrt(2 * math.sqrt(num_workers) + 2) - 1,

@@ -248,7 +248,7 @@ class Queue:
                 self.make_way(waiting)
 
     def make_way(self, waiting: Waiting) -> None:
-        """It can no longer be in time: move it behind those that can, once."""
+        """It can no longer be in time, or only at their cost: move it behind those that can, once."""
         if not waiting.is_late:
             self._count(waiting, -1)
             waiting.is_late = True

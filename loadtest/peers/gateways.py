@@ -11,8 +11,6 @@ from typing import Final
 ENVIRONMENTS: Final = Path(__file__).parents[2] / ".venv-peers"
 BASE: Final = "SMG 1.13.0"
 """What ratios are against."""
-RELAY: Final = "Relay in Python"
-"""What no gateway in Python can be cheaper than."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +144,7 @@ GATEWAYS: Final = (
         _dynamo_workers,
         note="kv; tokenizes, exact index; before its own mocker, which never waits",
     ),
-    Gateway(RELAY, "", (), _relay, note="forwards bytes, nothing else: the floor of a gateway in Python"),
+    Gateway("Relay in Python", "", (), _relay, note="forwards bytes, nothing else: the floor of a gateway in Python"),
     Gateway("LiteLLM 1.108.7", "litellm", (("litellm[proxy]==1.108.7",),), _litellm, note="one process, as it comes"),
 )
 POLICIES: Final = ("headrace", "least_loaded")

@@ -26,14 +26,11 @@ class Worker:
         self._host, self._port = place.hostname or "", place.port or 80
         self.idle: deque[Upstream] = deque()
 
-    async def send(self, request: bytes, client: "Client") -> None:
-        upstream = self.idle.pop() if self.idle else await self._dialled()
-        upstream.send(request, client)
-
-    async def _dialled(self) -> "Upstream":
+    async def dial(self, request: bytes, client: "Client") -> None:
+        """Send a request over a new connection."""
         loop = asyncio.get_running_loop()
         _, upstream = await loop.create_connection(lambda: Upstream(self), self._host, self._port)
-        return upstream
+        upstream.send(request, client)
 
 
 class Upstream(asyncio.Protocol):
@@ -100,7 +97,7 @@ class Client(asyncio.Protocol):
         if worker.idle:
             worker.idle.pop().send(request, self)
         else:
-            self._sending = asyncio.get_running_loop().create_task(worker.send(request, self))
+            self._sending = asyncio.get_running_loop().create_task(worker.dial(request, self))
 
 
 async def main(port: int, urls: list[str]) -> None:

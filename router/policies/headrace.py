@@ -235,7 +235,7 @@ def _num_to_send(request: RoutableRequest, worker: WorkerView, view: FleetView) 
     """Of those that wait, as many as one step of `worker` takes, were they all like this one."""
     uncached = request.prompt_tokens - worker.cached_tokens
     fitting = (worker.facts.max_step_tokens - worker.num_streams) / uncached
-    return max(0.0, min(fitting, (view.num_waiting - 1) / max(1, len(view.prefill) or len(view.decode))))
+    return max(0.0, min(fitting, (view.num_waiting - 1) / view.num_computing))
 
 
 def _makes_way_because(request: RoutableRequest, way: Way, chosen: Candidate, view: FleetView) -> str:
@@ -262,7 +262,7 @@ def _keeps_a_step_empty(request: RoutableRequest, prefill: PrefillCost, spare_s:
         return False
     uncached = request.prompt_tokens - worker.cached_tokens
     free_tokens = worker.facts.max_step_tokens - worker.num_streams - worker.shared_tokens - uncached
-    num_waiting = (others.num - 1) / max(1, len(view.prefill) or len(view.decode))
+    num_waiting = (others.num - 1) / view.num_computing
     joining_s = min(num_waiting, free_tokens / max(1.0, others.uncached_tokens)) * others.work_s
     fixed_s = worker.latency.fixed_s(worker.num_streams, worker.kv_tokens)
     if joining_s <= spare_s or not fixed_s:
@@ -283,7 +283,7 @@ def _shares_badly(request: RoutableRequest, prefill: PrefillCost, view: FleetVie
     slo_s = request.slo_ttft_s
     if prefill.misses_ttft and slo_s is not None and (view.waited_s < slo_s or view.makes_way):
         return f"{worker.worker} begins a step in which another prompt would be late with it"
-    num_waiting = max(1.0, view.num_waiting / max(1, len(view.prefill) or len(view.decode)))
+    num_waiting = max(1.0, view.num_waiting / view.num_computing)
     saved_s = worker.latency.fixed_s(worker.num_streams, worker.kv_tokens)
     if worker.num_sharing * prefill.longer_s <= num_waiting * saved_s:
         return ""
