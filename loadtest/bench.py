@@ -19,7 +19,7 @@ from cyclopts import App, Parameter
 
 from loadtest.bench_parts import measure_parts
 from loadtest.bench_streams import SPEEDUP, OpenStreams, open_streams
-from loadtest.closed_loop import CHAT, RESPONSES, Row, Shape, Target, closed_loop
+from loadtest.closed_loop import CHAT, RESPONSES, Row, Shape, Target, warm_closed_loop
 from loadtest.decisions import measure_all
 from loadtest.machine import circumstances
 from loadtest.processes import allow_files
@@ -97,8 +97,7 @@ async def _measure(extent: Extent, policy: str) -> dict[str, Any]:
         for number in range(extent.rounds):
             for case, shape in shapes.items():
                 progress.start(f"round {number + 1}, {case}")(0, 1)
-                await closed_loop(target, case, shape, seconds=min(0.5, extent.seconds / 4))
-                rows[case].append(await closed_loop(target, case, shape, seconds=extent.seconds))
+                rows[case].append(await warm_closed_loop(target, case, shape, seconds=extent.seconds, run=number))
                 progress.end()
         memory = {process.name: process.rss_bytes() / 1e6 for process in running.processes()}
     opened = [await open_streams(count, policy, _SMALL) for count in extent.open_streams]

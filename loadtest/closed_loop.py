@@ -4,14 +4,13 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from loadtest.client import Client, Sample
 from loadtest.processes import Process
-
-_ALPHABET: Final = "abcdefgh "
+from loadtest.prompts import prose
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +96,25 @@ class Meter:
         return spent
 
 
-async def closed_loop(target: Target, case: str, shape: Shape, *, seconds: float) -> Row:
-    """Run it for `seconds`, and until what was begun then has ended; each client asks once at least."""
-    rng = random.Random(case)
-    shared = "".join(rng.choices(_ALPHABET, k=shape.shared_bytes))
+def prompts(case: str, shape: Shape, *, run: int, client: int) -> Iterator[str]:
+    """One client's, without end: what they do not share is new in each of them, for each client and run of a case."""
+    shared = prose(random.Random(case), shape.shared_bytes)
+    own = random.Random(f"{case}, {run}, {client}")
+    while True:
+        yield shared + prose(own, shape.prompt_bytes - shape.shared_bytes)
+
+
+async def closed_loop(target: Target, case: str, shape: Shape, *, seconds: float, run: int = 0) -> Row:
+    """Run it for `seconds`, and until what was begun then has ended; each client asks once at least.
+
+    Args:  run: the same one sends the same prompts.
+    """
     samples: list[Sample] = []
     deadline = time.perf_counter() + seconds
 
-    async def one(seed: int) -> None:
-        own = random.Random(seed)
+    async def one(number: int) -> None:
         client = Client("127.0.0.1", target.port)
-        while True:
-            prompt = shared + "".join(own.choices(_ALPHABET, k=shape.prompt_bytes - shape.shared_bytes))
+        for prompt in prompts(case, shape, run=run, client=number):
             body = shape.api.body(target.model, prompt, shape.max_tokens, is_streaming=shape.is_streaming)
             samples.append(await client.post(shape.api.path, body))
             if time.perf_counter() >= deadline:
@@ -119,9 +125,15 @@ async def closed_loop(target: Target, case: str, shape: Shape, *, seconds: float
 
     meter = Meter(target.processes)
     started_at = time.perf_counter()
-    await asyncio.gather(*(one(rng.getrandbits(32)) for _ in range(shape.concurrency)))
+    await asyncio.gather(*map(one, range(shape.concurrency)))
     spent, elapsed_s = meter.spent_s(), time.perf_counter() - started_at
     return row_of(case, shape, samples, spent, elapsed_s)
+
+
+async def warm_closed_loop(target: Target, case: str, shape: Shape, *, seconds: float, run: int) -> Row:
+    """`closed_loop` after a shorter one, with other prompts, that does not count."""
+    await closed_loop(target, case, shape, seconds=min(0.5, seconds / 4), run=-1 - run)
+    return await closed_loop(target, case, shape, seconds=seconds, run=run)
 
 
 def row_of(case: str, shape: Shape, samples: Sequence[Sample], spent: dict[str, float], elapsed_s: float) -> Row:

@@ -1,11 +1,30 @@
 """Texts for the prompts of a workload, which has names of blocks and no words."""
 
+import itertools
 import random
+from typing import Final
 
 from loadtest.workloads import Turn
 
 VOCABULARY = ["river", "water", "wheel", "mill", "stone", "weir", "gate", "flow", "race", "pond", "sluice", "turbine"]
 """One token each, or nearly, in most vocabularies."""
+
+_NUM_WORDS: Final = 5000
+
+
+def _made_up(rng: random.Random) -> str:
+    """A word of one to four syllables."""
+    return "".join(rng.choice("bcdfghlmnprstvw") + rng.choice("aeiou") for _ in range(rng.randint(1, 4)))
+
+
+_WORDS: Final = [_made_up(random.Random(rank)) for rank in range(_NUM_WORDS)]
+_WEIGHTS: Final = list(itertools.accumulate(1 / rank for rank in range(1, _NUM_WORDS + 1)))
+"""Zipf's law, as in what people write: tokenizers remember words, and letters drawn at random repeat none."""
+
+
+def prose(rng: random.Random, length: int) -> str:
+    """So many characters of made-up words, some of which are frequent."""
+    return " ".join(rng.choices(_WORDS, cum_weights=_WEIGHTS, k=length // 3 + 1))[:length]
 
 
 def text_of(turn: Turn, block_size: int, seed: int) -> str:

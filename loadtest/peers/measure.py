@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from loadtest.client import Client
-from loadtest.closed_loop import CHAT, MESSAGES, RESPONSES, Api, Row, Shape, Target, closed_loop, quantile_ms
+from loadtest.closed_loop import CHAT, MESSAGES, RESPONSES, Api, Row, Shape, Target, quantile_ms, warm_closed_loop
 from loadtest.peers.running import Running
 from loadtest.progress import Progress
+from loadtest.prompts import prose
 
 STEPS: Final = {
     "HEADRACE_SIM_STEP_S": "0.005",
@@ -77,8 +78,8 @@ async def rounds_of(
                 on_progress = progress.start(f"round {number + 1}, {case}, {each.name}")
                 on_progress(0, 1)
                 if not _is_refused(rows[each.name][case]):
-                    await closed_loop(each.target, case, shape, seconds=min(0.5, seconds / 4))
-                    rows[each.name][case].append(await closed_loop(each.target, case, shape, seconds=seconds))
+                    row = await warm_closed_loop(each.target, case, shape, seconds=seconds, run=number)
+                    rows[each.name][case].append(row)
                 progress.end()
     return rows
 
@@ -99,7 +100,7 @@ async def added_ttft(
             through = Client("127.0.0.1", each.target.port)
             seconds: dict[str, list[float]] = {"through": [], "alone": []}
             for _ in range(requests):
-                prompt = "".join(rng.choices("abcdefgh ", k=200))
+                prompt = prose(rng, 200)
                 for way, client, model in (("through", through, each.target.model), ("alone", direct, worker.model)):
                     sample = await client.post(CHAT.path, CHAT.body(model, prompt, 2))
                     if not sample.error and not math.isnan(sample.ttft_s):

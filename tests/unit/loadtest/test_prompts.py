@@ -1,6 +1,9 @@
+import random
+from collections import Counter
+
 import numpy as np
 
-from loadtest.prompts import text_of
+from loadtest.prompts import prose, text_of
 from loadtest.workloads import Turn, load
 
 
@@ -31,3 +34,16 @@ def test_a_later_turn_begins_with_the_earlier_one():
     session = next(each for each in load("agentic", block_size=64, seed=0).sessions if len(each.turns) > 1)
     first, second = (text_of(turn, 64, seed=0) for turn in session.turns[:2])
     assert shared_words(first, second) >= session.turns[0].prompt_tokens // 64 * 64
+
+
+def test_prose_has_so_many_characters():
+    assert [len(prose(random.Random(seed), length)) for seed, length in enumerate((0, 1, 2, 3, 200, 8000))] == [
+        *(0, 1, 2, 3, 200, 8000)
+    ]
+
+
+def test_prose_repeats_words_as_people_do():
+    counted = Counter(prose(random.Random(1), 100_000).split())
+    top, total = sum(count for _, count in counted.most_common(100)), counted.total()
+    assert 0.4 < top / total < 0.7
+    assert len(counted) > 2000
