@@ -4,9 +4,11 @@ import itertools
 import math
 import random
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 import msgspec
 
+from planes.wire.blocks import Hashes
 from planes.wire.messages import KvEvents, LatencyPrior, LoadReport, Registration, RequestBound, WorkerId, WorkerState
 from router.errors import ContextTooLong, NoPair, NoWorker
 from router.index.index import BlockIndex
@@ -17,6 +19,9 @@ from router.request import Candidate, HandoverPreference, Observed, RoutableRequ
 from router.stats import LinkStatus, WorkerStatus
 from router.worker import Reservation, Worker
 
+_ALWAYS: Final = HandoverPreference.ALWAYS  # bound once, see CONTRIBUTING.md
+_NEVER: Final = HandoverPreference.NEVER
+
 
 class _Serving:
     """Ready workers of one model and card."""
@@ -25,6 +30,15 @@ class _Serving:
         self.workers = workers
         self.can_decode = any(worker.role.can_decode for worker in workers)
         self.least_context = min([worker.facts.context_length for worker in workers], default=0)
+
+
+class _Matched:
+    """What each worker holds of a prompt, as long as nothing has changed: a request is asked about more than once."""
+
+    def __init__(self, blocks: Hashes, changes: int, cached: dict[WorkerId, int]) -> None:
+        self.blocks = blocks
+        self.changes = changes
+        self.cached = cached
 
 
 _NONE = _Serving([])
@@ -46,6 +60,7 @@ class Fleet:
         self._ready: dict[tuple[str, str, int], _Serving] = {}
         self._ready_version = -1
         self._untold = UntoldBlocks()
+        self._matched: _Matched | None = None
 
     def up(self, registration: Registration) -> None:
         """Take in a new or changed registration; one of an older epoch is ignored."""
@@ -203,7 +218,7 @@ class Fleet:
 
     def can_serve(self, request: RoutableRequest) -> bool:
         """Whether any worker that may take the request can decode; as the client wants it, with a handover."""
-        if request.handover is HandoverPreference.ALWAYS:
+        if request.handover is _ALWAYS:
             return bool(_pairable(self.eligible(request)))
         serving = self._serving(request)
         if not request.excluded and request.max_context <= serving.least_context:
@@ -216,7 +231,7 @@ class Fleet:
         longest = max([worker.facts.context_length for worker in deciding], default=0)
         if 0 < longest < request.max_context:
             return ContextTooLong(request.model, request.max_context, longest=longest, num_workers=len(deciding))
-        error = NoPair if request.handover is HandoverPreference.ALWAYS else NoWorker
+        error = NoPair if request.handover is _ALWAYS else NoWorker
         return error(request.model, num_workers=len(self.workers), card_digest=request.card_digest)
 
     def _serving(self, request: RoutableRequest) -> "_Serving":
@@ -233,10 +248,16 @@ class Fleet:
             self._ready = {key: _Serving(workers) for key, workers in groups.items()}
         return self._ready.get((request.model, request.card_digest, request.adapter), _NONE)
 
-    def cached_blocks(self, request: RoutableRequest) -> dict[WorkerId, int]:
+    def cached_blocks(self, request: RoutableRequest) -> Mapping[WorkerId, int]:
         """Leading blocks held, or soon held by a prompt with the same beginning that was sent there."""
-        cached = self.index.match(request.blocks)
-        for name, depth in self._untold.match(request.blocks).items():
+        matched, changes = self._matched, self.index.changes + self._untold.changes
+        if matched is None or matched.blocks is not request.blocks or matched.changes != changes:
+            matched = self._matched = _Matched(request.blocks, changes, self._match(request.blocks))
+        return matched.cached
+
+    def _match(self, blocks: Hashes) -> dict[WorkerId, int]:
+        cached = self.index.match(blocks)
+        for name, depth in self._untold.match(blocks).items():
             if depth > cached.get(name, 0):
                 cached[name] = depth
         return cached
@@ -266,9 +287,9 @@ class Fleet:
         prefill: list[WorkerView] = []
         decode: list[WorkerView] = []
         workers = self.eligible(request)
-        if request.handover is HandoverPreference.ALWAYS:
+        if request.handover is _ALWAYS:
             workers = _pairable(workers)
-        is_local = request.is_local_only or request.handover is HandoverPreference.NEVER
+        is_local = request.is_local_only or request.handover is _NEVER
         for worker in workers:
             name, role, cached_tokens = worker.worker, worker.role, 0
             size = worker.facts.block_size

@@ -5,6 +5,8 @@ can pair (`always`). What remains is a policy that serves alone though it was to
 it has weighed is taken, and where it has weighed none the pair that `headrace` would take.
 """
 
+from typing import Final
+
 import msgspec
 
 from router import cost
@@ -13,10 +15,12 @@ from router.policies.headrace import Headrace
 from router.policy import Choice, FleetView
 from router.request import Candidate, HandoverPreference, RoutableRequest
 
+_ALWAYS: Final = HandoverPreference.ALWAYS  # bound once, see CONTRIBUTING.md
+
 
 def enforced(request: RoutableRequest, choice: Choice, view: FleetView) -> Choice:
     """A policy's choice, or the nearest one that the client wants.  Raises:  NoPair."""
-    if request.handover is not HandoverPreference.ALWAYS:
+    if request.handover is not _ALWAYS:
         return choice
     pairs = _pairs(choice, view) or _pairs(Headrace().choose(request, view), view)
     if not pairs:

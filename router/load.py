@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
 
 from router.request import Observed, Outcome, RoutableRequest
 
+_FINISHED: Final = Outcome.FINISHED  # bound once, see CONTRIBUTING.md
 _MAX_MODELS = 1024  # further ones are not counted
 
 _Sum = Annotated[float, Meta(ge=0, le=1e18)]
@@ -116,7 +117,7 @@ class LoadMeter:
     ) -> None:
         """What an attempt has come to."""
         tokens = observed.completion_tokens
-        if observed.outcome is not Outcome.FINISHED or (sums := self._of(request.model)) is None:
+        if observed.outcome is not _FINISHED or (sums := self._of(request.model)) is None:
             return
         prompt, uncached = request.prompt_tokens, max(0, request.prompt_tokens - (observed.cached_tokens or 0))
         sums.ended += 1

@@ -15,7 +15,7 @@ import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -49,6 +49,10 @@ from router.stats import Counts, LinkStatus, RouterStats, ShadowStats, WorkerSta
 from router.timeline import Timeline
 from router.worker import Reservation
 
+_BY_GATEWAY: Final = SloSource.GATEWAY  # bound once, see CONTRIBUTING.md
+_BY_MODEL: Final = SloSource.MODEL
+_BY_NOBODY: Final = SloSource.NOBODY
+_FINISHED: Final = Outcome.FINISHED
 _LENGTH_GAIN = 0.02
 _LEAST_SHARE = 0.01
 _RATE_WINDOW_S = 10.0
@@ -217,7 +221,7 @@ class Router:
         if share < 1.0:
             changes["expected_tokens"] = max(1, round(request.expected_tokens * share))
         model = settings.slos_of(request.model)
-        for source, slos in ((SloSource.GATEWAY, settings), (SloSource.MODEL, model)):
+        for source, slos in ((_BY_GATEWAY, settings), (_BY_MODEL, model)):
             if request.slo_ttft_s is None and slos.slo_ttft_s is not None:
                 changes |= {"slo_ttft_s": slos.slo_ttft_s, "slo_ttft_from": source}
             if request.slo_itl_s is None and slos.slo_itl_s is not None:
@@ -424,14 +428,14 @@ class Router:
         self._fleet.release(reservation, observed.completion_tokens, now)
         if self._on_news is not None:
             self._on_news(RequestReleased(request, max(0, observed.completion_tokens)))
-        if observed.outcome is Outcome.FINISHED:
+        if observed.outcome is _FINISHED:
             self._service.served(request, now=now)
         else:
             self._service.gave_up(request, now=now)
         self._late_binding.room_changed()
         self._fleet.learn(reservation, observed)
         self._counts.observe(predicted, observed)
-        if observed.outcome is Outcome.FINISHED and observed.completion_tokens > 0:
+        if observed.outcome is _FINISHED and observed.completion_tokens > 0:
             model = reservation.decoding.registration.model
             self._learn_length(model, observed.completion_tokens / max(1, reservation.expected_tokens))
         self._meter.released(asked, observed, submitted_at=submitted_at, bound_at=reservation.bound_at, now=now)
@@ -503,8 +507,8 @@ class Router:
             tenant=request.tenant,
             slo_ttft_s=request.slo_ttft_s,
             slo_itl_s=request.slo_itl_s,
-            slo_ttft_from=SloSource.NOBODY if request.slo_ttft_s is None else request.slo_ttft_from,
-            slo_itl_from=SloSource.NOBODY if request.slo_itl_s is None else request.slo_itl_from,
+            slo_ttft_from=_BY_NOBODY if request.slo_ttft_s is None else request.slo_ttft_from,
+            slo_itl_from=_BY_NOBODY if request.slo_itl_s is None else request.slo_itl_from,
         )
 
     def stats(self, *, now: float) -> RouterStats:

@@ -22,6 +22,8 @@ from planes.wire.frames import Format, Parsing, Sampling
 from planes.wire.messages import OWN_TOKENS, THINKING_BUDGET, RequestId
 from router.request import SloSource
 
+_EMBEDDING: Final = Kind.EMBEDDING  # bound once, see CONTRIBUTING.md
+_BY_REQUEST, _BY_KEY = SloSource.REQUEST, SloSource.KEY
 _ID_PREFIX: Final = {
     Kind.CHAT: "chatcmpl-",
     Kind.COMPLETION: "cmpl-",
@@ -234,7 +236,7 @@ def _trace(gateway: Gateway, headers: Mapping[str, str]) -> TraceContext | None:
 
 def _settled(by_request: float | None, by_key: float | None) -> tuple[float | None, SloSource]:
     """An SLO and who says so; what neither says the router settles, by model and for all."""
-    return (by_key, SloSource.KEY) if by_request is None else (by_request, SloSource.REQUEST)
+    return (by_key, _BY_KEY) if by_request is None else (by_request, _BY_REQUEST)
 
 
 def _prompt_alone(parsed: ParsedRequest) -> ParsedRequest:
@@ -253,7 +255,7 @@ def _prompt_alone(parsed: ParsedRequest) -> ParsedRequest:
 
 def _check_task(parsed: ParsedRequest, model: ModelEntry, gateway: Gateway, tenant: Tenant) -> None:
     """Raises:  InvalidRequest."""
-    is_embedding = parsed.kind is Kind.EMBEDDING
+    is_embedding = parsed.kind is _EMBEDDING
     if is_embedding == (model.embedding_size > 0):
         return
     does = "generates and embeds nothing" if is_embedding else "makes embeddings, which are at /v1/embeddings"

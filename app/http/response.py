@@ -45,6 +45,9 @@ class _State(Enum):
     ENDED = auto()
 
 
+_NEW, _BEGUN, _ENDED = _State  # bound once, see CONTRIBUTING.md
+
+
 class ErrorDialect(Protocol):
     """How clients of one API are told errors; `app/openai/errors.py` is one."""
 
@@ -89,7 +92,7 @@ class StreamedResponse:
         self._max_unsent_bytes = max_unsent_bytes
         self._on_cut_off = on_cut_off
         self._is_chunked = scope["http_version"] != "1.0"  # HTTP/1.0 knows no chunks: its body ends with the connection
-        self._state = _State.NEW
+        self._state = _NEW
         self._head = b""
         """Goes out with the first bytes after it: each write may be a system call."""
 
@@ -101,18 +104,18 @@ class StreamedResponse:
     @property
     def is_begun(self) -> bool:
         """It is too late for an error status."""
-        return self._state is not _State.NEW
+        return self._state is not _NEW
 
     @property
     def is_ended(self) -> bool:
-        return self._state is _State.ENDED
+        return self._state is _ENDED
 
     def begin(self, headers: Headers) -> None:
         """The head of a streamed answer; it is sent with what follows.
 
         Raises:  ValueError, as `_encoded`; nothing has changed then.
         """
-        self._require(_State.NEW)
+        self._require(_NEW)
         fields = b"%b%b%b" % (_STREAM, _encoded(headers), _CHUNKED if self._is_chunked else b"")
         if not self._is_chunked:
             self._cycle.keep_alive = False
@@ -131,7 +134,7 @@ class StreamedResponse:
 
     def end(self, last: bytes = b"") -> None:
         """Send `last` and close a streamed answer; the connection stays open for the next request."""
-        self._require(_State.BEGUN)
+        self._require(_BEGUN)
         if self._is_chunked:
             chunk = b"%x\r\n%b\r\n" % (len(last), last) if last else b""
             last = chunk + b"0\r\n\r\n"
@@ -139,14 +142,14 @@ class StreamedResponse:
 
     def keep_alive(self) -> None:
         """Send a comment on a streamed answer, unless anything has been written since the last call."""
-        self._require(_State.BEGUN)
+        self._require(_BEGUN)
         if self._head:
             self.write(_COMMENT)
         self._head = _SILENT
 
     def whole(self, status: int, headers: Headers, body: bytes) -> None:
         """Answer in one piece.  Raises:  ValueError, as `_encoded`; nothing has changed then."""
-        self._require(_State.NEW)
+        self._require(_NEW)
         fields = b"content-length: %d\r\n%b" % (len(body), _encoded(headers))
         head = self._start(status, fields, is_chunked=False)
         self._check_unsent()  # of answers before, on the same connection
@@ -174,12 +177,12 @@ class StreamedResponse:
         defaults = b"".join([b"%b: %b\r\n" % field for field in cycle.default_headers])
         end = b"" if cycle.keep_alive else b"connection: close\r\n"
         cycle.response_started, cycle.chunked_encoding, cycle.waiting_for_100_continue = True, is_chunked, False
-        self._state = _State.BEGUN
+        self._state = _BEGUN
         return b"HTTP/1.1 %d %b\r\n%b%b%b\r\n" % (status, _reason(status), defaults, fields, end)
 
     def _complete(self, data: bytes) -> None:
         """What uvicorn's `send` does with the last bytes."""
-        self._state, self._head = _State.ENDED, b""
+        self._state, self._head = _ENDED, b""
         self._client.watch(None)
         cycle = self._cycle
         if cycle.disconnected or self._transport.is_closing():

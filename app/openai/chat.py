@@ -26,6 +26,7 @@ from planes.wire.errors import InvalidRequest
 
 EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
+_CHAT: Final = Kind.CHAT  # bound once, see CONTRIBUTING.md
 _DECODER: Final = msgspec.json.Decoder(ChatBody)
 _UNSUPPORTED: Final = Unsupported(UNSUPPORTED_CHAT)
 _DEFAULT_LIMITS: Final = Limits()
@@ -43,7 +44,7 @@ def parse_chat(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedRequest:
     structured = use.structured or parse_structured(chat, limits)  # a call that is forced leaves nothing else to bind
     is_continued = bool(chat.continue_final_message)
     return ParsedRequest(
-        kind=Kind.CHAT,
+        kind=_CHAT,
         model=chat.model,
         sampling=parse_sampling(
             chat, limits, max_tokens=max_tokens, logprobs=_logprobs(chat, limits), structured=structured

@@ -29,7 +29,10 @@ class Kind(StrEnum):
     @property
     def is_conversation(self) -> bool:
         """Whether its prompt is made of messages, by the model's chat template."""
-        return self not in (Kind.COMPLETION, Kind.EMBEDDING)
+        return self not in _OF_TEXT
+
+
+_OF_TEXT: Final = (Kind.COMPLETION, Kind.EMBEDDING)
 
 
 @dataclass(frozen=True, slots=True)

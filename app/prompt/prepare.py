@@ -27,6 +27,7 @@ from planes.wire.messages import Adapter
 
 Result = TypeVar("Result")
 
+_EMBEDDING: Final = Kind.EMBEDDING  # bound once, see CONTRIBUTING.md
 _FIELD: Final = {
     Kind.CHAT: "messages",
     Kind.COMPLETION: "prompt",
@@ -324,7 +325,7 @@ def _check_provable(num_chars: int, parsed: ParsedRequest, model: ModelEntry) ->
     """Refuse a text that has too many tokens however it is cut."""
     if parsed.truncate_prompt_tokens is not None:
         return
-    per_token, needed = model.tokenizer.max_chars_per_token, 0 if parsed.kind is Kind.EMBEDDING else 1
+    per_token, needed = model.tokenizer.max_chars_per_token, 0 if parsed.kind is _EMBEDDING else 1
     if per_token is not None and (at_least := -(-num_chars // per_token)) + needed > model.context_length:
         raise ContextExceeded(
             f"This model's maximum context length is {model.context_length} tokens. However, your prompt has "
@@ -343,7 +344,7 @@ def _max_tokens(num_tokens: int, parsed: ParsedRequest, model: ModelEntry) -> in
     if not num_tokens:
         raise InvalidRequest(f"Invalid '{field}': it has no tokens; send at least one.", param=field)
     room = context - num_tokens
-    if parsed.kind is Kind.EMBEDDING:
+    if parsed.kind is _EMBEDDING:
         if room < 0:
             raise ContextExceeded(
                 f"This model's maximum context length is {context} tokens. However, your input has {num_tokens} "

@@ -5,7 +5,7 @@ a worker to come up are the same for all.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 import structlog
 
@@ -21,6 +21,8 @@ from planes.wire.messages import Registration, RequestId, WorkerId
 from router.request import Route
 
 _log = structlog.get_logger()
+
+_ENDED: Final = State.ENDED  # bound once, see CONTRIBUTING.md
 
 CallAt = Callable[[float, Callable[[Event], None], Event], Timer]
 """As an event loop's `call_at`, at an instant on the driver's clock."""
@@ -107,7 +109,7 @@ class ExchangeDriver:
             else:
                 self.perform(told)
         self._is_receiving = False
-        if self.exchange.state is State.ENDED:
+        if self.exchange.state is _ENDED:
             self._ended()
 
     def _ended(self) -> None:

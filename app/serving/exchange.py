@@ -34,7 +34,7 @@ silence. Who is left out of the next attempt: `blame.py`.
 
 from collections.abc import Callable
 from enum import Enum, auto
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from app.serving import effects as do
 from app.serving import events as on
@@ -81,6 +81,9 @@ class State(Enum):
     ENDED = auto()
 
 
+_ROUTING, _QUEUED, _PREFILLING, _PUSHING, _DECODING, _WAITING, _ENDED = State  # bound once, see CONTRIBUTING.md
+_FINISHED: Final = Outcome.FINISHED
+
 Handler = Callable[[Any, Any, float], list[Effect]]
 
 
@@ -110,7 +113,7 @@ class Exchange:
 
     def __init__(self, request: GatewayRequest, limits: ExchangeLimits, *, has_prefill_queue: bool = False) -> None:
         self.request = request
-        self.state = State.ROUTING
+        self.state = _ROUTING
         self.tokens: list[int] = []
         """What the client has got; with n > 1 of all choices, good for counting only. A stream extends it itself."""
         self.attempts: list[Attempt] = []
@@ -162,7 +165,7 @@ class Exchange:
         Raises:  TypeError for an event that cannot happen in this state: a bug of the driver.
         """
         leg = getattr(event, "leg", None)
-        if self.state is State.ENDED or (leg is not None and leg not in self._legs):
+        if self.state is _ENDED or (leg is not None and leg not in self._legs):
             return []
         handler = self._TRANSITIONS.get((self.state, type(event))) or self._ANY_STATE.get(type(event))
         if handler is None:
@@ -172,7 +175,7 @@ class Exchange:
     # --- routing -------------------------------------------------------------------------------------------------
 
     def _submit(self) -> do.Submit:
-        self.state = State.ROUTING
+        self.state = _ROUTING
         num_tokens, excluded = len(self.tokens), self._retries.excluded
         is_retry = bool(num_tokens) or self._retries.has_failures
         return do.Submit(self.request.routable(num_tokens=num_tokens, excluded=excluded, is_retry=is_retry))
@@ -188,7 +191,7 @@ class Exchange:
             told.append(do.Note(Noted.FELL_BACK, self._fallback))
         self.attempts.append(Attempt(route, now, len(self.tokens)))
         if route.prefill is None:
-            self.state = State.DECODING
+            self.state = _DECODING
             return [*told, self._start(route.decode, LocalLeg())]
         if event.endpoint is None:
             error = WorkerUnreachable(route.prefill, "it has left, or is registered without a handover endpoint")
@@ -196,17 +199,17 @@ class Exchange:
         if event.endpoint.mode is HandoverMode.PUSH:
             if self._has_prefill_queue:
                 told.append(self._bypass("push", "a handover by push needs both legs at once"))
-            self.state, self.attempts[-1].handover_at = State.PUSHING, now
+            self.state, self.attempts[-1].handover_at = _PUSHING, now
             taking = self._start(route.decode, DecodeLeg(source=event.endpoint))
             return [*told, taking, self._start(route.prefill, PrefillLeg(HandoverMode.PUSH))]
         kind = PrefillLeg(HandoverMode.PULL, emit_first=self.request.is_first_token_early)
         if self._has_prefill_queue and not self._retries.has_failures:
-            self.state = State.QUEUED
+            self.state = _QUEUED
             leg = self._new_leg(route.prefill, kind)
             return [*told, do.EnqueuePrefill(leg, self._leg_name(), kind)]
         if self._has_prefill_queue:
             told.append(self._bypass("retried", "the queue cannot keep it from the workers that failed it"))
-        self.state = State.PREFILLING
+        self.state = _PREFILLING
         return [*told, self._start(route.prefill, kind)]
 
     def _route_refused(self, event: on.RouteRefused, now: float) -> list[Effect]:
@@ -227,7 +230,7 @@ class Exchange:
         return [*told, *self._wait(now)]
 
     def _wait(self, now: float) -> list[Effect]:
-        self.state = State.WAITING
+        self.state = _WAITING
         return [do.WaitUntil(self._retries.back_off(now))]
 
     def _look_again(self, _: on.TimeUp, now: float) -> list[Effect]:
@@ -237,7 +240,7 @@ class Exchange:
 
     def _joined(self, event: on.Joined, _: float) -> list[Effect]:
         self._retries.forgive(event.worker)
-        return [self._submit()] if self.state is State.WAITING else []
+        return [self._submit()] if self.state is _WAITING else []
 
     def _silence(self, _: on.Silence, __: float) -> list[Effect]:
         return self._head()
@@ -270,7 +273,7 @@ class Exchange:
 
     def _queue_refused(self, event: on.QueueRefused, _: float) -> list[Effect]:
         worker, kind = self._legs.pop(event.leg)
-        self.state = State.PREFILLING
+        self.state = _PREFILLING
         return [self._bypass(event.code, event.reason), self._start(worker, kind)]
 
     def _leg_output(self, event: on.LegOutput, now: float) -> list[Effect]:
@@ -336,7 +339,7 @@ class Exchange:
             self.tokens.extend(done.tokens)
             self._first_token(kind, now)
             told += self._say(done.payload) if done.payload else []
-        self.state = State.DECODING
+        self.state = _DECODING
         decode = attempt.route.decode
         if worker == decode:  # it took the prompt from the queue itself, and has the KV cache already
             told += self._release_ticket()
@@ -350,7 +353,7 @@ class Exchange:
         attempt = self.attempts[-1]
         if isinstance(kind, PrefillLeg):
             attempt.prefill = event.done.usage
-            self.state = State.DECODING
+            self.state = _DECODING
             return self._mark_prefilled(now)
         attempt.decode = event.done.usage
         return self._complete(event.done, kind, now)
@@ -362,7 +365,7 @@ class Exchange:
             told += [*self._head(), do.Finish(done.payload)]
         else:
             told.append(do.Reply(done.payload, self.headers()))
-        self.attempts[-1].outcome = Outcome.FINISHED
+        self.attempts[-1].outcome = _FINISHED
         return [*told, *self._leave(now), *self._end("ok", now)]
 
     # --- failures ------------------------------------------------------------------------------------------------
@@ -434,9 +437,9 @@ class Exchange:
     def _abandon(self, error: Exception | None, outcome: Outcome, now: float) -> list[Effect]:
         """End in whatever state this is. error: what the client is told; None: nobody listens."""
         told = list[Effect]()
-        if self.state is State.ROUTING:
+        if self.state is _ROUTING:
             told.append(do.Withdraw())
-        elif self.state is not State.WAITING:
+        elif self.state is not _WAITING:
             attempt = self.attempts[-1]
             attempt.outcome = outcome
             if error is not None:
@@ -448,27 +451,27 @@ class Exchange:
         return [do.Fail(error, self.headers()), *self._end(_code_of(error), now)]
 
     def _end(self, code: str, now: float) -> list[Effect]:
-        self.state, self.code, self.ended_at = State.ENDED, code, now
+        self.state, self.code, self.ended_at = _ENDED, code, now
         return [do.Note(Noted.GAVE_UP)] if self._retries.is_waiting else []
 
     # --- the table in code ---------------------------------------------------------------------------------------
 
     _TRANSITIONS: ClassVar[dict[tuple[State, type], Handler]] = {
-        (State.ROUTING, on.Bound): _bound,
-        (State.ROUTING, on.RouteRefused): _route_refused,
-        (State.QUEUED, on.QueueRefused): _queue_refused,
-        (State.QUEUED, on.LegDone): _prefill_done,
-        (State.QUEUED, on.LegFailed): _leg_failed,
-        (State.PREFILLING, on.LegOutput): _leg_output,
-        (State.PREFILLING, on.LegDone): _prefill_done,
-        (State.PREFILLING, on.LegFailed): _leg_failed,
-        (State.PUSHING, on.LegOutput): _leg_output,
-        (State.PUSHING, on.LegDone): _leg_done,
-        (State.PUSHING, on.LegFailed): _leg_failed,
-        (State.DECODING, on.LegOutput): _leg_output,
-        (State.DECODING, on.LegDone): _leg_done,
-        (State.DECODING, on.LegFailed): _leg_failed,
-        (State.WAITING, on.TimeUp): _look_again,
+        (_ROUTING, on.Bound): _bound,
+        (_ROUTING, on.RouteRefused): _route_refused,
+        (_QUEUED, on.QueueRefused): _queue_refused,
+        (_QUEUED, on.LegDone): _prefill_done,
+        (_QUEUED, on.LegFailed): _leg_failed,
+        (_PREFILLING, on.LegOutput): _leg_output,
+        (_PREFILLING, on.LegDone): _prefill_done,
+        (_PREFILLING, on.LegFailed): _leg_failed,
+        (_PUSHING, on.LegOutput): _leg_output,
+        (_PUSHING, on.LegDone): _leg_done,
+        (_PUSHING, on.LegFailed): _leg_failed,
+        (_DECODING, on.LegOutput): _leg_output,
+        (_DECODING, on.LegDone): _leg_done,
+        (_DECODING, on.LegFailed): _leg_failed,
+        (_WAITING, on.TimeUp): _look_again,
     }
     _ANY_STATE: ClassVar[dict[type, Handler]] = {
         on.Joined: _joined,

@@ -103,7 +103,7 @@ class GatewayRequest(Struct, frozen=True, eq=False):
         A handover that failed once need not be tried again, whatever the client prefers.
         """
         handover = self.options.handover
-        if handover is HandoverPreference.ALWAYS and is_retry:
+        if is_retry and handover is HandoverPreference.ALWAYS:
             handover = HandoverPreference.AUTO
         return RoutableRequest(
             request=self.request,

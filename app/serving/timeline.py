@@ -17,6 +17,7 @@ from app.serving.exchange import Exchange
 from router.request import Outcome
 from router.timeline import Interruption, Stage, StageKind, Timeline
 
+_PREPARE, _QUEUE, _WAIT, _PREFILL, _HANDOVER, _DECODE = StageKind  # bound once, see CONTRIBUTING.md
 _MAX_TOLD = 8
 """Attempts of one request that are told, the latest: a busy fleet may cost many."""
 
@@ -46,15 +47,15 @@ def timeline_of(exchange: Exchange, told: RequestSummary, *, ended_at: float) ->
 
 def _stages(exchange: Exchange, ended_at: float) -> list[Stage]:
     zero, unrouted_at = exchange.request.arrived_at, exchange.submitted_at
-    stages = [Stage(StageKind.PREPARE, 1, 0.0, unrouted_at - zero)]
+    stages = [Stage(_PREPARE, 1, 0.0, unrouted_at - zero)]
     for number, attempt in _told_attempts(exchange):
         if number > 1:
             unrouted_at = exchange.attempts[number - 2].ended_at or unrouted_at
-        stages.append(Stage(StageKind.QUEUE, number, unrouted_at - zero, attempt.bound_at - zero))
+        stages.append(Stage(_QUEUE, number, unrouted_at - zero, attempt.bound_at - zero))
         unrouted_at = ended_at if attempt.ended_at is None else attempt.ended_at
         stages += _served(exchange, number, attempt, unrouted_at)
     if unrouted_at < ended_at:
-        stages.append(Stage(StageKind.QUEUE, len(exchange.attempts) + 1, unrouted_at - zero, ended_at - zero))
+        stages.append(Stage(_QUEUE, len(exchange.attempts) + 1, unrouted_at - zero, ended_at - zero))
     return stages
 
 
@@ -73,25 +74,25 @@ def _served(exchange: Exchange, number: int, attempt: Attempt, left_at: float) -
     zero, bound_at, prefilled_at = exchange.request.arrived_at, attempt.bound_at, attempt.prefilled_at
     worker, computed = attempt.prefill_worker, attempt.computed
     if prefilled_at is None:
-        return [Stage(StageKind.PREFILL, number, bound_at - zero, left_at - zero, worker)]
+        return [Stage(_PREFILL, number, bound_at - zero, left_at - zero, worker)]
     stages = list[Stage]()
     begun_at, cached_tokens = bound_at, 0
     if computed is not None:
         begun_at, cached_tokens = max(bound_at, prefilled_at - computed.prefill_s), computed.cached_tokens
-        stages.append(Stage(StageKind.WAIT, number, bound_at - zero, begun_at - zero, worker))
+        stages.append(Stage(_WAIT, number, bound_at - zero, begun_at - zero, worker))
     known_tokens = len(exchange.request.prompt) + attempt.num_tokens_before
     begin_s, end_s, num_computed = begun_at - zero, prefilled_at - zero, max(0, known_tokens - cached_tokens)
-    stages.append(Stage(StageKind.PREFILL, number, begin_s, end_s, worker, None, num_computed, cached_tokens))
+    stages.append(Stage(_PREFILL, number, begin_s, end_s, worker, None, num_computed, cached_tokens))
     moved_at, decode = prefilled_at, attempt.route.decode
     if attempt.handover_at is not None:
         moved_at = _moved_at(attempt, attempt.handover_at, left_at)
         begun_at = min(max(attempt.handover_at, prefilled_at), moved_at)
         num_bytes = attempt.moved.handover_bytes if attempt.moved else 0
         begin_s, end_s = begun_at - zero, moved_at - zero
-        stages.append(Stage(StageKind.HANDOVER, number, begin_s, end_s, decode, worker, num_bytes=num_bytes))
+        stages.append(Stage(_HANDOVER, number, begin_s, end_s, decode, worker, num_bytes=num_bytes))
     if attempt.decoding_at is not None:
         new_tokens = max(0, _num_tokens(exchange, number) - attempt.num_tokens_before)
-        stages.append(Stage(StageKind.DECODE, number, moved_at - zero, left_at - zero, decode, tokens=new_tokens))
+        stages.append(Stage(_DECODE, number, moved_at - zero, left_at - zero, decode, tokens=new_tokens))
     return stages
 
 
@@ -104,7 +105,7 @@ def _moved_at(attempt: Attempt, handover_at: float, left_at: float) -> float:
 def _interruptions(exchange: Exchange) -> Iterator[Interruption]:
     for number, attempt in _told_attempts(exchange):
         failure, ended_at = attempt.failure, attempt.ended_at
-        if attempt.outcome is Outcome.INTERRUPTED and failure is not None and ended_at is not None:
+        if failure is not None and attempt.outcome is Outcome.INTERRUPTED and ended_at is not None:
             is_migration = _num_tokens(exchange, number) > 0
             at_s = ended_at - exchange.request.arrived_at
             yield Interruption(number, at_s, failure.code, failure.worker, is_migration)

@@ -130,17 +130,20 @@ def compiled_names(path: str = LIBRARY) -> Names | None:
     names_of.restype, names_of.argtypes = None, (ctypes.c_char_p, size, size, pointer, word, word, pointer)
 
     @lru_cache(maxsize=64)
-    def coefficients(block_size: int) -> tuple[Hashes, int]:
-        """And where they are."""
+    def sized(block_size: int) -> tuple[Hashes, ctypes.c_size_t, ctypes.c_void_p]:
+        """The coefficients; and, ready to pass, the size and where they are."""
         found = _odd_multipliers(block_size, 1)
-        return found, found.ctypes.data
+        return found, ctypes.c_size_t(block_size), ctypes.c_void_p(found.ctypes.data)
 
     def names(tokens: Tokens, block_size: int, acc: int, depth: int) -> Hashes:
-        found: Hashes = np.empty(len(tokens) // block_size, dtype=np.uint64)
+        count = len(tokens) // block_size
+        if not count:
+            return np.empty(0, dtype=np.uint64)
+        found = bytearray(8 * count)  # asking an array of numpy's where it lies takes longer than most prompts' names
         packed = tokens.astype("<u4", copy=False).tobytes()
-        _kept, address = coefficients(block_size)
-        names_of(packed, len(found), block_size, address, acc, depth, found.ctypes.data)
-        return found
+        _kept, size, coefficients = sized(block_size)
+        names_of(packed, count, size, coefficients, acc, depth, ctypes.byref(ctypes.c_char.from_buffer(found)))
+        return np.frombuffer(found, dtype=np.uint64)
 
     return names
 

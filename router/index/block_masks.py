@@ -75,6 +75,10 @@ class BlockMasks:
                 alive = still
         return found
 
+    def holds(self, worker: WorkerId, name: int) -> bool:
+        """Whether the worker holds a block, whatever lies before it."""
+        return bool(self._masks.get(name, 0) & self._bits.get(worker, 0))
+
     def held(self, worker: WorkerId) -> Hashes:
         """Every block of one worker, in no order; walks over all names."""
         bit = self._bits.get(worker, 0)

@@ -16,7 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ABI = 1, NO_MEMORY = -1, BAD_ARGUMENT = -2 };
+enum { ABI = 2, NO_MEMORY = -1, BAD_ARGUMENT = -2 };
 enum { MIN_CAPACITY = 1024, MIN_SETS = 64, SETS_SHARE = 16, MAX_SLOTS = 1 << 16, AHEAD = 16, SWEEP = 2048, MAX_RETIRED = 64 };
 #define NONE UINT32_MAX
 #define EXPORT __attribute__((visibility("default")))
@@ -407,6 +407,12 @@ EXPORT int table_match(table *t, const unsigned char *names, size_t count, uint3
         last = set;
     }
     return (int)found;
+}
+
+/* Whether the slot holds this name, whatever comes before it. */
+EXPORT int table_holds(const table *t, uint32_t slot, uint64_t name)
+{
+    return is_live(t, slot) && has(t, t->entries[find(t, name)].set, slot);
 }
 
 /* All names of one slot, in no order; returns how many, of which the first `room` are in `names`. */

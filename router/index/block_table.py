@@ -17,7 +17,7 @@ from planes.wire.blocks import Hashes
 from planes.wire.messages import WorkerId
 
 LIBRARY = __file__.removesuffix("block_table.py") + "libblock_table.so"
-_ABI = 1
+_ABI = 2
 _FEWEST = 64  # slots there is room for at the start
 
 _Totals = ctypes.c_uint64 * 2
@@ -39,7 +39,7 @@ class TableStats:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    number: int
+    number: ctypes.c_uint32
     totals: "ctypes.Array[ctypes.c_uint64]"
 
 
@@ -65,6 +65,7 @@ def load(path: str = LIBRARY) -> ctypes.PyDLL:
     library.table_store.argtypes = (table, slot, ctypes.c_char_p, size, _Totals)
     library.table_remove.argtypes = (table, slot, ctypes.c_char_p, size, _Totals)
     library.table_match.argtypes = (table, ctypes.c_char_p, size, pointer, pointer, size)
+    library.table_holds.argtypes = (table, slot, ctypes.c_uint64)
     library.table_held.restype, library.table_held.argtypes = size, (table, slot, pointer, size)
     library.table_stats.restype, library.table_stats.argtypes = None, (table, pointer)
     return library
@@ -78,7 +79,7 @@ class BlockTable:
 
     def __init__(self, library: ctypes.PyDLL) -> None:
         self._library = library
-        self._table = library.table_new()
+        self._table = ctypes.c_void_p(library.table_new())  # what is converted already is quicker to pass
         if not self._table:
             raise MemoryError
         self._close = weakref.finalize(self, library.table_free, self._table)
@@ -111,8 +112,13 @@ class BlockTable:
         if not found:
             return {}
         _check(found)
-        owners = map(self._owners.__getitem__, self._found[:found].tolist())
-        return dict(zip(owners, self._depths[:found].tolist(), strict=True))
+        owners = map(self._owners.__getitem__, self._found[:found])
+        return dict(zip(owners, self._depths[:found], strict=True))
+
+    def holds(self, worker: WorkerId, name: int) -> bool:
+        """Whether the worker holds a block, whatever lies before it."""
+        slot = self._slots.get(worker)
+        return slot is not None and bool(self._library.table_holds(self._table, slot.number, name))
 
     def held(self, worker: WorkerId) -> Hashes:
         """Every block of one worker, in no order; walks the whole table (tests and diagnosis)."""
@@ -136,13 +142,14 @@ class BlockTable:
             if number == len(self._found):
                 self._make_room(2 * number)
             self._owners[number] = worker
-            slot = self._slots[worker] = _Slot(number, _Totals())
+            slot = self._slots[worker] = _Slot(ctypes.c_uint32(number), _Totals())
         return slot
 
     def _make_room(self, slots: int) -> None:
         """For the answer of a match: slots, and how deep each."""
-        self._found, self._depths = np.empty(slots, dtype=np.uint32), np.empty(slots, dtype=np.uint32)
-        self._room = (self._found.ctypes.data, self._depths.ctypes.data, slots)
+        array = ctypes.c_uint32 * slots
+        self._found, self._depths = array(), array()
+        self._room = (ctypes.byref(self._found), ctypes.byref(self._depths), ctypes.c_size_t(slots))
 
 
 def _check(status: int) -> int:

@@ -19,8 +19,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
 from planes.wire.blocks import Hashes, unpack
 from planes.wire.messages import AllCleared, BlocksRemoved, BlocksStored, KvEvents, LoadReport, Snapshot, WorkerId
 from router.index.block_masks import BlockMasks
@@ -43,6 +41,9 @@ class Blocks(Protocol):
 
     def match(self, names: Hashes) -> dict[WorkerId, int]:
         """How many leading names each worker holds, without a hole; workers with none are left out."""
+
+    def holds(self, worker: WorkerId, name: int) -> bool:
+        """Whether the worker holds a block, whatever lies before it."""
 
     def held(self, worker: WorkerId) -> Hashes:
         """Every block of one worker, in no order."""
@@ -77,8 +78,8 @@ class BlockIndex:
     def __init__(self, blocks: Blocks | None = None) -> None:
         self._blocks, self.fallback = (blocks, "") if blocks is not None else fastest_blocks()
         self._copies: dict[WorkerId, _Copy] = {}
-        self._matched: tuple[Hashes, dict[WorkerId, int]] | None = None
-        """The last answer, as long as no worker's blocks have changed: a request is asked about more than once."""
+        self.changes = 0
+        """Grows whenever any worker's blocks may have changed."""
 
     def __len__(self) -> int:
         """Blocks held, summed over the workers."""
@@ -92,13 +93,13 @@ class BlockIndex:
         if copy is not None and copy.epoch == epoch:
             copy.limit = limit
             return
-        self._matched = None
+        self.changes += 1
         self._blocks.forget(worker)
         self._copies[worker] = _Copy(worker, epoch, limit)
 
     def drop(self, worker: WorkerId) -> None:
         """Forget the worker's blocks. Unknown workers are ignored."""
-        self._matched = None
+        self.changes += 1
         self._copies.pop(worker, None)
         self._blocks.forget(worker)
 
@@ -174,7 +175,7 @@ class BlockIndex:
         copy.reported_seq = max(copy.reported_seq, report.seq)
 
     def _apply_to(self, copy: _Copy, batch: KvEvents) -> None:
-        self._matched = None
+        self.changes += 1
         copy.seq = batch.seq
         for event in batch.events:
             match event:
@@ -187,7 +188,7 @@ class BlockIndex:
                     copy.num_cached, copy.digest = 0, 0
 
     def _restart(self, copy: _Copy, epoch: int) -> _Copy:
-        self._matched = None
+        self.changes += 1
         self._blocks.forget(copy.worker)
         fresh = self._copies[copy.worker] = _Copy(copy.worker, epoch, copy.limit)
         return fresh
@@ -211,13 +212,11 @@ class BlockIndex:
 
     def match(self, names: Hashes) -> dict[WorkerId, int]:
         """How many leading blocks of a prompt each worker holds, without a hole; workers with none are left out."""
-        if self._matched is None or self._matched[0] is not names:
-            self._matched = names, self._blocks.match(names)
-        return self._matched[1].copy()
+        return self._blocks.match(names)
 
     def holds(self, worker: WorkerId, name: int) -> bool:
         """Whether the worker holds a block, whatever lies before it."""
-        return worker in self._blocks.match(np.array([name], dtype=np.uint64))
+        return self._blocks.holds(worker, name)
 
     def held(self, worker: WorkerId) -> Hashes:
         """Every block of one worker, in no order; may walk the whole index (tests and diagnosis)."""

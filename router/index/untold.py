@@ -48,6 +48,8 @@ class UntoldBlocks:
         self._prompts: dict[RequestId, _Prompt] = {}
         self._alike: list[dict[int, dict[WorkerId, dict[RequestId, _Prompt]]]] = []
         self._computed: dict[WorkerId, list[_Prompt]] = {}
+        self.changes = 0
+        """Grows with all that `match` looks at."""
 
     def __len__(self) -> int:
         """Prompts under way."""
@@ -57,6 +59,7 @@ class UntoldBlocks:
         """A prompt was sent to a worker that will compute it. The same request again: the later one counts."""
         self.drop(request)
         if len(blocks):
+            self.changes += 1
             prompt = self._prompts[request] = _Prompt(request, worker, blocks)
             while len(self._alike) < len(prompt.some):
                 self._alike.append({})
@@ -77,6 +80,7 @@ class UntoldBlocks:
         prompt = self._prompts.pop(request, None)
         if prompt is None:
             return
+        self.changes += 1
         for level, name in enumerate(prompt.some):
             workers = self._alike[level][name]
             alike = workers[prompt.worker]

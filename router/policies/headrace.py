@@ -21,6 +21,7 @@ time.
 import math
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
+from typing import Final
 
 from planes.wire.messages import WorkerId
 from router.cost import DecodeCost, PrefillCost, Way, decode_cost, local, pair, prefill_cost
@@ -28,6 +29,11 @@ from router.decision_log import worth_keeping
 from router.policy import Choice, FleetView, HandoverGroup, Links, WorkerView
 from router.prices import MEASURED, CostModel, Goals, congestion
 from router.request import Candidate, HandoverPreference, RoutableRequest, Sacrifice
+
+_ALWAYS: Final = HandoverPreference.ALWAYS  # bound once, see CONTRIBUTING.md
+_AUTO: Final = HandoverPreference.AUTO
+_NOTHING: Final = Sacrifice.NOTHING
+_AN_SLO: Final = (Sacrifice.ITL, Sacrifice.ITL_AND_TTFT)
 
 
 class Headrace:
@@ -50,7 +56,7 @@ class Headrace:
                 known.get(worker.worker) or prefill_cost(request, worker, congested, model) for worker in view.prefill
             ]
             best = _best(alone)
-            is_free = request.handover is HandoverPreference.AUTO and len(known) == len(prefills)
+            is_free = request.handover is _AUTO and len(known) == len(prefills)
             if not (is_free and _beats_pairs(best, known, prefills, decodes, model)):
                 pairs.weigh(prefills, decodes, best.decode)
         chosen, ways = _one_of_the_best(alone, pairs, view, model)
@@ -67,7 +73,7 @@ def _beats_pairs(
     """Whether no pair can be cheaper than a worker of `both` that serves alone: the handover and the step after it,
     which at best cost nothing, left out.
     """
-    if alone.decode.name not in both or alone.gives_up is not Sacrifice.NOTHING:
+    if alone.decode.name not in both or alone.gives_up is not _NOTHING:
         return False
     least_s = min([leg.cost_s for leg in prefills]) + min([leg.cost_s - leg.gap_s for leg in decodes])
     return alone.total_s <= least_s * model.near
@@ -205,7 +211,7 @@ def _bound_or_held(request: RoutableRequest, way: Way, ways: list[Way], view: Fl
     )
     if spares_streams:
         because = f"a stream on {way.prefill.name} would miss its time between tokens"
-    if not because and request.handover is not HandoverPreference.ALWAYS:  # else somebody looks at all of them
+    if not because and request.handover is not _ALWAYS:  # else somebody looks at all of them
         cheapest = worth_keeping(ways)
         ways = list(cheapest if way in cheapest else (*cheapest, way))
     return Choice(
@@ -222,7 +228,7 @@ def _bound_or_held(request: RoutableRequest, way: Way, ways: list[Way], view: Fl
 
 def _costs_an_slo(chosen: Candidate) -> bool:
     """Whether a stream on the worker that computes the prompt would lose its SLO, and as it is chosen, one anywhere."""
-    return chosen.gives_up in {Sacrifice.ITL, Sacrifice.ITL_AND_TTFT} and chosen.strains
+    return chosen.gives_up in _AN_SLO and chosen.strains
 
 
 def _has_time(request: RoutableRequest, chosen: Candidate, view: FleetView, margin_s: float, model: CostModel) -> bool:

@@ -20,6 +20,7 @@ from planes.wire.messages import (
     Registration,
     RequestId,
     Role,
+    Snapshot,
     StepSample,
     WorkerId,
     WorkerState,
@@ -327,6 +328,32 @@ def test_a_prompt_of_which_all_is_held_or_soon_will_be_is_not_compared_with_late
     fleet.reserve(request("first", blocks=range(1, 11)), candidate(None, D, cached=80), 0.0)
     fleet.reserve(request("again", blocks=range(1, 11)), candidate(None, D, cached=90), 0.0)
     assert len(fleet._untold) == 1
+
+
+def test_a_prompt_is_looked_up_once_until_what_workers_hold_has_changed():
+    fleet, asked = fleet_of(registration("d")), request("asked", blocks=range(1, 5))
+
+    def store():
+        fleet.apply_events(KvEvents(D, 1, 1, [BlocksStored(pack(np.arange(1, 4, dtype=np.uint64)))]))
+
+    def snapshot():
+        fleet.index.apply_snapshot(Snapshot(D, 1, 5, pack(np.arange(1, 3, dtype=np.uint64))))
+
+    def bind():
+        bound.append(fleet.reserve(request("first", blocks=range(1, 9)), candidate(None, D), 0.0))
+
+    def release():
+        fleet.release(bound.pop(), 0, 1.0)
+
+    bound, before = [], fleet.cached_blocks(asked)
+    assert fleet.cached_blocks(asked) is before
+    for change, depth in ((store, 3), (snapshot, 2), (bind, 4), (release, 2), (lambda: fleet.down(D), None)):
+        change()
+        found = fleet.cached_blocks(asked)
+        assert found is not before
+        assert found.get(D) == depth
+        before = found
+    assert fleet.cached_blocks(request("another", blocks=range(1, 5))) is not before
 
 
 def test_a_fully_cached_prompt_leaves_its_last_token_to_compute():

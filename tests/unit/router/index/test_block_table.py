@@ -45,6 +45,8 @@ def test_equals_plain_masks_after_any_history_of_many_workers(table):
         assert table.totals(worker) == sets.totals(worker)
         prompt = names(first, first + 50)
         assert table.match(prompt) == sets.match(prompt)
+        name = int(prompt[dice.randrange(50)])
+        assert [table.holds(each, name) for each in workers] == [sets.holds(each, name) for each in workers]
     for worker in workers:
         assert set(table.held(worker).tolist()) == set(sets.held(worker).tolist())
     sweep(table)

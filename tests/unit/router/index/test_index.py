@@ -80,7 +80,6 @@ def test_a_prompt_that_is_asked_about_again_sees_what_has_changed(index_of):
     index, names = index_of(A, B), hashes(1, 2, 3)
     changes = [
         (lambda: index.apply(stored(A, 1, 1, 2, 3)), {A: 3}),
-        (lambda: index.match(names).clear(), {A: 3}),
         (lambda: index.apply(removed(A, 2, 3)), {A: 2}),
         (lambda: index.apply_snapshot(Snapshot(B, 2, 5, pack(hashes(1)))), {A: 2, B: 1}),
         (lambda: index.check(report(B, 1, [], epoch=3)), {A: 2}),
@@ -326,6 +325,7 @@ class IndexAgainstScan(RuleBasedStateMachine):
         expected = {}
         for worker, truth in self.truth.items():
             assert set(self.index.held(worker).tolist()) == truth.held
+            assert [name for name in prompt if self.index.holds(worker, name)] == [n for n in prompt if n in truth.held]
             depth = 0
             for name in prompt:
                 if name not in truth.held:
