@@ -33,7 +33,7 @@ SHIPPED := build/wheel/.built
 MEASURE = PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/wheel:$(CURDIR) $(RUN)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test helm-test test-quotas lint format docs site bench bench-peers bench-disagg performance simulate simulate-grid simulate-day load fuzz docker docker-up docker-down docker-test docker-scan clean
+.PHONY: help install run test coverage unit test-clients test-loadgens observability-test console-test helm-test test-quotas lint format docs site bench bench-peers bench-disagg bench-since performance simulate simulate-grid simulate-day load fuzz docker docker-up docker-down docker-test docker-scan clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -168,7 +168,10 @@ bench-peers: $(SHIPPED) ## The same loads through SMG, sglang-router, vllm-route
 bench-disagg: install $(SHIPPED) ## Real vLLM: prefill and decode behind Headrace against two plain servers in turn: ARGS="--seconds 60 --rounds 3"
 	$(MEASURE) -m loadtest.disagg $(ARGS)
 
-performance: $(VENV)/.dev ## Write docs/performance.md from what the three benches have measured into build/bench
+bench-since: $(SHIPPED) ## Requests a second and CPU beside an earlier commit, in turn: COMMIT=f066e5b ARGS="--rounds 6"
+	$(MEASURE) -m loadtest.since $(COMMIT) $(ARGS)
+
+performance: $(VENV)/.dev ## Write docs/performance.md from what the four benches have measured into build/bench
 	$(RUN) -m loadtest.performance $(ARGS)
 
 simulate: $(SHIPPED) ## All routing policies on real and generated loads; writes docs/routing.md

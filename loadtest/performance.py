@@ -1,4 +1,4 @@
-"""docs/performance.md from what `make bench`, `make bench-peers` and `make bench-disagg` measured: `make performance`.
+"""docs/performance.md from what `make bench`, `bench-peers`, `bench-since` and `bench-disagg`: `make performance`.
 
     python -m loadtest.performance [--measured build/bench]
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final
 
 from cyclopts import App, Parameter
 
-from loadtest import bench, disagg
+from loadtest import bench, disagg, since
 from loadtest.machine import Circumstances
 from loadtest.peers import table as peers
 from loadtest.peers.gateways import BASE, headrace_name
@@ -21,7 +21,7 @@ from loadtest.written import grid
 
 DOCS: Final = Path(__file__).parents[1] / "docs"
 DATA, PAGE = DOCS / "performance.json", DOCS / "performance.md"
-PARTS: Final = ("bench", "peers", "disagg")
+PARTS: Final = ("bench", "peers", "since", "disagg")
 _OURS, _DYNAMO = headrace_name("headrace"), "Dynamo 1.6.1"
 app = App(help=__doc__, version_flags=[])
 
@@ -64,6 +64,7 @@ def page(data: dict[str, Any]) -> str:
     for part, title, tables in (
         ("peers", "Beside other gateways", peers.tables),
         ("bench", "Headrace alone", bench.tables),
+        ("since", "Beside itself at an earlier commit", since.tables),
         ("disagg", "Real vLLM, disaggregated and plain", disagg.tables),
     ):
         if part in data:
@@ -80,7 +81,12 @@ run, the variants in turn: ratios hold, absolute figures are of that machine. Lo
 _BUDGET: Final = (
     "Ratios of CPU are medians of the rounds' ratios, policy `headrace`, which tokenizes and routes exactly."
 )
-_TARGETS: Final = {"peers": "make bench-peers", "bench": "make bench", "disagg": "make bench-disagg"}
+_TARGETS: Final = {
+    "peers": "make bench-peers",
+    "bench": "make bench",
+    "since": "make bench-since",
+    "disagg": "make bench-disagg",
+}
 
 
 def budget(data: dict[str, Any]) -> list[Target]:
@@ -100,10 +106,17 @@ def budget(data: dict[str, Any]) -> list[Target]:
     for point, limit in (("p50", 1.0), ("p99", 3.0)):
         rows.append(Target(f"TTFT added at one client, {point}", peers.added_ms(found, _OURS, point), limit, "ms"))
     rows.append(Target("gap between tokens at 2,000 streams, p99", _gap_ratio(data), 1.2, "x the workers' own"))
+    rows.append(_throughput(data.get("since", {"commit": "an earlier commit", "rows": {}})))
     parts = data.get("bench", {}).get("parts", {})
     handover = parts.get("handover, times NIXL's bare calls")
     rows.append(Target("handover bandwidth", handover, 0.8, "x NIXL's bare calls", is_floor=True))
     return rows
+
+
+def _throughput(found: dict[str, Any]) -> Target:
+    """The commit is the one at which the budget was made."""
+    what, times = f"requests a second, {since.THROUGHPUT}", since.ratio(found, since.THROUGHPUT, "requests_per_s")
+    return Target(what, times, 2.0, f"x {found['commit']}", is_floor=True)
 
 
 def _memory_ratio(found: dict[str, Any]) -> float | None:

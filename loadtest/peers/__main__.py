@@ -23,10 +23,9 @@ from loadtest.machine import circumstances
 from loadtest.peers.gateways import GATEWAYS, POLICIES, Gateway, headrace_name
 from loadtest.peers.install import install
 from loadtest.peers.measure import AT_ONCE, COSTS, STEPS, WORKLOADS, Measured, added_ttft, merged, rounds_of
-from loadtest.peers.running import Fleet, NotRunning, Running, headrace, peer, plain_workers
+from loadtest.peers.running import Fleet, NotRunning, Running, demo_model, headrace, peer, plain_workers
 from loadtest.peers.table import tables
 from loadtest.written import write
-from workers.demo_model.convert import DemoModelError, ensure_demo_model
 
 app = App(help=__doc__, version_flags=[])
 
@@ -58,7 +57,7 @@ def main(
     absent = {gateway.name: why for gateway in others if (why := install(gateway))}
     others = [gateway for gateway in others if gateway.name not in absent]
     where = circumstances()
-    measured = uvloop.run(_measure(ours, others, model or _demo_model(), extent, absent))
+    measured = uvloop.run(_measure(ours, others, model or demo_model(), extent, absent))
     result = {
         "circumstances": asdict(where),
         "extent": asdict(extent),
@@ -70,13 +69,6 @@ def main(
 
 def _is_wanted(name: str, words: tuple[str, ...]) -> bool:
     return not words or any(word.lower() in name.lower() for word in words)
-
-
-def _demo_model() -> Path | None:
-    try:
-        return ensure_demo_model()
-    except DemoModelError:  # it belongs to vLLM's installation; the simulated engine has a tokenizer of its own
-        return None
 
 
 async def _measure(

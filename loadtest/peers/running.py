@@ -16,6 +16,7 @@ from loadtest.peers.gateways import Gateway, Site, headrace_name
 from loadtest.processes import Process, descendants, free_port
 from loadtest.stack import stack
 from process.programs import program
+from workers.demo_model.convert import DemoModelError, ensure_demo_model
 from workers.settings import SIM_MODEL
 
 _PATIENCE_S = 120.0
@@ -54,6 +55,14 @@ class Fleet:
     @property
     def flags(self) -> list[str]:
         return [] if self.model is None else ["--model", str(self.model), "--served-model-name", self.model_name]
+
+
+def demo_model() -> Path | None:
+    """None: it belongs to vLLM's installation. The simulated engine has a tokenizer of its own, of bytes."""
+    try:
+        return ensure_demo_model()
+    except DemoModelError:
+        return None
 
 
 @contextlib.asynccontextmanager

@@ -1,0 +1,129 @@
+"""`make bench-since COMMIT=f066e5b`: what Headrace gains and costs beside itself at an earlier commit, in one run.
+
+    python -m loadtest.since COMMIT [--rounds 6] [--seconds 3] [--out build/bench]
+
+The commit's wheel is built under build/since, once, by this Python. Both run side by side before simulated workers of
+their own, and are loaded in turn: ratios hold, absolute figures are of this machine.
+"""
+
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, Final
+from zipfile import ZipFile
+
+import uvloop
+from cyclopts import App, Parameter
+
+from loadtest.closed_loop import Row, Shape
+from loadtest.machine import circumstances
+from loadtest.peers.measure import COSTS, PER_REQUEST, PER_TOKEN, STEPS, rounds_of
+from loadtest.peers.running import Fleet, demo_model, headrace
+from loadtest.written import grid, write
+
+app = App(help=__doc__, version_flags=[])
+
+THROUGHPUT: Final = "256 clients, 1 token"
+CASES: Final = {
+    THROUGHPUT: Shape(256, 200, 1),
+    PER_REQUEST: COSTS[PER_REQUEST],
+    PER_TOKEN: COSTS[PER_TOKEN],
+}
+_BEFORE, _NOW = "before", "now"
+_BUILT: Final = Path("build/since")
+
+
+@app.default
+def main(
+    commit: str,
+    *,
+    rounds: Annotated[int, Parameter(help="How often each case is run through each.")] = 6,
+    seconds: Annotated[float, Parameter(help="Length of one such run.")] = 3.0,
+    out: Annotated[Path, Parameter(help="Where since.json and since.md are written.")] = Path("build/bench"),
+) -> None:
+    """Build, start both, load in turn, print and write the table."""
+    name, wheel = unpacked(commit)
+    where = circumstances()
+    rows = uvloop.run(_measure(wheel, rounds, seconds))
+    result = {
+        "circumstances": asdict(where),
+        "commit": name,
+        "rows": {case: {which: [asdict(row) for row in rows[which][case]] for which in rows} for case in CASES},
+    }
+    write(out, "since", result, [f"{where}.", *tables(result)])
+
+
+def unpacked(commit: str) -> tuple[str, Path]:
+    """The commit's short name, and where its wheel lies unpacked.  Raises:  SystemExit with what git or pip said."""
+    name = _said("git", "rev-parse", "--verify", "--short", f"{commit}^{{commit}}")
+    folder = (_BUILT / name).resolve()
+    if (folder / "app").exists():
+        return name, folder
+    print(f"building a wheel of {name} (a minute) …", flush=True)
+    sources, packed = folder.with_suffix(".tree"), folder.with_suffix(".packed")
+    for left in (sources, packed, folder):
+        shutil.rmtree(left, ignore_errors=True)
+    _said("git", "worktree", "prune")
+    _said("git", "worktree", "add", "--detach", str(sources), name)
+    try:
+        _said(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(packed), str(sources))
+    finally:
+        _said("git", "worktree", "remove", "--force", str(sources))
+    with ZipFile(next(packed.glob("*.whl"))) as archive:
+        archive.extractall(folder)
+    shutil.rmtree(packed)
+    return name, folder
+
+
+def _said(*argv: str) -> str:
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(argv[:3])}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout.strip()
+
+
+async def _measure(wheel: Path, rounds: int, seconds: float) -> dict[str, dict[str, list[Row]]]:
+    """Rows by which of the two, and case."""
+    model = demo_model()
+    earlier = STEPS | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(wheel)}
+    async with headrace("headrace", Fleet(earlier, model)) as before, headrace("headrace", Fleet(STEPS, model)) as now:
+        both = [replace(before, name=_BEFORE), replace(now, name=_NOW)]
+        return await rounds_of(both, CASES, seconds=seconds, rounds=rounds)
+
+
+def tables(result: dict[str, Any]) -> list[str]:
+    """Markdown of what `since.json` holds."""
+    lines = [
+        [what, *(_spread(_values(result, case, which, field)) for which in (_BEFORE, _NOW)), f"{times:.2f}"]
+        for what, case, field in (
+            (f"requests a second, {THROUGHPUT}, all processes on these cores", THROUGHPUT, "requests_per_s"),
+            ("µs of the gateway's CPU per request, 64 clients, 1 token", PER_REQUEST, "cpu_us"),
+            ("µs of the gateway's CPU per token, 256 streams of 64 tokens", PER_TOKEN, "cpu_us"),
+        )
+        if (times := ratio(result, case, field)) is not None
+    ]
+    head = ["median (least to most of the rounds)", result["commit"], "now", "median of the rounds' ratios"]
+    return [grid(head, lines)]
+
+
+def ratio(result: dict[str, Any], case: str, field: str) -> float | None:
+    """Median of the rounds' ratios, now to before; None: not measured."""
+    pairs = zip(_values(result, case, _NOW, field), _values(result, case, _BEFORE, field), strict=False)
+    ratios = [now / before for now, before in pairs if before]
+    return statistics.median(ratios) if ratios else None
+
+
+def _values(result: dict[str, Any], case: str, which: str, field: str) -> list[float]:
+    rows = result["rows"].get(case, {}).get(which, [])
+    return [row["cpu_us"]["gateway"] if field == "cpu_us" else row[field] for row in rows]
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):,.4g} ({min(values):,.4g} to {max(values):,.4g})"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,46 @@
+import subprocess
+
+import pytest
+
+from loadtest.peers.measure import PER_REQUEST, PER_TOKEN
+from loadtest.since import THROUGHPUT, ratio, tables, unpacked
+
+
+def rows(rates=(), costs=()):
+    rows = [{"requests_per_s": rate, "cpu_us": {"gateway": 1.0}} for rate in rates]
+    return rows or [{"requests_per_s": 1.0, "cpu_us": {"gateway": cost}} for cost in costs]
+
+
+RESULT = {
+    "commit": "abc1234",
+    "rows": {
+        THROUGHPUT: {"before": rows([100.0, 200.0, 400.0]), "now": rows([150.0, 200.0, 1200.0])},
+        PER_REQUEST: {"before": rows(costs=[500.0, 400.0]), "now": rows(costs=[250.0, 300.0])},
+    },
+}
+
+
+def test_ratios_are_of_values_of_one_round():
+    assert ratio(RESULT, THROUGHPUT, "requests_per_s") == 1.5
+    assert ratio(RESULT, PER_REQUEST, "cpu_us") == pytest.approx(0.625)
+
+
+def test_what_was_not_measured_has_no_ratio_and_no_line():
+    assert ratio(RESULT, PER_TOKEN, "cpu_us") is None
+    (table,) = tables(RESULT)
+    assert len(table.splitlines()) == 4
+    assert "| 200 (100 to 400) | 200 (150 to 1,200) | 1.50 |" in table
+
+
+def test_what_is_no_commit_is_named():
+    with pytest.raises(SystemExit, match=r"git rev-parse --verify: .*"):
+        unpacked("no such commit")
+
+
+def test_the_commit_is_told_by_its_short_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for argv in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *argv], check=True)
+    name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True).stdout
+    (tmp_path / "build" / "since" / name.strip() / "app").mkdir(parents=True)
+    assert unpacked("HEAD") == (name.strip(), tmp_path / "build" / "since" / name.strip())
