@@ -19,11 +19,12 @@ import os
 import re
 import signal
 import time
-from asyncio.subprocess import PIPE, STDOUT, Process
+from asyncio.subprocess import STDOUT, Process
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
+from io import FileIO
 from pathlib import Path
 
 from app.cli.servers import tied_to_parent
@@ -92,6 +93,7 @@ class Supervisor:
 
     async def _check(self, child: Child) -> None:
         if child.process is not None and child.process.returncode is not None:
+            _kill_group(child.process)
             await self._readers[child.name]
             raise ChildFailed(f"{ending(child.name, child.process.returncode, _why(child))} ({child.log})")
 
@@ -113,23 +115,35 @@ class Supervisor:
         return ending(child.name, status, _why(child))
 
     async def _spawn(self, child: Child) -> Process:
-        process = child.process = await asyncio.create_subprocess_exec(
-            *tied_to_parent(child.argv),
-            stdout=PIPE,
-            stderr=STDOUT,
-            env=child.environment,
-            start_new_session=True,  # Ctrl-C is for the supervisor; it ends the children in order
-            limit=1 << 20,
-        )
-        self._readers[child.name] = asyncio.create_task(self._read(child, process))
+        """With a pipe of our own: asyncio's `wait` would wait for whoever can still write into its one, a child's
+        own children included.
+        """
+        ours, theirs = os.pipe()
+        output = os.fdopen(ours, "rb", buffering=0)
+        try:
+            process = child.process = await asyncio.create_subprocess_exec(
+                *tied_to_parent(child.argv),
+                stdout=theirs,
+                stderr=STDOUT,
+                env=child.environment,
+                start_new_session=True,  # Ctrl-C is for the supervisor; it ends the children in order
+            )
+        except BaseException:
+            output.close()
+            raise
+        finally:
+            os.close(theirs)
+        self._readers[child.name] = asyncio.create_task(self._read(child, output))
         return process
 
-    async def _read(self, child: Child, process: Process) -> None:
-        """Keep the child's output in its log file; show its progress."""
-        if process.stdout is None:
-            return
-        with child.log.open("ab") as log:
-            while line := await read_line(process.stdout):
+    async def _read(self, child: Child, output: FileIO) -> None:
+        """Keep the child's output in its log file, until nobody is left who could write it; show its progress."""
+        stream = asyncio.StreamReader(limit=1 << 20)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), output
+        )
+        with contextlib.closing(transport), child.log.open("ab") as log:
+            while line := await read_line(stream):
                 log.write(line)
                 log.flush()
                 text = line.decode(errors="replace").rstrip()

@@ -7,6 +7,9 @@ import pytest
 
 from app.cli.supervisor import Child, ChildFailed, Supervisor, ending, keep_running, read_line
 
+PATIENCE_S = 40.0
+"""For machines with other things to do; less than the supervisor's for a child that ends, and than any child's life."""
+
 
 class Clock:
     """Time passes where somebody runs or pauses."""
@@ -129,7 +132,7 @@ async def test_the_gateway_ends_before_the_workers_do(family, tmp_path):
 
 async def test_a_child_that_dies_later_is_started_again(family, tmp_path, capsys):
     mark = tmp_path / "again"
-    child = family.child("both-1", f"test -e {mark} && echo again || touch {mark}; sleep 60")
+    child = family.child("both-1", f"test -e {mark} && echo again || touch {mark}; sleep 600")
 
     async def has_begun():
         return mark.exists()
@@ -137,12 +140,34 @@ async def test_a_child_that_dies_later_is_started_again(family, tmp_path, capsys
     child.probe = has_begun
     await family.supervisor.start([child])
     watching = asyncio.create_task(family.supervisor.watch())
-    child.process.kill()
-    while "again" not in child.last_words:  # noqa: ASYNC110 - a process of its own writes it
-        await asyncio.sleep(0.01)
-    family.stop.set()
-    await watching
+    child.process.kill()  # not the `sleep` that it has started, which could still write
+    async with asyncio.timeout(PATIENCE_S):
+        while "again" not in child.last_words:  # noqa: ASYNC110 - a process of its own writes it
+            await asyncio.sleep(0.01)
+        family.stop.set()
+        await watching
     assert "both-1 was killed by SIGKILL" in capsys.readouterr().out
+
+
+async def test_a_child_that_ends_while_it_starts_is_told_though_something_of_its_own_goes_on(family):
+    child = family.child("both-1", "sleep 600 & echo no room; exit 3", probe=nobody)
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(ChildFailed, match="both-1 ended with status 3: no room"):
+            await family.supervisor.start([child])
+
+
+async def test_a_child_that_has_ended_is_not_waited_for_though_something_of_its_own_goes_on(family, capsys):
+    child = family.child("both-1", "sleep 600 & echo up; exec sleep 600")
+
+    async def is_up():
+        return "up" in child.last_words
+
+    child.probe = is_up
+    await family.supervisor.start([child])
+    async with asyncio.timeout(PATIENCE_S):
+        await family.supervisor.stop_all()
+    assert child.process.returncode == -signal.SIGTERM
+    assert "is killed" not in capsys.readouterr().out
 
 
 def test_an_end_by_sigkill_is_explained():
