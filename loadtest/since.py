@@ -2,18 +2,17 @@
 
     python -m loadtest.since COMMIT [--rounds 6] [--seconds 3] [--out build/bench]
 
-The commit's wheel is built under build/since, once, by this Python. Both run side by side before simulated workers of
-their own, and are loaded in turn: ratios hold, absolute figures are of this machine.
+The commit is installed under build/since, once. Both run side by side before simulated workers of their own, and are
+loaded in turn: ratios hold, absolute figures are of this machine.
 """
 
 import shutil
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
-from zipfile import ZipFile
 
 import uvloop
 from cyclopts import App, Parameter
@@ -45,37 +44,42 @@ def main(
     out: Annotated[Path, Parameter(help="Where since.json and since.md are written.")] = Path("build/bench"),
 ) -> None:
     """Build, start both, load in turn, print and write the table."""
-    name, wheel = unpacked(commit)
+    earlier = installed(commit)
     where = circumstances()
-    rows = uvloop.run(_measure(wheel, rounds, seconds))
+    rows = uvloop.run(_measure(earlier, rounds, seconds))
     result = {
         "circumstances": asdict(where),
-        "commit": name,
+        "commit": earlier.commit,
         "rows": {case: {which: [asdict(row) for row in rows[which][case]] for which in rows} for case in CASES},
     }
     write(out, "since", result, [f"{where}.", *tables(result)])
 
 
-def unpacked(commit: str) -> tuple[str, Path]:
-    """The commit's short name, and where its wheel lies unpacked.  Raises:  SystemExit with what git or pip said."""
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """An installation of a commit. wheel: unpacked, with the router compiled where that commit compiles it."""
+
+    commit: str
+    python: Path
+    wheel: Path
+
+
+def installed(commit: str) -> Installed:
+    """By the commit's own `make install`, with what it depends on.  Raises:  SystemExit with what was said."""
     name = _said("git", "rev-parse", "--verify", "--short", f"{commit}^{{commit}}")
     folder = (_BUILT / name).resolve()
-    if (folder / "app").exists():
-        return name, folder
-    print(f"building a wheel of {name} (a minute) …", flush=True)
-    sources, packed = folder.with_suffix(".tree"), folder.with_suffix(".packed")
-    for left in (sources, packed, folder):
-        shutil.rmtree(left, ignore_errors=True)
-    _said("git", "worktree", "prune")
-    _said("git", "worktree", "add", "--detach", str(sources), name)
-    try:
-        _said(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(packed), str(sources))
-    finally:
-        _said("git", "worktree", "remove", "--force", str(sources))
-    with ZipFile(next(packed.glob("*.whl"))) as archive:
-        archive.extractall(folder)
-    shutil.rmtree(packed)
-    return name, folder
+    found = Installed(name, folder / ".venv/bin/python", folder / "build/wheel")
+    if not found.wheel.exists():
+        print(f"installing {name} into {folder} (minutes) …", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        packed = folder / "build/packed"
+        _said("git", "archive", "-o", str(folder / "sources.tar"), name)
+        shutil.unpack_archive(folder / "sources.tar", folder)
+        _said("make", "-C", str(folder), "install", "EXTRA=sim", f"PYTHON={sys.executable}")
+        _said(str(found.python), "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(packed), str(folder))
+        shutil.unpack_archive(next(packed.glob("*.whl")), found.wheel, "zip")
+    return found
 
 
 def _said(*argv: str) -> str:
@@ -85,11 +89,11 @@ def _said(*argv: str) -> str:
     return done.stdout.strip()
 
 
-async def _measure(wheel: Path, rounds: int, seconds: float) -> dict[str, dict[str, list[Row]]]:
+async def _measure(earlier: Installed, rounds: int, seconds: float) -> dict[str, dict[str, list[Row]]]:
     """Rows by which of the two, and case."""
     model = demo_model()
-    earlier = STEPS | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(wheel)}
-    async with headrace("headrace", Fleet(earlier, model)) as before, headrace("headrace", Fleet(STEPS, model)) as now:
+    fleet = Fleet(STEPS | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(earlier.wheel)}, model)
+    async with headrace("headrace", fleet, earlier.python) as before, headrace("headrace", Fleet(STEPS, model)) as now:
         both = [replace(before, name=_BEFORE), replace(now, name=_NOW)]
         return await rounds_of(both, CASES, seconds=seconds, rounds=rounds)
 

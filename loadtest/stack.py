@@ -12,6 +12,8 @@ from pathlib import Path
 
 from loadtest.processes import Process, descendants, free_port
 
+_PYTHON = Path(sys.executable)
+
 
 @dataclass(frozen=True, slots=True)
 class Stack:
@@ -27,12 +29,17 @@ class Stack:
 
 
 @contextlib.asynccontextmanager
-async def stack(*flags: str, environment: dict[str, str] | None = None, timeout_s: float = 300) -> AsyncIterator[Stack]:
-    """`headrace up` with these flags, ready to serve.  Raises:  RuntimeError with what it printed instead."""
+async def stack(
+    *flags: str, environment: dict[str, str] | None = None, timeout_s: float = 300, python: Path = _PYTHON
+) -> AsyncIterator[Stack]:
+    """`headrace up` with these flags, ready to serve.  Raises:  RuntimeError with what it printed instead.
+
+    Args:  python: of the installation.
+    """
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="headrace-stack-") as folder:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "app.cli", "up", "--port", str(port), "--state-dir", folder, *flags),
+            *(str(python), "-m", "app.cli", "up", "--port", str(port), "--state-dir", folder, *flags),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             env=os.environ | (environment or {}),

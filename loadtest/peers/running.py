@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -103,10 +104,10 @@ async def peer(gateway: Gateway, fleet: Fleet, workers: Sequence[str], etcd: str
 
 
 @contextlib.asynccontextmanager
-async def headrace(policy: str, fleet: Fleet) -> AsyncIterator[Running]:
-    """Ours, before two simulated workers that do both."""
+async def headrace(policy: str, fleet: Fleet, python: Path = Path(sys.executable)) -> AsyncIterator[Running]:
+    """Ours, of the installation that has this Python, before two simulated workers that do both."""
     flags = ["--engine", "sim", "--prefill", "0", "--decode", "0", "--both", "2", "--policy", policy, *fleet.flags]
-    async with stack(*flags, environment=fleet.environment) as running:
+    async with stack(*flags, environment=fleet.environment, python=python) as running:
         gateway = next(process for process in running.processes() if process.name == "gateway")
         await answering(running.port, running.model, None, running.state / "gateway.log")
         start_s = gateway.age_s()

@@ -3,7 +3,7 @@ import subprocess
 import pytest
 
 from loadtest.peers.measure import PER_REQUEST, PER_TOKEN
-from loadtest.since import THROUGHPUT, ratio, tables, unpacked
+from loadtest.since import THROUGHPUT, installed, ratio, tables
 
 
 def rows(rates=(), costs=()):
@@ -34,7 +34,7 @@ def test_what_was_not_measured_has_no_ratio_and_no_line():
 
 def test_what_is_no_commit_is_named():
     with pytest.raises(SystemExit, match=r"git rev-parse --verify: .*"):
-        unpacked("no such commit")
+        installed("no such commit")
 
 
 def test_the_commit_is_told_by_its_short_name(tmp_path, monkeypatch):
@@ -42,5 +42,6 @@ def test_the_commit_is_told_by_its_short_name(tmp_path, monkeypatch):
     for argv in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *argv], check=True)
     name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True).stdout
-    (tmp_path / "build" / "since" / name.strip() / "app").mkdir(parents=True)
-    assert unpacked("HEAD") == (name.strip(), tmp_path / "build" / "since" / name.strip())
+    wheel = tmp_path / "build" / "since" / name.strip() / "build" / "wheel"
+    wheel.mkdir(parents=True)  # as it is left by an earlier run
+    assert (installed("HEAD").commit, installed("HEAD").wheel) == (name.strip(), wheel)
