@@ -23,7 +23,6 @@ from app.metrics import Gauge, Total
 from app.prompt.card import CardUnusable
 from app.serving.binding import Clock, Dispatcher
 from app.watchers import Watchers
-from planes.floods import is_notable
 from planes.streams.client import WorkerConnection, WorkerUnreachable
 from planes.wire.errors import HeadraceError
 from planes.wire.messages import KvEvents, LoadReport, Registration, WorkerId, WorkerState
@@ -360,8 +359,9 @@ class WorkerConnections:
         self.splits = splits
 
     def _refused(self, event: str, worker: WorkerId, exc: Exception) -> None:
+        """A flood is logged, and does not flood the log."""
         self._num_refused += 1
-        if is_notable(self._num_refused):
+        if self._num_refused.bit_count() == 1:
             _log.warning(event, worker=worker, total=self._num_refused, reason=f"{type(exc).__name__}: {exc}")
 
 

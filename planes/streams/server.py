@@ -8,7 +8,6 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from planes.floods import is_notable
 from planes.streams.greeting import MIN_NONCE_BYTES, StreamKeys, gateway_proof, is_proof, new_nonce, worker_proof
 from planes.streams.peer import Peer
 from planes.streams.protocol import FROM_GATEWAY, ProtocolError, StreamLimits, stream_of, tag_of
@@ -267,5 +266,5 @@ class StreamServer:
 
     def _refused(self, connection: GatewayConnection, reason: str) -> None:
         self._num_refused += 1
-        if is_notable(self._num_refused):
+        if self._num_refused.bit_count() == 1:  # 1, 2, 4, 8 …: a flood is logged, and does not flood the log
             _log.warning("stream.refused", peer=connection.peer_name, reason=reason, total=self._num_refused)

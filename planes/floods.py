@@ -1,6 +1,0 @@
-"""What happens without end, as often as somebody else likes."""
-
-
-def is_notable(count: int) -> bool:
-    """True for 1, 2, 4, 8 …: a flood is logged with its number, and does not flood the log."""
-    return count.bit_count() == 1
