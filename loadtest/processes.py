@@ -1,11 +1,11 @@
 """CPU seconds and memory of the processes of a stack, read from /proc; ports and open files for them."""
 
 import os
-import random
 import resource
-import socket
 from dataclasses import dataclass
 from pathlib import Path
+
+from app.cli import servers
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -88,14 +88,7 @@ def _name(pid: int, parent: str) -> str:
 
 def free_port() -> int:
     """Below the ports that the system gives to whoever asks for any."""
-    while True:
-        port = random.randrange(10_000, 30_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+    return servers.free_port("a process", 0)
 
 
 def allow_files(count: int) -> None:

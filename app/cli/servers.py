@@ -7,6 +7,7 @@ own clusters and none of this.
 import asyncio
 import importlib.metadata
 import os
+import random
 import socket
 import ssl
 import sys
@@ -29,6 +30,9 @@ def _environment() -> dict[str, str]:
     """
     return {name: value for name, value in os.environ.items() if not name.startswith("ETCD_")} | {"GOMAXPROCS": "1"}
 
+
+_LASTING_PORTS = range(10_000, 30_000)
+_MAX_TRIES = 100
 
 # The kernel ends the child when its parent is gone, killed or not. The child arranges that itself, in a small
 # interpreter that then becomes the program: between fork and exec a process with threads must not run Python.
@@ -108,18 +112,22 @@ def run_in_foreground(argv: list[str]) -> None:
 
 
 def free_port(name: str, port: int, host: str = "127.0.0.1") -> int:
-    """`port` if it can be had, any free one for 0. Asked first, lest somebody else's server there pass for ours.
+    """`port` if it can be had; for 0 any free one below those that the system gives to connections, one of which might
+    have it when the server is started again. Asked first, lest somebody else's server there pass for ours.
 
     Raises:  ServerNotStarted.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as exc:
-            raise ServerNotStarted(f"{name} cannot listen on port {port} of {host}: {exc}") from exc
-        chosen: int = probe.getsockname()[1]
-        return chosen
+    problem: Exception | None = None
+    for asked in [port] if port else random.sample(_LASTING_PORTS, k=_MAX_TRIES):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, asked))
+            except (OSError, OverflowError) as exc:
+                problem = exc
+            else:
+                return asked
+    raise ServerNotStarted(f"{name} cannot listen on port {port} of {host}: {problem}") from problem
 
 
 def tied_to_parent(argv: list[str]) -> list[str]:
