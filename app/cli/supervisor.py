@@ -36,6 +36,7 @@ _STEADY_S = 60.0
 _POLL_S = 0.1
 _GRACE_S = 60.0
 """Longest end of one child; the processes' own limits for draining are shorter."""
+_LAST_WORDS_S = 2.0
 
 
 class ChildFailed(HeadraceError):  # noqa: N818 - names the outcome, as the style guide asks
@@ -93,8 +94,7 @@ class Supervisor:
 
     async def _check(self, child: Child) -> None:
         if child.process is not None and child.process.returncode is not None:
-            _kill_group(child.process)
-            await self._readers[child.name]
+            await self._clear(child, child.process)
             raise ChildFailed(f"{ending(child.name, child.process.returncode, _why(child))} ({child.log})")
 
     async def watch(self) -> None:
@@ -109,10 +109,19 @@ class Supervisor:
         """Wait until the child, started if it is not there, has ended; tell how."""
         process = child.process or await self._spawn(child)
         status = await process.wait()
-        _kill_group(process)
-        await self._readers[child.name]
+        await self._clear(child, process)
         child.process = None
         return ending(child.name, status, _why(child))
+
+    async def _clear(self, child: Child, process: Process) -> None:
+        """Once it has ended: end what is left of its group, and hear its last words. Whatever has left the group may
+        write on, and nobody listens.
+        """
+        _kill_group(process)
+        reader = self._readers[child.name]
+        await asyncio.wait((reader,), timeout=_LAST_WORDS_S)
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
 
     async def _spawn(self, child: Child) -> Process:
         """With a pipe of our own: asyncio's `wait` would wait for whoever can still write into its one, a child's
@@ -169,12 +178,17 @@ class Supervisor:
             [c for c in self._children if c.name != "gateway"],
         ):
             await asyncio.gather(*(self._end(child) for child in children))
-        await asyncio.gather(*self._readers.values())
 
     async def _end(self, child: Child) -> None:
         process = child.process
-        if process is None or process.returncode is not None:
+        if process is None:
             return
+        if process.returncode is None:
+            await self._terminate(child, process)
+        if not self._readers[child.name].done():  # else its number may be another's by now
+            await self._clear(child, process)
+
+    async def _terminate(self, child: Child, process: Process) -> None:
         process.terminate()
         ended, hurried = asyncio.ensure_future(process.wait()), asyncio.ensure_future(self._hurry.wait())
         await asyncio.wait((ended, hurried), timeout=_GRACE_S, return_when=asyncio.FIRST_COMPLETED)

@@ -156,6 +156,13 @@ async def test_a_child_that_ends_while_it_starts_is_told_though_something_of_its
             await family.supervisor.start([child])
 
 
+async def test_what_has_left_a_child_s_group_is_not_waited_for(family):
+    child = family.child("both-1", "setsid sleep 45 & echo no room; exit 3", probe=nobody)
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(ChildFailed, match="both-1 ended with status 3: no room"):
+            await family.supervisor.start([child])
+
+
 async def test_a_child_that_has_ended_is_not_waited_for_though_something_of_its_own_goes_on(family, capsys):
     child = family.child("both-1", "sleep 600 & echo up; exec sleep 600")
 
