@@ -17,6 +17,7 @@ A driver (`driver.py`; the simulator's is on virtual time) tells it what happens
 | PUSHING, DECODING  | LegOutput               | (same)     | [MarkPrefilled], [Head], [Write]                         |
 | PUSHING, DECODING  | LegDone(decode, local)  | ENDED      | Finish or Reply, ReleaseReservation                      |
 | (a leg runs)       | LegFailed: grammar      | ENDED      | CancelLeg, ReleaseTicket, ReleaseReservation, Fail       |
+| (a leg runs)       | LegFailed: too late     | ENDED      | the same: it is the deadline that has passed             |
 | (a leg runs)       | LegFailed: any other    | ROUTING    | CancelLeg, ReleaseTicket, ReleaseReservation, Submit     |
 | WAITING            | Joined, TimeUp          | ROUTING    | Submit                                                   |
 | (any other)        | TimeUp                  | (same)     | (none): somebody had joined before                       |
@@ -216,9 +217,11 @@ class Exchange:
         error = event.error
         if isinstance(error, NoWorker | NoPair) and self._retries.relax():
             return [self._submit()]
+        if isinstance(error, DeadlineExceeded):
+            return self._give_up(error, now)
         if self._retries.has_busy:
             return self._wait(now)
-        if not self.tokens or isinstance(error, DeadlineExceeded):
+        if not self.tokens:
             # A worker that is well and cannot serve this says more than that nobody else can.
             return self._give_up(self._lost if isinstance(self._lost, WorkerFailed | WorkerDisagrees) else error, now)
         told = list[Effect]()
@@ -380,6 +383,8 @@ class Exchange:
         is_lost = isinstance(event.error, WorkerLost)
         if isinstance(kind, PrefillLeg) or (is_lost and _may_be_reading(kind)):
             self._kept = None  # its worker says so, or is gone
+        if now >= self.request.deadline:  # our own timer is late, and the worker's was first
+            return self._deadline(on.Deadline(), now)
         return self._failed(event.error, pair, now)
 
     def _failed(self, error: Retriable, pair: Pair | None, now: float) -> list[Effect]:

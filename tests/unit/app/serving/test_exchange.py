@@ -15,6 +15,7 @@ from app.serving.exchange import Exchange, State
 from app.serving.request import GatewayRequest
 from app.serving.retries import ExchangeLimits
 from planes.streams.client import WorkerLost, WorkerUnreachable
+from planes.wire.errors import Expired
 from planes.wire.frames import (
     DecodeLeg,
     Done,
@@ -424,6 +425,35 @@ def test_an_attempt_that_is_left_is_recorded_as_what_ended_it(event, outcome, fa
     told = released.observed.failure
     assert (released.observed.outcome, told and (told.code, told.worker), exchange.code) == (outcome, failure, code)
     assert told is None or "4711" not in told.reason
+
+
+def expired(worker):
+    return WorkerFailed(WorkerId(worker), "deadline_exceeded", "not finished 0.05 s after it arrived here")
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_a_leg_that_fails_once_the_deadline_has_passed_is_told_as_the_deadline(num_tokens):
+    """A worker's timer may be first by a moment: the client hears what it would have heard from ours."""
+    exchange = Exchange(request(), ExchangeLimits())
+    exchange.start(now=0.0)
+    (started,) = exchange.receive(on.Bound(route("r", "d0"), None), now=0.0)
+    if num_tokens:
+        exchange.receive(on.LegOutput(started.leg, b"<0>", [0]), now=1.0)
+    told = exchange.receive(on.LegFailed(started.leg, expired("d0")), now=1000.0)
+    (failed,) = [each for each in told if isinstance(each, do.Fail)]
+    assert (failed.error.code, exchange.code, exchange.state) == ("deadline", "deadline", State.ENDED)
+    assert sum(isinstance(each, do.ReleaseReservation) for each in told) == 1
+    assert not any(isinstance(each, do.Submit) for each in told)
+
+
+def test_a_queue_that_is_out_of_time_says_so_though_a_worker_failed_before():
+    exchange = Exchange(request(), ExchangeLimits())
+    exchange.start(now=0.0)
+    (started,) = exchange.receive(on.Bound(route("r", "d0"), None), now=0.0)
+    exchange.receive(on.LegFailed(started.leg, expired("d0")), now=999.999)
+    (failed,) = exchange.receive(on.RouteRefused(DeadlineExceeded(0.0)), now=1000.0)
+    assert failed.error.code == "deadline"
+    assert isinstance(failed.error, Expired)
 
 
 @pytest.mark.parametrize("error", [WorkerFailed, WorkerRefused, WorkerDisagrees])

@@ -295,7 +295,7 @@ async def test_a_leg_that_fails_is_made_good_or_the_client_told(mode, sampling, 
     scene = Scene(handover, Fault(leg, how, at), queue=queue)
     preference = HandoverPreference.NEVER if leg == "local" else HandoverPreference.ALWAYS
     is_silent = how == "silent" and not (leg == "prefill" and at)
-    response = await scene.serve(preference, timeout_s=0.05 if is_silent else 20.0, **SAMPLINGS[sampling])
+    response = await scene.serve(preference, timeout_s=0.2 if is_silent else 20.0, **SAMPLINGS[sampling])
     assert response.is_ended
     if is_silent:
         told = response.payloads[-1] if response.payloads else response.body
