@@ -118,10 +118,9 @@ class Supervisor:
         write on, and nobody listens.
         """
         _kill_group(process)
-        reader = self._readers[child.name]
-        await asyncio.wait((reader,), timeout=_LAST_WORDS_S)
-        reader.cancel()
-        await asyncio.gather(reader, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await self._readers[child.name]
 
     async def _spawn(self, child: Child) -> Process:
         """With a pipe of our own: asyncio's `wait` would wait for whoever can still write into its one, a child's
@@ -181,12 +180,11 @@ class Supervisor:
 
     async def _end(self, child: Child) -> None:
         process = child.process
-        if process is None:
-            return
+        if process is None or (process.returncode is not None and self._readers[child.name].done()):
+            return  # its number may be another's by now
         if process.returncode is None:
             await self._terminate(child, process)
-        if not self._readers[child.name].done():  # else its number may be another's by now
-            await self._clear(child, process)
+        await self._clear(child, process)
 
     async def _terminate(self, child: Child, process: Process) -> None:
         process.terminate()
@@ -198,7 +196,7 @@ class Supervisor:
             say(
                 f"{child.name} is killed" + ("" if self._hurry.is_set() else f": it did not stop within {_GRACE_S:g} s")
             )
-        _kill_group(process)
+            _kill_group(process)
         await ended
 
 
