@@ -1,7 +1,6 @@
 """`headrace trace`, `top` and `chat` as a person runs them, against a real gateway."""
 
 import asyncio
-import re
 import sys
 
 import pytest
@@ -21,22 +20,17 @@ async def headrace(stack, command, *arguments, typed=""):
     return process.returncode, told.decode(), errors.decode()
 
 
-async def test_a_conversation_tells_who_served_and_its_id_is_traced(stack, unique):
-    status, told, errors = await headrace(stack, "chat", "--max-tokens", "8", typed=f"{unique}\nand more\n")
+async def test_a_conversation_tells_who_served_and_its_id_is_traced(stack):
+    asked = "What turns the wheel of a mill?"  # the same each time: an answer of the simulated engine may end early
+    status, told, errors = await headrace(stack, "chat", "--max-tokens", "8", typed=f"{asked}\nand more\n")
     assert (status, errors) == (0, "")
     served = [line for line in told.splitlines() if line.startswith("  [prefill-1 → decode-")]
     assert len(served) == 2
-    (generated,) = re.findall(r"\b([1-8]) generated", served[1])  # an answer of the simulated engine may end early
+    assert "8 generated" in served[1]
     request = served[1].rstrip("]").rsplit(", ", 1)[1]
     status, told, errors = await headrace(stack, "trace", request)
     assert (status, errors) == (0, "")
-    for words in (
-        f"{request} sim: ok after",
-        "prefill-1 → decode-",
-        "handover",
-        f"{generated} tokens",
-        "round_robin weighed",
-    ):
+    for words in (f"{request} sim: ok after", "prefill-1 → decode-", "handover", "8 tokens", "round_robin weighed"):
         assert words in told
     status, told, errors = await headrace(stack, "trace")
     assert request in told
