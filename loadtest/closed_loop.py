@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 from loadtest.client import Client, Sample
@@ -98,10 +99,16 @@ class Meter:
 
 def prompts(case: str, shape: Shape, *, run: int, client: int) -> Iterator[str]:
     """One client's, without end: what they do not share is new in each of them, for each client and run of a case."""
-    shared = prose(random.Random(case), shape.shared_bytes)
+    shared = _shared(case, shape.shared_bytes)
     own = random.Random(f"{case}, {run}, {client}")
     while True:
         yield shared + prose(own, shape.prompt_bytes - shape.shared_bytes)
+
+
+@lru_cache(maxsize=1)
+def _shared(case: str, length: int) -> str:
+    """Made once for all clients of a case, before its load is measured."""
+    return prose(random.Random(case), length)
 
 
 async def closed_loop(target: Target, case: str, shape: Shape, *, seconds: float, run: int = 0) -> Row:
@@ -109,6 +116,7 @@ async def closed_loop(target: Target, case: str, shape: Shape, *, seconds: float
 
     Args:  run: the same one sends the same prompts.
     """
+    _shared(case, shape.shared_bytes)
     samples: list[Sample] = []
     deadline = time.perf_counter() + seconds
 

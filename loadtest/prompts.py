@@ -1,4 +1,4 @@
-"""Texts for the prompts of a workload, which has names of blocks and no words."""
+"""Texts for prompts: of workloads, which have names of blocks and no words, and of the benches."""
 
 import itertools
 import random
@@ -17,7 +17,7 @@ def _made_up(rng: random.Random) -> str:
     return "".join(rng.choice("bcdfghlmnprstvw") + rng.choice("aeiou") for _ in range(rng.randint(1, 4)))
 
 
-_WORDS: Final = [_made_up(random.Random(rank)) for rank in range(_NUM_WORDS)]
+_WORDS: Final = list(map(_made_up, [random.Random(0)] * _NUM_WORDS))
 _WEIGHTS: Final = list(itertools.accumulate(1 / rank for rank in range(1, _NUM_WORDS + 1)))
 """Zipf's law, as in what people write: tokenizers remember words, and letters drawn at random repeat none."""
 

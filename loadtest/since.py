@@ -7,7 +7,6 @@ loaded in turn: ratios hold, absolute figures are of this machine.
 """
 
 import shutil
-import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ from loadtest.closed_loop import Row, Shape
 from loadtest.machine import circumstances
 from loadtest.peers.measure import COSTS, PER_REQUEST, PER_TOKEN, STEPS, rounds_of
 from loadtest.peers.running import Fleet, demo_model, headrace
+from loadtest.peers.table import ratio, spread, values
 from loadtest.written import grid, write
 
 app = App(help=__doc__, version_flags=[])
@@ -31,7 +31,7 @@ CASES: Final = {
     PER_REQUEST: COSTS[PER_REQUEST],
     PER_TOKEN: COSTS[PER_TOKEN],
 }
-_BEFORE, _NOW = "before", "now"
+NOW: Final = "now"
 _BUILT: Final = Path("build/since")
 
 
@@ -43,14 +43,17 @@ def main(
     seconds: Annotated[float, Parameter(help="Length of one such run.")] = 3.0,
     out: Annotated[Path, Parameter(help="Where since.json and since.md are written.")] = Path("build/bench"),
 ) -> None:
-    """Build, start both, load in turn, print and write the table."""
+    """Install, start both, load in turn, print and write the table."""
     earlier = installed(commit)
     where = circumstances()
     rows = uvloop.run(_measure(earlier, rounds, seconds))
     result = {
         "circumstances": asdict(where),
         "commit": earlier.commit,
-        "rows": {case: {which: [asdict(row) for row in rows[which][case]] for which in rows} for case in CASES},
+        "gateways": {
+            which: {"rows": {case: [asdict(row) for row in found] for case, found in cases.items()}}
+            for which, cases in rows.items()
+        },
     }
     write(out, "since", result, [f"{where}.", *tables(result)])
 
@@ -60,7 +63,7 @@ class Installed:
     """An installation of a commit. wheel: unpacked, with the router compiled where that commit compiles it."""
 
     commit: str
-    python: Path
+    python: str
     wheel: Path
 
 
@@ -68,7 +71,7 @@ def installed(commit: str) -> Installed:
     """By the commit's own `make install`, with what it depends on.  Raises:  SystemExit with what was said."""
     name = _said("git", "rev-parse", "--verify", "--short", f"{commit}^{{commit}}")
     folder = (_BUILT / name).resolve()
-    found = Installed(name, folder / ".venv/bin/python", folder / "build/wheel")
+    found = Installed(name, str(folder / ".venv/bin/python"), folder / "build/wheel")
     if not found.wheel.exists():
         print(f"installing {name} into {folder} (minutes) …", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
@@ -77,7 +80,7 @@ def installed(commit: str) -> Installed:
         _said("git", "archive", "-o", str(folder / "sources.tar"), name)
         shutil.unpack_archive(folder / "sources.tar", folder)
         _said("make", "-C", str(folder), "install", "EXTRA=sim", f"PYTHON={sys.executable}")
-        _said(str(found.python), "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(packed), str(folder))
+        _said(found.python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(packed), str(folder))
         shutil.unpack_archive(next(packed.glob("*.whl")), found.wheel, "zip")
     return found
 
@@ -93,40 +96,27 @@ async def _measure(earlier: Installed, rounds: int, seconds: float) -> dict[str,
     """Rows by which of the two, and case."""
     model = demo_model()
     fleet = Fleet(STEPS | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(earlier.wheel)}, model)
-    async with headrace("headrace", fleet, earlier.python) as before, headrace("headrace", Fleet(STEPS, model)) as now:
-        both = [replace(before, name=_BEFORE), replace(now, name=_NOW)]
+    async with (
+        headrace("headrace", fleet, earlier.python) as before,
+        headrace("headrace", Fleet(STEPS, model)) as now,
+    ):
+        both = [replace(before, name=earlier.commit), replace(now, name=NOW)]
         return await rounds_of(both, CASES, seconds=seconds, rounds=rounds)
 
 
 def tables(result: dict[str, Any]) -> list[str]:
     """Markdown of what `since.json` holds."""
     lines = [
-        [what, *(_spread(_values(result, case, which, field)) for which in (_BEFORE, _NOW)), f"{times:.2f}"]
+        [what, *(spread(values(result, which, case, field)) for which in (result["commit"], NOW)), f"{times:.2f}"]
         for what, case, field in (
             (f"requests a second, {THROUGHPUT}, all processes on these cores", THROUGHPUT, "requests_per_s"),
             ("µs of the gateway's CPU per request, 64 clients, 1 token", PER_REQUEST, "cpu_us"),
             ("µs of the gateway's CPU per token, 256 streams of 64 tokens", PER_TOKEN, "cpu_us"),
         )
-        if (times := ratio(result, case, field)) is not None
+        if (times := ratio(result, NOW, result["commit"], case, field)) is not None
     ]
-    head = ["median (least to most of the rounds)", result["commit"], "now", "median of the rounds' ratios"]
+    head = ["median (least to most of the rounds)", result["commit"], NOW, "median of the rounds' ratios"]
     return [grid(head, lines)]
-
-
-def ratio(result: dict[str, Any], case: str, field: str) -> float | None:
-    """Median of the rounds' ratios, now to before; None: not measured."""
-    pairs = zip(_values(result, case, _NOW, field), _values(result, case, _BEFORE, field), strict=False)
-    ratios = [now / before for now, before in pairs if before]
-    return statistics.median(ratios) if ratios else None
-
-
-def _values(result: dict[str, Any], case: str, which: str, field: str) -> list[float]:
-    rows = result["rows"].get(case, {}).get(which, [])
-    return [row["cpu_us"]["gateway"] if field == "cpu_us" else row[field] for row in rows]
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):,.4g} ({min(values):,.4g} to {max(values):,.4g})"
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from loadtest.processes import Process, descendants, free_port
 
-_PYTHON = Path(sys.executable)
-
 
 @dataclass(frozen=True, slots=True)
 class Stack:
@@ -30,7 +28,7 @@ class Stack:
 
 @contextlib.asynccontextmanager
 async def stack(
-    *flags: str, environment: dict[str, str] | None = None, timeout_s: float = 300, python: Path = _PYTHON
+    *flags: str, environment: dict[str, str] | None = None, timeout_s: float = 300, python: str = sys.executable
 ) -> AsyncIterator[Stack]:
     """`headrace up` with these flags, ready to serve.  Raises:  RuntimeError with what it printed instead.
 
@@ -39,7 +37,7 @@ async def stack(
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="headrace-stack-") as folder:
         process = await asyncio.create_subprocess_exec(
-            *(str(python), "-m", "app.cli", "up", "--port", str(port), "--state-dir", folder, *flags),
+            *(python, "-m", "app.cli", "up", "--port", str(port), "--state-dir", folder, *flags),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             env=os.environ | (environment or {}),

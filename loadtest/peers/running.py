@@ -104,7 +104,7 @@ async def peer(gateway: Gateway, fleet: Fleet, workers: Sequence[str], etcd: str
 
 
 @contextlib.asynccontextmanager
-async def headrace(policy: str, fleet: Fleet, python: Path = Path(sys.executable)) -> AsyncIterator[Running]:
+async def headrace(policy: str, fleet: Fleet, python: str = sys.executable) -> AsyncIterator[Running]:
     """Ours, of the installation that has this Python, before two simulated workers that do both."""
     flags = ["--engine", "sim", "--prefill", "0", "--decode", "0", "--both", "2", "--policy", policy, *fleet.flags]
     async with stack(*flags, environment=fleet.environment, python=python) as running:

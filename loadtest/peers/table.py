@@ -31,9 +31,9 @@ def values(result: Result, gateway: str, case: str, field: str = "cpu_us") -> li
     return [row["cpu_us"]["gateway"] if field == "cpu_us" else row[field] for row in rows]
 
 
-def ratio(result: Result, gateway: str, base: str, case: str) -> float | None:
-    """Median of the rounds' ratios of CPU; None: one of the two was not measured."""
-    ours, theirs = values(result, gateway, case), values(result, base, case)
+def ratio(result: Result, gateway: str, base: str, case: str, field: str = "cpu_us") -> float | None:
+    """Median of the rounds' ratios; None: one of the two was not measured."""
+    ours, theirs = values(result, gateway, case, field), values(result, base, case, field)
     pairs = [one / other for one, other in zip(ours, theirs, strict=False) if other]
     return statistics.median(pairs) if pairs else None
 
@@ -44,6 +44,11 @@ def added_ms(result: Result, gateway: str, point: str) -> float | None:
     pairs = zip(found.get(f"through {point}", []), found.get(f"alone {point}", []), strict=True)
     differences = [through - alone for through, alone in pairs]
     return statistics.median(differences) if differences else None
+
+
+def spread(found: list[float]) -> str:
+    """The median, and from the least to the most."""
+    return f"{_figure(statistics.median(found))} ({_figure(min(found))} to {_figure(max(found))})"
 
 
 def _costs(result: Result) -> str:
@@ -61,7 +66,7 @@ def _cost(result: Result, gateway: str, case: str) -> str:
     found = values(result, gateway, case)
     if not found:
         return _why_not(result, gateway, case)
-    text = f"{_figure(statistics.median(found))} ({_figure(min(found))} to {_figure(max(found))})"
+    text = spread(found)
     times = ratio(result, gateway, BASE, case)
     return text if times is None or gateway == BASE else f"{text}, x {times:.2f}"
 

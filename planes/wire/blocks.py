@@ -141,8 +141,8 @@ def compiled_names(path: str = LIBRARY) -> Names | None:
             return np.empty(0, dtype=np.uint64)
         found = bytearray(8 * count)  # asking an array of numpy's where it lies takes longer than most prompts' names
         packed = tokens.astype("<u4", copy=False).tobytes()
-        _kept, size, coefficients = sized(block_size)
-        names_of(packed, count, size, coefficients, acc, depth, ctypes.byref(ctypes.c_char.from_buffer(found)))
+        _kept, length, coefficients = sized(block_size)
+        names_of(packed, count, length, coefficients, acc, depth, ctypes.byref(ctypes.c_char.from_buffer(found)))
         return np.frombuffer(found, dtype=np.uint64)
 
     return names

@@ -3,7 +3,8 @@ import subprocess
 import pytest
 
 from loadtest.peers.measure import PER_REQUEST, PER_TOKEN
-from loadtest.since import THROUGHPUT, installed, ratio, tables
+from loadtest.peers.table import ratio
+from loadtest.since import NOW, THROUGHPUT, installed, tables
 
 
 def rows(rates=(), costs=()):
@@ -13,20 +14,20 @@ def rows(rates=(), costs=()):
 
 RESULT = {
     "commit": "abc1234",
-    "rows": {
-        THROUGHPUT: {"before": rows([100.0, 200.0, 400.0]), "now": rows([150.0, 200.0, 1200.0])},
-        PER_REQUEST: {"before": rows(costs=[500.0, 400.0]), "now": rows(costs=[250.0, 300.0])},
+    "gateways": {
+        "abc1234": {"rows": {THROUGHPUT: rows([100.0, 200.0, 400.0]), PER_REQUEST: rows(costs=[500.0, 400.0])}},
+        NOW: {"rows": {THROUGHPUT: rows([150.0, 200.0, 1200.0]), PER_REQUEST: rows(costs=[250.0, 300.0])}},
     },
 }
 
 
 def test_ratios_are_of_values_of_one_round():
-    assert ratio(RESULT, THROUGHPUT, "requests_per_s") == 1.5
-    assert ratio(RESULT, PER_REQUEST, "cpu_us") == pytest.approx(0.625)
+    assert ratio(RESULT, NOW, "abc1234", THROUGHPUT, "requests_per_s") == 1.5
+    assert ratio(RESULT, NOW, "abc1234", PER_REQUEST) == pytest.approx(0.625)
 
 
 def test_what_was_not_measured_has_no_ratio_and_no_line():
-    assert ratio(RESULT, PER_TOKEN, "cpu_us") is None
+    assert ratio(RESULT, NOW, "abc1234", PER_TOKEN) is None
     (table,) = tables(RESULT)
     assert len(table.splitlines()) == 4
     assert "| 200 (100 to 400) | 200 (150 to 1,200) | 1.50 |" in table
