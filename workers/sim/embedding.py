@@ -26,7 +26,8 @@ def embedding_of(prompt: npt.NDArray[np.uint32], size: int = EMBEDDING_SIZE) -> 
 
 def _numbers(units: npt.NDArray[np.uint64], size: int) -> npt.NDArray[np.float64]:
     """From -1 to 1, shape (n, size): splitmix64 of unit and column."""
-    mixed = (units[:, None] * np.uint64(size) + np.arange(1, size + 1, dtype=np.uint64)) * _STEP
+    columns = np.arange(1, size + 1, dtype=np.uint64)
+    mixed: npt.NDArray[np.uint64] = np.add.outer(units * np.uint64(size), columns) * _STEP
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     numbers: npt.NDArray[np.float64] = (mixed ^ (mixed >> np.uint64(31))) / 2.0**63 - 1.0

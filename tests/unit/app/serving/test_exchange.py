@@ -10,7 +10,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from app.serving import effects as do
 from app.serving import events as on
-from app.serving.errors import RoleChanged, TicketExpired, WorkerBusy, WorkerDisagrees, WorkerFailed, WorkerRefused
+from app.serving.errors import (
+    DeadlinePassed,
+    RoleChanged,
+    TicketExpired,
+    WorkerBusy,
+    WorkerDisagrees,
+    WorkerFailed,
+    WorkerRefused,
+)
 from app.serving.exchange import Exchange, State
 from app.serving.request import GatewayRequest
 from app.serving.retries import ExchangeLimits
@@ -441,6 +449,7 @@ def test_a_leg_that_fails_once_the_deadline_has_passed_is_told_as_the_deadline(n
         exchange.receive(on.LegOutput(started.leg, b"<0>", [0]), now=1.0)
     told = exchange.receive(on.LegFailed(started.leg, expired("d0")), now=1000.0)
     (failed,) = [each for each in told if isinstance(each, do.Fail)]
+    assert isinstance(failed.error, DeadlinePassed)
     assert (failed.error.code, exchange.code, exchange.state) == ("deadline", "deadline", State.ENDED)
     assert sum(isinstance(each, do.ReleaseReservation) for each in told) == 1
     assert not any(isinstance(each, do.Submit) for each in told)
