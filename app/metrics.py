@@ -2,9 +2,10 @@
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Final
 
 from msgspec import Struct
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -57,21 +58,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._requests = _Sums("headrace_requests", "Ended requests, by how they ended.", ("model", "code"))
-        self._registry.register(self._requests)
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of ended requests.")
-        self._completion_tokens = self._counter("completion_tokens", "Generated tokens.")
-        self._cached_tokens = self._counter("cached_tokens", "Prompt tokens that did not have to be computed.")
-        self._handover_bytes = self._counter("handover_bytes", "KV cache bytes handed over.")
-        self._ttft = self._histogram("ttft_seconds", "Arrival until the first token.", _TTFT_BUCKETS)
-        self._itl = self._histogram("itl_seconds", "Mean gap between tokens, a request each.", _ITL_BUCKETS)
-        self._prefill = self._histogram(
-            "prefill_seconds", "Computing the prompt, as its worker says.", _SECONDS_BUCKETS
-        )
-        self._handover = self._histogram("handover_seconds", "Moving a KV cache, as its taker says.", _SECONDS_BUCKETS)
-        self._overhead = self._histogram(
-            "overhead_seconds", "What the gateway took itself, before the first worker was asked.", _OVERHEAD_BUCKETS
-        )
+        self._by_model: defaultdict[str, _Totals] = defaultdict(_Totals)
+        self._registry.register(_Ended(self._by_model))
         self._retries = Counter(
             "headrace_retries", "Legs that failed and were run elsewhere, by why.", ("code",), registry=self._registry
         )
@@ -121,22 +109,7 @@ class Metrics:
         )
 
     def ended(self, request: RequestSummary) -> None:
-        model = request.model
-        by_model = (model,)
-        self._requests.values[model, request.code] += 1
-        self._prompt_tokens.values[by_model] += request.prompt_tokens
-        self._completion_tokens.values[by_model] += request.completion_tokens
-        self._cached_tokens.values[by_model] += request.cached_tokens
-        self._handover_bytes.values[by_model] += request.handover_bytes
-        for spread, seconds in (
-            (self._ttft, request.ttft_s),
-            (self._itl, request.itl_s),
-            (self._prefill, request.prefill_s),
-            (self._handover, request.handover_s),
-            (self._overhead, request.overhead_s),
-        ):
-            if seconds is not None:
-                spread.observe(model, seconds)
+        self._by_model[request.model].add(request)
 
     def fields_ignored(self, count: int) -> None:
         self._ignored.inc(count)
@@ -173,16 +146,6 @@ class Metrics:
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self._registry)
-
-    def _counter(self, name: str, text: str) -> "_Sums":
-        sums = _Sums(f"headrace_{name}", text, ("model",))
-        self._registry.register(sums)
-        return sums
-
-    def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> "_Spread":
-        spread = _Spread(f"headrace_{name}", text, bounds)
-        self._registry.register(spread)
-        return spread
 
 
 def router_gauges(stats: RouterStats) -> Iterator[Gauge]:
@@ -227,39 +190,91 @@ def router_gauges(stats: RouterStats) -> Iterator[Gauge]:
         yield Gauge("shadow_faster_seconds", "Predicted seconds they would have saved.", stats.shadow.faster_s, label)
 
 
-class _Sums(Collector):
-    """A counter, summed up by one thread alone: prometheus_client's takes a lock each time."""
+class _Totals:
+    """What one model's ended requests add up to.
 
-    def __init__(self, name: str, text: str, labels: tuple[str, ...]) -> None:
-        self._name, self._text, self._labels = name, text, labels
-        self.values: defaultdict[tuple[str, ...], float] = defaultdict(float)
+    Added by one thread alone: prometheus_client's counters take a lock each time. And a bucket is found by bisection.
+    """
 
-    def collect(self) -> Iterable[Metric]:
-        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
-        for labels, value in self.values.items():
-            family.add_metric(labels, value)
-        return (family,)
+    def __init__(self) -> None:
+        self.codes: defaultdict[str, int] = defaultdict(int)
+        self.prompt_tokens = self.completion_tokens = self.cached_tokens = self.handover_bytes = 0
+        self.ttft, self.itl = _Spread(_TTFT_BUCKETS), _Spread(_ITL_BUCKETS)
+        self.prefill, self.handover = _Spread(_SECONDS_BUCKETS), _Spread(_SECONDS_BUCKETS)
+        self.overhead = _Spread(_OVERHEAD_BUCKETS)
+
+    def add(self, request: RequestSummary) -> None:
+        self.codes[request.code] += 1
+        self.prompt_tokens += request.prompt_tokens
+        self.completion_tokens += request.completion_tokens
+        self.cached_tokens += request.cached_tokens
+        self.handover_bytes += request.handover_bytes
+        for spread, seconds in (
+            (self.ttft, request.ttft_s),
+            (self.itl, request.itl_s),
+            (self.prefill, request.prefill_s),
+            (self.handover, request.handover_s),
+            (self.overhead, request.overhead_s),
+        ):
+            if seconds is not None:
+                spread.counts[bisect_left(spread.bounds, seconds)] += 1
+                spread.sum += seconds
 
 
-class _Spread(Collector):
-    """A histogram by model; as `_Sums`, and the bucket is found by bisection."""
+class _Spread:
+    """counts: of the values up to each of `bounds` and above the one before, and of those above the last."""
 
-    def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
-        self._name, self._text, self._bounds = name, text, bounds
-        self._names = [*map(str, bounds), "+Inf"]
-        self._counts: defaultdict[str, list[int]] = defaultdict(lambda: [0] * len(self._names))
-        self._sums: defaultdict[str, float] = defaultdict(float)
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
 
-    def observe(self, model: str, value: float) -> None:
-        self._counts[model][bisect_left(self._bounds, value)] += 1
-        self._sums[model] += value
+    def buckets(self) -> list[tuple[str, float]]:
+        """As Prometheus has them: each with all that is below."""
+        return list(zip([*map(str, self.bounds), "+Inf"], accumulate(self.counts), strict=True))
 
-    def collect(self) -> Iterable[Metric]:
-        family = HistogramMetricFamily(self._name, self._text, labels=("model",))
-        for model, counts in self._counts.items():
-            buckets = list(zip(self._names, accumulate(counts), strict=True))
-            family.add_metric((model,), buckets, self._sums[model])
-        return (family,)
+
+_COUNTERS: Final = (
+    ("prompt_tokens", "Prompt tokens of ended requests."),
+    ("completion_tokens", "Generated tokens."),
+    ("cached_tokens", "Prompt tokens that did not have to be computed."),
+    ("handover_bytes", "KV cache bytes handed over."),
+)
+_HISTOGRAMS: Final = (
+    ("ttft", "Arrival until the first token."),
+    ("itl", "Mean gap between tokens, a request each."),
+    ("prefill", "Computing the prompt, as its worker says."),
+    ("handover", "Moving a KV cache, as its taker says."),
+    ("overhead", "What the gateway took itself, before the first worker was asked."),
+)
+
+
+class _Ended(Collector):
+    """The totals of ended requests, by model."""
+
+    def __init__(self, totals: Mapping[str, _Totals]) -> None:
+        self._totals = totals
+
+    def collect(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "headrace_requests", "Ended requests, by how they ended.", labels=("model", "code")
+        )
+        for model, of_model in self._totals.items():
+            for code, count in of_model.codes.items():
+                requests.add_metric((model, code), count)
+        yield requests
+        for name, text in _COUNTERS:
+            counter = CounterMetricFamily(f"headrace_{name}", text, labels=("model",))
+            for model, of_model in self._totals.items():
+                counter.add_metric((model,), getattr(of_model, name))
+            yield counter
+        for name, text in _HISTOGRAMS:
+            histogram = HistogramMetricFamily(f"headrace_{name}_seconds", text, labels=("model",))
+            for model, of_model in self._totals.items():
+                spread: _Spread = getattr(of_model, name)
+                if any(spread.counts):
+                    histogram.add_metric((model,), spread.buckets(), spread.sum)
+            yield histogram
 
 
 class _Gauges:

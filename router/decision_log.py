@@ -1,13 +1,14 @@
 """The router's recent decisions, in full, and what became of the requests."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from operator import attrgetter
 from typing import Protocol, TypeVar
 
 from planes.wire.messages import RequestId
 from router.request import Explanation
+from router.timeline import Timeline
 
 _MAX_CANDIDATES = 32
 _MAX_EARLIER = 8
@@ -36,6 +37,8 @@ class History:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._explanations: OrderedDict[RequestId, Explanation] = OrderedDict()
+        self._timelines: dict[RequestId, Callable[[], Timeline]] = {}
+        """Of those that have ended since anybody looked: few are ever asked about."""
 
     def __len__(self) -> int:
         return len(self._explanations)
@@ -44,6 +47,7 @@ class History:
         """An id that is known already is the same request's next attempt."""
         before = self._explanations.pop(explanation.request, None)
         if before is not None:
+            self._complete(before)
             explanation.attempt = before.attempt + 1
             explanation.earlier = (*before.earlier, before)[-_MAX_EARLIER:]
             before.earlier = ()
@@ -53,16 +57,26 @@ class History:
     def trim(self, limit: int) -> None:
         self.limit = limit
         while len(self._explanations) > limit:
-            self._explanations.popitem(last=False)
+            request, _ = self._explanations.popitem(last=False)
+            self._timelines.pop(request, None)
+
+    def close(self, request: RequestId, timeline: Callable[[], Timeline]) -> None:
+        """The request has ended. One that is not remembered (any more) is nobody's question."""
+        if request in self._explanations:
+            self._timelines[request] = timeline
 
     def ended(self, tenant: str | None, limit: int) -> list[Explanation]:
         """Of requests that have a timeline, the latest first.  tenant: whose; None: everybody's."""
-        found = (
-            each
-            for each in reversed(self._explanations.values())
-            if each.timeline is not None and tenant in (None, each.tenant)
-        )
+        of_tenant = (each for each in reversed(self._explanations.values()) if tenant in (None, each.tenant))
+        found = (each for each in map(self._complete, of_tenant) if each.timeline is not None)
         return list(islice(found, limit))
 
     def get(self, request: RequestId) -> Explanation | None:
-        return self._explanations.get(request)
+        explanation = self._explanations.get(request)
+        return None if explanation is None else self._complete(explanation)
+
+    def _complete(self, explanation: Explanation) -> Explanation:
+        timeline = self._timelines.pop(explanation.request, None)
+        if timeline is not None:
+            explanation.timeline = timeline()
+        return explanation

@@ -1,6 +1,6 @@
 """What comes into the router and what comes out of it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
@@ -200,8 +200,7 @@ class Observed(msgspec.Struct, frozen=True):
     failure: Failure | None = None
 
 
-@dataclass(slots=True)
-class Explanation:
+class Explanation(msgspec.Struct):
     """Everything about one decision; served by `GET /v1/routes/{request_id}`."""
 
     request: RequestId
@@ -215,7 +214,7 @@ class Explanation:
     held_because: str = ""
     refused_because: str = ""
     observed: Observed | None = None
-    shadow: Candidate | None = field(default=None)
+    shadow: Candidate | None = None
     handover: HandoverPreference = HandoverPreference.AUTO
     tenant: str = ""
     slo_ttft_s: float | None = None

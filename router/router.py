@@ -457,11 +457,9 @@ class Router:
         """What was decided for a recent request, and what came of it."""
         return self._history.get(request)
 
-    def ended(self, timeline: Timeline) -> None:
-        """A request is over, however it ended. One that is not remembered (any more) is nobody's question."""
-        explanation = self._history.get(timeline.request)
-        if explanation is not None:
-            explanation.timeline = timeline
+    def ended(self, request: RequestId, timeline: Callable[[], Timeline]) -> None:
+        """A request is over, however it ended. timeline: called once, when somebody asks about it, if anybody does."""
+        self._history.close(request, timeline)
 
     def recent(self, tenant: str | None, limit: int) -> list[Explanation]:
         """The last requests that have ended, the latest first.  tenant: whose; None: everybody's."""

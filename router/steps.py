@@ -8,18 +8,23 @@ is to begin anyway costs its own work alone. The plan runs on by itself; a worke
 """
 
 import math
-from typing import Final, NamedTuple
+from typing import Final
 
 _MOST_BEGUN: Final = 3  # at one instant: one that was due, and those that take no time
 
 
-class Pace(NamedTuple):
-    """How a worker's steps go at present."""
+class Pace:
+    """How a worker's steps go at present.
 
-    fixed_s: float
-    """Of a step that computes prompts, beside their own work."""
-    budget: int
-    """Prompt tokens that one step computes at most, 1 or more."""
+    fixed_s: of a step that computes prompts, beside their own work.  budget: prompt tokens that one step computes at
+    most, 1 or more.
+    """
+
+    __slots__ = ("budget", "fixed_s")
+
+    def __init__(self, fixed_s: float, budget: int) -> None:
+        self.fixed_s = fixed_s
+        self.budget = budget
 
 
 class StepPlan:

@@ -93,8 +93,8 @@ class FakeRouter:
         self.raises: Exception | None = None
         self.stale: list[WorkerId] = []
 
-    def ended(self, timeline):
-        self.timelines.append(timeline)
+    def ended(self, request, timeline):
+        self.timelines.append((request, timeline))
 
     def submit(self, request, *, now):
         if self.refuses is not None:

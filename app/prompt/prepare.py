@@ -100,8 +100,7 @@ class ModelEntry:
     """What its workers change the model by."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
+class Prepared(msgspec.Struct, frozen=True, eq=False):
     """A request that fits its model.
 
     tokens: the prompt, shape (n,), uint32, n >= 1.  blocks: names of its full blocks, under `cache_salt`.

@@ -29,6 +29,7 @@ from datetime import datetime
 from typing import Any, Final
 
 import jinja2
+import msgspec
 
 from app.prompt.sandbox import BUDGET, IS_REPLY, Budget, Environment, TemplateError, TemplateLimits
 from app.prompt.shapes import Shapes
@@ -39,8 +40,7 @@ Json = Any
 _LIMITS: Final = TemplateLimits()
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True):
     """A piece of a prompt. Control tokens spelt out in untrusted text are encoded as text."""
 
     text: str

@@ -1,14 +1,13 @@
 """One attempt to serve a request: a route, and what came of it."""
 
-from dataclasses import dataclass
+import msgspec
 
 from planes.wire.frames import Usage
 from planes.wire.messages import WorkerId
 from router.request import Failure, Observed, Outcome, Route
 
 
-@dataclass(slots=True)
-class Attempt:
+class Attempt(msgspec.Struct):
     """Kept by the exchange; everybody else only reads.
 
     prefill, decode: usage as the legs' workers say; a local leg counts as decode.

@@ -93,10 +93,11 @@ class Dispatcher:
         self._router.release(request, observed, now=self._clock())
         self.changed()
 
-    def ended(self, timeline: Timeline) -> None:
-        """A request has ended: what is kept of its decision tells where its time went."""
-        self._router.ended(timeline)
-        self.endings.tell(timeline)
+    def ended(self, request: RequestId, timeline: Callable[[], Timeline]) -> None:
+        """A request has ended: what is kept of its decision can tell where its time went."""
+        self._router.ended(request, timeline)
+        if len(self.endings):
+            self.endings.tell(timeline())
 
     def changed(self) -> None:
         """Something that the router knows has changed; it will be asked before this turn of the loop is over."""

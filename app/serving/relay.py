@@ -23,7 +23,7 @@ from app.serving.exchange import Exchange, State
 from app.serving.prefill_queue import NotQueued, Prefilled
 from app.serving.request import GatewayRequest
 from app.serving.retries import ExchangeLimits
-from app.serving.timeline import timeline_of
+from app.serving.timeline import Ending
 from app.serving.worker_stream import WorkerStream
 from planes.streams.client import WorkerConnection, WorkerUnreachable
 from planes.wire.blocks import Tokens
@@ -257,10 +257,10 @@ class Serving(ExchangeDriver):
             overhead_s=exchange.overhead_s,
         )
         self._relay.metrics.ended(told)
-        timeline = timeline_of(exchange, told, ended_at=ended_at)
-        self._dispatcher.ended(timeline)
+        ending = Ending.of(exchange, told, ended_at=ended_at)
+        self._dispatcher.ended(self._name, ending.timeline)
         if self._relay.tracer is not None:
-            self._relay.tracer.ended(self._request, timeline)
+            self._relay.tracer.ended(self._request, ending.timeline())
         if self._relay.recorder is not None:
             self._record(self._relay.recorder, told, ended_at)
         record = summary.log_record(

@@ -138,7 +138,7 @@ class GatewayRequest(Struct, frozen=True, eq=False):
             sampling=self.sampling,
             format=self.format,
             leg=leg,
-            resume=pack_tokens(list(resume)),
+            resume=pack_tokens(list(resume)) if resume else b"",
             cache_salt=self.cache_salt,
             priority=self.priority,
             timeout_s=max(0.0, self.deadline - now),

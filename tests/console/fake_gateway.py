@@ -229,7 +229,7 @@ class FakeFleet:
         )
         explanation = Explanation(request, "headrace", prompt, timeline.received_at)
         gateway.router._history.add(explanation)
-        gateway.dispatcher.ended(timeline)
+        gateway.dispatcher.ended(request, lambda: timeline)
 
 
 async def serve(port: int, num_workers: int, admin_key: str, *, has_playground: bool) -> None:

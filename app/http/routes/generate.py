@@ -159,15 +159,13 @@ def _answered_at_once(
         tenant = gateway.keys.authenticate(headers)
         if is_limited(tenant) or len(body) > max_body_bytes(gateway) or "content-encoding" in headers:
             return None
-        slots = gateway.keys.admitted(tenant)
-        slots.widen(1)
         parsed = parse(body)
         if parsed.more_prompts or parsed.is_prewarm:
-            slots.close()
             return None
         job = request_at_once(
             gateway, parsed, headers=headers, tenant=tenant, request_id=request_id, arrived_at=came_at
         )
+        slots = gateway.keys.admitted(tenant)
         slots.widen(job.sampling.n)
         meter = RequestMeter(None, gateway.usage, tenant, job.model)
         if job.ignored:

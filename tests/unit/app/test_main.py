@@ -312,8 +312,9 @@ async def test_a_timeline_is_listed_to_the_tenant_whose_request_it_was(gateway, 
         return await client.get("/v1/routes", params={"limit": limit}, headers=key)
 
     assert (await listed("one")).json() == {"object": "list", "data": []}, "it has not ended yet"
-    gateway.router.ended(Timeline(RequestId("r"), "sim", gateway.clock() - 60.0, 1.0, "no_worker"))
-    gateway.router.ended(Timeline(RequestId("never-was"), "sim", 0.0, 1.0, "ok"))
+    timeline = Timeline(RequestId("r"), "sim", gateway.clock() - 60.0, 1.0, "no_worker")
+    gateway.router.ended(RequestId("r"), lambda: timeline)
+    gateway.router.ended(RequestId("never-was"), pytest.fail)
     (told,) = (await listed("one")).json()["data"]
     assert (told["request"], told["code"]) == ("r", "no_worker")
     assert told["received_at"] == pytest.approx(1_700_000_000.0 - 60.0, abs=30.0)

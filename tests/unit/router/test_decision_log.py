@@ -1,3 +1,6 @@
+from functools import partial
+
+import pytest
 from msgspec.structs import replace
 
 from planes.wire.messages import RequestId
@@ -53,8 +56,36 @@ def test_those_that_have_ended_are_listed_the_latest_first_to_whom_they_belong()
         history.add(explanation(name))
         history.get(RequestId(name)).tenant = f"t{number % 2}"
     for name in "dabc"[:3]:
-        history.get(RequestId(name)).timeline = Timeline(RequestId(name), "sim", 0.0, 1.0, "ok")
+        history.close(RequestId(name), partial(Timeline, RequestId(name), "sim", 0.0, 1.0, "ok"))
     assert [each.request for each in history.ended(None, 9)] == ["d", "b", "a"]
     assert [each.request for each in history.ended(None, 2)] == ["d", "b"]
     assert [each.request for each in history.ended("t1", 9)] == ["d", "b"]
     assert history.ended("nobody", 9) == []
+
+
+def test_a_timeline_is_made_once_and_only_for_somebody_who_asks():
+    made = []
+
+    def timeline(name):
+        made.append(name)
+        return Timeline(RequestId(name), "sim", 0.0, 1.0, "ok")
+
+    history = History(2)
+    for name in "abc":
+        history.add(explanation(name))
+        history.close(RequestId(name), partial(timeline, name))
+    assert made == []
+    history.close(RequestId("a"), pytest.fail)
+    assert [history.get(RequestId("c")).timeline.request for _ in range(2)] == ["c", "c"]
+    assert made == ["c"]
+    assert [each.timeline.request for each in history.ended(None, 9)] == ["c", "b"]
+    assert made == ["c", "b"]
+
+
+def test_the_timeline_of_an_id_that_comes_again_stays_with_the_attempt_before():
+    history = History(2)
+    history.add(explanation("a"))
+    history.close(RequestId("a"), partial(Timeline, RequestId("a"), "sim", 0.0, 1.0, "ok"))
+    history.add(explanation("a"))
+    again = history.get(RequestId("a"))
+    assert (again.timeline, again.earlier[0].timeline.code) == (None, "ok")

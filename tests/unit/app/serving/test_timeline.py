@@ -1,5 +1,8 @@
 """Where a request's time went, told from what an exchange knows at its end."""
 
+import gc
+import weakref
+
 import pytest
 from msgspec.structs import replace
 
@@ -7,7 +10,7 @@ from app.serving import events as on
 from app.serving.exchange import Exchange
 from app.serving.retries import ExchangeLimits
 from app.serving.summary import summary
-from app.serving.timeline import timeline_of
+from app.serving.timeline import Ending
 from planes.streams.client import WorkerLost
 from planes.wire.frames import Done, FinishReason, StreamId, Usage
 from planes.wire.messages import HandoverEndpoint, HandoverMode, WorkerId
@@ -46,7 +49,7 @@ class Told:
         self.leg += 1
         return on.LegId(self.leg)
 
-    def timeline(self):
+    def ending(self):
         exchange = self.exchange
         ended_at = exchange.ended_at
         told = summary(
@@ -58,7 +61,10 @@ class Told:
             ended_at=ended_at,
             overhead_s=exchange.overhead_s,
         )
-        return timeline_of(exchange, told, ended_at=ended_at)
+        return Ending.of(exchange, told, ended_at=ended_at)
+
+    def timeline(self):
+        return self.ending().timeline()
 
 
 def shown(told):
@@ -196,3 +202,14 @@ def test_what_the_gateway_took_itself_has_neither_the_queue_nor_workers_in_it():
 def test_a_request_without_a_route_was_prepared_all_the_same():
     scene = Told().at(7.0, on.RouteRefused(NoWorker("sim", num_workers=0)))
     assert dict(scene.exchange.headers())["x-headrace-overhead-ms"] == "500.000"
+
+
+def test_what_is_kept_for_a_timeline_keeps_no_prompt():
+    scene, leg = handed_over()
+    scene.at(4.0, on.LegDone(leg, done(DECODE_USAGE, [3])))
+    ending, prompt = scene.ending(), weakref.ref(scene.exchange.request.prompt)
+    assert prompt() is not None
+    del scene
+    gc.collect()
+    assert prompt() is None
+    assert ending.timeline().prompt_tokens > 0
