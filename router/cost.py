@@ -228,6 +228,8 @@ def decode_cost(request: RoutableRequest, worker: WorkerView, model: CostModel =
     uncached = request.prompt_tokens - worker.cached_tokens
     room = _room_s(worker, uncached + expected, decoding)
     missing = -(-uncached // facts.block_size) * facts.bytes_per_block
+    if expected == 1:  # it comes with the prompt's last step, and nothing is behind it that could stand still
+        return DecodeCost(worker, room, after, 0.0, 0.0, 0.0, 0.0, missing)
     stall = stall_price(request, worker, after, busy, model)
     return DecodeCost(worker, room, after, decoding, slowdown, worker.queue_s + worker.shared_s, stall, missing)
 
@@ -286,7 +288,9 @@ def pair(
     goals: Goals = NO_GOALS,
     model: CostModel = MEASURED,
 ) -> Way:
-    """The legs on two workers, and the handover between them."""
+    """The legs on two workers, and the handover between them. None takes place where the first token is the last."""
+    if request.is_first_token_exact and request.expected_tokens == 1:
+        return _prefill_alone(request, prefill, decode, goals, model)
     handover = link.handover_s(decode.missing_bytes)
     queue = prefill.queue_s + prefill.room_s
     ttft, pause = queue + prefill.prefill_s, 0.0
@@ -299,9 +303,8 @@ def pair(
         lacking = prefill.name
     if request.is_first_token_exact:
         pause = handover + decode.first_step_s - decode.room_s
-        price = decode.stall if request.expected_tokens > 1 else 0.0
-        early = max(0.0, 1 - price) * pause
-        stalled += max(0.0, price - 1) * pause
+        early = max(0.0, 1 - decode.stall) * pause
+        stalled += max(0.0, decode.stall - 1) * pause
     else:
         ttft += handover + decode.first_step_s
     return Way(
@@ -316,6 +319,25 @@ def pair(
         waits_for_room=lacking,
         is_first_early=request.is_first_token_exact,
         early_token_discount_s=early,
+    )
+
+
+def _prefill_alone(
+    request: RoutableRequest, prefill: PrefillCost, decode: DecodeCost, goals: Goals, model: CostModel
+) -> Way:
+    """Of a pair whose prefill worker says all."""
+    queue = prefill.queue_s + prefill.room_s
+    return Way(
+        prefill,
+        decode,
+        queue_s=queue,
+        handover_s=0.0,
+        first_step_s=0.0,
+        stalled_s=0.0,
+        total_s=prefill.cost_s + prefill.room_s,
+        given_up=_given_up(request, goals, prefill, decode, queue + prefill.prefill_s, 0.0),
+        waits_for_room=prefill.name if prefill.room_s > model.patience * prefill.prefill_s else None,
+        is_first_early=True,
     )
 
 

@@ -9,7 +9,16 @@ from typing import Final
 import msgspec
 
 from planes.wire.blocks import Hashes
-from planes.wire.messages import KvEvents, LatencyPrior, LoadReport, Registration, RequestBound, WorkerId, WorkerState
+from planes.wire.messages import (
+    KvEvents,
+    LatencyPrior,
+    LoadReport,
+    Registration,
+    RequestBound,
+    RequestId,
+    WorkerId,
+    WorkerState,
+)
 from router.errors import ContextTooLong, NoPair, NoWorker
 from router.index.index import BlockIndex
 from router.index.untold import UntoldBlocks
@@ -32,13 +41,20 @@ class _Serving:
         self.least_context = min([worker.facts.context_length for worker in workers], default=0)
 
 
-class _Matched:
-    """What each worker holds of a prompt, as long as nothing has changed: a request is asked about more than once."""
+_MAX_MATCHED = 128  # a request is asked about as it comes and when it is bound, with others between the two
 
-    def __init__(self, blocks: Hashes, changes: int, cached: dict[WorkerId, int]) -> None:
+
+class _Matched:
+    """What each worker holds of a prompt.
+
+    held: as far as they have told, good until the index changes.  cached: with what they have not told yet, good until
+    that changes as well.
+    """
+
+    def __init__(self, blocks: Hashes, held: dict[WorkerId, int]) -> None:
         self.blocks = blocks
-        self.changes = changes
-        self.cached = cached
+        self.held = self.cached = held
+        self.untold_changes = -1
 
 
 _NONE = _Serving([])
@@ -60,7 +76,9 @@ class Fleet:
         self._ready: dict[tuple[str, str, int], _Serving] = {}
         self._ready_version = -1
         self._untold = UntoldBlocks()
-        self._matched: _Matched | None = None
+        self._matched: dict[RequestId, _Matched] = {}
+        self._matched_at = -1
+        """The index's `changes` then."""
 
     def up(self, registration: Registration) -> None:
         """Take in a new or changed registration; one of an older epoch is ignored."""
@@ -250,17 +268,19 @@ class Fleet:
 
     def cached_blocks(self, request: RoutableRequest) -> Mapping[WorkerId, int]:
         """Leading blocks held, or soon held by a prompt with the same beginning that was sent there."""
-        matched, changes = self._matched, self.index.changes + self._untold.changes
-        if matched is None or matched.blocks is not request.blocks or matched.changes != changes:
-            matched = self._matched = _Matched(request.blocks, changes, self._match(request.blocks))
+        if self._matched_at != self.index.changes or len(self._matched) >= _MAX_MATCHED:
+            self._matched_at = self.index.changes
+            self._matched.clear()
+        blocks, matched = request.blocks, self._matched.get(request.request)
+        if matched is None or matched.blocks is not blocks:
+            matched = self._matched[request.request] = _Matched(blocks, self.index.match(blocks))
+        if matched.untold_changes != self._untold.changes:
+            matched.untold_changes = self._untold.changes
+            matched.cached = matched.held.copy()
+            for name, depth in self._untold.match(blocks).items():
+                if depth > matched.cached.get(name, 0):
+                    matched.cached[name] = depth
         return matched.cached
-
-    def _match(self, blocks: Hashes) -> dict[WorkerId, int]:
-        cached = self.index.match(blocks)
-        for name, depth in self._untold.match(blocks).items():
-            if depth > cached.get(name, 0):
-                cached[name] = depth
-        return cached
 
     def view(
         self,

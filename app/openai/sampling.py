@@ -27,6 +27,14 @@ _PRIORITIES: Final = {
 """OpenAI's service tiers as classes; nobody gets ahead of their key (`app/auth.py`)."""
 _GREEDY_BELOW: Final = 1e-5
 """vLLM's threshold."""
+_CHOICES: Final = (
+    *("n", "seed", "top_p", "top_k", "min_p", "logit_bias", "stop", "stop_token_ids", "min_tokens", "ignore_eos"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "prompt_logprobs", "thinking_token_budget"),
+    *("include_stop_str_in_output", "skip_special_tokens"),
+)
+"""All that a body may say of sampling beside the temperature. Most say none of it, which is seen at a glance."""
+_chosen = attrgetter(*_CHOICES)
+_UNCHOSEN: Final = (None,) * len(_CHOICES)
 
 
 def parse_sampling(
@@ -43,6 +51,8 @@ def parse_sampling(
     Raises:  InvalidRequest for a value out of range.
     """
     temperature = _within("temperature", body.temperature, 1.0, 0.0, 2.0)
+    if logprobs is None and structured is None and _chosen(body) == _UNCHOSEN:
+        return Sampling(max_tokens=0, temperature=temperature)
     n = 1 if body.n is None else body.n
     check_range("n", n, 1, limits.num_choices)
     top_p = 1.0 if body.top_p is None else body.top_p

@@ -29,6 +29,8 @@ def headers(request: GatewayRequest, attempt: Attempt | None, fallback: str, *, 
         told.append(("x-headrace-fallback", fallback))
     if request.meter is not None:
         told += request.meter.headers()
+    if _is_printable("".join([value for _, value in told])):
+        return told
     return [(name, _printable(value)) for name, value in told]
 
 
@@ -94,11 +96,13 @@ def log_record(
     }
 
 
+def _is_printable(value: str) -> bool:
+    """As a header's value must be: a name from outside may hold anything, line breaks included."""
+    return value.isascii() and value.isprintable()
+
+
 def _printable(value: str) -> str:
-    """As a header's value may be: a name from outside may hold anything, line breaks included."""
-    if value.isascii() and value.isprintable():
-        return value
-    return value.encode("unicode_escape").decode("ascii")
+    return value if _is_printable(value) else value.encode("unicode_escape").decode("ascii")
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -161,6 +161,30 @@ def test_one_that_is_late_for_its_first_token_takes_no_seat_from_those_still_in_
     assert lacking == ("d" if makes_way else None)
 
 
+@pytest.mark.parametrize("slo", [{}, {"slo_ttft_s": 1.0, "slo_itl_s": 0.05}])
+@pytest.mark.parametrize(
+    "load",
+    [{}, {"queue_s": 0.5}, {"num_running": FACTS.max_batch}, {"num_running": 8, "free_blocks": 0}],
+    ids=["idle", "computing", "no seat", "no blocks"],
+)
+def test_an_answer_of_one_token_costs_a_pair_what_its_prefill_worker_takes(slo, load):
+    """Its decode worker never sees it, whatever there is."""
+    asked = replace(request(100, expected=1), is_first_token_exact=True, **slo)
+    sender, link = cost.prefill_cost(asked, worker("p", Role.PREFILL)), LinkModel(LatencyPrior())
+    way = cost.pair(asked, sender, cost.decode_cost(asked, worker("d", **load)), link)
+    assert (way.total_s, way.waits_for_room, way.gives_up) == (sender.cost_s, None, Sacrifice.NOTHING)
+    two = replace(asked, expected_tokens=2)
+    more = cost.pair(two, sender, cost.decode_cost(two, worker("d", **load)), link)
+    assert more.total_s > way.total_s
+
+
+def test_an_answer_of_one_token_costs_nothing_beside_its_prompt():
+    asked = request(100, expected=1)
+    for each in (worker("d"), worker("d", num_running=5)):
+        computing = cost.prefill_cost(asked, each)
+        assert cost.local(asked, computing, cost.decode_cost(asked, each)).total_s == computing.cost_s
+
+
 def test_a_worker_that_is_busy_with_one_client_at_a_time_keeps_nobody_waiting():
     busy = worker("p", Role.PREFILL, prefill_utilisation=0.9)
     prices_of = [

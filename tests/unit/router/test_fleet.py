@@ -1,6 +1,7 @@
 import gc
 import math
 import random
+from unittest.mock import Mock
 
 import msgspec
 import numpy as np
@@ -354,6 +355,27 @@ def test_a_prompt_is_looked_up_once_until_what_workers_hold_has_changed():
         assert found.get(D) == depth
         before = found
     assert fleet.cached_blocks(request("another", blocks=range(1, 5))) is not before
+
+
+@pytest.mark.parametrize(("num_requests", "is_looked_up_once"), [(2, True), (100, True), (10_000, False)])
+def test_requests_that_are_asked_about_in_turn_are_looked_up_once_as_far_as_they_are_kept(
+    num_requests, is_looked_up_once, monkeypatch
+):
+    fleet = fleet_of(registration("d"))
+    fleet.apply_events(KvEvents(D, 1, 1, [BlocksStored(pack(np.arange(1, 4, dtype=np.uint64)))]))
+    asked = [request(f"r{k}", blocks=[*range(1, 1 + k % 4), 50]) for k in range(num_requests)]
+    match = Mock(wraps=fleet.index.match)
+    monkeypatch.setattr(fleet.index, "match", match)
+    for _ in range(2):
+        assert [fleet.cached_blocks(each).get(D, 0) for each in asked] == [k % 4 for k in range(num_requests)]
+    assert (match.call_count == num_requests) is is_looked_up_once
+    assert len(fleet._matched) <= 128
+
+
+def test_an_id_that_comes_again_with_another_prompt_is_looked_up_anew():
+    fleet = fleet_of(registration("d"))
+    fleet.apply_events(KvEvents(D, 1, 1, [BlocksStored(pack(np.arange(1, 4, dtype=np.uint64)))]))
+    assert [fleet.cached_blocks(request("r", blocks=range(1, n))).get(D) for n in (3, 4)] == [2, 3]
 
 
 def test_a_fully_cached_prompt_leaves_its_last_token_to_compute():

@@ -36,6 +36,34 @@ def test_a_plain_chat_gets_openai_defaults():
     assert parsed.sampling.logprobs is None
 
 
+SAMPLING_DEFAULTS = {
+    "n": 1,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": {},
+    "seed": None,
+    "stop": [],
+    "stop_token_ids": [],
+    "min_tokens": 0,
+    "ignore_eos": False,
+    "thinking_token_budget": -1,
+    "prompt_logprobs": None,
+    "include_stop_str_in_output": False,
+    "skip_special_tokens": True,
+}
+
+
+@given(st.sets(st.sampled_from(sorted(SAMPLING_DEFAULTS))), st.none() | st.floats(0.0, 2.0))
+def test_a_body_that_spells_defaults_out_is_sampled_as_one_that_does_not(named, temperature):
+    spelt = {name: SAMPLING_DEFAULTS[name] for name in named}
+    expected = Sampling(max_tokens=0, temperature=1.0 if temperature is None else temperature)
+    assert parse(temperature=temperature, **spelt).sampling == expected
+
+
 def test_every_sampling_parameter_arrives():
     parsed = parse(
         max_completion_tokens=7,
