@@ -289,7 +289,7 @@ def pair(
     model: CostModel = MEASURED,
 ) -> Way:
     """The legs on two workers, and the handover between them. None takes place where the first token is the last."""
-    if request.is_first_token_exact and request.expected_tokens == 1:
+    if request.ends_with_prefill:
         return _prefill_alone(request, prefill, decode, goals, model)
     handover = link.handover_s(decode.missing_bytes)
     queue = prefill.queue_s + prefill.room_s

@@ -136,6 +136,8 @@ class Fleet:
         """due_at: when its first token should have come."""
         decoding = self.workers[candidate.decode]
         computing = decoding if candidate.prefill is None else self.workers[candidate.prefill]
+        if request.ends_with_prefill:
+            decoding = computing  # the other one never hears of it
         uncached_tokens = max(0, request.prompt_tokens - candidate.cached_tokens)
         reservation = Reservation(
             request=request.request,

@@ -94,6 +94,11 @@ class RoutableRequest(msgspec.Struct, frozen=True, eq=False):
     adapter: int = 0
     """Number of its LoRA adapter: only workers that have loaded it take it; 0: it has none."""
 
+    @property
+    def ends_with_prefill(self) -> bool:
+        """Whether the token that the prefill worker gives is all that is expected: no decode worker hears of it."""
+        return self.expected_tokens == 1 and self.is_first_token_exact
+
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
     """One way to serve a request, and what it would cost, in seconds. `prefill` is None: the decode worker does it.

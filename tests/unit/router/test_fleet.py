@@ -28,6 +28,7 @@ from planes.wire.messages import (
 )
 from router.fleet import Fleet
 from router.latency import LatencyModel
+from router.peers import told_of
 from router.request import Observed, RoutableRequest
 from router.worker import Reservation
 from tests import fakes
@@ -355,6 +356,30 @@ def test_a_prompt_is_looked_up_once_until_what_workers_hold_has_changed():
         assert found.get(D) == depth
         before = found
     assert fleet.cached_blocks(request("another", blocks=range(1, 5))) is not before
+
+
+def test_an_answer_of_one_token_takes_no_seat_where_it_would_be_decoded():
+    def load(fleet, name):
+        seen = view(fleet, name)
+        return seen.num_running, seen.num_waiting, seen.kv_tokens, seen.free_blocks, seen.seat_in_s
+
+    def pair():
+        return fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
+
+    fleet, other = pair(), pair()
+    idle = load(fleet, D)
+    bound = [fleet.reserve(request(f"r{k}", expected=1), candidate(P, D), 0.0) for k in range(FACTS.max_batch)]
+    assert (load(fleet, D), view(fleet, P).num_waiting) == (idle, FACTS.max_batch)
+    told = [told_of(each, 0.0) for each in bound]
+    assert {(each.prefill, each.decode) for each in told} == {(None, P)}
+    peers = [other.reserve_told(each, 0.0) for each in told]
+    for each in bound:
+        fleet.prefilled(each, 0.5)
+    assert (load(fleet, D), load(other, D)) == (idle, idle)
+    for each, peer in zip(bound, peers, strict=True):
+        fleet.release(each, 1, 0.5)
+        other.release(peer, 1, 0.5)
+    assert {load(one, name) for one in (fleet, other) for name in (P, D)} == {idle}
 
 
 @pytest.mark.parametrize(("num_requests", "is_looked_up_once"), [(2, True), (100, True), (10_000, False)])
