@@ -32,6 +32,7 @@ from nats.aio.subscription import Subscription
 from planes.events_client import Client, NatsKeys
 from planes.security.planes import NatsSecurity
 from planes.wire.errors import HeadraceError
+from planes.wire.floods import is_notable
 from planes.wire.messages import GatewayNews, KvEvents, LoadReport, Snapshot, WorkerId
 from planes.wire.names import check_namespace, subject_token
 from planes.wire.urls import parse_nats
@@ -386,7 +387,7 @@ class EventPlane:
 
     def _count_dropped(self, reason: str) -> None:
         self.counters.dropped += 1
-        if _is_notable(self.counters.dropped):
+        if is_notable(self.counters.dropped):
             _log.warning("events.dropped", total=self.counters.dropped, reason=reason)
 
     async def _subscribe(self, subject: str, handler: Callable[[Msg], Awaitable[None]]) -> None:
@@ -403,7 +404,7 @@ class EventPlane:
                 value = decoder.decode(message.data)
             except (msgspec.DecodeError, UnicodeDecodeError) as exc:
                 self.counters.malformed += 1
-                if _is_notable(self.counters.malformed):
+                if is_notable(self.counters.malformed):
                     _log.warning("events.malformed", total=self.counters.malformed, reason=str(exc))
             else:
                 callback(value)
@@ -489,8 +490,3 @@ async def _close(client: Client) -> None:
     with contextlib.suppress(nats.errors.Error, OSError):  # the end of the time is an OSError, too
         async with asyncio.timeout(2.0):
             await client.close()
-
-
-def _is_notable(count: int) -> bool:
-    """True for 1, 2, 4, 8 …: a flood is logged, and does not flood the log."""
-    return count.bit_count() == 1

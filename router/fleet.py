@@ -30,6 +30,7 @@ from router.worker import Reservation, Worker
 
 _ALWAYS: Final = HandoverPreference.ALWAYS  # bound once, see CONTRIBUTING.md
 _NEVER: Final = HandoverPreference.NEVER
+_MAX_MATCHED: Final = 128  # a request is asked about as it comes and when it is bound, with others between the two
 
 
 class _Serving:
@@ -39,9 +40,6 @@ class _Serving:
         self.workers = workers
         self.can_decode = any(worker.role.can_decode for worker in workers)
         self.least_context = min([worker.facts.context_length for worker in workers], default=0)
-
-
-_MAX_MATCHED = 128  # a request is asked about as it comes and when it is bound, with others between the two
 
 
 class _Matched:
@@ -136,8 +134,9 @@ class Fleet:
         """due_at: when its first token should have come."""
         decoding = self.workers[candidate.decode]
         computing = decoding if candidate.prefill is None else self.workers[candidate.prefill]
-        if request.ends_with_prefill:
-            decoding = computing  # the other one never hears of it
+        held_tokens = candidate.decode_cached_tokens
+        if request.ends_with_prefill:  # the other one never hears of it
+            decoding, held_tokens = computing, candidate.cached_tokens
         uncached_tokens = max(0, request.prompt_tokens - candidate.cached_tokens)
         reservation = Reservation(
             request=request.request,
@@ -148,7 +147,7 @@ class Fleet:
             expected_tokens=request.expected_tokens,
             work_s=computing.latency.work_s(uncached_tokens, request.prompt_tokens),
             bound_at=now,
-            decode_cached_tokens=candidate.decode_cached_tokens,
+            decode_cached_tokens=held_tokens,
             prefill_due_at=due_at - (candidate.ttft_s - candidate.queue_s - candidate.prefill_s),
             slo_itl_s=request.slo_itl_s,
         )

@@ -25,6 +25,7 @@ from app.serving.binding import Clock, Dispatcher
 from app.watchers import Watchers
 from planes.streams.client import WorkerConnection, WorkerUnreachable
 from planes.wire.errors import HeadraceError
+from planes.wire.floods import is_notable
 from planes.wire.messages import KvEvents, LoadReport, Registration, WorkerId, WorkerState
 from router.router import Router
 
@@ -359,9 +360,8 @@ class WorkerConnections:
         self.splits = splits
 
     def _refused(self, event: str, worker: WorkerId, exc: Exception) -> None:
-        """A flood is logged, and does not flood the log."""
         self._num_refused += 1
-        if self._num_refused.bit_count() == 1:
+        if is_notable(self._num_refused):
             _log.warning(event, worker=worker, total=self._num_refused, reason=f"{type(exc).__name__}: {exc}")
 
 

@@ -24,6 +24,7 @@ import structlog
 from app.metrics import Gauge
 from app.serving.binding import Clock, Dispatcher
 from planes.wire.errors import HeadraceError
+from planes.wire.floods import is_notable
 from planes.wire.messages import GatewayNews, RequestNews
 from router.router import Router
 
@@ -144,7 +145,7 @@ class GatewayPeers:
             return self._router.apply_news(gateway, news.news, now=now) or has_ended
         except Exception as exc:  # noqa: BLE001 - what was told is at fault, and there will be more
             self._num_refused += 1
-            if self._num_refused.bit_count() == 1:
+            if is_notable(self._num_refused):
                 reason = f"{type(exc).__name__}: {exc}"
                 _log.warning("peer.refused", gateway=gateway, total=self._num_refused, reason=reason)
             return self._lose(gateway, now)

@@ -11,6 +11,7 @@ import structlog
 from planes.streams.greeting import MIN_NONCE_BYTES, StreamKeys, gateway_proof, is_proof, new_nonce, worker_proof
 from planes.streams.peer import Peer
 from planes.streams.protocol import FROM_GATEWAY, ProtocolError, StreamLimits, stream_of, tag_of
+from planes.wire.floods import is_notable
 from planes.wire.frames import (
     Cancel,
     Challenge,
@@ -266,5 +267,5 @@ class StreamServer:
 
     def _refused(self, connection: GatewayConnection, reason: str) -> None:
         self._num_refused += 1
-        if self._num_refused.bit_count() == 1:  # 1, 2, 4, 8 …: a flood is logged, and does not flood the log
+        if is_notable(self._num_refused):
             _log.warning("stream.refused", peer=connection.peer_name, reason=reason, total=self._num_refused)

@@ -382,6 +382,12 @@ def test_an_answer_of_one_token_takes_no_seat_where_it_would_be_decoded():
     assert {load(one, name) for one in (fleet, other) for name in (P, D)} == {idle}
 
 
+def test_an_answer_of_one_token_takes_the_blocks_that_its_prefill_worker_lacks():
+    fleet = fleet_of(registration("p", Role.PREFILL), registration("d", Role.DECODE))
+    fleet.reserve(request(expected=1), candidate(P, D, cached=90), 0.0)
+    assert FACTS.num_blocks - view(fleet, P).free_blocks == 2, "ten of a hundred tokens, and the answer"
+
+
 @pytest.mark.parametrize(("num_requests", "is_looked_up_once"), [(2, True), (100, True), (10_000, False)])
 def test_requests_that_are_asked_about_in_turn_are_looked_up_once_as_far_as_they_are_kept(
     num_requests, is_looked_up_once, monkeypatch

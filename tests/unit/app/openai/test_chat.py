@@ -1,10 +1,13 @@
 import contextlib
+import inspect
 import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.openai import sampling
 from app.openai.bodies import ChatBody
 from app.openai.chat import parse_chat
 from app.openai.schema import Kind, Limits, ParsedRequest
@@ -62,6 +65,11 @@ def test_a_body_that_spells_defaults_out_is_sampled_as_one_that_does_not(named, 
     spelt = {name: SAMPLING_DEFAULTS[name] for name in named}
     expected = Sampling(max_tokens=0, temperature=1.0 if temperature is None else temperature)
     assert parse(temperature=temperature, **spelt).sampling == expected
+
+
+def test_no_sampling_parameter_is_passed_over():
+    read = set(re.findall(r"\bbody\.(\w+)", inspect.getsource(sampling.parse_sampling)))
+    assert read - {"temperature", "stream"} == set(sampling._CHOICES) == set(SAMPLING_DEFAULTS)
 
 
 def test_every_sampling_parameter_arrives():
