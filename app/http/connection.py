@@ -364,9 +364,11 @@ class StreamingProtocol(HttpToolsProtocol):
         self._deadline = self.loop.call_later(_LINGER_S, self.transport.close)
 
     def _tell_gone(self) -> None:
+        """Whoever answers is told once, and forgotten: it knows this connection, and what was asked over it."""
         self.is_gone = True
-        if self.on_gone is not None:
-            self.on_gone()
+        on_gone, self.on_gone = self.on_gone, None
+        if on_gone is not None:
+            on_gone()
 
 
 @lru_cache(maxsize=64)

@@ -31,6 +31,7 @@ async def run_merged(relay: Runs, jobs: Sequence[GatewayRequest], response: Stre
     merged = _Merged(jobs, response)
     async with asyncio.TaskGroup() as tasks:
         merged.tasks = [tasks.create_task(relay.run(job, part)) for job, part in zip(jobs, merged.parts, strict=True)]
+    merged.parts.clear()  # a circle: their answers would wait for the garbage collector
 
 
 class _Merged:

@@ -255,7 +255,8 @@ class Streamed:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         del send  # the answer writes on the transport itself
-        client: Client | None = scope.get("extensions", {}).get(EXTENSION)
+        # Taken out, because a client knows its request's scope: the body would wait for the garbage collector.
+        client: Client | None = scope.get("extensions", {}).pop(EXTENSION, None)
         task = asyncio.current_task()
         if client is None or task is None:
             raise RuntimeError("a streamed answer needs a server that runs StreamingProtocol")

@@ -3,6 +3,7 @@ finds it.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from app.responses.ending import failed_event, next_number, taken_apart
 from app.serving import effects as do
@@ -28,6 +29,7 @@ class KeepingResponse:
         self._keep = keep
         self._latest = b""
         self._due: Callable[[], None] | None = None
+        """Sends the end. Knows nothing of this object, which would keep what was asked from being freed."""
         self._body = b""
         self.is_ended = False
 
@@ -50,12 +52,12 @@ class KeepingResponse:
         self.is_ended = True
         if self._keep is not None:
             self._body = taken_apart(last).body
-        self._due = lambda: self._client.end(last)
+        self._due = partial(self._client.end, last)
 
     def whole(self, status: int, headers: do.Headers, body: bytes) -> None:
         self.is_ended = True
         self._body = body
-        self._due = lambda: self._client.whole(status, [*headers, *self._headers], body)
+        self._due = partial(self._client.whole, status, [*headers, *self._headers], body)
 
     def fail(self, exc: Exception, headers: do.Headers) -> None:
         """What failed is not kept."""

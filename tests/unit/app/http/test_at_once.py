@@ -180,7 +180,9 @@ async def test_when_the_gateway_ends_answers_without_a_task_are_left(application
         assert await asyncio.wait_for(reader.read(), 60) == b"", "and their connections closed"
 
 
-async def test_nothing_of_a_request_waits_for_the_garbage_collector(application, connect, state):
+@pytest.mark.parametrize("is_at_once", [True, False])
+async def test_nothing_of_a_request_waits_for_the_garbage_collector(application, connect, state, is_at_once):
+    application.takes = is_at_once
     cycles = []
     gc.disable()
     try:
@@ -191,6 +193,18 @@ async def test_nothing_of_a_request_waits_for_the_garbage_collector(application,
                 (connection,) = state.connections
                 cycles.append(weakref.ref(connection.cycle))
             application.responses.clear()
+            await until(lambda: not state.tasks)
             assert [cycle() is None for cycle in cycles] == [True, True, False], "the last one is the connection's"
     finally:
         gc.enable()
+
+
+async def test_who_answers_a_client_that_has_gone_is_forgotten(application, connect, state):
+    application.is_held = True
+    async with connect() as (_reader, writer):
+        writer.write(post())
+        await until(lambda: state.connections and application.responses)
+        (connection,) = state.connections
+        assert connection.on_gone is not None
+    await until(lambda: application.left)
+    assert connection.on_gone is None

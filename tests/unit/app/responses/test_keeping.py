@@ -1,3 +1,8 @@
+import gc
+import weakref
+
+import pytest
+
 from app.responses.keeping import KeepingResponse
 from app.serving.errors import GatewayStopping
 from planes.wire.frames import Format
@@ -62,3 +67,26 @@ async def test_what_fails_before_its_head_is_an_error_as_any_other():
     client = FakeResponse()
     KeepingResponse(client, LAYOUT).fail(GatewayStopping(), [])
     assert client.status == 502
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_what_was_asked_does_not_wait_for_the_garbage_collector(is_streamed):
+    async def keep(body):
+        """Knows what was asked."""
+
+    asked = weakref.ref(keep)
+    gc.disable()
+    try:
+        response = KeepingResponse(FakeResponse(), LAYOUT, keep=keep)
+        del keep
+        if is_streamed:
+            response.begin([])
+            response.end(LAST)
+        else:
+            response.whole(200, [], BODY)
+        await response.settle()
+        assert asked() is not None
+        del response
+        assert asked() is None
+    finally:
+        gc.enable()
