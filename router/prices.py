@@ -7,7 +7,9 @@ of stall costs
     ttft / (tokens * itl) * x / (1 - x)          x: the mean time between tokens there, of what it may be
 
 seconds: next to nothing while streams are fast or long, much for a stream of a dozen tokens, and the more the less is
-left. A stream that has lost its SLO cannot lose it again. Where nobody has said an SLO, `CostModel` has one in steps.
+left. A stream that has lost its SLO cannot lose it again. Where nobody has said an SLO of streams, `CostModel` has one
+in steps, and a second of stall costs a second at least: by so much the answer ends later, and nothing says that those
+who wait for a first token are in a greater hurry.
 
 **Congestion.** Workers share the gateway's queue, and an arrival waits only when all that it may go to are busy: with k
 servers the wait grows with utilisation^n / (1 - utilisation), n = sqrt(2 k + 2) - 1 (Sakasegawa 1977). Cached prefixes
@@ -132,4 +134,5 @@ def stall_price(request: RoutableRequest, worker: WorkerView, step_s: float, bus
     ttft_s = request.slo_ttft_s or model.first_token_gaps * itl_s
     used = step_s / (1 - busy) / itl_s
     tokens = worker.mean_expected or request.expected_tokens
-    return ttft_s / (itl_s * tokens) * (used / (1 - used) if used < _LOST else 1.0)
+    price = ttft_s / (itl_s * tokens) * (used / (1 - used) if used < _LOST else 1.0)
+    return price if price > 1 or request.slo_itl_s else 1.0

@@ -336,8 +336,15 @@ def test_a_stall_costs_the_more_the_less_a_stream_has_left_and_nothing_more_once
 
 def test_without_an_slo_a_stall_is_measured_in_steps():
     streams = worker("d", Role.DECODE, num_running=10, mean_expected=50.0)
-    fast, slow = (stall_price(request(), streams, step_s, 0.0, MEASURED) for step_s in (0.001, 0.1))
-    assert fast == pytest.approx(slow) == pytest.approx(100 / 50 * 0.25 / 0.75)
+    fast, slow = (stall_price(request(), streams, step_s, 0.5, MEASURED) for step_s in (0.001, 0.1))
+    assert fast == pytest.approx(slow) == pytest.approx(100 / 50 * 0.5 / 0.5)
+
+
+def test_without_an_slo_a_second_of_stall_costs_a_second_at_least():
+    """By so much the answer ends later, however long it is."""
+    long = worker("d", Role.DECODE, num_running=10, mean_expected=2000.0)
+    for itl_s, costs_one in ((None, True), (0.05, False)):
+        assert (stall_price(request(slo_itl_s=itl_s), long, 0.01, 0.0, MEASURED) == 1.0) is costs_one
 
 
 @pytest.mark.parametrize(("max_step_tokens", "is_pause"), [(64, False), (2048, True)])
@@ -452,7 +459,7 @@ def test_the_parts_of_every_candidate_add_up():
 
 
 def test_the_constants_of_the_price_are_the_policy_s_to_be_given():
-    workers = worker("p", Role.PREFILL, queue_s=0.5), worker("d", Role.DECODE, **BUSY)
+    workers = worker("p", Role.PREFILL, queue_s=20.0), worker("d", Role.DECODE, **BUSY)
     assert choose(*workers).chosen.prefill == "p"
     cheap = Headrace(CostModel(pause_steps=1e6)).choose(request(), fleet(*workers)).chosen
     assert cheap.prefill is None
