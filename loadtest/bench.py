@@ -18,27 +18,22 @@ import uvloop
 from cyclopts import App, Parameter
 
 from loadtest.bench_parts import measure_parts
-from loadtest.bench_streams import SPEEDUP, OpenStreams, open_streams
+from loadtest.bench_streams import OpenStreams, open_streams
 from loadtest.closed_loop import CHAT, RESPONSES, Row, Shape, Target, warm_closed_loop
 from loadtest.decisions import measure_all
 from loadtest.machine import circumstances
 from loadtest.processes import allow_files
 from loadtest.progress import Progress
-from loadtest.stack import stack
+from loadtest.stack import fast_engine, stack
 from loadtest.written import grid, write
 
 app = App(help=__doc__, version_flags=[])
-_SMALL: Final = {
-    "HEADRACE_SPEEDUP": str(SPEEDUP),  # so that prompts of any length take no time
-    "HEADRACE_SIM_STEP_S": str(0.005 * SPEEDUP),
-    "HEADRACE_SIM_ANSWER_TOKENS": "0",
-    "HEADRACE_SIM_KV_BYTES_PER_TOKEN": "8",
+_SMALL: Final = fast_engine(0.005) | {
     "HEADRACE_CONTEXT_LENGTH": "100000",
-    "HEADRACE_MAX_STEP_TOKENS": "100000",
     "HEADRACE_MAX_BATCH": "32768",
     "HEADRACE_NUM_BLOCKS": "400000",
 }
-"""Workers that are never what is waited for."""
+"""With room for long prompts and many streams."""
 _PROMPTS: Final = {"30": 30, "1k": 1000, "8k": 8000, "64k": 64_000}
 _FEW_FILES: Final = 1000
 

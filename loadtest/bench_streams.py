@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 from loadtest.closed_loop import Shape, Target, closed_loop
 from loadtest.peers.running import Fleet, plain_workers
-from loadtest.stack import stack
+from loadtest.stack import fast_engine, stack
 
-SPEEDUP = 1000.0
-"""Of the engine; its steps are told in simulated time."""
 _TOKENS = 120
 """Enough that the crowd of the beginning is in fewer than one gap of a hundred."""
 _TOKENS_PER_S = 10_000
@@ -33,7 +31,7 @@ async def open_streams(count: int, policy: str, environment: dict[str, str]) -> 
     """
     print(f"{count:,} open streams …", flush=True)
     step_s = count / _TOKENS_PER_S
-    environment = environment | {"HEADRACE_SIM_STEP_S": str(step_s * SPEEDUP)}
+    environment = environment | fast_engine(step_s)
     shape = Shape(count, 200, _TOKENS, shared_bytes=200)
     flags = ("--engine", "sim", "--prefill", "0", "--decode", "0", "--both", "2", "--policy", policy)
     async with stack(*flags, environment=environment) as running:

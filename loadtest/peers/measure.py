@@ -12,26 +12,12 @@ from loadtest.closed_loop import CHAT, MESSAGES, RESPONSES, Api, Row, Shape, Tar
 from loadtest.peers.running import Running
 from loadtest.progress import Progress
 from loadtest.prompts import prose
+from loadtest.stack import fast_engine
 
-_SPEEDUP: Final = 1000
-"""Prompts take as good as no time, and a step as long with 256 sequences as with one."""
-
-
-def _environment(step_s: float) -> dict[str, str]:
-    return {
-        "HEADRACE_SPEEDUP": str(_SPEEDUP),
-        "HEADRACE_SIM_STEP_S": str(step_s * _SPEEDUP),
-        "HEADRACE_SIM_ANSWER_TOKENS": "0",
-        "HEADRACE_SIM_KV_BYTES_PER_TOKEN": "8",
-        "HEADRACE_MAX_STEP_TOKENS": "100000",
-        "HEADRACE_NUM_BLOCKS": "65536",
-    }
-
-
-STEPS: Final = _environment(0.005)
-"""Workers whose steps take 5 ms, whatever is in them; one of prompts alone takes next to nothing. A KV cache of an 8B
-model's size would have them write 6 ms of CPU for each new prompt of 8,000 characters."""
-AT_ONCE: Final = _environment(0.0001)
+_ROOM: Final = {"HEADRACE_NUM_BLOCKS": "65536"}
+STEPS: Final = fast_engine(0.005) | _ROOM
+"""Workers whose steps take 5 ms."""
+AT_ONCE: Final = fast_engine(0.0001) | _ROOM
 """Workers that answer at once."""
 
 PER_TOKEN, PER_REQUEST = "256 streams of 64 tokens", "64 clients, 1 token"

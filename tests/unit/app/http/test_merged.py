@@ -1,5 +1,7 @@
 import asyncio
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -151,3 +153,19 @@ async def test_one_that_fails_ends_them_all_with_one_error(has_begun):
         assert b'"param":"prompt"' in response.payloads[-1]
     else:
         assert (response.status, json.loads(response.body)["error"]["param"]) == (400, "prompt")
+
+
+async def test_no_part_of_the_answer_waits_for_the_garbage_collector():
+    parts = []
+
+    async def play(response):
+        parts.append(weakref.ref(response))
+        response.begin(HEAD)
+        response.end(b"data: [DONE]\n\n")
+
+    gc.disable()
+    try:
+        await run(play, play)
+        assert [part() for part in parts] == [None, None]
+    finally:
+        gc.enable()
