@@ -12,7 +12,7 @@ import socket
 import ssl
 import sys
 from asyncio.subprocess import STDOUT, Process
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Container
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -111,14 +111,14 @@ def run_in_foreground(argv: list[str]) -> None:
     os.execve(argv[0], argv, _environment())  # noqa: S606 - no shell is the point; argv is ours
 
 
-def free_port(name: str, port: int, host: str = "127.0.0.1") -> int:
+def free_port(name: str, port: int, host: str = "127.0.0.1", *, but: Container[int | None] = ()) -> int:
     """`port` if it can be had; for 0 any free one below those that the system gives to connections, one of which might
     have it when the server is started again. Asked first, lest somebody else's server there pass for ours.
 
-    Raises:  ServerNotStarted.
+    but: ports that are meant for others, who do not listen there yet.  Raises:  ServerNotStarted.
     """
     problem: Exception | None = None
-    for asked in [port] if port else random.sample(_LASTING_PORTS, k=_MAX_TRIES):
+    for asked in [port] if port else random.sample([each for each in _LASTING_PORTS if each not in but], k=_MAX_TRIES):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -20,13 +20,12 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from cyclopts import Parameter
 
 from app.auth import is_open_to_others
 from app.cli.certs import CertSet, CertsSettings, make_certs
-from app.cli.servers import ServerHandle, ServerNotStarted, etcd_server, nats_server
+from app.cli.servers import ServerHandle, ServerNotStarted, etcd_server, free_port, nats_server
 from app.cli.supervisor import Child, Supervisor, ending, keep_running, say
 from app.keys.file import load_keys
 from app.settings import GatewaySettings, check_admin_port
@@ -235,8 +234,9 @@ async def _servers(settings: UpSettings, state: Path, stack: AsyncExitStack, cer
             continue
         shutil.rmtree(state / name, ignore_errors=True)
         url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        port = free_port(name, 0, but=(settings.port, settings.admin_port))
         keeper = asyncio.create_task(
-            keep_running(partial(_run_server, name, partial(server, certs=certs), state / name, url))
+            keep_running(partial(_run_server, name, partial(server, certs=certs), state / name, port, url))
         )
         stack.push_async_callback(_cancelled, keeper)
         await asyncio.wait((url, keeper), return_when=asyncio.FIRST_COMPLETED)
@@ -251,13 +251,13 @@ async def _run_server(
     name: str,
     server: Callable[[Path, int], AbstractAsyncContextManager[ServerHandle]],
     folder: Path,
+    port: int,
     url: asyncio.Future[str],
 ) -> str:
-    """Run a server, on the port and with the data of its first time, until it ends.
+    """Run a server, with the data of its first time, until it ends.  url: set once it answers.
 
     Returns:  how it ended.  Raises:  ServerNotStarted the first time.
     """
-    port = (urlsplit(url.result()).port or 0) if url.done() else 0
     try:
         async with server(folder, port) as handle:
             if url.done():

@@ -23,6 +23,10 @@ def test_any_free_port_is_one_that_no_connection_gets_while_its_server_is_away()
     assert {servers.free_port("etcd", 0) < int(lowest) for _ in range(20)} == {True}
 
 
+def test_any_free_port_is_none_that_is_meant_for_somebody_else() -> None:
+    assert {servers.free_port("etcd", 0, but=range(10_000, 29_900)) >= 29_900 for _ in range(20)} == {True}
+
+
 def test_a_port_that_is_taken_is_refused_by_name() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -1,8 +1,12 @@
+import asyncio
+import contextlib
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from app.cli.up import UpSettings, _announce, _exported, _gateway_child, _worker_children
+from app.cli import servers, up
+from app.cli.up import UpSettings, _announce, _exported, _gateway_child, _servers, _worker_children
 from planes.wire.errors import UnusableSetting
 
 
@@ -63,6 +67,27 @@ def test_the_gateway_gets_the_policy_and_the_keys(tmp_path):
     settings = UpSettings(engine="sim", policy="dynamo", api_keys_file=keys)
     words = " ".join(_gateway_child(settings, "e", "n", tmp_path, 2).argv)
     assert f"--policy dynamo --api-keys-file {keys}" in words
+
+
+async def test_etcd_and_nats_never_take_a_port_that_the_gateway_will_have(monkeypatch, tmp_path):
+    asked = []
+
+    @contextlib.asynccontextmanager
+    async def server(folder, port, **certs):
+        asked.append(port)
+        yield SimpleNamespace(url=f"there:{port}", ended=asyncio.Event().wait)
+
+    first = servers.free_port("the gateway", 0)
+    monkeypatch.setattr(servers, "_LASTING_PORTS", range(first, first + 4))
+    monkeypatch.setattr(servers, "_MAX_TRIES", 2)
+    monkeypatch.setattr(up, "etcd_server", server)
+    monkeypatch.setattr(up, "nats_server", server)
+    settings = UpSettings(engine="sim", port=first, admin_port=first + 3)
+    for _ in range(20):
+        async with contextlib.AsyncExitStack() as stack:
+            await _servers(settings, tmp_path, stack, None)
+    assert len(asked) == 40
+    assert set(asked) <= {first + 1, first + 2}
 
 
 @pytest.mark.parametrize(
