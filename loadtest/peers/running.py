@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.cli.servers import etcd_server, nats_server
 from loadtest.client import Client
 from loadtest.closed_loop import CHAT, Target
 from loadtest.peers.gateways import Gateway, Site, headrace_name
@@ -106,13 +107,27 @@ async def peer(gateway: Gateway, fleet: Fleet, workers: Sequence[str], etcd: str
 @contextlib.asynccontextmanager
 async def headrace(policy: str, fleet: Fleet, python: str = sys.executable) -> AsyncIterator[Running]:
     """Ours, of the installation that has this Python, before two simulated workers that do both."""
-    flags = ["--engine", "sim", "--prefill", "0", "--decode", "0", "--both", "2", "--policy", policy, *fleet.flags]
-    async with stack(*flags, environment=fleet.environment, python=python) as running:
+    async with contextlib.AsyncExitStack() as cleanup:
+        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="headrace-planes-")))
+        etcd = (await cleanup.enter_async_context(etcd_server(folder / "etcd"))).url
+        nats = (await cleanup.enter_async_context(nats_server(folder / "nats"))).url
+        shared = ["--etcd", etcd, "--nats", nats, "--namespace", "local", "--policy", policy]
+        flags = ["--engine", "sim", "--prefill", "0", "--decode", "0", "--both", "2", *shared, *fleet.flags]
+        running = await cleanup.enter_async_context(stack(*flags, environment=fleet.environment, python=python))
         gateway = next(process for process in running.processes() if process.name == "gateway")
-        await answering(running.port, running.model, None, running.state / "gateway.log")
-        start_s = gateway.age_s()
+        start_s = await _start_of_another([python, "-m", "app.cli", "gateway", *shared], fleet, folder / "log")
         note = "tokenizes, exact index" if policy == "headrace" else "tokenizes"
         yield Running(headrace_name(policy), Target(running.port, running.model, [gateway]), start_s, note)
+
+
+async def _start_of_another(argv: list[str], fleet: Fleet, log: Path) -> float:
+    """Seconds that one more gateway takes to answer, before workers that are there: `headrace up` starts its own side
+    by side with them.
+    """
+    port = free_port()
+    async with process_of([*argv, "--port", str(port)], ours_in(fleet.environment), log) as process:
+        await answering(port, fleet.model_name, process, log)
+        return Process(process.pid, "gateway").age_s()
 
 
 def _of_environment(gateway: Gateway, argv: Sequence[str]) -> list[str]:
