@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 
-from loadtest.closed_loop import Shape, Target, closed_loop
+from loadtest.closed_loop import Row, Shape, Target, closed_loop
 from loadtest.peers.running import Fleet, plain_workers
 from loadtest.stack import fast_engine, stack
 
@@ -31,7 +31,7 @@ async def open_streams(count: int, policy: str, environment: dict[str, str]) -> 
     """
     print(f"{count:,} open streams …", flush=True)
     step_s = count / _TOKENS_PER_S
-    environment = environment | fast_engine(step_s)
+    environment = environment | fast_engine(step_s) | {"HEADRACE_QUEUE_LIMIT": str(count)}
     shape = Shape(count, 200, _TOKENS, shared_bytes=200)
     flags = ("--engine", "sim", "--prefill", "0", "--decode", "0", "--both", "2", "--policy", policy)
     async with stack(*flags, environment=environment) as running:
@@ -39,13 +39,23 @@ async def open_streams(count: int, policy: str, environment: dict[str, str]) -> 
         target = Target(running.port, running.model)
         await closed_loop(target, "warm", Shape(16, 200, 8), seconds=0.5)
         before = gateway.rss_bytes()
-        through = await closed_loop(target, "open", shape, seconds=0.0)
+        through = all_answered(await closed_loop(target, "open", shape, seconds=0.0))
         most = gateway.peak_bytes()
     async with plain_workers(Fleet(environment, None), 2) as urls:
         half = Shape(count // 2, 200, _TOKENS, shared_bytes=200)
         alone = await asyncio.gather(
             *(closed_loop(Target(int(url.rpartition(":")[2]), "sim"), "alone", half, seconds=0.0) for url in urls)
         )
-    p50, p99 = (max(getattr(row, name) for row in alone) for name in ("gap_p50_ms", "gap_p99_ms"))
+    p50, p99 = (max(getattr(all_answered(row), name) for row in alone) for name in ("gap_p50_ms", "gap_p99_ms"))
     gap_ms = (through.gap_p50_ms, through.gap_p99_ms)
     return OpenStreams(count, step_s, (most - before) / 1e3 / count, gap_ms, (p50, p99))
+
+
+def all_answered(row: Row) -> Row:
+    """Memory and gaps of those that were let in say nothing of as many as were asked for.
+
+    Raises:  RuntimeError.
+    """
+    if row.errors:
+        raise RuntimeError(f"{row.errors:,} of the streams failed, the first with: {row.error}")
+    return row
