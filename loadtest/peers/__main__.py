@@ -7,7 +7,6 @@ simulated engine. All run at once and are loaded in turn; CPU seconds are those 
 One that cannot be installed or started is a line that says so.
 """
 
-import tempfile
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,13 +16,12 @@ from typing import Annotated
 import uvloop
 from cyclopts import App, Parameter
 
-from app.cli.servers import etcd_server, nats_server
 from loadtest.closed_loop import Target
 from loadtest.machine import circumstances
 from loadtest.peers.gateways import GATEWAYS, POLICIES, Gateway, headrace_name
 from loadtest.peers.install import install
 from loadtest.peers.measure import AT_ONCE, COSTS, STEPS, WORKLOADS, Measured, added_ttft, merged, rounds_of
-from loadtest.peers.running import Fleet, NotRunning, Running, demo_model, headrace, peer, plain_workers
+from loadtest.peers.running import Fleet, NotRunning, Running, demo_model, headrace, peer, plain_workers, planes
 from loadtest.peers.table import tables
 from loadtest.written import write
 
@@ -108,9 +106,7 @@ async def _started(
     """Those that came to answer; `absent` is told about the others."""
     etcd = nats = ""
     if any(gateway.workers is not None for gateway in others):
-        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="headrace-planes-")))
-        etcd = (await cleanup.enter_async_context(etcd_server(folder / "etcd"))).url
-        nats = (await cleanup.enter_async_context(nats_server(folder / "nats"))).url
+        etcd, nats = await cleanup.enter_async_context(planes())
     begin = {headrace_name(policy): partial(headrace, policy, fleet) for policy in ours}
     begin |= {gateway.name: partial(peer, gateway, fleet, workers, etcd, nats) for gateway in others}
     running = []

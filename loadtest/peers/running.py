@@ -68,6 +68,14 @@ def demo_model() -> Path | None:
 
 
 @contextlib.asynccontextmanager
+async def planes() -> AsyncIterator[tuple[str, str]]:
+    """URLs of an etcd and a NATS."""
+    with tempfile.TemporaryDirectory(prefix="headrace-planes-") as name:
+        async with etcd_server(Path(name, "etcd")) as etcd, nats_server(Path(name, "nats")) as nats:
+            yield etcd.url, nats.url
+
+
+@contextlib.asynccontextmanager
 async def plain_workers(fleet: Fleet, count: int) -> AsyncIterator[list[str]]:
     """URLs of simulated workers that speak plain HTTP."""
     async with contextlib.AsyncExitStack() as cleanup:
@@ -107,17 +115,16 @@ async def peer(gateway: Gateway, fleet: Fleet, workers: Sequence[str], etcd: str
 @contextlib.asynccontextmanager
 async def headrace(policy: str, fleet: Fleet, python: str = sys.executable) -> AsyncIterator[Running]:
     """Ours, of the installation that has this Python, before two simulated workers that do both."""
-    async with contextlib.AsyncExitStack() as cleanup:
-        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="headrace-planes-")))
-        etcd = (await cleanup.enter_async_context(etcd_server(folder / "etcd"))).url
-        nats = (await cleanup.enter_async_context(nats_server(folder / "nats"))).url
+    async with planes() as (etcd, nats):
         shared = ["--etcd", etcd, "--nats", nats, "--namespace", "local", "--policy", policy]
         flags = ["--engine", "sim", "--prefill", "0", "--decode", "0", "--both", "2", *shared, *fleet.flags]
-        running = await cleanup.enter_async_context(stack(*flags, environment=fleet.environment, python=python))
-        gateway = next(process for process in running.processes() if process.name == "gateway")
-        start_s = await _start_of_another([python, "-m", "app.cli", "gateway", *shared], fleet, folder / "log")
-        note = "tokenizes, exact index" if policy == "headrace" else "tokenizes"
-        yield Running(headrace_name(policy), Target(running.port, running.model, [gateway]), start_s, note)
+        async with stack(*flags, environment=fleet.environment, python=python) as running:
+            gateway = next(process for process in running.processes() if process.name == "gateway")
+            await answering(running.port, running.model, None, running.state / "gateway.log")
+            another = [python, "-m", "app.cli", "gateway", *shared]
+            start_s = await _start_of_another(another, fleet, running.state / "another.log")
+            note = "tokenizes, exact index" if policy == "headrace" else "tokenizes"
+            yield Running(headrace_name(policy), Target(running.port, running.model, [gateway]), start_s, note)
 
 
 async def _start_of_another(argv: list[str], fleet: Fleet, log: Path) -> float:
