@@ -77,7 +77,7 @@ class Metrics:
         )
         self._fallbacks = Counter(
             "headrace_fallbacks",
-            "Requests that were not handed over because their prefill failed, by why.",
+            "Requests that one worker served alone because a handover failed before their first token, by why.",
             ("code",),
             registry=self._registry,
         )

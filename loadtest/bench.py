@@ -25,7 +25,7 @@ from loadtest.machine import circumstances
 from loadtest.processes import allow_files
 from loadtest.progress import Progress
 from loadtest.stack import fast_engine, stack
-from loadtest.written import grid, write
+from loadtest.written import check_folder, grid, write
 
 app = App(help=__doc__, version_flags=[])
 _SMALL: Final = fast_engine(0.005) | {
@@ -73,6 +73,7 @@ def main(
     counts = tuple(sorted({2000, streams}))
     extent = Extent(1, 1.0, counts) if quick else Extent(rounds, seconds, counts)
     allow_files(max(counts) + _FEW_FILES)
+    check_folder("out", out)
     where = circumstances()
     result: dict[str, Any] = {"circumstances": asdict(where), "extent": asdict(extent), "policy": policy}
     result["decisions"] = [asdict(each) for each in measure_all(num_decisions=1000 if quick else 4000)]

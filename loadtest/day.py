@@ -27,7 +27,9 @@ from loadtest.simulator.scenario import Scenario
 from loadtest.simulator.simulation import Simulation
 from loadtest.slo import Slo
 from loadtest.workloads import Session, Turn, Workload, lognormal, poisson, segment_names
+from loadtest.written import check_file
 from planes.wire.messages import EngineFacts
+from process.logging import configure
 from process.settings import run
 from router.roles import RoleGoals
 
@@ -212,6 +214,7 @@ def main(
         json: write everything there
     """
     facts, _ = engine.read()
+    check_file("json", json)
     comparison = Day(facts, hour_s, load, Slo(slo_ttft, slo_itl), seed)
     progress, rows = Progress(len(FLEETS)), []
     for row in each(comparison.row, FLEETS, jobs):
@@ -225,4 +228,5 @@ def main(
 
 
 if __name__ == "__main__":
+    configure("error")
     sys.exit(run(app))

@@ -30,7 +30,7 @@ from loadtest.peers.running import answering, ours_in, process_of
 from loadtest.processes import Process, descendants, free_port
 from loadtest.slo import Slo, mean_gap_s
 from loadtest.stack import stack
-from loadtest.written import grid, write
+from loadtest.written import check_folder, grid, write
 from workers.demo_model.convert import ensure_demo_model
 
 app = App(help=__doc__, version_flags=[])
@@ -69,6 +69,7 @@ def main(
     out: Annotated[Path, Parameter(help="Where disagg.json and disagg.md are written.")] = Path("build/bench"),
 ) -> None:
     """Start both, load in turn, print and write the table."""
+    check_folder("out", out)
     where = circumstances()
     if quick:
         seconds, rounds = 15.0, 1

@@ -14,6 +14,16 @@ from planes.wire.messages import EngineFacts
 
 AT_LEAST_1: Final = Parameter(validator=Number(gte=1))
 POSITIVE: Final = Parameter(validator=Number(gt=0, lt=math.inf))
+RATE: Final = Parameter(validator=Number(gte=0.001, lte=1_000_000))
+"""Requests a second, or how many times as fast they come. Slower ones are years of the simulated time."""
+_STEP_MS: Final = Parameter(validator=Number(gt=0, lte=60_000))
+
+
+def check_unused(where: str, **settings: object) -> None:
+    """Raises:  UnusableSetting for one that is given, though it counts only `where`."""
+    for setting, value in settings.items():
+        if value is not None:
+            raise UnusableSetting(setting, value, f"it counts only {where}")
 
 
 @Parameter(name="*")
@@ -36,7 +46,7 @@ class EngineFlags:
     """
 
     prefill_tokens_per_s: Annotated[float, POSITIVE] = 8000.0
-    step_ms: Annotated[float, POSITIVE] = 8.0
+    step_ms: Annotated[float, _STEP_MS] = 8.0
     max_step_tokens: Annotated[int, AT_LEAST_1] = 2048
     max_batch: Annotated[int, AT_LEAST_1] = 128
     shortest_first: bool = False
@@ -44,7 +54,7 @@ class EngineFlags:
     blocks: Annotated[int, AT_LEAST_1] = 1000
     block_size: Annotated[int, AT_LEAST_1] = 512
     like: str | None = None
-    like_model: str = ""
+    like_model: str | None = None
 
     def read(self) -> tuple[EngineFacts, LiveFleet | None]:
         """An engine, and the live fleet that it is like.  Raises:  UnusableSetting; what `live_fleet` raises."""
@@ -53,8 +63,9 @@ class EngineFlags:
                 "max_step_tokens", self.max_step_tokens, f"it must be at least --max-batch, {self.max_batch}"
             )
         if self.like is not None:
-            live = live_fleet(self.like, self.like_model)
+            live = live_fleet(self.like, self.like_model or "")
             return live.facts, live
+        check_unused("with --like", like_model=self.like_model)
         facts = engine_facts(
             block_size=self.block_size,
             num_blocks=self.blocks,

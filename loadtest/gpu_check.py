@@ -43,6 +43,7 @@ from app.cli.servers import etcd_server, free_port, nats_server
 from loadtest.client import Client, Sample
 from loadtest.live import ask, mixed_arrivals, replay
 from loadtest.stack import Stack
+from loadtest.written import check_file
 from workers.engine.base import EngineStartError
 from workers.vllm.requirements import check_accelerator, check_nixl
 
@@ -328,6 +329,7 @@ def main(
         dtype: number format of the weights; equality is strict in float32
         seconds: of arrivals in the mix
     """
+    check_file("json", out)
     check = Check(device, model, seconds, dtype=dtype if device == "cuda" or dtype != "auto" else "float32")
     status = 0
     try:

@@ -42,6 +42,7 @@ from loadtest.simulator.simulation import Simulation
 from loadtest.slo import Slo
 from loadtest.stack import Stack, stack
 from loadtest.workloads import Turn, Workload, load
+from loadtest.written import check_file
 from planes.wire.messages import EngineFacts
 
 app = App(help=__doc__, version_flags=[])
@@ -116,6 +117,7 @@ def agree(
     out: _Out = None,
 ) -> None:
     """One small trace through a live simulated fleet and through the simulator, with the same policy and facts."""
+    check_file("json", out)
     _write(uvloop.run(_agree(trace, rate, limit, prefill, decode, seed)), out)
 
 
@@ -191,6 +193,7 @@ def planned(
     Args:
         trace: in place of lengths: a synthetic load or a trace, `rate` times as fast
     """
+    check_file("json", out)
     slo = Slo(slo_ttft_s, slo_itl_ms / 1000)
 
     def sampled(facts: EngineFacts) -> Workload:
@@ -329,6 +332,7 @@ def closed(
         policies: compared with the last of them
         rounds: of each policy, in turn
     """
+    check_file("json", out)
     allow_files(max(crowd.shape.concurrency for crowd in _CROWDS.values()) + 1000)
     _write(uvloop.run(_closed(policies, rounds)), out)
 
@@ -436,6 +440,7 @@ def mix(*, seconds: float = 60.0, rounds: int = 2, rate_scale: float = 1.0, seed
         seconds: of arrivals in each round of each variant
         rate_scale: times 0.5 long prompts and 0.8 chats a second; take less where one core computes 900 tokens slowly
     """
+    check_file("json", out)
     _write(uvloop.run(_mix(seconds, rounds, rate_scale, seed)), out)
 
 

@@ -18,16 +18,18 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from app.recording import TRACE_BLOCK_SIZE
-from loadtest.engine_flags import AT_LEAST_1, POSITIVE, STANDARD, EngineFlags
+from loadtest.engine_flags import AT_LEAST_1, POSITIVE, RATE, STANDARD, EngineFlags, check_unused
 from loadtest.like import LiveFleet
 from loadtest.progress import Progress, each
 from loadtest.report import Report, Row, markdown, summarise, table, write
 from loadtest.simulator.scenario import Faults, Scenario
 from loadtest.simulator.simulation import Simulation
 from loadtest.slo import Slo
-from loadtest.workloads import GENERATORS, Workload, load
+from loadtest.workloads import GENERATORS, Workload, check_fits, load
+from loadtest.written import check_file, check_folder
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import EngineFacts, Role
+from process.logging import configure
 from process.settings import run
 from router.policies import POLICIES, load_policy
 
@@ -153,12 +155,7 @@ class Comparison:
         workload = load(case.workload, block_size=facts.block_size, seed=self.seed).scaled(case.rate)
         if case.limit is not None:
             workload = workload.limited(case.limit)
-        longest, most = workload.longest_prompt_tokens, facts.context_length - 2  # the decode leg brings one more
-        if longest > most:
-            raise ValueError(
-                f"--blocks is {facts.num_blocks} and --block-size {facts.block_size}: a worker takes at most {most} "
-                f"tokens of prompt, and {workload.name} has one of {longest}"
-            )
+        check_fits(workload, facts)
         return workload
 
     def _row(self, case: Case, policy: str, workload: Workload, on_progress: Callable[[int, int], None]) -> Row:
@@ -212,12 +209,12 @@ _AT_LEAST_0: Final = Parameter(validator=Number(gte=0))
 @app.default
 def main(
     *,
-    trace: str = "conversation",
+    trace: str | None = None,
     policies: Annotated[str, Parameter(help="names or module:Class, separated by commas")] = ",".join(POLICIES),
     prefill: Annotated[int, _AT_LEAST_0] = 0,
     decode: Annotated[int, _AT_LEAST_0] = 0,
     both: Annotated[int, _AT_LEAST_0] = 0,
-    rate_scale: Annotated[tuple[float, ...], Parameter(consume_multiple=True), POSITIVE] = (1.0,),
+    rate_scale: Annotated[tuple[float, ...], Parameter(consume_multiple=True), RATE] = (1.0,),
     limit: Annotated[int | None, AT_LEAST_1] = None,
     seed: int = 0,
     gateways: Annotated[int, AT_LEAST_1] = 1,
@@ -236,7 +233,7 @@ def main(
     """Run workloads through policies and print a table.
 
     Args:
-        trace: a synthetic load (see `loadtest/workloads.py`), a trace's name, or its path
+        trace: a synthetic load (see `loadtest/workloads.py`), a trace's name, or its path; `conversation` if not given
         policies: which policies to compare
         prefill: prefill workers
         decode: decode workers
@@ -262,12 +259,15 @@ def main(
     facts, live = engine.read()
     comparison = Comparison(names, facts, seed, Slo(slo_ttft, slo_itl), live)
     prefill, decode, both = _numbers(prefill, decode, both, live)
+    if matrix is None:
+        check_unused("with --matrix", quick=quick or None)
     if matrix is not None:
+        check_unused("without --matrix", trace=trace)
         cases: Sequence[Case] = [_limited(case, limit) for case in (QUICK if quick else MATRIX)]
     else:
         cases = [
             Case(
-                trace,
+                trace or "conversation",
                 rate,
                 prefill,
                 decode,
@@ -275,7 +275,7 @@ def main(
                 slow_worker,
                 gateways,
                 limit,
-                _label(trace, rate),
+                _label(trace or "conversation", rate),
                 kill_every_s,
                 restart,
             )
@@ -284,7 +284,10 @@ def main(
         ]
     if TRACE_BLOCK_SIZE % facts.block_size and any(case.workload not in GENERATORS for case in cases):
         raise UnusableSetting("block_size", facts.block_size, f"for a trace it must divide {TRACE_BLOCK_SIZE}")
-    check_plots(html=html, matrix=None if quick else matrix)  # now rather than after an hour
+    check_file("json", json)  # now rather than after an hour
+    for setting, folder in (("html", html), ("matrix", None if quick else matrix)):
+        check_folder(setting, folder)
+        check_plots(**{setting: folder})
     try:
         for name in names:
             load_policy(name)  # a misspelt one fails now rather than after an hour
@@ -364,4 +367,5 @@ def _docs_images(images: Iterable[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    configure("error")
     sys.exit(run(app))

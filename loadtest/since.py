@@ -21,7 +21,7 @@ from loadtest.machine import circumstances
 from loadtest.peers.measure import COSTS, PER_REQUEST, PER_TOKEN, STEPS, rounds_of
 from loadtest.peers.running import Fleet, demo_model, headrace
 from loadtest.peers.table import ratio, spread, values
-from loadtest.written import grid, write
+from loadtest.written import check_folder, grid, write
 
 app = App(help=__doc__, version_flags=[])
 
@@ -45,6 +45,7 @@ def main(
 ) -> None:
     """Install, start both, load in turn, print and write the table."""
     earlier = installed(commit)
+    check_folder("out", out)
     where = circumstances()
     rows = uvloop.run(_measure(earlier, rounds, seconds))
     result = {

@@ -14,6 +14,7 @@ import itertools
 import math
 import os
 import random
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 
 from app.recording import TRACE_BLOCK_SIZE
 from planes.wire.blocks import Hashes, name_blocks, root
+from planes.wire.messages import EngineFacts
 
 _P90: Final = 1.2816  # standard deviations above the median
 _ROOT: Final = root("simulated")
@@ -97,6 +99,21 @@ def load(name: str, *, block_size: int, seed: int) -> Workload:
 # --- traces ----------------------------------------------------------------------------------------------------------
 
 
+def most_prompt_tokens(facts: EngineFacts) -> int:
+    """Of a prompt that a worker with these facts computes: its decode leg brings one more, and one is generated."""
+    return facts.context_length - 2
+
+
+def check_fits(workload: Workload, facts: EngineFacts) -> None:
+    """Raises:  ValueError for a prompt that is longer."""
+    longest, most = workload.longest_prompt_tokens, most_prompt_tokens(facts)
+    if longest > most:
+        raise ValueError(
+            f"--blocks is {facts.num_blocks} and --block-size {facts.block_size}: a worker takes at most {most} "
+            f"tokens of prompt, and {workload.name} has one of {longest}"
+        )
+
+
 def find_trace(name: str) -> Path:
     """A path as it is, of a folder too; a name is looked for beside this file and in `$HEADRACE_TRACES`."""
     folders = [Path(__file__).parent / "traces"]
@@ -108,7 +125,7 @@ def find_trace(name: str) -> Path:
         for folder, stem, ending in itertools.product(folders, stems, (".jsonl.gz", ".jsonl", ""))
         if (path := folder / f"{stem}{ending}").is_file()
     ]
-    if Path(name).exists():
+    if name and Path(name).exists():
         return Path(name)
     if not found:
         synthetic = ", ".join(GENERATORS)
@@ -150,7 +167,12 @@ def _files(path: Path) -> list[Path]:
 
 
 def _records(path: Path) -> "Iterator[_Record]":
-    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    text = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            text = gzip.decompress(text)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} cannot be decompressed: {error}") from error
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             yield _record(line, f"{path}:{number}")

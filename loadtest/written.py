@@ -1,9 +1,38 @@
-"""What a bench leaves behind: its figures in JSON, its tables in Markdown."""
+"""What a bench leaves behind: its figures in JSON, its tables in Markdown. Whether it can is asked before it begins."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from planes.wire.errors import UnusableSetting
+
+
+def check_file(setting: str, path: Path | None) -> None:
+    """Whether that file can be written once there is something to write. Its folder is made.
+
+    Raises:  UnusableSetting.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UnusableSetting(setting, str(path), "that is a folder, and it must be a file")
+    check_folder(setting, path.parent)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UnusableSetting(setting, str(path), "that file may not be written")
+
+
+def check_folder(setting: str, path: Path | None) -> None:
+    """Whether files can be written into that folder, which is made.  Raises:  UnusableSetting."""
+    if path is None:
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnusableSetting(setting, str(path), f"the folder {path} cannot be made ({error.strerror})") from error
+    if not os.access(path, os.W_OK):
+        raise UnusableSetting(setting, str(path), f"nothing may be written into the folder {path}")
 
 
 def write(folder: Path, name: str, result: dict[str, Any], parts: Sequence[str]) -> None:

@@ -13,6 +13,10 @@ PREFIX = "HEADRACE_"
 _OF_THE_MACHINE = frozenset({f"{PREFIX}CACHE"})
 """Variables that are no command's setting: `process/paths.py`."""
 
+_OF_AN_OPERATOR = frozenset({f"{PREFIX}URL", f"{PREFIX}API_KEY"})
+"""Which gateway the commands of a terminal ask, and with which key: whoever exports them may start a
+gateway or a worker from the same shell."""
+
 # Kubernetes tells every container about every service of its namespace: one called headrace gives HEADRACE_PORT=tcp://…
 _SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 _SERVICE_URL = re.compile(r"(tcp|udp|sctp)://")
@@ -44,7 +48,7 @@ def variable(setting: str) -> str:
 
 def strangers(environ: Mapping[str, str], settings: Collection[str]) -> Iterator[str]:
     """For each `HEADRACE_*` variable that names none of the settings, its name and the nearest one that does."""
-    known = {variable(setting) for setting in settings} | _OF_THE_MACHINE
+    known = {variable(setting) for setting in settings} | _OF_THE_MACHINE | _OF_AN_OPERATOR
     for name in sorted(environ):
         if name.startswith(PREFIX) and name not in known and not _is_service_link(name, environ[name]):
             nearest = difflib.get_close_matches(name.removeprefix(PREFIX), [each.upper() for each in settings], 1)

@@ -26,7 +26,7 @@ class SloMissed(Rejected):
             "send a shorter prompt or allow more" if retry_after_s is None else f"try again in {retry_after_s:.1f} s"
         )
         super().__init__(
-            f"first token predicted after {predicted_ttft_s:.2f} s and the limit is {slo_ttft_s:.2f} s; {advice}",
+            f"first token predicted after {predicted_ttft_s:.4g} s and the limit is {slo_ttft_s:.4g} s; {advice}",
             retry_after_s=retry_after_s,
         )
 
@@ -96,7 +96,7 @@ class PolicyFailed(Rejected):
     code = "policy_failed"
 
     def __init__(self, policy: str, cause: BaseException) -> None:
-        super().__init__(f"the routing policy {policy!r} raised {type(cause).__name__}; the gateway's log tells more")
+        super().__init__(f"the routing policy {policy!r} raised {type(cause).__name__}; the log tells more")
         self.__cause__ = cause
 
 

@@ -21,7 +21,9 @@ from loadtest.progress import Progress, each
 from loadtest.report import OURS, summarise
 from loadtest.simulate import check_plots, versions
 from loadtest.simulator.simulation import Simulation
+from loadtest.written import check_folder
 from planes.wire.errors import UnusableSetting
+from process.logging import configure
 from process.settings import run
 from router.policies import load_policy
 
@@ -97,7 +99,7 @@ def main(
     *,
     policies: Annotated[str, Parameter(help="names or module:Class, separated by commas")] = "",
     num_cells: Annotated[int, _AT_LEAST_1] = 300,
-    cells: str = "",
+    cells: str | None = None,
     only: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     seed: int = 0,
     quick: bool = False,
@@ -122,8 +124,11 @@ def main(
             load_policy(name)
         except ValueError as error:
             raise SystemExit(str(error)) from error
+    check_folder("out", out)
     check_plots(out=out)
-    picked = [name.strip() for name in cells.split(",") if name.strip()]
+    picked = [name.strip() for name in (cells or "").split(",") if name.strip()]
+    if cells is not None and not picked:
+        raise UnusableSetting("cells", cells, f"at least one is needed, a number or one of {', '.join(NAMED)}")
     chosen = (
         _picked(picked, seed) if picked else _sampled(_QUICK_CELLS if quick else num_cells, seed, only, quick=quick)
     )
@@ -175,4 +180,5 @@ def _write(folder: Path, found: GridReport, text: str) -> None:
 
 
 if __name__ == "__main__":
+    configure("error")
     sys.exit(run(app))

@@ -23,7 +23,7 @@ from loadtest.peers.install import install
 from loadtest.peers.measure import AT_ONCE, COSTS, STEPS, WORKLOADS, Measured, added_ttft, merged, rounds_of
 from loadtest.peers.running import Fleet, NotRunning, Running, demo_model, headrace, peer, plain_workers, planes
 from loadtest.peers.table import tables
-from loadtest.written import write
+from loadtest.written import check_folder, write
 
 app = App(help=__doc__, version_flags=[])
 
@@ -54,6 +54,7 @@ def main(
     others = [gateway for gateway in GATEWAYS if _is_wanted(gateway.name, names)]
     absent = {gateway.name: why for gateway in others if (why := install(gateway))}
     others = [gateway for gateway in others if gateway.name not in absent]
+    check_folder("out", out)
     where = circumstances()
     measured = uvloop.run(_measure(ours, others, model or demo_model(), extent, absent))
     result = {

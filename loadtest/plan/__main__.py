@@ -14,7 +14,7 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from app.recording import TRACE_BLOCK_SIZE
-from loadtest.engine_flags import AT_LEAST_1, POSITIVE, STANDARD, EngineFlags
+from loadtest.engine_flags import AT_LEAST_1, POSITIVE, RATE, STANDARD, EngineFlags, check_unused
 from loadtest.plan import sample
 from loadtest.plan.report import Plan, explained, in_order, missed, table
 from loadtest.plan.search import search_both, search_split
@@ -22,9 +22,11 @@ from loadtest.plan.trial import Bench, Fleet, Need, Trial, need
 from loadtest.progress import each
 from loadtest.simulate import check_plots, versions
 from loadtest.slo import Slo
-from loadtest.workloads import GENERATORS, Workload, load
+from loadtest.workloads import GENERATORS, Workload, check_fits, load, most_prompt_tokens
+from loadtest.written import check_file
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import EngineFacts
+from process.logging import configure
 from process.settings import run
 
 _STAYS: Final = 5.0
@@ -32,6 +34,8 @@ _STAYS: Final = 5.0
 _MOST_REQUESTS: Final = 4
 """… but has at most so many times the requests asked for."""
 _TOLD_EVERY_S: Final = 5.0
+_PROMPT_TOKENS: Final = 1500
+_ANSWER_TOKENS: Final = 200
 
 app = App(name="headrace plan", help="Find the cheapest fleet that holds an SLO.", version_flags=[])
 
@@ -103,10 +107,10 @@ def plan(bench: Bench, *, most: int, jobs: int) -> Plan:
 def main(
     *,
     trace: str | None = None,
-    rate: Annotated[float | None, POSITIVE] = None,
-    prompt_tokens: Annotated[int, AT_LEAST_1] = 1500,
-    answer_tokens: Annotated[int, AT_LEAST_1] = 200,
-    rate_scale: Annotated[float, POSITIVE] = 1.0,
+    rate: Annotated[float | None, RATE] = None,
+    prompt_tokens: Annotated[int | None, AT_LEAST_1] = None,
+    answer_tokens: Annotated[int | None, AT_LEAST_1] = None,
+    rate_scale: Annotated[float | None, RATE] = None,
     slo_ttft_s: Annotated[float, POSITIVE] = 2.0,
     slo_itl_ms: Annotated[float, POSITIVE] = 50.0,
     engine: EngineFlags = STANDARD,
@@ -118,15 +122,17 @@ def main(
     json: Path | None = None,
     png: Path | None = None,
     jobs: Annotated[int, AT_LEAST_1] = 2,
-) -> None:
+) -> int:
     """Try fleets with the simulator and the production router; print those that hold the SLO and those that miss it.
+
+    The exit status is 1 if none of them holds it.
 
     Args:
         trace: yesterday's load: a folder that `headrace gateway --record` wrote, or a file in Mooncake's format
         rate: requests a second, if there is no trace; then lengths are lognormal about the two means
-        prompt_tokens: mean tokens of a prompt, without a trace
-        answer_tokens: mean tokens of an answer, without a trace
-        rate_scale: the trace so many times as fast
+        prompt_tokens: mean tokens of a prompt, without a trace; 1,500 if not given
+        answer_tokens: mean tokens of an answer, without a trace; 200 if not given
+        rate_scale: the trace so many times as fast; as it is if not given
         slo_ttft_s: seconds until the first token, at p99
         slo_itl_ms: mean milliseconds between a request's tokens, at p99
         engine: of every worker
@@ -139,21 +145,15 @@ def main(
         png: write a picture there
         jobs: 2: search both kinds of fleets at once
     """
-    if (trace is None) == (rate is None):
-        raise UnusableSetting("trace", trace, "either --trace or --rate says what the load is")
+    for setting, path in (("json", json), ("png", png)):  # now rather than after minutes
+        check_file(setting, path)
     check_plots(png=png)
     facts, live = engine.read()
     slo = Slo(slo_ttft_s, slo_itl_ms / 1000)
-
-    def sampled(count: int) -> Workload:
-        if rate is not None:
-            return sample.generated(
-                rate, prompt_tokens, answer_tokens, block_size=facts.block_size, num_requests=count, seed=seed
-            )
-        return sample.busiest(_trace(trace or "", facts, seed).scaled(rate_scale), count)
-
+    sampled = _load(facts, seed, trace, rate_scale, rate, prompt_tokens, answer_tokens)
     with _one_line():
         bench = _settled(Bench(sampled(requests), facts, slo, seed, policy, live), sampled, requests)
+        check_fits(bench.workload, facts)
         found = plan(bench, most=max_workers, jobs=jobs)
     print(table(found))
     if explain:
@@ -164,6 +164,9 @@ def main(
         from loadtest.plots import plan_picture  # noqa: PLC0415 - matplotlib, which the table does without
 
         png.write_bytes(plan_picture(found))
+    if found.best is None:
+        print(f"no fleet of up to {max_workers} workers holds the SLO; --explain says why", file=sys.stderr)
+    return int(found.best is None)
 
 
 @contextmanager
@@ -175,15 +178,33 @@ def _one_line() -> Iterator[None]:
         raise SystemExit(str(error)) from error
 
 
+def _load(
+    facts: EngineFacts,
+    seed: int,
+    trace: str | None,
+    rate_scale: float | None,
+    rate: float | None,
+    prompt_tokens: int | None,
+    answer_tokens: int | None,
+) -> Callable[[int], Workload]:
+    """What draws a sample of so many requests.  Raises:  UnusableSetting for what says nothing about that load."""
+    if (trace is None) == (rate is None):
+        raise UnusableSetting("trace", trace, "either --trace or --rate says what the load is")
+    if rate is None:
+        check_unused("without --trace", prompt_tokens=prompt_tokens, answer_tokens=answer_tokens)
+        return lambda count: sample.busiest(_trace(trace or "", facts, seed).scaled(rate_scale or 1.0), count)
+    check_unused("with --trace", rate_scale=rate_scale)
+    lengths = prompt_tokens or _PROMPT_TOKENS, answer_tokens or _ANSWER_TOKENS
+    if lengths[0] > (most := most_prompt_tokens(facts)):
+        raise UnusableSetting("prompt_tokens", lengths[0], f"a worker takes at most {most}; raise --blocks")
+    return lambda count: sample.generated(rate, *lengths, block_size=facts.block_size, num_requests=count, seed=seed)
+
+
 def _trace(name: str, facts: EngineFacts, seed: int) -> Workload:
     """Raises:  UnusableSetting, ValueError, FileNotFoundError."""
     if TRACE_BLOCK_SIZE % facts.block_size and name not in GENERATORS:
         raise UnusableSetting("block_size", facts.block_size, f"for a trace it must divide {TRACE_BLOCK_SIZE}")
-    workload = load(name, block_size=facts.block_size, seed=seed)
-    longest, most = workload.longest_prompt_tokens, facts.context_length - 2
-    if longest > most:
-        raise ValueError(f"a worker takes at most {most} tokens of prompt, and {workload.name} has one of {longest}")
-    return workload
+    return load(name, block_size=facts.block_size, seed=seed)
 
 
 def _settled(bench: Bench, sampled: Callable[[int], Workload], count: int) -> Bench:
@@ -196,4 +217,5 @@ def _settled(bench: Bench, sampled: Callable[[int], Workload], count: int) -> Be
 
 
 if __name__ == "__main__":
+    configure("error")
     sys.exit(run(app))

@@ -87,8 +87,12 @@ def missed(trial: Trial) -> str:
     """`TTFT x1.8`: by which of three, and how many times what is allowed it takes."""
     misses = {"TTFT": trial.ttft_miss, "ITL": trial.itl_miss, "load": trial.load}
     what = max(misses, key=misses.__getitem__)
-    times = math.ceil(trial.miss * 100) / 100 if math.isfinite(trial.miss) else math.inf
-    return f"{what} {'>' if trial.is_cut else ''}x{_number(times, '.2f')}"
+    return f"{what} {'>' if trial.is_cut else ''}x{_times(trial.miss)}"
+
+
+def _times(miss: float) -> str:
+    """How many times what is allowed; what misses is never told as 1.00."""
+    return _number(math.ceil(miss * 100) / 100 if math.isfinite(miss) else math.inf, ".2f")
 
 
 def _least(trial: Trial, value: float, form: str) -> str:
@@ -122,7 +126,10 @@ def _worth(plan: Plan, best: Trial) -> str:
     if both is None:
         return "Workers that do both do not hold it in any number tried: disaggregation is what makes it possible."
     if split is None:
-        return "No split into prefill and decode workers that was tried holds it: disaggregation is not worth it here."
+        few = (
+            "that was tried holds it: disaggregation is not worth it here" if plan.split else "was tried: it needs two"
+        )
+        return f"No split into prefill and decode workers {few}."
     if best is both:
         more = split.fleet.workers - both.fleet.workers
         if more:
@@ -151,11 +158,11 @@ def _why(trial: Trial) -> str:
         what = f"{trial.load:.0%} of the seconds that it has are wanted, so it falls behind, if slowly"
     elif trial.ttft_miss >= trial.itl_miss:
         least = "at least " if trial.is_cut else ""
-        ttft = f"{_number(trial.ttft_p99_s, '.2f')} s, {_number(trial.ttft_miss, '.1f')} times the SLO"
+        ttft = f"{_number(trial.ttft_p99_s, '.2f')} s, {_times(trial.ttft_miss)} times the SLO"
         what = f"p99 TTFT is {least}{ttft}"
     else:
         least = "at least " if trial.is_cut else ""
-        what = f"p99 ITL is {least}{trial.itl_p99_s * 1e3:.1f} ms, {trial.itl_miss:.1f} times the SLO"
+        what = f"p99 ITL is {least}{trial.itl_p99_s * 1e3:.1f} ms, {_times(trial.itl_miss)} times the SLO"
         if trial.fleet.num_both and shares.prefill >= shares.decode:
             return f"{what}; prompts take {shares.prefill:.0%} of its time, and each stalls the streams beside it."
         if not trial.fleet.num_both and shares.prefill > 1:

@@ -19,9 +19,10 @@ from loadtest.simulator.records import Ending, Record
 from loadtest.simulator.scenario import MODEL
 from loadtest.workloads import Turn
 from planes.streams.client import WorkerUnreachable
-from planes.wire.errors import Expired, Rejected
+from planes.wire.errors import Expired, Rejected, UnusableSetting
 from planes.wire.frames import Format, Sampling
 from planes.wire.messages import RequestId
+from router.errors import PolicyFailed
 from router.request import Route
 
 _PATIENCE_S = 86_400.0
@@ -100,6 +101,8 @@ class SimulatedDriver(ExchangeDriver):
         if isinstance(answer, Route) and self.record.predicted_ttft_s is None:
             self.record.held_s = answer.held_s
             self.record.predicted_ttft_s = answer.held_s + answer.predicted.ttft_s
+        if isinstance(answer, PolicyFailed):  # of a rule that cannot choose there is nothing to compare
+            raise UnusableSetting("policy", self._gateway.scenario.policy, f"{answer}: {answer.__cause__}")
         super()._routed(answer)
 
     # --- to workers ----------------------------------------------------------------------------------------------

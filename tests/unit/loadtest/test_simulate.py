@@ -89,6 +89,15 @@ def test_without_flags_the_engine_is_the_standard_one():
     assert FACTS.latency == LatencyPrior(handover_bytes_per_s=12.5e9)
 
 
+class Broken:
+    """A policy."""
+
+    name = "broken"
+
+    def choose(self, request, view):
+        raise KeyError("boom")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -100,8 +109,8 @@ def test_without_flags_the_engine_is_the_standard_one():
         (["--block-size", "48", "--blocks", "10000"], "--block-size is 48: .* must divide 512"),
         (["--block-size", "0"], '"0" for "?--block-size"?. Must be >= 1'),
         (["--blocks", "1", "--trace", "uniform"], "--blocks is 1 and --block-size 512: .* at most 509 tokens"),
-        (["--rate-scale", "1", "0"], '"?--rate-scale"?. Must be > 0'),
-        (["--rate-scale", "inf"], '"?--rate-scale"?. Must be < inf'),
+        (["--rate-scale", "1", "0"], r'"?--rate-scale"?. Must be >= 0\.001'),
+        (["--rate-scale", "inf"], '"?--rate-scale"?. Must be <= 1000000'),
         (["--limit", "-3"], '"-3" for "?--limit"?. Must be >= 1'),
         (["--max-step-tokens", "64"], "--max-step-tokens is 64: it must be at least --max-batch, 128"),
         (["--step-ms", "0"], '"?--step-ms"?. Must be > 0'),
@@ -113,7 +122,15 @@ def test_without_flags_the_engine_is_the_standard_one():
         (["--slow-worker", "nan"], '"?--slow-worker"?. Must be < inf'),
         (["--link-gbps", "0"], '"?--link-gbps"?. Must be > 0'),
         (["--slo-ttft", "-1"], '"?--slo-ttft"?. Must be > 0'),
-        (["--trace", "uniform", "--limit", "1", "--policies", "random", "--html", "/proc/none"], "/proc/none"),
+        (
+            ["--trace", "uniform", "--limit", "1", "--policies", "random", "--html", "/proc/none"],
+            "--html is '/proc/none'",
+        ),
+        (["--json", "/"], "--json is '/': that is a folder"),
+        (["--quick"], "--quick is True: it counts only with --matrix"),
+        (["--matrix", "docs", "--trace", "uniform"], "--trace is 'uniform': it counts only without --matrix"),
+        (["--like-model", "sim"], "--like-model is 'sim': it counts only with --like"),
+        (["--trace", "uniform", "--limit", "1", "--policies", f"{__name__}:Broken"], "raised KeyError.*'boom'"),
     ],
 )
 def test_a_wrong_value_ends_with_one_line(arguments, message):

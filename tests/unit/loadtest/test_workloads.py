@@ -95,6 +95,16 @@ def test_a_trace_with_a_bad_line_is_refused_with_its_number(tmp_path, line, word
         workloads.read_trace(path, block_size=512, seed=1)
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda whole: whole[:-9], lambda whole: b"plain", lambda whole: whole[:12] + b"\xff" * 30]
+)
+def test_a_compressed_trace_that_is_damaged_is_refused_by_name(tmp_path, damage):
+    path = tmp_path / "broken.jsonl.gz"
+    path.write_bytes(damage(gzip.compress(b"{}\n" * 100)))
+    with pytest.raises(ValueError, match=r"broken\.jsonl\.gz cannot be decompressed: "):
+        workloads.read_trace(path, block_size=512, seed=1)
+
+
 def test_a_trace_without_requests_is_refused(tmp_path):
     path = tmp_path / "empty.jsonl"
     path.write_text("\n")

@@ -73,6 +73,12 @@ def test_a_variable_that_names_no_setting_is_told_with_the_nearest_that_does():
     ]
 
 
+def test_what_an_operator_s_shell_asks_a_gateway_with_is_no_misspelt_setting_and_handed_to_nobody():
+    environ = {"HEADRACE_URL": "http://gateway:8000", "HEADRACE_API_KEY": "secret"}
+    assert list(strangers(environ, ["port", "api_keys"])) == []
+    assert without_strangers(environ, ["port", "api_keys"]) == {}
+
+
 def test_a_process_is_handed_only_what_it_reads():
     environ = {"HEADRACE_PORT": "1", "HEADRACE_ROLE": "both", "HEADRACE_CACHE": "/c", "PATH": "/bin"}
     assert without_strangers(environ, ["port"]) == {"HEADRACE_PORT": "1", "HEADRACE_CACHE": "/c", "PATH": "/bin"}

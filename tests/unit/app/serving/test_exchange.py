@@ -435,6 +435,22 @@ def test_an_attempt_that_is_left_is_recorded_as_what_ended_it(event, outcome, fa
     assert told is None or "4711" not in told.reason
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_a_begun_answer_that_goes_on_alone_has_migrated_and_not_fallen_back(num_tokens):
+    exchange = Exchange(request(), ExchangeLimits())
+    exchange.start(now=0.0)
+    (prefilling,) = exchange.receive(on.Bound(route("r", "d0", "p0"), ENDPOINTS[HandoverMode.PULL]), now=0.0)
+    told = exchange.receive(on.LegDone(prefilling.leg, done(given=ticket(PREFILL[0]))), now=1.0)
+    (decoding,) = [each for each in told if isinstance(each, do.StartLeg)]
+    if num_tokens:
+        exchange.receive(on.LegOutput(decoding.leg, b"<0>", [0]), now=1.0)
+    lost = exchange.receive(on.LegFailed(decoding.leg, WorkerLost(DECODE[0], "killed")), now=2.0)
+    told = [*lost, *exchange.receive(on.Bound(route("r", "d1"), None), now=2.0)]
+    noted = [(each.what, each.code, bool(each.reason)) for each in told if isinstance(each, do.Note)]
+    expected = [do.Noted.MIGRATED] if num_tokens else [do.Noted.RETRIED, do.Noted.FELL_BACK]
+    assert noted == [(what, "worker_lost", True) for what in expected]
+
+
 def expired(worker):
     return WorkerFailed(WorkerId(worker), "deadline_exceeded", "not finished 0.05 s after it arrived here")
 

@@ -52,6 +52,8 @@ def test_everything_is_written(tmp_path):
     ("arguments", "message"),
     [
         (["--policies", "nothing"], "policy is 'nothing'"),
+        (["--cells", ""], "--cells is '': at least one is needed"),
+        (["--out", "/proc/none"], "--out is '/proc/none': the folder /proc/none cannot be made"),
         (["--cells", "fast"], "--cells is 'fast'.*fast-both-170"),
         (["--only", "size=3"], "--only is 'size=3'.*no axis"),
         (["--only", "answers=1", "answers=16"], "none of the 300 cells"),

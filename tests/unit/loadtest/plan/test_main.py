@@ -57,16 +57,42 @@ def test_a_trace_is_planned_for(capsys):
         (["--trace", "conversation", "--blocks", "100"], "a worker takes at most .* tokens of prompt, and"),
         (["--rate", "1", "--max-batch", "9000"], "--max-step-tokens is 2048: it must be at least --max-batch, 9000"),
         (["--rate", "0"], "rate"),
+        (["--rate", "1e308"], "rate.*Must be <= 1000000"),
+        (["--rate", "1e-9"], r"rate.*Must be >= 0\.001"),
+        (["--rate", "1", "--step-ms", "1e300"], "step-ms.*Must be <= 60000"),
+        (["--rate", "1", "--rate-scale", "3"], "--rate-scale is 3.0: it counts only with --trace"),
+        (["--trace", "uniform", "--prompt-tokens", "5"], "--prompt-tokens is 5: it counts only without --trace"),
+        (["--trace", "uniform", "--answer-tokens", "5"], "--answer-tokens is 5: it counts only without --trace"),
+        (["--rate", "1", "--like-model", "sim"], "--like-model is 'sim': it counts only with --like"),
+        (["--trace", ""], "no trace ''"),
+        (["--rate", "1", "--blocks", "2"], "--prompt-tokens is 1500: a worker takes at most 1021; raise --blocks"),
+        (
+            ["--rate", "1", "--blocks", "2", "--prompt-tokens", "500"],
+            "--blocks is 2 .* a worker takes at most 1021 tokens of prompt, and",
+        ),
+        (["--rate", "1", "--prompt-tokens", "1000000"], "--prompt-tokens is 1000000: a worker takes at most 199998"),
+        (["--rate", "1", "--json", "/proc/none/plan.json"], "--json is '/proc/none': the folder /proc/none cannot be"),
+        (["--rate", "1", "--json", "/"], "--json is '/': that is a folder"),
+        (["--rate", "1", "--png", "/proc/none/plan.png"], "--png is '/proc/none'"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(flags, words, capsys):
     status = ran(*flags)
+    printed = capsys.readouterr()
     assert status != 0
-    assert re.search(words, f"{status} {capsys.readouterr().err}")
+    assert re.search(words, f"{status} {printed.err}")
+    assert not printed.out, "it is found out before anything is tried"
+
+
+def test_where_no_fleet_holds_the_slo_the_end_says_so(capsys):
+    assert ran(*SMALL, "--slo-ttft-s", "0.01", "--max-workers", "1", "--explain") == 1
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == "no fleet of up to 1 workers holds the SLO; --explain says why"
+    assert "No fleet of up to 1 workers holds the SLO. The nearest is 1 both: " in printed.out
 
 
 def test_a_long_stay_makes_a_long_sample(capsys):
-    assert ran("--rate", "4", "--answer-tokens", "2000", "--requests", "60", "--jobs", "1", "--max-workers", "1") == 0
+    assert ran("--rate", "4", "--answer-tokens", "2000", "--requests", "60", "--jobs", "1", "--max-workers", "1") == 1
     assert ", 240 requests; SLO" in capsys.readouterr().out
 
 

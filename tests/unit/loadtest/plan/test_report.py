@@ -76,7 +76,7 @@ def test_whether_disaggregation_is_worth_it_is_said(trials, words):
 
 def test_the_next_smaller_fleet_is_explained_by_what_it_is_short_of():
     text = said(both(2, ttft_s=9.0), both(3, ttft_s=4.0, shares=(1.1, 0.1, 0.1, 0.1)), both(4), split(9, 9))
-    assert "3 both miss it: p99 TTFT is 4.00 s, 2.0 times the SLO; it is short of prefill (prefill 110%" in text
+    assert "3 both miss it: p99 TTFT is 4.00 s, 2.00 times the SLO; it is short of prefill (prefill 110%" in text
     assert "2 both" not in text
     assert "The next bottleneck is prefill: 80%" in text
 
