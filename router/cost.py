@@ -351,15 +351,16 @@ def _waits_for_room(
     model: CostModel,
 ) -> bool:
     """Whether it is better kept in the gateway until its decode worker has room: its KV cache would only take up the
-    prefill worker's memory. Unless it does so not for long; or SLOs speak of both, its stream bears the wait after the
-    first token, and the prefill worker has memory for it and another one like it, for so long. One that is late for
-    its first token makes way there: seats go in the order in which legs come, and those still in time need them.
+    prefill worker's memory. Unless it does so not for long; or its stream bears the wait after the first token, and the
+    prefill worker has memory for it and another one like it, for so long. Where nobody says how far apart tokens may
+    be, they may be as far as can be. One that is late for its first token makes way there: seats go in the order in
+    which legs come, and those still in time need them.
     """
     room_s = decode.room_s
     if room_s <= model.patience * (prefill.prefill_s + handover_s):
         return False
-    ttft_s, itl_s, gaps = request.slo_ttft_s, request.slo_itl_s, request.expected_tokens - 1
-    if ttft_s is None or itl_s is None or gaps < 1 or not request.is_first_token_exact:
+    itl_s, gaps = request.slo_itl_s or model.pause_steps * decode.gap_s, request.expected_tokens - 1
+    if gaps < 1 or not request.is_first_token_exact:
         return True
     sender = prefill.worker
     if goals.makes_way or room_s > sender.keeps_s:

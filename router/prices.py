@@ -46,7 +46,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     """A prompt's way through the gateway and into its worker, in CPU: of many that share a step the first are sent so
     much earlier."""
     patience: float = 4.0
-    """How many times as long as it took to compute a KV cache may wait for room, unless SLOs say otherwise."""
+    """How many times as long as it took to compute a KV cache may wait for room, unless its stream bears more."""
     sparing_share: float = 0.9
     """Of its time to the first token, so much may have passed at the predicted one of a request that spares streams."""
     near: float = 1.003

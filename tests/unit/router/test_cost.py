@@ -106,8 +106,11 @@ def test_those_that_are_bound_to_a_worker_take_its_room_though_its_reports_do_no
         (20_000, {"slo_ttft_s": 1.0, "slo_itl_s": 0.05}, {}, False),  # one of many seconds, in as many tokens more
         (20_000, {"slo_ttft_s": 1.0, "slo_itl_s": 0.05}, {"free_blocks": 1}, True),  # the prefill worker is full
         (20_000, {"slo_ttft_s": 1.0, "slo_itl_s": 0.05}, {"keeps_s": 1.0}, True),  # it would give up before that
-        (2000, {"slo_ttft_s": 1.0}, {}, True),
         (2000, {"slo_ttft_s": 1.0, "slo_itl_s": 0.0095}, {}, True),
+        (2000, {"slo_ttft_s": 1.0}, {}, False),  # nobody says how long a stream may take: four steps a token
+        (2000, {}, {}, False),
+        (2000, {}, {"free_blocks": 1}, True),
+        (2000, {}, {"keeps_s": 0.1}, True),
     ],
 )
 def test_a_first_token_need_not_wait_for_room_where_its_stream_bears_the_pause(expected, slo, sender, is_held):
@@ -120,6 +123,15 @@ def test_a_first_token_need_not_wait_for_room_where_its_stream_bears_the_pause(e
         LinkModel(LatencyPrior()),
     )
     assert way.waits_for_room == ("d" if is_held else None)
+
+
+@pytest.mark.parametrize(("without_room", "is_held"), [(0, False), (10, False), (30, True)])
+def test_without_an_slo_a_stream_bears_a_pause_that_makes_its_tokens_four_steps_apart(without_room, is_held):
+    """Every one before it keeps its place for a stream's seventh, eight running: 31 of them are 4.4 steps a token."""
+    wanted = request(10, 2000)
+    full = worker("d", num_running=8, num_streams=8, without_room=without_room)
+    legs = cost.prefill_cost(wanted, worker("p", Role.PREFILL)), cost.decode_cost(wanted, full)
+    assert cost.pair(wanted, *legs, LinkModel(LatencyPrior())).waits_for_room == ("d" if is_held else None)
 
 
 def test_a_prompt_to_be_handed_over_waits_for_a_place_beside_those_that_decode_where_it_is_computed():

@@ -197,13 +197,15 @@ def test_where_computing_takes_far_longer_than_a_step_costs_prompts_are_not_brou
     assert choose(busy, routable=request(400)).is_held
 
 
-def test_a_decode_worker_without_room_holds_the_request():
+def test_a_decode_worker_without_room_holds_a_request_whose_first_token_is_to_come_from_it():
+    wanted = request(expected=10_000, is_first_token_exact=False)
     full = worker("d", Role.DECODE, **BUSY | {"free_blocks": 10})
-    choice = choose(worker("p", Role.PREFILL), full, routable=request(expected=10_000))
+    choice = choose(worker("p", Role.PREFILL), full, routable=wanted)
     assert choice.is_held
     assert choice.held_because == "d has no room for it"
+    assert not choose(worker("p", Role.PREFILL), full, routable=request(expected=10_000)).is_held, "it comes early"
     other = worker("e", Role.DECODE, **BUSY)
-    choice = choose(worker("p", Role.PREFILL), full, other, routable=request(expected=10_000))
+    choice = choose(worker("p", Role.PREFILL), full, other, routable=wanted)
     assert (choice.is_held, choice.chosen.decode) == (False, "e")
 
 
