@@ -204,6 +204,7 @@ app = App(name="python -m loadtest.simulate", help="Compare routing policies on 
 
 
 _AT_LEAST_0: Final = Parameter(validator=Number(gte=0))
+_TRACE: Final = "conversation"
 
 
 @app.default
@@ -259,15 +260,15 @@ def main(
     facts, live = engine.read()
     comparison = Comparison(names, facts, seed, Slo(slo_ttft, slo_itl), live)
     prefill, decode, both = _numbers(prefill, decode, both, live)
-    if matrix is None:
-        check_unused("with --matrix", quick=quick or None)
     if matrix is not None:
         check_unused("without --matrix", trace=trace)
         cases: Sequence[Case] = [_limited(case, limit) for case in (QUICK if quick else MATRIX)]
     else:
+        check_unused("with --matrix", quick=quick or None)
+        trace = _TRACE if trace is None else trace
         cases = [
             Case(
-                trace or "conversation",
+                trace,
                 rate,
                 prefill,
                 decode,
@@ -275,7 +276,7 @@ def main(
                 slow_worker,
                 gateways,
                 limit,
-                _label(trace or "conversation", rate),
+                _label(trace, rate),
                 kill_every_s,
                 restart,
             )
@@ -286,8 +287,8 @@ def main(
         raise UnusableSetting("block_size", facts.block_size, f"for a trace it must divide {TRACE_BLOCK_SIZE}")
     check_file("json", json)  # now rather than after an hour
     for setting, folder in (("html", html), ("matrix", None if quick else matrix)):
+        check_plots(setting, folder)
         check_folder(setting, folder)
-        check_plots(**{setting: folder})
     try:
         for name in names:
             load_policy(name)  # a misspelt one fails now rather than after an hour
@@ -322,17 +323,15 @@ def _numbers(prefill: int, decode: int, both: int, live: LiveFleet | None) -> tu
     return prefill, decode, both
 
 
-def check_plots(**folders: Path | None) -> None:
-    """Whether plots could be drawn, if any are wanted.  Raises:  UnusableSetting."""
-    wanted = {setting: folder for setting, folder in folders.items() if folder is not None}
-    if not wanted:
+def check_plots(setting: str, path: Path | None) -> None:
+    """Whether plots could be drawn, if they are wanted there.  Raises:  UnusableSetting."""
+    if path is None:
         return
     try:
         import loadtest.plots  # noqa: F401, PLC0415
     except ModuleNotFoundError as error:
-        setting, folder = wanted.popitem()
         cure = f"pip install {error.name}, or make simulate, which does so"
-        raise UnusableSetting(setting, str(folder), f"its plots need {error.name}: {cure}") from error
+        raise UnusableSetting(setting, str(path), f"its plots need {error.name}: {cure}") from error
 
 
 def _limited(case: Case, limit: int | None) -> Case:

@@ -186,8 +186,8 @@ class Exchange:
         if self._retries.end_wait():
             told.append(do.Note(Noted.REPLACED))
         before = self.attempt
-        is_fallback = before is not None and route.prefill is None and before.route.prefill is not None
-        is_fallback = is_fallback and not self.tokens  # a begun answer goes on with one worker: it migrates
+        was_pair = before is not None and before.route.prefill is not None
+        is_fallback = was_pair and route.prefill is None and not self.tokens  # a begun answer migrates
         self._fallback = self._lost.code if is_fallback and self._lost is not None else ""
         if self._fallback:
             told.append(do.Note(Noted.FELL_BACK, self._fallback, str(self._lost)))

@@ -124,8 +124,8 @@ def main(
             load_policy(name)
         except ValueError as error:
             raise SystemExit(str(error)) from error
+    check_plots("out", out)
     check_folder("out", out)
-    check_plots(out=out)
     picked = [name.strip() for name in (cells or "").split(",") if name.strip()]
     if cells is not None and not picked:
         raise UnusableSetting("cells", cells, f"at least one is needed, a number or one of {', '.join(NAMED)}")

@@ -145,9 +145,9 @@ def main(
         png: write a picture there
         jobs: 2: search both kinds of fleets at once
     """
+    check_plots("png", png)
     for setting, path in (("json", json), ("png", png)):  # now rather than after minutes
         check_file(setting, path)
-    check_plots(png=png)
     facts, live = engine.read()
     slo = Slo(slo_ttft_s, slo_itl_ms / 1000)
     sampled = _load(facts, seed, trace, rate_scale, rate, prompt_tokens, answer_tokens)

@@ -1,5 +1,8 @@
 """The four ways a request can end badly; every other error of ours is a kind of one of them."""
 
+import copyreg
+from typing import Any
+
 from planes.wire.urls import redacted
 
 UNUSABLE_GRAMMAR = "unusable_grammar"
@@ -13,6 +16,10 @@ class HeadraceError(Exception):
 
     code = "internal_error"
     """Label for metrics and OpenAI's `error.code`; a fixed word, never data."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process as it is: pickle would call `__init__`, which takes what the message was made of."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     def for_client(self) -> str:
         """The message, without the words of exceptions and peers that are not ours: those belong in the log."""

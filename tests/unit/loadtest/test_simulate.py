@@ -130,7 +130,12 @@ class Broken:
         (["--quick"], "--quick is True: it counts only with --matrix"),
         (["--matrix", "docs", "--trace", "uniform"], "--trace is 'uniform': it counts only without --matrix"),
         (["--like-model", "sim"], "--like-model is 'sim': it counts only with --like"),
+        (["--trace", ""], "no trace ''"),
         (["--trace", "uniform", "--limit", "1", "--policies", f"{__name__}:Broken"], "raised KeyError.*'boom'"),
+        (
+            ["--trace", "uniform", "--limit", "1", "--policies", f"{__name__}:Broken", "--jobs", "2"],
+            "raised KeyError.*'boom'",
+        ),
     ],
 )
 def test_a_wrong_value_ends_with_one_line(arguments, message):
