@@ -9,6 +9,10 @@ import httpx
 from loadtest.processes import free_port
 from tests.up import start_up
 
+MOST_JSON_TOKENS = 640
+"""Whatever a model draws, an answer to a schema of these tests is no longer, a token a character: `MAX_WHITESPACE` (20)
+in each of 18 places, 20 characters of a string as six of an escape each, and names, numbers and brackets."""
+
 
 class Stack:
     """`headrace up` as a newcomer starts it (the demo model runs in float32), one prefill and one decode worker."""

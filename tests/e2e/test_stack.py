@@ -14,7 +14,7 @@ import jsonschema
 import openai
 import pytest
 
-from tests.e2e.stack import Stack
+from tests.e2e.stack import MOST_JSON_TOKENS, Stack
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -124,7 +124,10 @@ PERSON = {
 }
 WEATHER = {
     "type": "object",
-    "properties": {"place": {"type": "string", "maxLength": 20}, "days": {"type": "integer", "maximum": 14}},
+    "properties": {
+        "place": {"type": "string", "maxLength": 20},
+        "days": {"type": "integer", "minimum": 0, "maximum": 14},
+    },
     "required": ["place", "days"],
     "additionalProperties": False,
 }
@@ -158,7 +161,7 @@ async def test_a_json_schema_holds_fifty_times_of_fifty(handing_over):
             "response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}},
             "temperature": 1.0 if number % 4 else 0.0,
             "seed": number,
-            "max_tokens": 300,
+            "max_tokens": MOST_JSON_TOKENS,
         }
         if number % 2:
             answer = await handing_over.chat.completions.create(**asked)
@@ -182,7 +185,7 @@ async def test_a_required_call_has_valid_arguments_fifty_times_of_fifty(handing_
             "parallel_tool_calls": False,
             "temperature": 1.0 if number % 4 else 0.0,
             "seed": number,
-            "max_tokens": 300,
+            "max_tokens": MOST_JSON_TOKENS,
         }
         if number % 2:
             choice = (await handing_over.chat.completions.create(**asked)).choices[0]

@@ -13,7 +13,7 @@ import pytest
 
 from app.cli.role import RoleSettings, change_role
 from planes.wire.messages import Role, WorkerId
-from tests.e2e.stack import Stack
+from tests.e2e.stack import MOST_JSON_TOKENS, Stack
 from tests.e2e.thinking_model import END_THINK
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -23,7 +23,10 @@ LASTING = {"logit_bias": {str(END_THINK): -100}}
 """Nothing but its budget ends a thought."""
 RIVER = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 12}, "length_km": {"type": "integer", "maximum": 9999}},
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "length_km": {"type": "integer", "minimum": 0, "maximum": 9999},
+    },
     "required": ["name", "length_km"],
     "additionalProperties": False,
 }
@@ -189,7 +192,7 @@ def test_who_wants_no_thoughts_gets_none(stack):
 @pytest.mark.parametrize("budget", [0, 5])
 def test_a_schema_binds_what_follows_the_thought(stack, budget):
     wanted = {"type": "json_schema", "json_schema": {"name": "river", "schema": RIVER}}
-    asked = {"response_format": wanted, "thinking_token_budget": budget, "max_tokens": 120}
+    asked = {"response_format": wanted, "thinking_token_budget": budget, "max_tokens": MOST_JSON_TOKENS}
     every = splits(stack, "chat", **asked)
     assert len(set(every)) == 1
     thought, text, num_thoughts = every[0]
