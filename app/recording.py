@@ -2,8 +2,9 @@
 
 A line a request in Mooncake's trace format: when it arrived, how many tokens its prompt and its answer had, and one id
 for each 512 tokens of its prompt, the last of them partial. No text and no token: an id is the first 32 bits of a keyed
-hash of everything up to its block's end, under a key that is drawn at the start of the process and kept nowhere. Equal
-ids mean equal prefixes, and nothing else can be read from them; two gateways, or two starts of one, share none.
+hash of everything up to its block's end, under a key that is drawn at the gateway's start and kept nowhere. Equal
+ids mean equal prefixes, and nothing else can be read from them; two gateways, or two starts of one, share none. The
+processes of one gateway (`--processes`) share a key, and have a folder each in `FOLDER`.
 
 Blocks of 512 tokens are the format's, whatever the workers' block size: sharing is told up to 511 tokens short.
 
@@ -11,8 +12,10 @@ Blocks of 512 tokens are the format's, whatever the workers' block size: sharing
 """
 
 import asyncio
+import contextlib
 import hashlib
 import math
+import os
 import secrets
 import threading
 import time
@@ -149,8 +152,14 @@ class Recorder:
         while count < len(lines) and (not count or room >= len(lines[count])):
             room -= len(lines[count])
             count += 1
-        with self._path.open("ab") as file:
-            file.write(b"".join(lines[:count]))
+        size = _size(self._path)
+        try:
+            with self._path.open("ab") as file:
+                file.write(b"".join(lines[:count]))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, size)  # a part of a line would make all the others unreadable
+            raise
         return count
 
     def _remove_oldest(self, num_left: int) -> None:

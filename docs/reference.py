@@ -55,14 +55,14 @@ COMMANDS = {
         GatewayUrlSettings,
         "`headrace trace ID`: where a request's time went, and why; without an id the last ones.",
     ),
-    "headrace role": (RoleSettings, "`headrace role WORKER both|prefill|decode` changes a running worker's role."),
+    "headrace role": (RoleSettings, "`headrace role WORKER both|prefill|decode|auto` changes a running worker's role."),
     "headrace keys create": (
         KeySettings,
         "`headrace keys create TENANT` makes an API key in etcd and shows its secret, once.",
     ),
     "headrace keys rotate": (
         RotateSettings,
-        "`headrace keys rotate ID` gives a key another secret; `list` and `revoke ID` know its first two flags alone.",
+        "`headrace keys rotate ID` gives a key another secret; `list` and `revoke ID` have its flags but the last.",
     ),
     "headrace config": (
         ConfigSettings,

@@ -26,6 +26,7 @@ import numpy as np
 from app.recording import TRACE_BLOCK_SIZE
 from planes.wire.blocks import Hashes, name_blocks, root
 from planes.wire.messages import EngineFacts
+from planes.wire.unreadable import UNREADABLE
 
 _P90: Final = 1.2816  # standard deviations above the median
 _ROOT: Final = root("simulated")
@@ -162,8 +163,8 @@ def read_trace(path: Path, *, block_size: int, seed: int) -> Workload:
 
 
 def _files(path: Path) -> list[Path]:
-    """By name."""
-    return sorted(each for each in path.glob("*.jsonl*") if each.is_file()) if path.is_dir() else [path]
+    """By name. Each process of a gateway records into a folder of its own."""
+    return sorted(each for each in path.rglob("*.jsonl*") if each.is_file()) if path.is_dir() else [path]
 
 
 def _records(path: Path) -> "Iterator[_Record]":
@@ -190,7 +191,7 @@ class _Record(msgspec.Struct):
 def _record(line: bytes, place: str) -> _Record:
     try:
         record = msgspec.json.decode(line, type=_Record)
-    except msgspec.DecodeError as exc:
+    except UNREADABLE as exc:
         raise ValueError(f"{place}: {exc}") from exc
     needed = -(-record.input_length // TRACE_BLOCK_SIZE)
     if len(record.hash_ids) != needed:

@@ -4,6 +4,7 @@ import msgspec
 import structlog
 
 from planes.wire.messages import Adapter
+from planes.wire.unreadable import UNREADABLE
 
 _log = structlog.get_logger()
 
@@ -14,6 +15,6 @@ def read_adapter(name: str, value: bytes | None) -> Adapter | None:
         return None
     try:
         return msgspec.json.decode(value, type=Adapter)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except UNREADABLE as exc:
         _log.warning("adapter.malformed", adapter=name, reason=str(exc))
         return None

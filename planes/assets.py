@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import msgspec
 
 from planes.wire.errors import HeadraceError
+from planes.wire.unreadable import UNREADABLE
 
 FILES_OF_INTEREST = (
     "tokenizer.json",
@@ -158,7 +159,7 @@ async def fetch_card(store: Store, digest: str, cache_dir: Path, *, timeout_s: f
             encoded = await _fetch(store, digest, cache_dir)
             try:
                 card = msgspec.json.decode(encoded, type=ModelCard)
-            except msgspec.DecodeError as exc:
+            except UNREADABLE as exc:
                 raise AssetsUnavailable(f"model card {digest} is malformed: {exc}") from exc
             wanted = {name: digest for name, digest in card.files.items() if name in FILES_OF_INTEREST}
             files = {name: await _fetch(store, digest, cache_dir) for name, digest in wanted.items()}
@@ -211,7 +212,7 @@ def _eos_token_ids(files: Mapping[str, bytes]) -> list[int]:
             continue
         try:
             found = msgspec.json.decode(files[name], type=_EosConfig).eos_token_id
-        except msgspec.DecodeError as exc:
+        except UNREADABLE as exc:
             raise AssetsUnavailable(f"{name} is malformed: {exc}") from exc
         if found is not None:
             return [found] if isinstance(found, int) else found

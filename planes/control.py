@@ -31,6 +31,7 @@ from planes.security.planes import EtcdSecurity
 from planes.wire.errors import HeadraceError, UnusableSetting
 from planes.wire.messages import Registration, WorkerId
 from planes.wire.names import check_namespace
+from planes.wire.unreadable import UNREADABLE
 from planes.wire.urls import parse_etcd
 
 _log = structlog.get_logger()
@@ -219,13 +220,12 @@ class Registrar:
 
     async def _put_entry(self, client: Any) -> None:
         """Have etcd hold the registration as it now is, unless the entry is another's.  Raises:  WorkerIdTaken."""
-        registration, is_put = self._registration, False
+        registration = self._registration
         value = msgspec.json.encode(registration)
-        while not is_put:
+        while True:
             found = await _entry(client, self._key)
             if found is not None and (found.value, found.lease) == (value, self._lease):
-                self._told(registration)
-                return
+                break  # also where etcd took it and its answer was lost
             holder = None if found is None else _readable(found.value)
             if holder is not None and holder.epoch != registration.epoch:
                 if self.registered.is_set():
@@ -236,10 +236,12 @@ class Registrar:
             is_unchanged = client.transactions.mod(self._key) == (0 if found is None else found.mod_revision)
             put = client.transactions.put(self._key, value, self._lease)
             is_put, _ = await client.transaction([is_unchanged], success=[put], failure=[])
+            if is_put:
+                _log.info("worker.registered", worker=registration.worker, state=registration.state)
+                break
         self._is_displaced = False
         self.registered.set()
         self._told(registration)
-        _log.info("worker.registered", worker=registration.worker, state=registration.state)
 
     def _told(self, registration: Registration) -> None:
         if registration is self._registration:
@@ -356,7 +358,7 @@ class WorkerDirectory:
             return
         try:
             registration = self._decoder.decode(value)
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        except UNREADABLE as exc:
             self._refuse(worker, str(exc))
             return
         if registration.worker != worker:
@@ -490,7 +492,7 @@ def _readable(value: bytes) -> Registration | None:
     """The registration, or None if that is none: gateways pass over it, so nobody has the id."""
     try:
         return msgspec.json.decode(value, type=Registration)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         return None
 
 

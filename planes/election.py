@@ -125,17 +125,23 @@ class Candidate:
         key = self._prefix + b"holder"
         found = next(iter(await client.get_range(key, None)), None)
         if found is not None:
-            if self._term and bytes(found.value) != self._term:
+            if found.lease == self._lease:
+                self._won(bytes(found.value))  # also where etcd took it and its answer was lost
+            else:
                 self._lost("another one holds it")
             return
         term = f"{self._name}/{secrets.token_hex(8)}".encode()
         put = client.transactions.put(key, term, self._lease)
         is_won, _ = await client.transaction([client.transactions.create(key) == 0], success=[put], failure=[])
         if is_won:
-            self._term = term
-            _log.info("office.taken", office=self._office, name=self._name)
+            self._won(term)
         else:
             self._lost("another one took it")
+
+    def _won(self, term: bytes) -> None:
+        if term != self._term:
+            _log.info("office.taken", office=self._office, name=self._name)
+        self._term = term
 
     def _lost(self, reason: str) -> None:
         if self._term:

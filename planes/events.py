@@ -35,6 +35,7 @@ from planes.wire.errors import HeadraceError
 from planes.wire.floods import is_notable
 from planes.wire.messages import GatewayNews, KvEvents, LoadReport, Snapshot, WorkerId
 from planes.wire.names import check_namespace, subject_token
+from planes.wire.unreadable import UNREADABLE
 from planes.wire.urls import parse_nats
 
 _log = structlog.get_logger()
@@ -339,7 +340,7 @@ class EventPlane:
         async def handle(message: Msg) -> None:
             try:
                 asked = decoder.decode(message.data)
-            except (msgspec.DecodeError, UnicodeDecodeError):
+            except UNREADABLE:
                 self.counters.malformed += 1
                 return
             with contextlib.suppress(EventPlaneUnavailable):  # whoever asked finds out
@@ -402,7 +403,7 @@ class EventPlane:
         async def handle(message: Msg) -> None:
             try:
                 value = decoder.decode(message.data)
-            except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            except UNREADABLE as exc:
                 self.counters.malformed += 1
                 if is_notable(self.counters.malformed):
                     _log.warning("events.malformed", total=self.counters.malformed, reason=str(exc))
@@ -474,7 +475,7 @@ async def _join(worker: WorkerId, inbox: Inbox, timeout_s: float) -> Snapshot:
             raise EventPlaneUnavailable(f"nobody serves the snapshot of {worker} (status {reply.status})")
         try:
             part = msgspec.msgpack.decode(reply.data, type=_Part)
-        except msgspec.DecodeError as exc:
+        except UNREADABLE as exc:
             raise EventPlaneUnavailable(f"snapshot of {worker} is malformed: {exc}") from exc
         which = which or (part.epoch, part.seq, part.size)
         if which != (part.epoch, part.seq, part.size):

@@ -19,6 +19,7 @@ import msgspec
 from planes.bucket import Bucket, ObjectMissing
 from planes.events import EventPlane, EventPlaneUnavailable, JetStreamRefused
 from planes.wire.errors import HeadraceError
+from planes.wire.unreadable import UNREADABLE
 
 _CHUNK_BYTES = 128 * 1024
 _MAX_OBJECT_BYTES = 512 * 1024**2
@@ -122,7 +123,7 @@ class ObjectStore:
         value, _, _ = await self._bucket.read(self._meta(name))
         try:
             return msgspec.json.decode(value, type=_Record)
-        except msgspec.DecodeError as exc:
+        except UNREADABLE as exc:
             raise ObjectMissing(f"the record of object {name} is malformed: {exc}") from exc
 
     def _chunks(self, nuid: str) -> str:

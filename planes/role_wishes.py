@@ -14,6 +14,7 @@ from planes.control import Etcd, watch_keys
 from planes.election import Candidate
 from planes.wire.messages import RoleWish, WorkerId
 from planes.wire.names import check_namespace
+from planes.wire.unreadable import UNREADABLE
 
 _log = structlog.get_logger()
 
@@ -37,7 +38,7 @@ async def put_holders_wish(candidate: Candidate, namespace: str, worker: WorkerI
     def may(standing: bytes | None) -> bool:
         try:
             found = None if standing is None else msgspec.json.decode(standing, type=RoleWish)
-        except msgspec.DecodeError:
+        except UNREADABLE:
             return True
         return found is None or found.epoch != wish.epoch or not found.is_pin
 
@@ -57,7 +58,7 @@ async def watch_role_wishes(
         name = WorkerId(key[len(prefix) :].decode(errors="replace"))
         try:
             on_wish(name, None if value is None else decoder.decode(value))
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        except UNREADABLE as exc:
             _log.warning("role_wish.malformed", worker=name, reason=str(exc))
 
     key = prefix + (worker or "").encode()

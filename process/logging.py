@@ -1,6 +1,7 @@
 """Logging of every process of ours: event names with key=value fields, one line an event, on standard error."""
 
 import asyncio
+import contextlib
 import logging
 import re
 import sys
@@ -8,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from threading import Lock
 from types import MappingProxyType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 import structlog
 
@@ -36,15 +37,31 @@ def configure(
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
             structlog.processors.JSONRenderer(),
         ]
+    file: Any = UnfailingFile(sys.stderr)
     if always:
         renderers.insert(0, lambda _, __, event: {**event, **always})
     structlog.configure(
         processors=[structlog.processors.format_exc_info, *renderers],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         # Prints a line and its end in one write.
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr) if lines is None else lambda *_: lines,
+        logger_factory=lambda *_: structlog.WriteLogger(file) if lines is None else lines,
         cache_logger_on_first_use=True,
     )
+
+
+class UnfailingFile:
+    """Where lines go. A disk that is full, or a reader who has gone, costs lines: nobody ends because of its log."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._file.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.flush()
 
 
 class LineWriter:
@@ -55,7 +72,7 @@ class LineWriter:
     """
 
     def __init__(self, file: TextIO, *, patience_s: float = 0.05, max_lines: int = 256) -> None:
-        self._file = file
+        self._file = UnfailingFile(file)
         self._patience_s = patience_s
         self._max_lines = max_lines
         self._lines: list[str] = []

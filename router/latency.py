@@ -31,6 +31,7 @@ _MAX_LOG_STEP = 0.7
 _MAX_FACTOR = 1e6
 _SWEEPS = 4
 _ERROR_GAIN = 0.05
+_LEAST_SECONDS = 1e-6  # no step is faster, whatever a worker tells; prices divide by what one takes
 _MAX_SECONDS = 3600.0
 _MAX_COUNT = 1 << 48  # tokens, pairs, bytes: beyond any engine, and safe to turn into a float
 _MAX_BYTES_PER_S = 1e18
@@ -38,14 +39,13 @@ _LEAST_PRIOR = 1e-3  # of the default prior: what a prior of zero stands for, th
 
 
 def is_plausible(seconds: float) -> bool:
-    """Whether a measured duration can be learned from: finite, more than nothing, at most an hour."""
-    return 0.0 < seconds <= _MAX_SECONDS
+    """Whether a measured duration can be learned from: a microsecond to an hour."""
+    return _LEAST_SECONDS <= seconds <= _MAX_SECONDS
 
 
 def _log_ratio(seconds: float, predicted: float, most: float) -> float:
-    """-`most` to `most`. Of 5e-324 seconds, which is more than nothing, the ratio may be 0."""
-    ratio = seconds / predicted
-    return max(-most, min(most, math.log(ratio))) if ratio > 0.0 else -most
+    """-`most` to `most`."""
+    return max(-most, min(most, math.log(seconds / predicted)))
 
 
 class Fit:
@@ -308,4 +308,5 @@ def _error(predicted: float, measured: float) -> float:
 
 
 def _scaled(prior: tuple[float, float, float], factors: Sequence[float], speed: float) -> tuple[float, float, float]:
-    return speed * factors[0] * prior[0], speed * factors[1] * prior[1], speed * factors[2] * prior[2]
+    fixed = max(_LEAST_SECONDS, speed * factors[0] * prior[0])
+    return fixed, speed * factors[1] * prior[1], speed * factors[2] * prior[2]

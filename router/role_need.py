@@ -63,11 +63,11 @@ def need(load: ModelLoad, facts: EngineFacts, window_s: float) -> Need:
     prompts = load.arrived_tokens / load.prompt_tokens if load.prompt_tokens else arrived
     prefill = prompts * prompts_s(facts, load.ended, load.uncached_tokens, load.pairs) / window_s
     tokens_per_s = arrived * load.stream_tokens / window_s
-    if not tokens_per_s:
+    if not tokens_per_s or not load.streams:  # another version may tell the one without the other
         return Need(prefill, 0.0)
     context = load.stream_kv_tokens / load.stream_tokens
     per_sequence_s = sequence_s(speed, context)
-    if load.with_itl:
+    if load.with_itl and load.slo_itl_s:
         itl_s = load.slo_itl_s / load.with_itl
     else:
         itl_s = MEASURED.pause_steps * (speed.step_fixed_s + _MODERATE_BATCH * per_sequence_s)

@@ -218,8 +218,8 @@ class Router:
         """With the length that is learnt, and the SLOs that it leaves to us."""
         share, settings = self._length_shares.get(request.model, 1.0), self._settings
         changes: dict[str, Any] = {}
-        if share < 1.0:
-            changes["expected_tokens"] = max(1, round(request.expected_tokens * share))
+        if share < 1.0 and request.expected_tokens > 1:  # only who asks for one token ends with its prefill
+            changes["expected_tokens"] = max(2, round(request.expected_tokens * share))
         model = settings.slos_of(request.model)
         for source, slos in ((_BY_GATEWAY, settings), (_BY_MODEL, model)):
             if request.slo_ttft_s is None and slos.slo_ttft_s is not None:

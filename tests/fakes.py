@@ -23,6 +23,8 @@ from planes.wire.messages import (
 )
 from router.request import Candidate, RoutableRequest, Route
 
+DEEP = b'{"?":' + b"[" * 20_000 + b"]" * 20_000 + b"}"
+"""JSON with a field that nobody knows and that is read over, one call of msgspec's to a bracket."""
 FACTS = EngineFacts(
     block_size=16,
     num_blocks=1000,

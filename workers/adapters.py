@@ -6,6 +6,7 @@
 | the same name with another number      | as if the one before had gone, and another had come                        |
 | not there any more                     | goes on with it for a while: legs and migrations of requests that began    |
 |                                        | before still come; once none runs it is unloaded, and registered no more   |
+| there again while it still goes on     | keeps it: a swap that a worker refused is taken back so                    |
 
 A worker that comes later finds what stands there, and does the same.
 """
@@ -93,7 +94,7 @@ class AdapterKeeper:
                         self._leaving.add(number)
                         group.create_task(self._leave(self._kept[number]))
                 for adapter in wanted.values():
-                    if adapter.number not in self._told:
+                    if adapter.number not in self._told and adapter.number not in self._leaving:
                         await self._load(adapter)
 
     async def _load(self, adapter: Adapter) -> None:
@@ -112,12 +113,14 @@ class AdapterKeeper:
         number = adapter.number
         await asyncio.sleep(self._linger_s)
         await self._server.until_without(number)
-        self._server.adapters.discard(number)
-        self._tell(number, None)
-        del self._kept[number]
+        if adapter not in self._wanted.values():  # else it has come back, and nothing has been taken from it
+            self._server.adapters.discard(number)
+            self._tell(number, None)
+            del self._kept[number]
+            await self._engine.unload_adapter(adapter)
+            _log.info("adapter.unloaded", adapter=adapter.name, number=number)
         self._leaving.discard(number)
-        await self._engine.unload_adapter(adapter)
-        _log.info("adapter.unloaded", adapter=adapter.name, number=number)
+        self._has_changed.set()  # it may have come back only now
 
     def _tell(self, number: int, answer: str | None) -> None:
         told = {each: said for each, said in self._told.items() if each != number}

@@ -20,6 +20,7 @@ from planes.assets import (
 )
 from planes.events import Connects
 from planes.wire.errors import HeadraceError
+from planes.wire.unreadable import UNREADABLE
 from workers.parsers import NO_PARSERS, ParserNames, parser_names
 
 _log = structlog.get_logger()
@@ -131,7 +132,7 @@ def read_parser_names(directory: Path, tool: str, reasoning: str, *, engine: str
     try:
         template = chat_template(files) or ""
         config = msgspec.json.decode(files.get("tokenizer_config.json", b"{}"), type=_TokenizerConfig)
-    except msgspec.DecodeError as exc:
+    except UNREADABLE as exc:
         raise AssetsUnavailable(f"{directory / 'tokenizer_config.json'} cannot be used: {exc}") from exc
     responses = config.response_template if engine == "vllm" else None
     return parser_names(tool, reasoning, template, None if responses is None else responses.fields)

@@ -23,6 +23,7 @@ from planes.wire.errors import ROLE_CHANGED
 from planes.wire.frames import Delta, Done, Failed, FailureKind, Generate, StreamId
 from planes.wire.messages import RequestId, WorkerId
 from planes.wire.prefill_queue import OVERTRIED, PrefillNews, PrefillUnwanted, QueuedPrefill
+from planes.wire.unreadable import UNREADABLE
 from planes.work_queue import JobLimits, PrefillJob
 from workers.engine.base import EngineLoad
 
@@ -185,7 +186,7 @@ class Puller:
         try:
             try:
                 wanted = self._decode(job.payload)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+            except UNREADABLE as exc:
                 await self._refuse_unreadable(job, name, str(exc))
             else:
                 await self._settle(job, name, wanted, leg)
@@ -200,7 +201,7 @@ class Puller:
     async def _refuse_unreadable(self, job: PrefillJob, name: RequestId, reason: str) -> None:
         try:
             answer_to = msgspec.msgpack.decode(job.payload, type=_Addressed).answer_to
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except UNREADABLE:
             _log.warning("prefill_job.dropped", request_id=name, code="prefill_job_unreadable", reason=reason)
             await job.ack()
         else:

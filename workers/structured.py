@@ -6,6 +6,7 @@ import msgspec
 
 from planes.wire.errors import UNUSABLE_GRAMMAR, InvalidRequest
 from planes.wire.frames import StructuredOutput
+from planes.wire.unreadable import UNREADABLE
 
 MAX_CHARACTERS = 256 << 10
 MAX_DEPTH = 64
@@ -31,7 +32,7 @@ def check_structured(structured: StructuredOutput) -> None:
 def _check_json(name: str, text: str) -> None:
     try:
         value = msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except UNREADABLE as exc:
         raise unusable(f"{name} is no JSON that can be read: {exc}") from exc
     if not isinstance(value, dict):
         raise unusable(f"{name} is no JSON object")

@@ -9,15 +9,17 @@ from typing import Annotated, Any, get_type_hints
 import msgspec
 from cyclopts import Parameter
 
-from app.fleet.routing_config import RoutingConfig, routing_setup
+from app.fleet.routing_config import RANGES, RoutingConfig, routing_setup
 from app.settings import GatewaySettings
 from planes.control import Etcd, delete_config, get_config, put_config
 from planes.wire.errors import HeadraceError
+from planes.wire.unreadable import UNREADABLE
 from process.logging import printable
 from process.settings import EtcdSettings
 from router.settings import ModelSlos, RouterSettings
 
 _OF_MODELS = tuple(f"models.MODEL.{name}" for name in ModelSlos.__struct_fields__)
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 NAMES = (*(name for name in RoutingConfig.__struct_fields__ if name != "models"), *_OF_MODELS)
 
 
@@ -58,6 +60,9 @@ def live_settings() -> Iterator[LiveSetting]:
         meaning = told if isinstance(told, str) else told.help
         if name in ("policy", "shadow_policy"):
             meaning += f" Here by name; a class of your own only where {otherwise} names it."
+        least, most = RANGES.get(name, (False, True))
+        if not isinstance(least, bool):
+            meaning += f" Here {least:g} to {most:g}."
         yield LiveSetting(name, otherwise, meaning)
     of_model = get_type_hints(ModelSlos, include_extras=True)
     for name, full in zip(ModelSlos.__struct_fields__, _OF_MODELS, strict=True):
@@ -92,7 +97,7 @@ def changed(content: bytes | None, changes: tuple[str, ...]) -> bytes:
     """The settings with the changes, fit for every gateway.  Raises:  UnusableConfig naming what is wrong."""
     try:
         current = RoutingConfig() if content is None else msgspec.json.decode(content, type=RoutingConfig)
-    except (ValueError, UnicodeDecodeError) as exc:
+    except (ValueError, *UNREADABLE) as exc:
         raise UnusableConfig(
             f"what etcd holds is refused by gateways ({exc}); headrace config --clear removes it"
         ) from exc
@@ -101,27 +106,37 @@ def changed(content: bytes | None, changes: tuple[str, ...]) -> bytes:
         name, equals, value = change.rpartition("=")  # a model's name may have one, too
         if not equals:
             raise UnusableConfig(f"{change!r} must look like name=value, e.g. policy=dynamo")
-        place, field = _place(named, name)
+        place, owner, field = _place(named, name)
         place.pop(field, None)
         if value != "null":
-            place[field] = value
+            place[field] = _converted(owner, name, field, value)
     named["models"] = {model: slos for model, slos in named.get("models", {}).items() if slos}
     if not named["models"]:
         del named["models"]
     try:
-        config = msgspec.convert(named, RoutingConfig, strict=False)
+        config = msgspec.convert(named, RoutingConfig)
         routing_setup(GatewaySettings(), config)
     except ValueError as exc:
         raise UnusableConfig(str(exc)) from exc
     return msgspec.json.encode(config)
 
 
-def _place(named: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
-    """Where a setting stands, and under what name there.  Raises:  UnusableConfig if there is no such setting."""
+def _place(named: dict[str, Any], name: str) -> tuple[dict[str, Any], type[msgspec.Struct], str]:
+    """Where a setting stands, in which struct, and its name there.  Raises:  UnusableConfig if there is none such."""
     if name in RoutingConfig.__struct_fields__ and name != "models":
-        return named, name
+        return named, RoutingConfig, name
     prefix, _, rest = name.partition(".")
     model, _, field = rest.rpartition(".")  # a model's name may have points
     if prefix != "models" or not model or field not in ModelSlos.__struct_fields__:
         raise UnusableConfig(f"{name!r} is no live setting; there are {', '.join(NAMES)}")
-    return named.setdefault("models", {}).setdefault(model, {}), field
+    return named.setdefault("models", {}).setdefault(model, {}), ModelSlos, field
+
+
+def _converted(owner: type[msgspec.Struct], name: str, field: str, value: str) -> Any:
+    """The value as the field's type.  Raises:  UnusableConfig."""
+    try:
+        return getattr(msgspec.convert({field: value}, owner, strict=False), field)
+    except msgspec.ValidationError as exc:
+        kinds = (words for word, words in _KINDS.items() if f"`{word} | null`" in str(exc))
+        kind = next(kinds, "a smaller number")
+        raise UnusableConfig(f"{name} is {value[:100]!r} and must be {kind}, or null, which takes it away") from exc

@@ -25,6 +25,7 @@ from planes.events import EventPlane
 from planes.role_wishes import watch_role_wishes
 from planes.wire.errors import HeadraceError, UnusableSetting
 from planes.wire.messages import LoadReport, Registration, RoleWish, WorkerId
+from planes.wire.unreadable import UNREADABLE
 from planes.wire.urls import redacted
 from process.logging import configure, printable
 from process.settings import PlaneSettings
@@ -88,7 +89,7 @@ class FleetTable:
         """What `--autorole` has decided last; what this version cannot read is left out."""
         try:
             self.decided = None if value is None else msgspec.json.decode(value, type=DecidedRoles)
-        except msgspec.DecodeError:
+        except UNREADABLE:
             self.decided = None
 
     def role(self, entry: Registration) -> str:

@@ -19,6 +19,7 @@ from planes.control import ControlPlaneUnavailable
 from planes.election import Candidate, OfficeLost
 from planes.role_wishes import put_holders_wish
 from planes.wire.messages import Registration
+from planes.wire.unreadable import UNREADABLE
 from router.load import ModelLoad, since, together
 from router.roles import RoleDecision, RolePlanner, Verdict
 from router.stats import WorkerStatus
@@ -110,6 +111,9 @@ class Autorole:
             except (ControlPlaneUnavailable, OfficeLost) as exc:
                 self._num_failed += 1
                 _log.warning("autorole.failed", code=exc.code, reason=str(exc))
+            except Exception:  # noqa: BLE001 - what other gateways tell may be anything: no reason to end
+                self._num_failed += 1
+                _log.exception("autorole.defect")
 
     async def window_ended(self) -> None:
         """Tell what it brought, and decide if elected.  Raises:  ControlPlaneUnavailable, OfficeLost."""
@@ -143,7 +147,7 @@ def _loads(told: bytes) -> _Loads:
     """What a gateway told; another version's, that cannot be read, counts for nothing."""
     try:
         return msgspec.json.decode(told, type=_Loads)
-    except msgspec.DecodeError as exc:
+    except UNREADABLE as exc:
         _log.warning("autorole.unreadable", reason=str(exc))
         return {}
 

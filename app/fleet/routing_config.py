@@ -20,13 +20,14 @@ import structlog
 
 from app.metrics import Gauge
 from app.settings import GatewaySettings
+from planes.wire.unreadable import UNREADABLE
 from router.policies import POLICIES, load_policy
 from router.policy import Policy
 from router.settings import ModelSlos, RouterSettings
 
 _log = structlog.get_logger()
 
-_RANGES: Final = {
+RANGES: Final = {
     "queue_limit": (1, 10**9),
     "slo_ttft_s": (1e-3, 1e9),
     "slo_itl_s": (1e-6, 1e6),
@@ -79,7 +80,7 @@ def routing_setup(started: GatewaySettings, config: RoutingConfig) -> RoutingSet
                 f"{field} is {name!r} and must be one of {', '.join(sorted(POLICIES))}; a class of your own is loaded "
                 f"only where a gateway is started with --{field.replace('_', '-')}"
             )
-    changed = {name: value for name in _RANGES if (value := getattr(config, name)) is not None}
+    changed = {name: value for name in RANGES if (value := getattr(config, name)) is not None}
     for name, value in changed.items():
         _check_range(name, name, value)
     if config.models is not None:
@@ -111,7 +112,7 @@ def _check_models(models: dict[str, ModelSlos]) -> None:
 
 
 def _check_range(called: str, name: str, value: float) -> None:
-    least, most = _RANGES[name]
+    least, most = RANGES[name]
     if not least <= value <= most:
         raise ValueError(f"{called} is {value} and must be {least:g} to {most:g}")
 
@@ -133,7 +134,7 @@ class RoutingConfigFollower:
             config = RoutingConfig() if content is None else msgspec.json.decode(content, type=RoutingConfig)
             changed = routing_setup(self._started, config)
             self._apply(changed)
-        except (ValueError, UnicodeDecodeError) as exc:  # msgspec's errors are ValueErrors
+        except (ValueError, *UNREADABLE) as exc:
             self._refused(str(exc))
         except Exception as exc:  # noqa: BLE001 - a policy of somebody's own may raise anything
             self._refused(f"{type(exc).__name__}: {exc}")

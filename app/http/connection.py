@@ -90,6 +90,11 @@ class Client:
         """
         self._protocol.on_gone, self._protocol.has_task = on_gone, has_task
 
+    def unwatch(self, on_gone: Callable[[], object]) -> None:
+        """Call this no longer; what the next request on the connection is watched with stays."""
+        if self._protocol.on_gone is on_gone:
+            self._protocol.on_gone = None
+
 
 class StreamingProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1 protocol, which hands its connection to our answers. Set as `uvicorn.Config(http=…)`."""

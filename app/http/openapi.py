@@ -127,6 +127,7 @@ def description_route(routes: Sequence[BaseRoute], *, version: str) -> Route:
     description = functools.cache(functools.partial(described, routes, version=version))
 
     async def openapi(_: Request) -> Response:
+        """All of this, as OpenAPI 3.1."""
         return json_reply(description())
 
     return Route("/openapi.json", openapi, include_in_schema=False)

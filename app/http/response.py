@@ -262,7 +262,8 @@ class Streamed:
             raise RuntimeError("a streamed answer needs a server that runs StreamingProtocol")
         if client.is_gone:
             return
-        client.watch(task.cancel)
+        leave = task.cancel
+        client.watch(leave)
         response = self._response(client, scope)
         try:
             await self._produce(Request(scope, receive), response)
@@ -271,7 +272,7 @@ class Streamed:
             task.uncancel()
             client.transport.close()
         finally:
-            client.watch(None)
+            client.unwatch(leave)
 
     def _response(self, client: Client, scope: Scope) -> StreamedResponse:
         return StreamedResponse(

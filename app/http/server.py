@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import functools
 import socket
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -22,9 +23,13 @@ _LAST_WORDS_S = 1.0
 class HttpServer(uvicorn.Server):
     """uvicorn's server without its signal handlers, which would end the process before our own tasks have ended."""
 
-    def __init__(self, config: uvicorn.Config, live: Live | None = None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, live: Live | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         super().__init__(config)
         self._live = live
+        self._clock = clock
+        self._drained_at = 0.0
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -34,9 +39,15 @@ class HttpServer(uvicorn.Server):
     def stop(self) -> None:
         """Let running answers end, up to the drain limit; said twice: do not."""
         self.force_exit = self.should_exit
+        if not self.should_exit:
+            self._drained_at = self._clock() + (self.config.timeout_graceful_shutdown or 0)
         self.should_exit = True
         if self._live is not None:  # its streams would go on for as long as they may
             self._live.stop()
+
+    def left_s(self) -> float:
+        """Of the drain limit, once stopped: what else must end has no limit of its own."""
+        return 0.0 if self.force_exit else max(0.0, self._drained_at - self._clock())
 
     async def cut_off(self) -> None:
         """Let the answers that are left tell their clients, while the workers' streams are still there."""

@@ -48,6 +48,8 @@ class Budget(msgspec.Struct, frozen=True, omit_defaults=True):
     day: int = 0
     taken: Amounts = NOTHING
     slots: dict[str, Slots] = {}
+    last: str = ""
+    """Name of the change that made it so: whoever made it and got no answer finds out that it was made."""
 
     def at(self, now: float) -> "Budget":
         """In the window of `now`, unless another gateway's clock has come further."""
@@ -111,6 +113,7 @@ class Share:
     slots_used: int = 0
     slots_peak: int = 0
     """Most used at once since then."""
+    _num_changes: int = 0
 
     @property
     def limit(self) -> tuple[int | None, int | None, int | None, int | None]:
@@ -177,7 +180,7 @@ class Share:
         return is_freed or any(self.owed)
 
     def take(self, budget: Budget, needs: Sequence[Need], now: float, *, has_slice: bool = True) -> Taking:
-        """What to take for these needs and as a slice beside, from `budget`, as etcd has it. Changes nothing."""
+        """What to take for these needs and as a slice beside, from `budget`, as etcd has it. Takes nothing yet."""
         budget = budget.at(now)
         is_same = _are_same((self.budget.minute, self.budget.day), budget)
         owed = [each if same else 0 for each, same in zip(self.owed, is_same, strict=True)]
@@ -209,7 +212,9 @@ class Share:
             slots += max(0, (slots_left - slots) // _SHARE - free)
         held = self.slots_held + slots
         own = {self.gateway: Slots(held, now)} if self.max_slots is not None and held > 0 else {}
-        after = msgspec.structs.replace(budget, taken=_sum(budget.taken, taken), slots=others | own)
+        self._num_changes += 1
+        last = f"{self.gateway}/{self._num_changes}"
+        after = msgspec.structs.replace(budget, taken=_sum(budget.taken, taken), slots=others | own, last=last)
         return Taking(after, _amounts(taken), slots, _amounts(owed), shortages)
 
     def took(self, taking: Taking, *, is_told: bool = True) -> None:
@@ -222,6 +227,14 @@ class Share:
             self.in_hand[at] += amount
             if not is_told:
                 self.owed[at] += amount
+        self.slots_held += taking.slots
+
+    def took_unanswered(self, taking: Taking) -> None:
+        """etcd has had it for a while; what was of a window that is over by now is worth nothing."""
+        for at, is_same in enumerate(_are_same((self.budget.minute, self.budget.day), taking.budget)):
+            if is_same:
+                self.owed[at] -= taking.told[at]
+                self.in_hand[at] += taking.amounts[at]
         self.slots_held += taking.slots
 
     def _take_over(self, budget: Budget) -> None:

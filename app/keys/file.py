@@ -23,6 +23,7 @@ from pathlib import Path
 import msgspec
 
 from app.keys.tenant import KeyTerms, Tenant, UnusableTerm, check_terms, digest_of, tenant_of
+from planes.wire.unreadable import UNREADABLE
 
 
 class KeyFileError(ValueError):
@@ -48,7 +49,7 @@ def load_keys(path: Path) -> dict[bytes, Tenant]:
         entries = msgspec.toml.decode(path.read_bytes(), type=KeyFile).keys
     except OSError as exc:
         raise KeyFileError(f"The key file {path} cannot be read: {exc.strerror}") from exc
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except UNREADABLE as exc:
         raise KeyFileError(f"The key file {path} is not valid: {exc}") from exc
     tenants: dict[bytes, Tenant] = {}
     for index, entry in enumerate(entries):

@@ -20,12 +20,13 @@ import msgspec
 import structlog
 
 from app.auth import TooManyConcurrent
-from app.keys.budget import NAMES, SECONDS, Budget, Need, Share, Shortage, needed
+from app.keys.budget import NAMES, SECONDS, Budget, Need, Share, Shortage, Taking, needed
 from app.keys.tenant import Tenant
 from app.metrics import Gauge, Total
 from planes.control import ControlPlaneUnavailable
 from planes.entries import NEW, Entries, OpenEntries
 from planes.wire.errors import InvalidRequest, Rejected
+from planes.wire.unreadable import UNREADABLE
 
 _log = structlog.get_logger()
 
@@ -113,7 +114,7 @@ class _Waiter:
 class _Account:
     """A key's budget here."""
 
-    __slots__ = ("is_low", "is_queued", "last_used", "name", "num_open", "share", "told_at", "waiting")
+    __slots__ = ("is_low", "is_queued", "last_used", "name", "num_open", "share", "told_at", "unanswered", "waiting")
 
     def __init__(self, name: str, share: Share) -> None:
         self.name = name
@@ -125,6 +126,8 @@ class _Account:
         self.num_open = 0
         self.last_used = 0.0
         self.told_at = 0.0
+        self.unanswered: Taking | None = None
+        """What etcd was asked for last; it stays where no answer came."""
 
 
 class Ledger:
@@ -269,10 +272,15 @@ class Ledger:
             now, waiting = self._wall_clock(), list(account.waiting)
             share.advance(now)
             known = Budget() if found is None else _decoded(found.value)
+            if account.unanswered is not None and known.last == account.unanswered.budget.last:
+                share.took_unanswered(account.unanswered)
             is_taking = bool(waiting) or account.is_low
             taking = share.take(known, [each.need for each in waiting], now, has_slice=is_taking)
             revision = NEW if found is None else found.revision
-            if await entries.swap(account.name, msgspec.json.encode(taking.budget), revision=revision):
+            account.unanswered = taking
+            is_done = await entries.swap(account.name, msgspec.json.encode(taking.budget), revision=revision)
+            account.unanswered = None
+            if is_done:
                 break
         share.took(taking)
         account.is_low, account.told_at = False, self._clock()
@@ -377,6 +385,6 @@ def _decoded(value: bytes) -> Budget:
     """One that cannot be read counts as untouched, and is replaced."""
     try:
         return msgspec.json.decode(value, type=Budget)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except UNREADABLE as exc:
         _log.warning("budget.malformed", reason=str(exc))
         return Budget()

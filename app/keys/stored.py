@@ -6,6 +6,7 @@ import structlog
 
 from app.keys.record import decoded, tenants_of
 from app.keys.tenant import Tenant
+from planes.wire.unreadable import UNREADABLE
 
 _log = structlog.get_logger()
 
@@ -44,7 +45,7 @@ class StoredKeys:
             return
         try:
             tenants = tenants_of(name, decoded(value))
-        except (ValueError, UnicodeDecodeError) as exc:
+        except (ValueError, *UNREADABLE) as exc:
             _log.warning("key.malformed", key=name, reason=str(exc))
             return
         self._digests[name] = list(tenants)

@@ -18,6 +18,7 @@ from app.keys.tenant import Tenant
 from app.metrics import Gauge, Total
 from planes.control import ControlPlaneUnavailable
 from planes.entries import NEW, Entries, Entry, OpenEntries
+from planes.wire.unreadable import UNREADABLE
 
 _log = structlog.get_logger()
 
@@ -209,6 +210,6 @@ def _decoded(name: str, entry: Entry) -> UsageEntry | None:
     """None for what nobody can read: it is begun anew."""
     try:
         return msgspec.json.decode(entry.value, type=UsageEntry)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except UNREADABLE as exc:
         _log.error("usage.malformed", entry=name, reason=str(exc))
         return None

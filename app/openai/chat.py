@@ -23,6 +23,7 @@ from app.openai.sampling import (
 from app.openai.schema import NULL, Json, Kind, Limits, ParsedRequest
 from app.openai.structured import parse_structured
 from planes.wire.errors import InvalidRequest
+from planes.wire.unreadable import UNREADABLE
 
 EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -148,7 +149,7 @@ def effort_kwargs(effort: str, *, param: str = "reasoning_effort") -> dict[str, 
 def _decoded_kwargs(raw: msgspec.Raw) -> dict[str, Json]:
     try:
         return msgspec.json.decode(raw, type=dict[str, Json])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+    except UNREADABLE as exc:
         raise InvalidRequest(
             f"Invalid type for 'chat_template_kwargs': it must be an object; the value is {shown(raw)}.",
             param="chat_template_kwargs",

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from planes.wire.errors import InvalidRequest
+from planes.wire.unreadable import UNREADABLE
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 Value = TypeVar("Value")
@@ -31,7 +32,7 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
         raise _explained(str(exc), body, decoder.type) from exc
     except RecursionError as exc:
         raise InvalidRequest("The request body is nested too deeply.", code="invalid_json") from exc
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except UNREADABLE as exc:
         raise InvalidRequest(f"The request body is not valid JSON: {exc}.", code="invalid_json") from exc
 
 
@@ -46,7 +47,7 @@ def decode_known(
     """
     try:
         return decoder.decode(body), ()
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+    except UNREADABLE as exc:
         if is_strict or not _UNKNOWN.match(str(exc).rpartition(" - at ")[0] or str(exc)):
             return decode(body, decoder), ()
     ignored: list[str] = []
@@ -61,7 +62,7 @@ def _known(
     """The same JSON object without the fields that `kind` does not have, whose names are added to `ignored`."""
     try:
         given = _OBJECT.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return body  # what is wrong with it is told when it is decoded
     kept: dict[str, msgspec.Raw] = {}
     for name, raw in given.items():
@@ -82,7 +83,7 @@ def decode_field(name: str, raw: msgspec.Raw, decoder: msgspec.json.Decoder[Valu
         raise _explained(str(exc), bytes(raw), decoder.type, within=name) from exc
     except RecursionError as exc:
         raise InvalidRequest(f"'{name}' is nested too deeply.", param=name, code="invalid_json") from exc
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except UNREADABLE as exc:
         raise InvalidRequest(f"The request body is not valid JSON: {exc}.", code="invalid_json") from exc
 
 
@@ -160,7 +161,7 @@ def _at(body: bytes, path: str) -> Any:
         return msgspec.UNSET
     try:
         value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return msgspec.UNSET
     for index, key in _STEP.findall(path):
         if isinstance(value, list) and index and int(index) < len(value):

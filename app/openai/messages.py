@@ -14,6 +14,7 @@ from app.openai.bodies import FunctionCall, Message, Part, ToolCall
 from app.openai.decode import check_count, missing, not_text, shown
 from app.openai.schema import Json, Limits
 from planes.wire.errors import InvalidRequest
+from planes.wire.unreadable import UNREADABLE
 
 _ROLES: Final = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {"function": "tool"}
 """By their names, also OpenAI's older one."""
@@ -107,5 +108,5 @@ def call_arguments(raw: msgspec.Raw) -> Json:
 def _decoded(text: bytes | msgspec.Raw) -> Json:
     try:
         return msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return bytes(text).decode(errors="replace")

@@ -15,6 +15,7 @@ from app.openai.decode import check_count, check_range, shown
 from app.openai.schema import Limits
 from planes.wire.blocks import Tokens
 from planes.wire.errors import InvalidRequest
+from planes.wire.unreadable import UNREADABLE
 
 _PIECE_BYTES: Final = 32_768
 """About half a millisecond."""
@@ -72,7 +73,7 @@ def _one(text: bytes, name: str) -> str | Tokens:
 def _text(text: bytes) -> str:
     try:
         return msgspec.json.decode(text, type=str)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except UNREADABLE as exc:
         raise InvalidRequest(f"The request body is not valid JSON: {exc}.", code="invalid_json") from exc
 
 
@@ -85,7 +86,7 @@ def _token_ids(text: bytes, name: str) -> Tokens:
         cut = end if cut < 0 else cut
         try:
             ids = _IDS.decode(b"[%b]" % text[at:cut])
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        except UNREADABLE as exc:
             raise _not_an_id(text, name, at, cut, num_ids) from exc
         if ids:
             check_range(name, min(ids), 0, 2**32 - 1)

@@ -14,6 +14,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from app.openai.sampling import LEAST_MS, MOST_MS
 from planes.wire.errors import InvalidRequest
 from router.request import HandoverPreference, Route
@@ -100,7 +102,7 @@ def _seconds(headers: Mapping[str, str], name: str) -> float | None:
     if value is None:
         return None
     try:
-        milliseconds = float(value)
+        milliseconds = msgspec.json.decode(value, type=float)  # as in the body; Python's own takes "1_000", too
     except ValueError:
         milliseconds = math.nan
     if not LEAST_MS <= milliseconds <= MOST_MS:

@@ -11,6 +11,7 @@ from app.openai.decode import check_count, check_range, shown
 from app.openai.schema import NULL, Limits
 from planes.wire.errors import InvalidRequest
 from planes.wire.frames import Sampling, StructuredOutput
+from planes.wire.unreadable import UNREADABLE
 
 _INT32: Final = 2**31 - 1
 _UINT32: Final = 2**32 - 1
@@ -206,7 +207,7 @@ def _asks_for_nothing(value: msgspec.Raw, neutral: tuple[Any, ...]) -> bool:
         return False
     try:
         return msgspec.json.decode(value) in neutral
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         return False
 
 

@@ -7,7 +7,7 @@ time, is left out.
 import asyncio
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -24,11 +24,15 @@ _MOST_QUESTION_BYTES: Final = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Which of a gateway's processes this is, from 1, and where they meet."""
+    """Which of a gateway's processes this is, from 1, and where they meet.
+
+    secret: the processes' own, drawn at their start and kept nowhere: what they record shares its ids (`--record`).
+    """
 
     number: int
     num_processes: int
     folder: Path
+    secret: bytes = field(repr=False)
 
     def socket(self, number: int) -> Path:
         return self.folder / f"{number}.sock"
@@ -79,7 +83,7 @@ class Siblings:
                 async with asyncio.timeout(_PATIENCE_S):
                     writer.write(answer(_ASKED.decode(await reader.readline())))
                     await writer.drain()
-            except (OSError, ValueError, TimeoutError) as exc:
+            except (OSError, ValueError, RecursionError, TimeoutError) as exc:
                 _log.warning("sibling.not_answered", reason=str(exc) or "it took too long")
             finally:
                 writer.close()

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import secrets
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ def serve_on_many(settings: GatewaySettings, serve: Serve) -> int:
     Returns:  the exit status.  Raises:  UnusableSetting.
     """
     configure(settings.log_level, as_json=settings.log_json)
+    secret = secrets.token_bytes(32)
     with contextlib.ExitStack() as held:
         folder = held.enter_context(_folder(settings.processes))
         ports = {"port": _claimed("port", settings.host, settings.port)}
@@ -41,7 +43,7 @@ def serve_on_many(settings: GatewaySettings, serve: Serve) -> int:
             own = settings
             if settings.record is not None:  # a folder is one recorder's
                 own = replace(settings, record=settings.record.expanduser() / f"process-{number}")
-            serve(own, sockets, Place(number, settings.processes, folder), begun)
+            serve(own, sockets, Place(number, settings.processes, folder, secret), begun)
 
         parent = Parent(settings.processes, open_sockets, run)
         gc.collect()

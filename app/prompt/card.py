@@ -15,6 +15,7 @@ from planes.assets import LoadedCard, chat_template
 from planes.probes import NOW
 from planes.wire.errors import HeadraceError
 from planes.wire.messages import EngineFacts
+from planes.wire.unreadable import UNREADABLE
 
 _log = structlog.get_logger()
 
@@ -48,7 +49,7 @@ def entry_of(model: str, card: LoadedCard, facts: EngineFacts) -> ModelEntry:
     """
     try:
         return _built(model, card, facts)
-    except (KeyError, msgspec.DecodeError, UnusableTokenizerError) as exc:
+    except (KeyError, UnusableTokenizerError, *UNREADABLE) as exc:
         raise CardUnusable(f"model {model!r}, card {card.digest}: {exc}") from exc
     except BaseException as exc:  # nothing but the files speaks here, and what is written in Rust panics past Exception
         _log.exception("model.unusable", model=model, card=card.digest)

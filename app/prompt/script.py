@@ -9,6 +9,7 @@ from app.openai.request_headers import SCRIPT
 from app.prompt.prepare import ModelEntry
 from planes.wire.errors import InvalidRequest
 from planes.wire.frames import pack_tokens
+from planes.wire.unreadable import UNREADABLE
 
 _TEXTS: Final = msgspec.json.Decoder(list[str])
 
@@ -28,7 +29,7 @@ def scripted(header: str, messages: Sequence[dict[str, Any]], model: ModelEntry)
         )
     try:
         answers = _TEXTS.decode(header.encode("latin-1"))
-    except (msgspec.DecodeError, UnicodeError) as exc:
+    except (UnicodeError, *UNREADABLE) as exc:
         raise InvalidRequest(f"{SCRIPT} is no JSON list of texts: {exc}", param=SCRIPT) from exc
     if not answers:
         raise InvalidRequest(f"{SCRIPT} is an empty list; at least one text is needed", param=SCRIPT)

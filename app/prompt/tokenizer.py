@@ -19,6 +19,7 @@ import structlog
 from app.prompt.template import Segment, SpecialToken
 from planes.wire.blocks import Tokens
 from planes.wire.errors import InvalidRequest
+from planes.wire.unreadable import UNREADABLE
 
 DEFAULT_CACHE_BYTES = 16 << 20
 """About 7 MB of text: chats of 400 clients with 16,000 characters each."""
@@ -92,7 +93,7 @@ class Tokenizer:
         config = config or {}
         try:
             description = msgspec.json.decode(tokenizer_json, type=_TokenizerJson)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        except UNREADABLE as exc:
             raise UnusableTokenizerError(f"tokenizer.json is not valid: {exc}") from exc
         added = description.added_tokens
         if plain := _control_tokens(config) & {token.content for token in added if not token.special}:

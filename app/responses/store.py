@@ -22,6 +22,7 @@ from planes.events import EventPlaneUnavailable
 from planes.wire.errors import InvalidRequest, Rejected
 from planes.wire.names import subject_token
 from planes.wire.response_object import FINAL, response_of
+from planes.wire.unreadable import UNREADABLE
 
 _log = structlog.get_logger()
 
@@ -261,7 +262,7 @@ class ResponseStore:
                 return msgspec.msgpack.decode(await self._values.get(f"{key}.response"), type=StoredResponse)
             except ObjectMissing as exc:
                 raise ResponseNotFound(response) from exc
-            except msgspec.DecodeError as exc:
+            except UNREADABLE as exc:
                 _log.warning("response.malformed", response=response, reason=str(exc))
                 raise ResponseNotFound(response) from exc
 

@@ -201,6 +201,8 @@ class Serving(ExchangeDriver):
         if not self._is_closed:
             try:
                 self.close()
+            except Exception:  # noqa: BLE001 - in the books: whoever told it of its end has others to tell
+                _log.exception("request.bug", **summary.log_ids(self._request))
             finally:
                 self._on_end()
 

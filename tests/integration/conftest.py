@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+import aetcd
 import httpx
 import pytest
 import pytest_asyncio
 
 from app.cli.servers import tied_to_parent
+from planes.control import Etcd
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 180.0
@@ -42,6 +44,27 @@ async def poll_until(condition, what="", *, seconds=PATIENCE_S):
                 await asyncio.sleep(0.02)
     except TimeoutError:
         raise AssertionError(f"not within {seconds} s: {what or inspect.getsource(condition).strip()}") from None
+
+
+class ForgetfulEtcd(Etcd):
+    """The answer to the first transaction is lost: it was done, and who asked does not know."""
+
+    has_forgotten = False
+
+    @asynccontextmanager
+    async def session(self):
+        async with super().session() as client:
+            transaction = client.transaction
+
+            async def forgotten(*args, **kwargs):
+                done = await transaction(*args, **kwargs)
+                if not self.has_forgotten:
+                    self.has_forgotten = True
+                    raise aetcd.ClientError("the answer was lost")
+                return done
+
+            client.transaction = forgotten
+            yield client
 
 
 class Process:

@@ -11,6 +11,7 @@ from planes.control import Etcd
 from planes.election import Candidate, OfficeLost
 from planes.role_wishes import put_holders_wish, put_role_wish
 from planes.wire.messages import Role, RoleWish, WorkerId
+from tests.integration.conftest import ForgetfulEtcd
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -26,8 +27,8 @@ class Candidates:
     def __init__(self, site, tasks):
         self.site, self.tasks = site, tasks
 
-    def run(self, name, **fields):
-        candidate = Candidate(Etcd(self.site.etcd), self.site.namespace, OFFICE, name, **fields)
+    def run(self, name, *, etcd=None, **fields):
+        candidate = Candidate(etcd or Etcd(self.site.etcd), self.site.namespace, OFFICE, name, **fields)
         return candidate, self.tasks.create_task(candidate.run())
 
 
@@ -53,6 +54,14 @@ async def test_one_holds_the_office_and_the_next_one_takes_it_when_that_one_ends
     await until(lambda: other.is_holder)
     assert not one.is_holder
     assert await other.heard() == {"other": b"2"}
+
+
+async def test_who_was_not_told_that_the_office_is_taken_finds_out_and_holds_it(site, candidates, until):
+    etcd = ForgetfulEtcd(site.etcd)
+    one, _ = candidates.run("one", etcd=etcd)
+    await until(lambda: one.is_holder)
+    assert etcd.has_forgotten
+    await one.act(f"/headrace/{site.namespace}/thing".encode(), b"1", ttl_s=60, may=lambda _: True)
 
 
 async def test_who_has_lost_the_office_cannot_act_though_it_does_not_know(site, candidates, until):

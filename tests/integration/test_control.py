@@ -29,6 +29,7 @@ from planes.role_wishes import put_role_wish, watch_role_wishes
 from planes.streams.client import greets
 from planes.streams.server import StreamServer
 from planes.wire.messages import EngineFacts, Registration, Role, RoleWish, WorkerId, WorkerState
+from tests.integration.conftest import ForgetfulEtcd
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -176,6 +177,19 @@ async def test_a_killed_worker_disappears_with_its_lease(etcd_url: str, namespac
         process.send_signal(signal.SIGKILL)
         await process.wait()
         await seen.until(lambda: seen.events[-1] == ("down", "a"))
+
+
+async def test_a_worker_whose_first_registration_was_not_answered_knows_that_it_is_there(
+    etcd_url: str, namespace: str
+) -> None:
+    etcd = ForgetfulEtcd(etcd_url)
+    registrar = Registrar(etcd, namespace, registration("a"), is_running=greets)
+    task = asyncio.create_task(registrar.run())
+    await registrar.registered.wait()
+    await registrar.until_told()
+    assert etcd.has_forgotten
+    await registrar.close()
+    await task
 
 
 async def test_an_expired_lease_is_replaced(etcd_url: str, namespace: str) -> None:

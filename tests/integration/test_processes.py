@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 import httpx
 import pytest
 
+from loadtest.workloads import read_trace
 from tests.integration.conftest import refuses
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -112,3 +113,20 @@ async def test_what_none_of_them_can_use_ends_all_and_a_port_is_one_gateway_s(si
     unusable = site.start_gateway("--processes", "2", "--policy", "no_such_policy").process
     assert await unusable.ended() == 2
     assert "no_such_policy" in unusable.log.read_text()
+
+
+async def test_what_they_record_is_one_trace_that_shares_what_was_shared(site, reach, until, unique, tmp_path):
+    site.start_worker("both-1", speedup=50)
+    folder = tmp_path / "recorded"
+    gateway = await site.gateway("--processes", "2", "--record", str(folder), num_workers=1)
+    async with reach(gateway) as api:
+        await until(lambda: _num_answering(api, 2))
+    clients, opened = await _one_of_each(reach, gateway)
+    async with opened:
+        for api in clients.values():
+            assert (await api.chat(unique * 100)).status_code == 200
+        gateway.process.send(signal.SIGTERM)
+    assert await gateway.process.ended() == 0
+    one, other = read_trace(folder, block_size=512, seed=0).sessions
+    assert len(one.turns[0].blocks) > 1
+    assert one.turns[0].blocks.tolist() == other.turns[0].blocks.tolist()

@@ -15,6 +15,7 @@ from cyclopts import Parameter
 from planes.assets import make_card, read_model_files
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import WorkerId
+from planes.wire.unreadable import UNREADABLE
 from process import logging as logs
 from process.settings import command_line
 from workers.adopted.engine import AdoptedEngine, AdoptOptions
@@ -107,7 +108,7 @@ class ModelFiles(msgspec.Struct, frozen=True):
         card = make_card(files, model="", block_size=1)
         try:
             whole = msgspec.json.decode(files.get("config.json", b"{}"), type=_Config)
-        except msgspec.DecodeError:
+        except UNREADABLE:
             whole = _Config()
         config = whole.text_config or whole
         head = config.head_dim or config.hidden_size // max(1, config.num_attention_heads)

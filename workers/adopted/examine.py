@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from planes.wire.unreadable import UNREADABLE
 from process.paths import is_hub_id
 from workers.adopted.http import Address, HttpClient, ServerGone
 from workers.adopted.metrics import read_cache_config
@@ -154,7 +155,7 @@ async def _asked(client: HttpClient, path: str, kind: type[Any]) -> Any:
         if status != 200:
             raise EngineStartError(f"{path} of {client.address.netloc} answers {status}: is it a vLLM server?")
         return msgspec.json.decode(reply, type=kind)
-    except msgspec.DecodeError as exc:
+    except UNREADABLE as exc:
         raise EngineStartError(f"{path} of {client.address.netloc} is not what vLLM says: {exc}") from exc
 
 

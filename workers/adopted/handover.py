@@ -10,6 +10,7 @@ import msgspec
 
 from planes.wire.frames import DecodeLeg, LocalLeg, PrefillLeg, Ticket
 from planes.wire.messages import ADOPTED, HandoverEndpoint, HandoverMode, WorkerId
+from planes.wire.unreadable import UNREADABLE
 from workers.adopted.examine import ServerFacts
 from workers.engine.base import EngineRequest, EngineStartError
 from workers.engine.layout import layout_hash
@@ -115,7 +116,7 @@ def _fetched(leg: DecodeLeg, request: EngineRequest, *, block_size: int, num_gro
     try:
         params = msgspec.msgpack.decode(ticket.params, type=TicketParams)
         kept = kept_blocks(params.vllm)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except UNREADABLE as exc:
         raise malformed(f"the ticket's params are malformed: {exc}") from exc
     num_tokens = len(request.prompt)
     if not kept.remote_num_tokens == ticket.num_tokens == num_tokens or kept.transfer_mode != "pull":

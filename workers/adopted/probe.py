@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from planes.wire.messages import LatencyPrior
+from planes.wire.unreadable import UNREADABLE
 from workers.adopted.answer import END, Chunk, decode_chunk, events
 from workers.adopted.examine import GENERATE
 from workers.adopted.handover import KeptBlocks, kept_blocks
@@ -81,7 +82,7 @@ async def _asked(client: HttpClient, prompt: list[int], more: dict[str, Any]) ->
     status, reply = await client.ask("POST", GENERATE, _body(prompt, 1, more), timeout_s=_TIMEOUT_S)
     try:
         whole = decode_chunk(reply)
-    except msgspec.DecodeError as exc:
+    except UNREADABLE as exc:
         raise EngineStartError(f"{GENERATE} does not answer as vLLM does: {exc}") from exc
     if status != 200:
         raise EngineStartError(f"{GENERATE} answers {status}: {whole.error.message if whole.error else ''}")

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
+from planes.wire.unreadable import UNREADABLE
 from workers.answer.parts import CallArguments, CallStart, Part
 
 _HEAD: Final = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
@@ -87,7 +88,7 @@ class CallReader:
     def _begin(self, head: re.Match[str]) -> Iterator[Part]:
         try:
             name = msgspec.json.decode(head[1], type=str)
-        except msgspec.DecodeError:
+        except UNREADABLE:
             return
         self.is_told = True
         yield CallStart(self._index, name)
@@ -108,7 +109,7 @@ class CallReader:
         """Of a call that has been read to its end."""
         try:
             call = msgspec.json.decode(self._text, type=dict[str, Any])
-        except (msgspec.DecodeError, RecursionError):
+        except UNREADABLE:
             return []
         name = call.get("name")
         if not isinstance(name, str):

@@ -16,6 +16,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from planes.wire.errors import HeadraceError
+from planes.wire.unreadable import UNREADABLE
 
 _CONTEXT_TOKENS = 6
 _WINDOW_TOKENS = 8
@@ -117,7 +118,7 @@ def load_vocabulary(path: Path) -> Vocabulary:
         file = msgspec.json.decode(path.read_bytes(), type=_TokenizerFile)
     except OSError as exc:
         raise UnreadableTokenizer(f"{path}: {exc.strerror}") from exc
-    except msgspec.MsgspecError as exc:
+    except UNREADABLE as exc:
         raise UnreadableTokenizer(f"{path} is no tokenizer.json: {exc}") from exc
     words = file.model.words()
     names = [b""] * (1 + max([*words.values(), *(token.id for token in file.added_tokens)], default=-1))

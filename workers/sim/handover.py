@@ -19,6 +19,7 @@ import structlog
 
 from planes.wire.errors import InvalidRequest
 from planes.wire.messages import HandoverEndpoint, HandoverMode
+from planes.wire.unreadable import UNREADABLE
 from workers.sim.kv_pool import KvPool
 from workers.sim.side_channel import (
     Announcement,
@@ -151,7 +152,7 @@ class Handovers(ABC):
     def parse(self, params: bytes) -> Offer:
         try:
             offer = msgspec.msgpack.decode(params, type=Offer)
-        except (msgspec.MsgspecError, ValueError) as exc:
+        except (*UNREADABLE, ValueError) as exc:
             raise InvalidRequest(f"the ticket's params are malformed: {exc}", param="ticket") from exc
         if not offer.blocks or len(offer.blocks) % 4:
             raise InvalidRequest(f"the ticket names its blocks in {len(offer.blocks)} bytes", param="ticket")

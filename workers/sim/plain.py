@@ -21,6 +21,7 @@ from cyclopts import Parameter
 
 from planes.wire.frames import FinishReason, Sampling
 from planes.wire.messages import KvEvent, RequestId, StepSample, WorkerId
+from planes.wire.unreadable import UNREADABLE
 from process import logging as logs
 from process.settings import command_line, run
 from workers.answer.detokenizer import Vocabulary, load_vocabulary
@@ -143,7 +144,7 @@ class _Connection(asyncio.Protocol):
             return
         try:
             body = msgspec.json.decode(self._body, type=dict[str, Any])
-        except msgspec.MsgspecError as exc:
+        except UNREADABLE as exc:
             self._transport.write(message(400, {"error": {"message": str(exc)}}))
             return
         self._text, self._num_tokens = [], 0

@@ -12,6 +12,7 @@ from typing import Protocol
 import msgspec
 
 from planes.wire.errors import Interrupted
+from planes.wire.unreadable import UNREADABLE
 
 MAX_MESSAGE = 16 << 20
 """Bytes; an announcement takes 4 per block."""
@@ -117,7 +118,7 @@ class Listener:
             with contextlib.suppress(OSError):
                 await reader.read(1)  # until the other side hangs up
             self._on_gone(question, caller)
-        except (OSError, asyncio.IncompleteReadError, ValueError, msgspec.MsgspecError) as exc:
+        except (OSError, asyncio.IncompleteReadError, ValueError, *UNREADABLE) as exc:
             caller.answer(Refused(f"not understood: {exc}"))
         finally:
             del self._callers[caller]
@@ -156,7 +157,7 @@ async def answer_from(reader: asyncio.StreamReader) -> Written:
     """Raises:  HandoverFailed if the answer is a refusal, or the other side hung up without one."""
     try:
         answer = _answer.decode(await _read(reader))
-    except (OSError, asyncio.IncompleteReadError, ValueError, msgspec.MsgspecError) as exc:
+    except (OSError, asyncio.IncompleteReadError, ValueError, *UNREADABLE) as exc:
         raise HandoverFailed(f"the prefill worker hung up before the KV cache was handed over ({exc})") from exc
     if isinstance(answer, Refused):
         raise HandoverFailed(f"the prefill worker refused: {answer.reason}")

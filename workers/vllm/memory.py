@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from planes.wire.unreadable import UNREADABLE
 from workers.engine.base import EngineStartError
 
 _OVERHEAD_BYTES = 1_400 << 20
@@ -44,7 +45,7 @@ def _largest_tensor(file: Path) -> int:
         length = int.from_bytes(opened.read(8), "little")
         try:
             header = msgspec.json.decode(opened.read(min(length, _MAX_HEADER_BYTES)), type=dict[str, dict[str, Any]])
-        except msgspec.DecodeError as exc:
+        except UNREADABLE as exc:
             raise EngineStartError(f"{file} is no file of safetensors: {exc}") from exc
     spans = [tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__"]
     return max((end - begin for begin, end in spans), default=0)

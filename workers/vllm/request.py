@@ -12,6 +12,7 @@ import msgspec
 from planes.wire.errors import HeadraceError, InvalidRequest
 from planes.wire.frames import LocalLeg, PrefillLeg, Sampling, Ticket
 from planes.wire.messages import HandoverEndpoint, HandoverMode, WorkerId
+from planes.wire.unreadable import UNREADABLE
 from workers.engine.base import EngineRequest, is_drawn_again
 
 _GREEDY_BELOW = 1e-5
@@ -102,7 +103,7 @@ def pull_params(ticket: Ticket, request: EngineRequest, groups: list[KvGroup], *
     """
     try:
         pull = msgspec.msgpack.decode(ticket.params, type=PullParams)
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as exc:
+    except UNREADABLE as exc:
         raise malformed(f"the ticket's params are malformed: {exc}") from exc
     num_tokens = len(request.prompt)
     if not pull.remote_num_tokens == ticket.num_tokens == num_tokens:

@@ -17,6 +17,7 @@ from app.openai.responses.bodies import Item, Part
 from app.openai.schema import NULL, Json, Limits
 from planes.wire.errors import InvalidRequest
 from planes.wire.response_object import item_id
+from planes.wire.unreadable import UNREADABLE
 
 _ITEMS: Final = msgspec.json.Decoder(list[msgspec.Raw])
 _ITEM: Final = msgspec.json.Decoder(Item)
@@ -209,7 +210,7 @@ def _output_text(output: msgspec.Raw) -> str:
         return ""
     try:
         value: Any = _OUTPUT.decode(output)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return bytes(output).decode(errors="replace")  # some other JSON value: as good a text as any
     return value if isinstance(value, str) else _joined(value)
 
@@ -228,7 +229,7 @@ def _check(item: Item, where: str) -> None:
     elif item.kind in ("function_call_output", "custom_tool_call_output"):
         try:
             parts = _OUTPUT.decode(item.output)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except UNREADABLE:
             return
         if not isinstance(parts, str):
             _check_parts(parts, f"{where}.output")

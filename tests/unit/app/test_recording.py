@@ -1,10 +1,12 @@
 import asyncio
 import json
+import resource
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from app import recording
 from app.recording import EndedRequest, Recorder, hash_ids
@@ -104,6 +106,23 @@ def test_a_disk_that_fails_costs_lines_and_is_counted(tmp_path):
     (tmp_path / "gone").rename(tmp_path / "moved")
     made.write([ended(tokens((1, 10)))])
     assert {gauge.name: gauge.value for gauge in made.gauges()} == {"recorded": 0, "record_left_out": 1}
+
+
+def test_a_disk_that_is_full_amid_a_line_leaves_whole_lines_alone(tmp_path):
+    made = recorder(tmp_path)
+    made.write([ended(tokens((1, 10)))])
+    (path,) = tmp_path.glob("*.jsonl")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limits[1]))
+    try:
+        with capture_logs() as logs:  # of the tests' own file, too, no more may be written
+            made.write([ended(tokens((2, 10)))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    made.write([ended(tokens((3, 10)))])
+    assert [line["event"] for line in logs] == ["record.failed"]
+    assert len(lines(tmp_path)) == 2
+    assert {gauge.name: gauge.value for gauge in made.gauges()} == {"recorded": 2, "record_left_out": 1}
 
 
 def test_prompts_that_come_faster_than_they_are_written_are_left_out(tmp_path):

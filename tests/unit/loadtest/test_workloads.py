@@ -70,7 +70,8 @@ def test_a_folder_of_traces_is_one_trace(trace, tmp_path):
     folder.mkdir()
     first, second, third = trace.read_text().splitlines()
     (folder / "b.jsonl").write_text(f"{first}\n{second}\n")
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress(third.encode()))
+    (folder / "process-2").mkdir()
+    (folder / "process-2" / "a.jsonl.gz").write_bytes(gzip.compress(third.encode()))
     (folder / "notes.txt").write_text("no trace")
     whole = workloads.read_trace(workloads.find_trace(str(folder)), block_size=512, seed=1)
     assert whole.name == "recorded"

@@ -12,6 +12,7 @@ from aetcd import Transactions
 
 from planes.control import Etcd, Registrar, WorkerDirectory, WorkerIdTaken, _pauses, workers_prefix
 from planes.wire.messages import EngineFacts, Registration, Role, WorkerId, WorkerState
+from tests.fakes import DEEP
 
 FACTS = EngineFacts(
     block_size=16, num_blocks=8, context_length=64, max_batch=2, max_step_tokens=32, bytes_per_block=1, vocab_size=9
@@ -101,7 +102,7 @@ async def test_a_worker_missing_from_a_listing_has_a_grace(seen: Seen) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [b"", b"{", b"\xff\xfe", b"[]", b'{"worker": 1}', msgspec.json.encode(registration("other"))]
+    "value", [b"", b"{", b"\xff\xfe", b"[]", b'{"worker": 1}', msgspec.json.encode(registration("other")), DEEP]
 )
 async def test_a_malformed_entry_is_skipped_and_the_last_good_one_stays(seen: Seen, value: bytes) -> None:
     seen.directory._take_change(*entry("a"))

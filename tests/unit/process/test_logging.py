@@ -1,7 +1,10 @@
 import asyncio
+import errno
+
+import structlog
 
 from planes.wire.messages import Role
-from process.logging import LineWriter, Logfmt
+from process.logging import LineWriter, Logfmt, UnfailingFile
 
 
 class File:
@@ -96,3 +99,18 @@ async def test_no_line_is_left_at_the_end():
     with LineWriter(file := File(), patience_s=60) as lines:
         lines.info("a")
     assert file.writes == ["a\n"]
+
+
+class FullDisk:
+    def write(self, _):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    def flush(self):
+        raise BrokenPipeError
+
+
+def test_a_disk_that_is_full_or_a_reader_that_is_gone_costs_lines_and_nobody_else():
+    structlog.WriteLogger(UnfailingFile(FullDisk())).error("first")
+    lines = LineWriter(FullDisk())
+    lines.error("second")
+    lines.flush()

@@ -129,7 +129,16 @@ def test_stays_finite_non_negative_and_monotone_whatever_comes_in(samples, data)
     assert all(0 <= error <= 10 for error in errors)
 
 
-@pytest.mark.parametrize("seconds", [5e-324, 1e-300, 3600.0])
+@pytest.mark.parametrize("sample", [(0, 0, 4, 1000, 5e-324), (0, 0, 4, 1 << 40, 1e-6), (100, 5000, 0, 0, 1e-6)])
+def test_no_step_takes_no_time_whatever_a_worker_tells(sample):
+    model = LatencyModel(PRIOR, max_step_tokens=2048)
+    for _ in range(300):
+        model.learn([StepSample(*sample)] * 128)
+    assert model.step_s(1, 0) >= 1e-6
+    assert model.prefill_s(1, 1) >= 1e-6
+
+
+@pytest.mark.parametrize("seconds", [5e-324, 1e-300, 1e-6, 3600.0])
 def test_a_step_of_hardly_any_time_or_a_lot_teaches_no_nonsense(seconds):
     model, link = LatencyModel(PRIOR, max_step_tokens=2048), LinkModel(PRIOR)
     for _ in range(10):

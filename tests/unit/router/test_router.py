@@ -32,7 +32,7 @@ from router.policies.headrace import Headrace
 from router.policies.least_loaded import LeastLoaded
 from router.policies.round_robin import RoundRobin
 from router.policy import Choice
-from router.request import Failure, Observed, Outcome, RoutableRequest, Route, Sacrifice, SloSource
+from router.request import Failure, HandoverPreference, Observed, Outcome, RoutableRequest, Route, Sacrifice, SloSource
 from router.router import Refusal, Router
 from router.settings import ModelSlos, RouterSettings
 from tests.fakes import candidate
@@ -637,6 +637,19 @@ def test_answers_shorter_than_allowed_are_learned():
     previewed = router.preview(asked, now=4000.0).chosen
     (route,) = send(router, "x", now=4000.0, tokens=100, expected=1000)
     assert route.predicted.total_s == previewed.total_s < unlearned.total_s / 5
+
+
+def test_who_may_have_several_tokens_has_a_seat_of_a_decode_worker_however_short_answers_were():
+    router = router_of(*split())
+    for k in range(300):
+        send(router, f"r{k}", now=k * 10.0, expected=12_000)
+        router.prefilled(RequestId(f"r{k}"), now=k * 10.0 + 2)
+        router.release(RequestId(f"r{k}"), Observed(completion_tokens=150), now=k * 10.0 + 5)
+    for max_tokens, worker in ((64, "d0"), (2, "d0"), (1, "p0")):
+        (route,) = send(router, "x", now=4000.0, expected=max_tokens, handover=HandoverPreference.ALWAYS)
+        assert (route.prefill, route.decode) == ("p0", "d0")
+        assert [name for name, each in router._fleet.workers.items() if "x" in each.decoding] == [worker]
+        router.release(RequestId("x"), Observed(outcome=Outcome.CANCELLED), now=4000.0)
 
 
 def test_lengths_are_remembered_of_so_many_models_and_the_silent_ones_are_forgotten_first():

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from planes.wire.messages import Adapter
+from tests.fakes import DEEP
 from workers.adapters import AdapterKeeper
 from workers.engine.base import AdapterUnusable
 
@@ -12,14 +13,17 @@ POET = Adapter("poet", "m", "/a/poet", 7)
 
 class Engine:
     def __init__(self):
-        self.loaded, self.refuses = [], set()
+        self.loaded, self.refuses, self.refuses_number = [], set(), None
+        self.may_unload = asyncio.Event()
+        self.may_unload.set()
 
     async def load_adapter(self, adapter):
-        if adapter.name in self.refuses:
+        if adapter.name in self.refuses or adapter.number == self.refuses_number:
             raise AdapterUnusable("no such directory")
         self.loaded.append(adapter.number)
 
     async def unload_adapter(self, adapter):
+        await self.may_unload.wait()
         self.loaded.remove(adapter.number)
 
 
@@ -74,6 +78,7 @@ async def test_those_of_other_models_and_unreadable_ones_are_none_of_its(kept):
     keeper, engine, _, registered = kept
     keeper.take("other", packed(Adapter("other", "n", "/a", 3)))
     keeper.take("broken", b"{")
+    keeper.take("deep", DEEP)
     keeper.take("poet", packed(POET))
     await registered.until({7: ""})
     assert engine.loaded == [7]
@@ -101,6 +106,40 @@ async def test_one_that_is_gone_stays_for_the_requests_that_run_with_it(kept):
     server.has_none.set()
     await registered.until({8: ""})
     assert (engine.loaded, server.adapters) == ([8], {8})
+
+
+async def test_one_that_comes_back_before_it_was_given_up_stays(kept):
+    keeper, engine, server, registered = kept
+    engine.refuses_number = 9
+    keeper.take("poet", packed(POET))
+    await registered.until({7: ""})
+    server.has_none.clear()
+    keeper.take("poet", packed(msgspec.structs.replace(POET, number=9)))
+    await registered.until({7: "", 9: "no such directory"})
+    keeper.take("poet", packed(POET))
+    await registered.until({7: ""})
+    server.has_none.set()
+    keeper.take("prose", packed(Adapter("prose", "m", "/a/prose", 8)))
+    await registered.until({7: "", 8: ""})
+    keeper.take("prose", None)  # what is given up later is given up after it would have been
+    await registered.until({7: ""})
+    assert (engine.loaded, server.adapters) == ([7], {7})
+    keeper.take("poet", None)
+    await registered.until({})
+    assert engine.loaded == []
+
+
+async def test_one_that_comes_back_while_it_is_unloaded_is_loaded_again(kept):
+    keeper, engine, _, registered = kept
+    keeper.take("poet", packed(POET))
+    await registered.until({7: ""})
+    engine.may_unload.clear()
+    keeper.take("poet", None)
+    await registered.until({})
+    keeper.take("poet", packed(POET))
+    engine.may_unload.set()
+    await registered.until({7: ""})
+    assert engine.loaded == [7]
 
 
 async def test_another_load_of_a_name_is_another_adapter(kept):

@@ -203,8 +203,9 @@ async def test_what_cannot_be_run_any_more_leaves_the_queue_and_its_gateway_is_t
     assert (news.job, news.failed.kind, news.failed.code) == ("r.q", FailureKind.REJECTED, code)
 
 
-async def test_what_nobody_can_read_leaves_the_queue(world):
-    job = await world.pulled(FakeJob(content=b"\xc1"))
+@pytest.mark.parametrize("content", [b"\xc1", b"\x81\xa1?" + b"\x91" * 20_000 + b"\xc0"], ids=["broken", "deep"])
+async def test_what_nobody_can_read_leaves_the_queue(world, content):
+    job = await world.pulled(FakeJob(content=content))
     assert (job.said, world.server.runs, world.plane.sent) == (["ack"], [], [])
 
 

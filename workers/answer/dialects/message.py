@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from planes.wire.frames import FinishReason, Format, Usage
+from planes.wire.unreadable import UNREADABLE
 from workers.answer.dialects.base import Ending, FinishedChoice, TokenNote
 from workers.answer.dialects.names import item_id
 from workers.answer.parts import CallArguments, CallStart, Content, Part, Reasoning
@@ -167,7 +168,7 @@ def _input(arguments: str) -> dict[str, Any]:
     """A call's arguments as the object that they have to be; what is none is handed on as the model wrote it."""
     try:
         return msgspec.json.decode(arguments or "{}", type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError):
+    except UNREADABLE:
         return {"arguments": arguments}
 
 

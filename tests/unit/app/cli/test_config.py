@@ -37,12 +37,16 @@ def test_a_model_has_slos_of_its_own_whatever_its_name():
         ("policy=none_such", "policy is 'none_such' and must be"),
         ("policy=os:abort", "policy is 'os:abort' .* only where a gateway is started with --policy"),
         ("shadow_policy=os:abort", "shadow_policy is 'os:abort' .* started with --shadow-policy"),
-        ("queue_limit=x", r"Expected `int \| null`, got `str` - at `\$.queue_limit`"),
+        ("queue_limit=x", "queue_limit is 'x' and must be a whole number, or null, which takes it away"),
+        ("quantum_tokens=1.5", "quantum_tokens is '1.5' and must be a whole number"),
+        ("aging=1e999", "aging is '1e999' and must be a smaller number"),
+        ("aging=", "aging is '' and must be a number"),
+        ("refuse_late=often", "refuse_late is 'often' and must be true or false"),
         ("queue_limit=0", "queue_limit is 0 and must be 1 to"),
         ("slo_ttft_s=-1", "slo_ttft_s is -1.0"),
         ("slo_ttft_s=nan", "slo_ttft_s is nan"),
         ("models.a.b.slo_ttft_s=nan", r"models\.a\.b\.slo_ttft_s is nan and must be 0.001 to"),
-        ("models.a.b.slo_itl_s=x", "Expected `float | null`"),
+        ("models.a.b.slo_itl_s=x", r"models\.a\.b\.slo_itl_s is 'x' and must be a number"),
         ("models.a.aging=1", r"'models\.a\.aging' is no live setting; there are .* models\.MODEL\.slo_itl_s"),
         ("models.slo_itl_s=1", r"'models\.slo_itl_s' is no live setting"),
         ("models={}", "'models' is no live setting"),
@@ -56,7 +60,10 @@ def test_what_gateways_would_refuse_is_refused_at_once(change, message):
 def test_every_setting_is_explained_by_whoever_declares_it():
     told = {each.name: each for each in live_settings()}
     assert tuple(told) == NAMES
-    assert (told["aging"].otherwise, told["history"].meaning) == ("4.0", "Most decisions kept for explain, 1 or more.")
+    assert (told["aging"].otherwise, told["history"].meaning) == (
+        "4.0",
+        "Most decisions kept for explain, 1 or more. Here 1 to 1e+06.",
+    )
     assert (told["shadow_policy"].otherwise, told["queue_limit"].otherwise) == ("--shadow-policy", "--queue-limit")
     assert told["policy"].meaning.startswith("Routing policy: a name")
 

@@ -10,7 +10,7 @@ from planes.election import OfficeLost
 from planes.wire.messages import Role, RoleWish
 from router.load import ModelLoad
 from router.roles import RoleGoals, RolePlanner
-from tests.fakes import registration
+from tests.fakes import DEEP, registration
 from tests.unit.router.test_roles import ENGINE, WINDOW_S, load, status
 
 MORNING = load(8, 8000, 40)
@@ -110,9 +110,28 @@ async def test_what_other_gateways_tell_counts_too_and_what_cannot_be_read_does_
     world = World(load(2, 8000, 40))
     await world.windows(3)
     assert world.candidate.wishes == []
-    world.candidate.others = {"other": msgspec.json.encode({"sim": load(6, 8000, 40)}), "newer": b"{"}
+    world.candidate.others = {"other": msgspec.json.encode({"sim": load(6, 8000, 40)}), "newer": b"{", "deep": DEEP}
     await world.windows(2)
     assert len(world.candidate.wishes) == 1
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"arrived": 20, "ended": 20, "stream_tokens": 5},
+        {"arrived": 20, "ended": 20, "stream_tokens": 5, "streams": 2, "with_itl": 1},
+        {"arrived": 1e18, "ended": 1e-300, "prompt_tokens": 1e-300, "stream_tokens": 1e18, "streams": 1e-300},
+    ],
+    ids=["no streams", "no SLO", "absurd"],
+)
+async def test_what_another_gateway_tells_that_cannot_be_costs_no_decision_after_it(told):
+    world = World()
+    world.candidate.others = {"other": msgspec.json.encode({"sim": told, "other": told})}
+    await world.windows(2)
+    world.candidate.others = {}
+    await world.windows(2)
+    assert world.candidate.wishes
+    assert world.candidate.noted[-1]
 
 
 async def test_a_newly_elected_gateway_begins_anew():

@@ -132,6 +132,27 @@ async def test_pipelined_requests_are_answered_in_order(recorder, connect):
             assert await read_chunks(reader) == [expected]
 
 
+async def test_who_goes_is_noticed_in_the_second_of_two_pipelined_requests_too(recorder, connect):
+    begun = asyncio.Event()
+
+    async def first_at_once(request, response):
+        body = await read_body(request, 100)
+        if body == b"first":
+            asyncio.get_running_loop().call_soon(response.whole, 200, [], b"one")  # as a worker's last word ends it
+            for _ in range(3):
+                await asyncio.sleep(0)
+            return
+        begun.set()
+        await asyncio.Event().wait()
+
+    recorder.produce = first_at_once
+    async with connect() as (_, writer):
+        writer.write(post(body=b"first") + post(body=b"second"))
+        assert await asyncio.wait_for(recorder.ended.get(), 60) == "done"
+        await asyncio.wait_for(begun.wait(), 60)
+    assert await asyncio.wait_for(recorder.ended.get(), 60) == "cancelled"
+
+
 async def test_http_1_0_gets_a_body_that_ends_with_the_connection(recorder, connect):
     recorder.produce = say_hello
     async with connect() as (reader, writer):

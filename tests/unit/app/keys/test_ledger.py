@@ -148,6 +148,21 @@ async def test_without_etcd_a_gateway_goes_on_and_tells_later(ledgers, etcd):
     assert await _outcome(ledgers[1], who) == "rate_limit_exceeded"
 
 
+async def test_what_was_taken_and_not_answered_is_in_hand_when_etcd_is_back(ledgers, etcd):
+    who = tenant(requests_per_day=1000)
+    etcd.fails_after_swap = True
+    await reserve(ledgers[0], who)
+    taken = budget(etcd)
+    assert taken.taken[1] > 1, "a slice beside the one that was needed"
+    etcd.fails_after_swap = False
+    while budget(etcd).last == taken.last:  # it tells what it has let in meanwhile
+        etcd.told.clear()
+        await etcd.told.wait()
+    await asyncio.sleep(0)
+    share = ledgers[0]._accounts["key_1"].share
+    assert budget(etcd).taken[1] + share.owed[1] - share.in_hand[1] == 1, "all but what was used is in its hand"
+
+
 async def _outcome(ledger, who):
     try:
         await reserve(ledger, who)

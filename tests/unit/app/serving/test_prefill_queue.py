@@ -141,6 +141,15 @@ async def test_nobody_waiting_means_that_all_workers_are_told(world):
     assert world.plane.sent[1:] == [("unwanted.m", PrefillUnwanted(RequestId("r.q"), W1))]
 
 
+async def test_an_answer_in_the_turn_in_which_nobody_waits_any_more_is_given_up(world):
+    asking = world.ask()
+    await settle()
+    world.news(W1, done=DONE)
+    asking.cancel()
+    await settle()
+    assert world.plane.sent == [("unwanted.m", PrefillUnwanted(RequestId("r.q"), W1))]
+
+
 async def test_what_is_unwanted_during_an_outage_is_told_after_it(world):
     asking = world.ask()
     await settle()

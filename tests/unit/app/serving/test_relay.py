@@ -6,6 +6,7 @@ import weakref
 import msgspec
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from app.metrics import Metrics
 from app.openai.request_headers import HeaderOptions
@@ -34,7 +35,8 @@ from planes.wire.frames import (
 )
 from planes.wire.messages import HandoverMode, RequestId, Role, WorkerId
 from router.errors import NoWorker
-from router.request import Failure, HandoverPreference, Outcome
+from router.request import Failure, HandoverPreference, Outcome, RoutableRequest
+from router.router import Refusal
 from tests.fakes import FakeResponse, FakeRouter, FakeWorkers, registration, route
 
 PROMPT = np.arange(1, 21, dtype=np.uint32)  # not a multiple of the block size
@@ -633,6 +635,18 @@ async def test_a_bug_of_ours_is_answered_and_counted(scene):
     assert response.status == 500
     assert b"secret" not in response.body
     assert 'code="internal_error"' in metric(scene, "headrace_requests_total")[0]
+
+
+async def test_a_bug_in_the_books_costs_nobody_else_an_answer(scene, monkeypatch):
+    monkeypatch.setattr(scene.metrics, "ended", lambda _: 1 / 0)
+    answers = []
+    scene.router.answers = [Refusal(RequestId("r"), Rejected("too late")), route("other", "d1")]
+    scene.dispatcher.submit(RoutableRequest(RequestId("other"), "m", np.empty(0, np.uint64), 1, 1, 1e9), answers.append)
+    with capture_logs() as logs:
+        await scene.relay.run(scene.request(), scene.response)
+    assert scene.response.status == 503
+    assert [found.decode for found in answers] == ["d1"]
+    assert [(line["event"], line["request_id"]) for line in logs] == [("request.bug", "r")]
 
 
 async def test_a_prefill_worker_without_an_endpoint_is_not_used(scene):
