@@ -69,7 +69,7 @@ class AdapterKeeper:
         """What is registered."""
         self._kept: dict[int, Adapter] = {}
         """Those that the engine has."""
-        self._leaving: set[int] = set()
+        self._leaving: dict[int, asyncio.Task[None]] = {}
         self._has_changed = asyncio.Event()
 
     def take(self, name: str, value: bytes | None) -> None:
@@ -87,12 +87,13 @@ class AdapterKeeper:
                 await self._has_changed.wait()
                 self._has_changed.clear()
                 wanted = {adapter.number: adapter for adapter in self._wanted.values()}
+                for number in [each for each in self._told if each in wanted and each in self._leaving]:
+                    self._leaving.pop(number).cancel()  # it has come back, and nothing has been taken from it
                 for number in [each for each in self._told if each not in wanted]:
                     if number not in self._kept:
                         self._tell(number, None)  # it was never loaded
                     elif number not in self._leaving:
-                        self._leaving.add(number)
-                        group.create_task(self._leave(self._kept[number]))
+                        self._leaving[number] = group.create_task(self._leave(self._kept[number]))
                 for adapter in wanted.values():
                     if adapter.number not in self._told and adapter.number not in self._leaving:
                         await self._load(adapter)
@@ -113,14 +114,14 @@ class AdapterKeeper:
         number = adapter.number
         await asyncio.sleep(self._linger_s)
         await self._server.until_without(number)
-        if adapter not in self._wanted.values():  # else it has come back, and nothing has been taken from it
+        if adapter not in self._wanted.values():
             self._server.adapters.discard(number)
             self._tell(number, None)
             del self._kept[number]
             await self._engine.unload_adapter(adapter)
             _log.info("adapter.unloaded", adapter=adapter.name, number=number)
-        self._leaving.discard(number)
-        self._has_changed.set()  # it may have come back only now
+        del self._leaving[number]
+        self._has_changed.set()  # it may have come back, or gone once more, meanwhile
 
     def _tell(self, number: int, answer: str | None) -> None:
         told = {each: said for each, said in self._told.items() if each != number}

@@ -262,9 +262,15 @@ class WorkerServer:
         try:
             self._begin(connection, self._admitted(request), request)
         except HeadraceError as exc:
-            connection.post(_failed(request.stream, exc))
-            if self.tally is not None:
-                self.tally.failed(exc.code)
+            self._not_begun(connection, request.stream, exc)
+        except Exception:  # noqa: BLE001 - a defect ends its own request, and not its gateway's connection
+            _log.exception("request.bug", request_id=request.request)
+            defect = HeadraceError("this worker could not begin the request; its log says why")
+            self._not_begun(connection, request.stream, defect)
+
+    def _not_begun(self, connection: Connection, stream: StreamId, error: HeadraceError) -> None:
+        self._abort(connection, stream)  # it may have begun in part
+        self._refuse(connection, stream, error)
 
     def cancel(self, connection: Connection, stream: StreamId) -> None:
         """The last word on it is what it has used: the gateway has not heard of tokens that are under way."""
@@ -332,11 +338,7 @@ class WorkerServer:
         self._running.setdefault(connection, {})[request.stream] = running
         self._idle.clear()
         running.timer = self._call_later(request.timeout_s, partial(self._expire, running))
-        try:
-            self._engine.submit(admitted, partial(self._take, running))
-        except InvalidRequest:
-            self._end(running)
-            raise
+        self._engine.submit(admitted, partial(self._take, running))
 
     def _formatter(self, admitted: EngineRequest, request: Generate) -> Formatter:
         parser = self._parser_of(request.format.parsing, admitted)
@@ -376,7 +378,8 @@ class WorkerServer:
         running.state = _State.RUNNING
         running.measure(output)
         if output.refusal is not None:
-            self._refuse(running, output.refusal)
+            self._end(running)
+            self._refuse(running.connection, running.request.stream, output.refusal)
         elif output.finish in (FinishReason.ERROR, FinishReason.ABORT):
             self._engine_failed(running, output)
         elif isinstance(running.request.leg, PrefillLeg):
@@ -466,9 +469,8 @@ class WorkerServer:
         reason = message if reason is None else reason
         _log.warning("request.failed", request_id=running.request.request, kind=kind, code=code, reason=reason)
 
-    def _refuse(self, running: _RunningRequest, error: InvalidRequest) -> None:
-        self._end(running)
-        running.connection.post(_failed(running.request.stream, error))
+    def _refuse(self, connection: Connection, stream: StreamId, error: HeadraceError) -> None:
+        connection.post(_failed(stream, error))
         if self.tally is not None:
             self.tally.failed(error.code)
 

@@ -86,7 +86,7 @@ def _assistant(blocks: list[Block], where: str) -> dict[str, Json]:
                 texts.append(_block_text(block, f"{where}[{index}]"))
     message: dict[str, Json] = {"role": "assistant", "content": "\n".join(texts)}
     if thoughts:
-        message["reasoning_content"] = "\n".join(thoughts)
+        message["reasoning"] = message["reasoning_content"] = "\n".join(thoughts)  # templates know one or the other
     if calls:
         message["tool_calls"] = calls
     return message

@@ -60,13 +60,17 @@ def live_settings() -> Iterator[LiveSetting]:
         meaning = told if isinstance(told, str) else told.help
         if name in ("policy", "shadow_policy"):
             meaning += f" Here by name; a class of your own only where {otherwise} names it."
-        least, most = RANGES.get(name, (False, True))
-        if not isinstance(least, bool):
-            meaning += f" Here {least:g} to {most:g}."
-        yield LiveSetting(name, otherwise, meaning)
+        yield LiveSetting(name, otherwise, meaning + _range(name))
     of_model = get_type_hints(ModelSlos, include_extras=True)
     for name, full in zip(ModelSlos.__struct_fields__, _OF_MODELS, strict=True):
-        yield LiveSetting(full, name, of_model[name].__metadata__[0])
+        yield LiveSetting(full, name, of_model[name].__metadata__[0] + _range(name))
+
+
+def _range(name: str) -> str:
+    if name not in RANGES:
+        return ""
+    least, most = RANGES[name]
+    return f" Here {least:g} to {most:g}."
 
 
 async def change_config(changes: tuple[str, ...], settings: ConfigSettings) -> str:
@@ -97,7 +101,7 @@ def changed(content: bytes | None, changes: tuple[str, ...]) -> bytes:
     """The settings with the changes, fit for every gateway.  Raises:  UnusableConfig naming what is wrong."""
     try:
         current = RoutingConfig() if content is None else msgspec.json.decode(content, type=RoutingConfig)
-    except (ValueError, *UNREADABLE) as exc:
+    except UNREADABLE as exc:
         raise UnusableConfig(
             f"what etcd holds is refused by gateways ({exc}); headrace config --clear removes it"
         ) from exc

@@ -13,7 +13,6 @@ from app.keys.tenant import KeyTerms, UnusableTerm, check_terms
 from planes.control import Etcd
 from planes.entries import NEW, Entries
 from planes.wire.errors import HeadraceError, UnusableSetting
-from planes.wire.unreadable import UNREADABLE
 from process.logging import printable
 from process.settings import EtcdSettings
 
@@ -136,7 +135,7 @@ def table(found: dict[str, bytes], *, now: datetime) -> str:
     for name, value in found.items():
         try:
             record = decoded(value)
-        except (ValueError, *UNREADABLE) as exc:
+        except ValueError as exc:
             rows.append((name, "unreadable", "", "", "", str(exc)))
             continue
         living = [each for each in record.secrets if each.expires_at is None or each.expires_at > now]

@@ -152,8 +152,9 @@ class Supervisor:
         )
         with contextlib.closing(transport), child.log.open("ab") as log:
             while line := await read_line(stream):
-                log.write(line)
-                log.flush()
+                with contextlib.suppress(OSError):  # a disk that is full costs lines
+                    log.write(line)
+                    log.flush()
                 text = line.decode(errors="replace").rstrip()
                 if "worker.ready" in text or "worker.progress" in text:
                     self._progressed(child, text)

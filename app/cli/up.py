@@ -6,6 +6,7 @@ grow; what dies before ends everything with its last words.
 """
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import re
@@ -41,6 +42,8 @@ from router.policies import load_policy
 from workers.settings import WorkerSettings
 
 _LOCK = "headrace.lock"
+_HEALTH_S = 10.0
+"""For the gateway's answer whether it serves; it is asked again."""
 """Locked in the state directory while `headrace up` runs there; its presence says that the directory is ours."""
 
 
@@ -357,12 +360,13 @@ async def _serves(settings: UpSettings, num_workers: int) -> bool:
     try:
         # Its certificate may be for whatever name clients use: nobody is told anything here, and it is our own child.
         tls = ssl._create_unverified_context() if settings.tls_cert is not None else None  # noqa: S323, SLF001
-        reader, writer = await asyncio.open_connection(_reachable(settings.host), settings.port, ssl=tls)
-    except OSError:
+        async with asyncio.timeout(_HEALTH_S):
+            reader, writer = await asyncio.open_connection(_reachable(settings.host), settings.port, ssl=tls)
+            with contextlib.closing(writer):
+                writer.write(b"GET /health HTTP/1.1\r\nHost: headrace\r\nConnection: close\r\n\r\n")
+                reply = await reader.read()
+    except (OSError, TimeoutError):
         return False
-    writer.write(b"GET /health HTTP/1.1\r\nHost: headrace\r\nConnection: close\r\n\r\n")
-    reply = await reader.read()
-    writer.close()
     connected = re.search(rb'"workers":(\d+)', reply)  # others may share the namespace
     there = re.search(rb'"processes":(\d+)', reply)  # one alone does not tell
     return (

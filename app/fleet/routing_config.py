@@ -31,7 +31,6 @@ RANGES: Final = {
     "queue_limit": (1, 10**9),
     "slo_ttft_s": (1e-3, 1e9),
     "slo_itl_s": (1e-6, 1e6),
-    "refuse_late": (False, True),
     "late_s": (0.0, 1e9),
     "aging": (1e-6, 1e6),
     "promote_after_s": (1e-3, 1e9),
@@ -80,9 +79,9 @@ def routing_setup(started: GatewaySettings, config: RoutingConfig) -> RoutingSet
                 f"{field} is {name!r} and must be one of {', '.join(sorted(POLICIES))}; a class of your own is loaded "
                 f"only where a gateway is started with --{field.replace('_', '-')}"
             )
-    changed = {name: value for name in RANGES if (value := getattr(config, name)) is not None}
-    for name, value in changed.items():
-        _check_range(name, name, value)
+    changed = {name: value for name in (*RANGES, "refuse_late") if (value := getattr(config, name)) is not None}
+    for name in changed.keys() & RANGES.keys():
+        _check_range(name, name, changed[name])
     if config.models is not None:
         _check_models(config.models)
         changed["models"] = config.models

@@ -29,7 +29,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(config)
         self._live = live
         self._clock = clock
-        self._drained_at = 0.0
+        self._drain_deadline = 0.0
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -40,14 +40,14 @@ class HttpServer(uvicorn.Server):
         """Let running answers end, up to the drain limit; said twice: do not."""
         self.force_exit = self.should_exit
         if not self.should_exit:
-            self._drained_at = self._clock() + (self.config.timeout_graceful_shutdown or 0)
+            self._drain_deadline = self._clock() + (self.config.timeout_graceful_shutdown or 0)
         self.should_exit = True
         if self._live is not None:  # its streams would go on for as long as they may
             self._live.stop()
 
     def left_s(self) -> float:
         """Of the drain limit, once stopped: what else must end has no limit of its own."""
-        return 0.0 if self.force_exit else max(0.0, self._drained_at - self._clock())
+        return 0.0 if self.force_exit else max(0.0, self._drain_deadline - self._clock())
 
     async def cut_off(self) -> None:
         """Let the answers that are left tell their clients, while the workers' streams are still there."""

@@ -113,7 +113,6 @@ class Share:
     slots_used: int = 0
     slots_peak: int = 0
     """Most used at once since then."""
-    _num_changes: int = 0
 
     @property
     def limit(self) -> tuple[int | None, int | None, int | None, int | None]:
@@ -179,8 +178,13 @@ class Share:
         self.slots_held = min(self.slots_held, slots)
         return is_freed or any(self.owed)
 
-    def take(self, budget: Budget, needs: Sequence[Need], now: float, *, has_slice: bool = True) -> Taking:
-        """What to take for these needs and as a slice beside, from `budget`, as etcd has it. Takes nothing yet."""
+    def take(
+        self, budget: Budget, needs: Sequence[Need], now: float, *, has_slice: bool = True, change: str = ""
+    ) -> Taking:
+        """What to take for these needs and as a slice beside, from `budget`, as etcd has it. Changes nothing.
+
+        change: a name that no other one has, nor will have.
+        """
         budget = budget.at(now)
         is_same = _are_same((self.budget.minute, self.budget.day), budget)
         owed = [each if same else 0 for each, same in zip(self.owed, is_same, strict=True)]
@@ -212,9 +216,7 @@ class Share:
             slots += max(0, (slots_left - slots) // _SHARE - free)
         held = self.slots_held + slots
         own = {self.gateway: Slots(held, now)} if self.max_slots is not None and held > 0 else {}
-        self._num_changes += 1
-        last = f"{self.gateway}/{self._num_changes}"
-        after = msgspec.structs.replace(budget, taken=_sum(budget.taken, taken), slots=others | own, last=last)
+        after = msgspec.structs.replace(budget, taken=_sum(budget.taken, taken), slots=others | own, last=change)
         return Taking(after, _amounts(taken), slots, _amounts(owed), shortages)
 
     def took(self, taking: Taking, *, is_told: bool = True) -> None:
@@ -230,12 +232,13 @@ class Share:
         self.slots_held += taking.slots
 
     def took_unanswered(self, taking: Taking) -> None:
-        """etcd has had it for a while; what was of a window that is over by now is worth nothing."""
+        """etcd has had it since, and nobody here: it goes back, as those that it was for have been decided on alone.
+
+        What was of a window that is over by now is worth nothing, and slots are told anew with each change.
+        """
         for at, is_same in enumerate(_are_same((self.budget.minute, self.budget.day), taking.budget)):
             if is_same:
-                self.owed[at] -= taking.told[at]
-                self.in_hand[at] += taking.amounts[at]
-        self.slots_held += taking.slots
+                self.owed[at] -= taking.told[at] + taking.amounts[at]
 
     def _take_over(self, budget: Budget) -> None:
         if budget is self.budget:

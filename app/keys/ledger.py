@@ -147,6 +147,7 @@ class Ledger:
     ) -> None:
         self._entries = entries
         self._gateway = gateway
+        self._num_changes = 0
         self._wall_clock, self._clock = wall_clock, clock
         self._accounts: dict[str, _Account] = {}
         self._queue: asyncio.Queue[_Account] = asyncio.Queue()
@@ -275,7 +276,10 @@ class Ledger:
             if account.unanswered is not None and known.last == account.unanswered.budget.last:
                 share.took_unanswered(account.unanswered)
             is_taking = bool(waiting) or account.is_low
-            taking = share.take(known, [each.need for each in waiting], now, has_slice=is_taking)
+            self._num_changes += 1
+            change = f"{self._gateway}/{self._num_changes}"
+            needs = [each.need for each in waiting]
+            taking = share.take(known, needs, now, has_slice=is_taking, change=change)
             revision = NEW if found is None else found.revision
             account.unanswered = taking
             is_done = await entries.swap(account.name, msgspec.json.encode(taking.budget), revision=revision)

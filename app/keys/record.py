@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 
 from app.keys.tenant import KeyTerms, Tenant, check_terms, digest_of, tenant_of
+from planes.wire.unreadable import UNREADABLE
 
 KIND: Final = "keys"
 """Of the entries in etcd."""
@@ -62,7 +63,10 @@ def rotated(record: KeyRecord, secret: str, *, grace: timedelta, now: datetime) 
 
 def decoded(value: bytes) -> KeyRecord:
     """Raises:  ValueError for what cannot be used."""
-    record = msgspec.json.decode(value, type=KeyRecord)
+    try:
+        record = msgspec.json.decode(value, type=KeyRecord)
+    except UNREADABLE as exc:
+        raise ValueError(str(exc)) from exc
     check_terms(record)
     for each in record.secrets:
         if len(bytes.fromhex(each.sha256)) != 32:

@@ -6,7 +6,6 @@ import structlog
 
 from app.keys.record import decoded, tenants_of
 from app.keys.tenant import Tenant
-from planes.wire.unreadable import UNREADABLE
 
 _log = structlog.get_logger()
 
@@ -45,7 +44,7 @@ class StoredKeys:
             return
         try:
             tenants = tenants_of(name, decoded(value))
-        except (ValueError, *UNREADABLE) as exc:
+        except ValueError as exc:
             _log.warning("key.malformed", key=name, reason=str(exc))
             return
         self._digests[name] = list(tenants)

@@ -114,11 +114,17 @@ def check_range(name: str, value: float, low: float, high: float, *, is_low_open
     """Raises:  InvalidRequest unless low <= value <= high (low < value if `is_low_open`); NaN is in no range."""
     if low <= value <= high and not (is_low_open and value == low):
         return
-    if math.isinf(high):
-        allowed = f"{'more than' if is_low_open else 'at least'} {low:g}"
+    if high == math.inf:
+        allowed = f"{'more than' if is_low_open else 'at least'} {_bound(low)}"
     else:
-        allowed = f"{'more than' if is_low_open else 'from'} {low:g} {'and at most' if is_low_open else 'to'} {high:g}"
+        above, below = ("more than", "and at most") if is_low_open else ("from", "to")
+        allowed = f"{above} {_bound(low)} {below} {_bound(high)}"
     raise InvalidRequest(f"Invalid '{name}': {shown(value)} is out of range; it must be {allowed}.", param=name)
+
+
+def _bound(value: float) -> str:
+    """A whole one to the digit, and however large: it may be another field's value, and more than a float holds."""
+    return shown(value) if isinstance(value, int) else f"{value:g}"
 
 
 def check_count(name: str, count: int, limit: int, what: str) -> None:

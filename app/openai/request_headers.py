@@ -14,8 +14,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import msgspec
-
 from app.openai.sampling import LEAST_MS, MOST_MS
 from planes.wire.errors import InvalidRequest
 from router.request import HandoverPreference, Route
@@ -102,8 +100,10 @@ def _seconds(headers: Mapping[str, str], name: str) -> float | None:
     if value is None:
         return None
     try:
-        milliseconds = msgspec.json.decode(value, type=float)  # as in the body; Python's own takes "1_000", too
+        milliseconds = float(value)
     except ValueError:
+        milliseconds = math.nan
+    if "_" in value or not value.isascii():  # Python takes "1_000" and other scripts' digits for numbers, too
         milliseconds = math.nan
     if not LEAST_MS <= milliseconds <= MOST_MS:
         raise InvalidRequest(

@@ -131,8 +131,9 @@ def custom_tool(name: str, description: str | None, format_: dict[str, Json] | N
     text: dict[str, Json] = {"type": "string"}
     kind = (format_ or {}).get("type", "text")
     if kind == "grammar":
-        inner = (format_ or {}).get("grammar", format_ or {})  # chat wraps it once more
-        syntax, definition = inner.get("syntax"), inner.get("definition")
+        inner = (format_ or {}).get("grammar", format_)  # chat wraps it once more
+        grammar = inner if isinstance(inner, dict) else {}
+        syntax, definition = grammar.get("syntax"), grammar.get("definition")
         if syntax not in ("lark", "regex") or not isinstance(definition, str):
             raise InvalidRequest(
                 f"Invalid '{param}.format': a grammar has a 'syntax', lark or regex, and a 'definition'; "

@@ -140,8 +140,9 @@ class Kept:
         found = added_up([(self._process, own), (self._process, self._before)])
         counted = [family for family in found if family.kind in _COUNTING]
         draft = self._path.with_suffix(".new")
-        draft.write_bytes(encoded(counted))
-        draft.replace(self._path)
+        with contextlib.suppress(OSError):  # a disk that is full: told all the same, and kept the next time
+            draft.write_bytes(encoded(counted))
+            draft.replace(self._path)
         # Gauges as they are: whoever adds up knows whose they are.
         return [*counted, *(family for family in own if family.kind not in _COUNTING)]
 

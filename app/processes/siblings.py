@@ -15,6 +15,7 @@ import msgspec
 import structlog
 
 from app.processes.adding import Kept
+from planes.wire.unreadable import UNREADABLE
 
 _log = structlog.get_logger()
 
@@ -83,7 +84,7 @@ class Siblings:
                 async with asyncio.timeout(_PATIENCE_S):
                     writer.write(answer(_ASKED.decode(await reader.readline())))
                     await writer.drain()
-            except (OSError, ValueError, RecursionError, TimeoutError) as exc:
+            except (OSError, ValueError, TimeoutError, *UNREADABLE) as exc:
                 _log.warning("sibling.not_answered", reason=str(exc) or "it took too long")
             finally:
                 writer.close()

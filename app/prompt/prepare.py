@@ -137,6 +137,8 @@ class Preprocessor:
         self._max_waiting = max_waiting
         self._num_waiting = 0
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenize")
+        self._free_threads = asyncio.Semaphore(num_threads)
+        """Who waits, waits here: what an executor was given once it keeps, body and all, though nobody waits for it."""
 
     async def parse(self, parse: Callable[[bytes], Result], body: bytes, *, deadline: float | None = None) -> Result:
         """What `parse` makes of a body.  Raises:  what `parse` does; TokenizersBusy, PreparationTimeout."""
@@ -200,13 +202,23 @@ class Preprocessor:
         if self._num_waiting >= self._max_waiting:
             raise TokenizersBusy(self._num_waiting, self._max_waiting)
         self._num_waiting += 1
+        loop, has_begun = asyncio.get_running_loop(), False
         try:
             async with asyncio.timeout(None if deadline is None else deadline - self._clock()):
-                return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+                await self._free_threads.acquire()
+                running, has_begun = self._threads.submit(work, *args), True
+                running.add_done_callback(lambda _: loop.call_soon_threadsafe(self._ended))
+                return await asyncio.wrap_future(running)
         except TimeoutError:
             raise PreparationTimeout from None
         finally:
-            self._num_waiting -= 1
+            if not has_begun:
+                self._num_waiting -= 1
+
+    def _ended(self) -> None:
+        """Work on a thread is done, whether or not somebody still waits for it."""
+        self._num_waiting -= 1
+        self._free_threads.release()
 
 
 def _prepared(parsed: ParsedRequest, model: ModelEntry, salt: str) -> Prepared:

@@ -162,7 +162,7 @@ class ChatTemplate:
 
     def _rendered(self, messages: Sequence[dict[str, Json]], kwargs: Mapping[str, Json] | None) -> str:
         budget = Budget(self._limits)
-        end = _End(messages) if kwargs and _IS_CONTINUED in kwargs else None
+        end = _End(messages) if kwargs and kwargs.get(_IS_CONTINUED) else None
         variables = {
             **self._variables,
             IS_REPLY: True,
@@ -265,6 +265,9 @@ class _End:
     __slots__ = ("_mark", "messages")
 
     def __init__(self, messages: Sequence[dict[str, Json]]) -> None:
+        """Raises:  TemplateError if there is none."""
+        if not messages:
+            raise TemplateError("There is no message to go on with.", param="messages")
         self._mark = "".join([chr(_PRIVATE_USE + int.from_bytes(secrets.token_bytes(2))) for _ in range(4)])
         last = messages[-1]
         self.messages = [*messages[:-1], last | {"content": f"{last['content']}{self._mark} "}]

@@ -10,7 +10,7 @@ what belongs to it, and what the store has dropped to make room is missing as a 
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any, Final, Protocol
 
@@ -65,6 +65,18 @@ class ConversationTooLong(InvalidRequest):
             f"The conversation before has {count} {what} and the limit is {limit}; send the items that matter in "
             "'input', without 'previous_response_id'.",
             param="previous_response_id",
+        )
+
+
+class ItemNotFound(InvalidRequest):
+    """Not among the items of a response that is kept and is the tenant's."""
+
+    code = "item_not_found"
+
+    def __init__(self, item: str) -> None:
+        super().__init__(
+            f"Item with id '{item[:100]}' not found: items are kept with stored responses; send the item itself.",
+            param="input",
         )
 
 
@@ -199,22 +211,15 @@ class ResponseStore:
         before = await asyncio.gather(*[self._link(tenant, one) for one in record.chain])
         return [*(items for link in before for items in link), await self._input(tenant, response)]
 
-    async def item(self, tenant: str, item: str) -> bytes:
-        """One item of a stored response, by its id, as JSON.  Raises:  InvalidRequest."""
+    async def items_beside(self, tenant: str, item: str) -> Sequence[bytes]:
+        """JSON lists of the items of the response that an item is of, by its id.  Raises:  ItemNotFound."""
         response = response_of(item)
-        if response is not None:
-            try:
-                for listed in await self._link(tenant, response):
-                    for raw in msgspec.json.decode(listed, type=list[msgspec.Raw]):
-                        if msgspec.json.decode(raw, type=_Identified).id == item:
-                            return bytes(raw)
-            except (ResponseNotFound, PreviousNotFound):
-                pass
-        raise InvalidRequest(
-            f"Item with id '{item[:100]}' not found: items are kept with stored responses; send the item itself.",
-            param="input",
-            code="item_not_found",
-        )
+        if response is None:
+            raise ItemNotFound(item)
+        try:
+            return await self._link(tenant, response)
+        except (ResponseNotFound, PreviousNotFound) as exc:
+            raise ItemNotFound(item) from exc
 
     async def append(self, tenant: str, response: str, place: int, events: bytes) -> None:
         """The next piece of a stream; an empty one ends it."""
@@ -267,8 +272,25 @@ class ResponseStore:
                 raise ResponseNotFound(response) from exc
 
 
+def items_by_id(lists: Iterable[bytes], ids: Collection[str]) -> dict[str, bytes]:
+    """JSON of the items of these ids, out of JSON lists of items; of several of one id the first.
+
+    Raises:  ItemNotFound.
+    """
+    found: dict[str, bytes] = {}
+    for listed in lists:
+        for raw in msgspec.json.decode(listed, type=list[msgspec.Raw]):
+            name = msgspec.json.decode(raw, type=_Identified).id
+            if name is not None and name in ids:
+                found.setdefault(name, bytes(raw))
+    for name in ids:
+        if name not in found:
+            raise ItemNotFound(name)
+    return found
+
+
 class _Identified(msgspec.Struct, frozen=True):
-    id: str = ""
+    id: str | None = None
 
 
 def _key(tenant: str, response: str) -> str:

@@ -125,8 +125,8 @@ class QueuedPrefills:
                 await asyncio.wait([waiting.ended], timeout=self._check_s)
                 if not waiting.ended.done():
                     self._check(model, waiting)
-        except asyncio.CancelledError:
-            if waiting.ended.done() and waiting.ended.exception() is None:  # it came in the turn of the cancellation
+        except BaseException:
+            if waiting.ended.done() and waiting.ended.exception() is None:  # it came, and nobody waits any more
                 self._drop(model, PrefillUnwanted(job, waiting.ended.result().worker))
             raise
         finally:

@@ -9,7 +9,7 @@ import structlog
 
 from planes.streams.greeting import MIN_NONCE_BYTES, StreamKeys, gateway_proof, is_proof, new_nonce, worker_proof
 from planes.streams.peer import Peer
-from planes.streams.protocol import FROM_WORKER, ProtocolError, StreamLimits, framed
+from planes.streams.protocol import FROM_WORKER, TOO_DEEP, ProtocolError, StreamLimits, framed
 from planes.wire.errors import Interrupted, Rejected
 from planes.wire.frames import (
     Cancel,
@@ -201,6 +201,8 @@ class WorkerConnection(Peer):
         for frame in frames:
             try:
                 message = self._decode(frame)
+            except RecursionError as exc:
+                raise ProtocolError(TOO_DEEP) from exc
             except msgspec.ValidationError as exc:
                 self._pass_over(frame, exc)
                 continue

@@ -13,7 +13,6 @@ import structlog
 from planes.streams.greeting import MAX_GREETING_BYTES
 from planes.streams.protocol import Beat, FrameBuffer, Heartbeat, ProtocolError, StreamLimits, framed, tag_of
 from planes.wire.frames import FromGateway, FromWorker, Ping
-from planes.wire.unreadable import UNREADABLE
 
 _log = structlog.get_logger()
 
@@ -65,7 +64,7 @@ class Peer(asyncio.Protocol):
             return
         try:
             self._received(self._frames.feed(data))
-        except (ProtocolError, *UNREADABLE) as exc:
+        except (ProtocolError, msgspec.MsgspecError) as exc:
             self._give_up(f"protocol error: {exc}")
 
     def connection_lost(self, exc: Exception | None) -> None:

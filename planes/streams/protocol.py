@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import get_args
+from typing import Final, TypeVar, get_args
 
 import msgspec
 
 from planes.wire.frames import FromGateway, FromWorker, StreamId
+
+T = TypeVar("T")
+
+TOO_DEEP: Final = "a frame has a field that nobody knows and that is nested too deeply"
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -93,13 +97,20 @@ class _Addressed(msgspec.Struct):
 
 
 def tag_of(frame: memoryview) -> str:
-    """Which kind of frame it says it is.  Raises:  msgspec.MsgspecError if it is none of any version."""
-    return msgspec.msgpack.decode(frame, type=_Tagged).type
+    """Which kind of frame it says it is.  Raises:  msgspec.MsgspecError if it is none of any version; ProtocolError."""
+    return _read(frame, _Tagged).type
 
 
 def stream_of(frame: memoryview) -> StreamId:
-    """The stream of a Generate that cannot be read as a whole.  Raises:  msgspec.MsgspecError."""
-    return msgspec.msgpack.decode(frame, type=_Addressed).stream
+    """The stream of a Generate that cannot be read as a whole.  Raises:  msgspec.MsgspecError, ProtocolError."""
+    return _read(frame, _Addressed).stream
+
+
+def _read(frame: memoryview, kind: type[T]) -> T:
+    try:
+        return msgspec.msgpack.decode(frame, type=kind)
+    except RecursionError as exc:
+        raise ProtocolError(TOO_DEEP) from exc
 
 
 class Beat(Enum):

@@ -10,7 +10,7 @@ import structlog
 
 from planes.streams.greeting import MIN_NONCE_BYTES, StreamKeys, gateway_proof, is_proof, new_nonce, worker_proof
 from planes.streams.peer import Peer
-from planes.streams.protocol import FROM_GATEWAY, ProtocolError, StreamLimits, stream_of, tag_of
+from planes.streams.protocol import FROM_GATEWAY, TOO_DEEP, ProtocolError, StreamLimits, stream_of, tag_of
 from planes.wire.floods import is_notable
 from planes.wire.frames import (
     Cancel,
@@ -141,6 +141,8 @@ class GatewayConnection(Peer):
                 raise ProtocolError(f"its first frame is {tag_of(frame)[:64]!r}: it has not said who it is")
             try:
                 message = self._decode(frame)
+            except RecursionError as exc:
+                raise ProtocolError(TOO_DEEP) from exc
             except msgspec.ValidationError as exc:
                 self._refuse(frame, exc)
                 continue

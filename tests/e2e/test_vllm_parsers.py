@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from planes.wire.errors import InvalidRequest
 from planes.wire.frames import FinishReason, Format, Parsing, Sampling, Usage
 from workers.answer.detokenizer import load_vocabulary
 from workers.answer.formatter import Formatter
@@ -67,7 +68,8 @@ def model(tmp_path_factory):
     """The simulated model's bytes for tokens, and the special tokens that some families look for."""
     folder = tmp_path_factory.mktemp("model")
     spec = json.loads((SIM_MODEL / "tokenizer.json").read_text())
-    for word in ("<|python_tag|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]"):
+    words = ("<|python_tag|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]")
+    for word in (*words, "<ifm|think>", "</ifm|think>"):
         added = dict(spec["added_tokens"][0], id=256 + len(spec["added_tokens"]), content=word)
         spec["added_tokens"].append(added)
     (folder / "tokenizer.json").write_text(json.dumps(spec))
@@ -156,6 +158,16 @@ def test_thoughts_are_counted_as_they_are_told(name, text, vocabulary, model):
     end = tokens_of(model, "</think>")
     thought = tokens[: tokens.index(end[0])] if end[0] in tokens else tokens
     assert whole.reasoning_tokens == len(thought)
+
+
+@pytest.mark.parametrize("effort", ["minimal", ["high"]])
+def test_a_request_that_its_parser_will_not_have_is_refused_with_the_parser_s_reason(effort, model, vocabulary):
+    """Read as plain text, with a grammar, it would be the end of vLLM's engine process, which makes the parser, too."""
+    parsers = make_parsers(ParserNames("", "k2_horizon"), vocabulary, model, engine="vllm")
+    kwargs = json.dumps({"reasoning_effort": effort}).encode()
+    make = parsers.maker(Parsing(has_reasoning=True, template_kwargs=kwargs), PROMPT)
+    with pytest.raises(InvalidRequest, match=r"Unsupported reasoning_effort .* high, medium, low"):
+        make()
 
 
 def test_a_parser_that_fails_loses_no_answer(vocabulary, model, monkeypatch):

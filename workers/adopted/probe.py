@@ -80,13 +80,17 @@ def _kept(client: HttpClient, whole: Chunk, num_tokens: int) -> KeptBlocks:
 
 async def _asked(client: HttpClient, prompt: list[int], more: dict[str, Any]) -> Chunk:
     status, reply = await client.ask("POST", GENERATE, _body(prompt, 1, more), timeout_s=_TIMEOUT_S)
-    try:
-        whole = decode_chunk(reply)
-    except UNREADABLE as exc:
-        raise EngineStartError(f"{GENERATE} does not answer as vLLM does: {exc}") from exc
+    whole = _chunk(reply)
     if status != 200:
         raise EngineStartError(f"{GENERATE} answers {status}: {whole.error.message if whole.error else ''}")
     return whole
+
+
+def _chunk(reply: bytes) -> Chunk:
+    try:
+        return decode_chunk(reply)
+    except UNREADABLE as exc:
+        raise EngineStartError(f"{GENERATE} does not answer as vLLM does: {exc}") from exc
 
 
 async def _takes_budget(client: HttpClient, prompt: list[int]) -> bool:
@@ -101,7 +105,7 @@ async def _step(client: HttpClient, prompt: list[int]) -> float:
     instants: list[float] = []
     async with client.request("POST", GENERATE, _body(prompt, _NUM_STEPS, {"stream": True})) as response:
         async for event in events(response.body()):
-            instants += [time.monotonic()] if event != END and decode_chunk(event).choices else []
+            instants += [time.monotonic()] if event != END and _chunk(event).choices else []
     if len(instants) < 2:
         raise ServerGone(f"a stream of {_NUM_STEPS} tokens came in {len(instants)} pieces")
     return statistics.median(after - before for before, after in itertools.pairwise(instants))

@@ -16,7 +16,6 @@ from typing import Final, Protocol
 from planes.wire.frames import Parsing
 from workers.answer.calls import CallReader
 from workers.answer.parts import AnswerParser, CallArguments, CallStart, Content, Part, Reasoning
-from workers.answer.stop_strings import overlap
 
 _THINK, _END_THINK = "<think>", "</think>"
 _CALL, _END_CALL = "<tool_call>", "</tool_call>"
@@ -104,7 +103,7 @@ class _Thoughts:
             self.is_thinking = True
             held = start[len(_THINK) :]
         thought, tag, rest = held.partition(_END_THINK)
-        free = thought if tag else held[: len(held) - overlap(held, _END_THINK)]
+        free = thought if tag else held[: len(held) - _overlap(held, _END_THINK)]
         told = free.rstrip()
         if tag:
             self.is_thinking = False
@@ -199,7 +198,7 @@ class _TaggedCalls:
         self._held = ""
         """The beginning of a tag, perhaps, and blanks."""
         self._tagged = ""
-        """A tag, the blanks before it and all behind it, as long as none of it has been told."""
+        """A tag and the blanks around it, until the call behind it is told."""
         self._call: CallReader | None = None
         self._is_closing = False
         """A call has ended and its closing tag has not come."""
@@ -209,18 +208,20 @@ class _TaggedCalls:
     def advance(self, text: str) -> list[Part]:
         parts: list[Part] = []
         while text:
-            if self._call is None:
-                text = self._outside(text, parts)
-            elif self._is_closing:
+            if self._is_closing:
                 text = self._close(text)
+            elif self._call is not None:
+                text = self._inside(self._call, text, parts)
+            elif self._tagged:
+                text = self._begin(text, parts)
             else:
-                text = self._inside(text, parts)
+                text = self._outside(text, parts)
         return parts
 
     def finish(self) -> list[Part]:
-        held = self._held
-        if self._call is not None and not self._call.is_told:
-            held = self._tagged
+        if self._is_closing:
+            return []
+        held = self._held + self._tagged + ("" if self._call is None else self._call.untold())
         return [Content(held)] if held else []
 
     def _outside(self, text: str, parts: list[Part]) -> str:
@@ -228,7 +229,7 @@ class _TaggedCalls:
         if self._is_after_call:
             held = held.lstrip()
         before, tag, rest = held.partition(_CALL)
-        free = before if tag else held[: len(held) - overlap(held, _CALL)]
+        free = before if tag else held[: len(held) - _overlap(held, _CALL)]
         told = free.rstrip()
         if told:
             parts.append(Content(told))
@@ -236,30 +237,32 @@ class _TaggedCalls:
         if not tag:
             self._held = held[len(told) :]
             return ""
-        self._held, self._tagged, self._call = "", before[len(told) :] + tag, CallReader(self._num_calls)
+        self._held, self._tagged = "", before[len(told) :] + tag
         return rest
 
-    def _inside(self, text: str, parts: list[Part]) -> str:
-        if self._call is None:
-            raise RuntimeError("there is no call to read")
-        if self._tagged.rstrip().endswith(_CALL):
-            blanks = text[: len(text) - len(text.lstrip())]
-            self._tagged += blanks
-            text = text[len(blanks) :]
-            if not text:
-                return ""
-            if not text.startswith("{"):
-                return self._no_call(text, parts)
-        told, rest = self._call.advance(text)
-        self._tagged += text[: len(text) - len(rest)]
+    def _begin(self, text: str, parts: list[Part]) -> str:
+        """The tag has come; a call begins with a brace, and blanks may stand before it."""
+        start = text.lstrip()
+        self._tagged += text[: len(text) - len(start)]
+        if start.startswith("{"):
+            self._call = CallReader(self._num_calls)
+        elif start:
+            self._no_call(self._tagged, parts)
+        return start
+
+    def _inside(self, call: CallReader, text: str, parts: list[Part]) -> str:
+        told, rest = call.advance(text)
         if self._num_calls == 0 or self._is_parallel:
             parts += told
-        if self._call.is_over:
-            if not self._call.is_told:
-                return self._no_call(rest, parts)
-            self._num_calls += 1
-            self._is_closing = True
-            self._held = ""
+        if call.is_told:
+            self._tagged = ""
+        if call.is_over:
+            self._call = None
+            self._is_closing = call.is_told
+            if call.is_told:
+                self._num_calls += 1
+            else:
+                self._no_call(self._tagged + call.untold(), parts)
         return rest
 
     def _close(self, text: str) -> str:
@@ -267,14 +270,21 @@ class _TaggedCalls:
         held = self._held + text
         ends = [(place, tag) for tag in (_END_CALL, _CALL) if (place := held.find(tag)) >= 0]
         if not ends:
-            self._held = held[len(held) - max(overlap(held, _END_CALL), overlap(held, _CALL)) :]
+            self._held = held[len(held) - max(_overlap(held, _END_CALL), _overlap(held, _CALL)) :]
             return ""
         place, tag = min(ends)
-        self._held, self._call, self._is_closing, self._is_after_call = "", None, False, True
+        self._held, self._is_closing, self._is_after_call = "", False, True
         return held[place + len(tag) :] if tag == _END_CALL else held[place:]
 
-    def _no_call(self, rest: str, parts: list[Part]) -> str:
+    def _no_call(self, text: str, parts: list[Part]) -> None:
         """What stood behind the tag is text, the tag too."""
-        parts.append(Content(self._tagged))
-        self._call, self._tagged = None, ""
-        return rest
+        parts.append(Content(text))
+        self._tagged, self._is_after_call = "", False
+
+
+def _overlap(text: str, tag: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `tag`, and not all of it."""
+    for length in range(min(len(text), len(tag) - 1), 0, -1):
+        if tag.startswith(text[len(text) - length :]):
+            return length
+    return 0

@@ -70,6 +70,8 @@ _log = structlog.get_logger()
 class _ActiveRequest(ActiveRequest):
     waiting_tokens: int
     """Prompt tokens that count as not computed; 0 after the first token."""
+    given_at: float | None = None
+    """When vLLM got it; None: not yet, its grammar is tried."""
     deadline: asyncio.TimerHandle | None = None
     arrival: Arrival = NO_ARRIVAL
     pooled: Pooled = NOT_MEASURED
@@ -149,7 +151,6 @@ class VllmEngine:
             progress(f"loading {options.model_path.name} into the engine process")
             self._llm = await in_thread(self._thread, self._launch, config)
             self._adapters = EngineAdapters(self._llm)
-            self._heard_at = time.monotonic()
             self._watch_processes()
             self._lasting.keep(self._reader.run(observer.kv_changed))
             progress("computing a first vector" if options.is_embedding else "computing a first token")
@@ -269,16 +270,16 @@ class VllmEngine:
         limit_s = self._options.step_timeout_s
         while not self._lasting.is_ending:
             await asyncio.sleep(limit_s / 8)
-            silent_s = time.monotonic() - self._heard_at
-            if self._runs and silent_s > limit_s:
+            passed_s = silent_s(self._heard_at, (run.given_at for run in self._runs), now=time.monotonic())
+            if passed_s > limit_s:
                 self._lasting.died(
-                    f"no engine step for {silent_s:.0f} s with {len(self._runs)} requests; the limit is {limit_s} s"
+                    f"no engine step for {passed_s:.0f} s with {len(self._runs)} requests; the limit is {limit_s} s"
                 )
 
     async def stop(self) -> None:
         self._lasting.is_ending = True
-        await self._grammars.stop()
         await cancelled([*self._runs.tasks, *self._lasting.tasks])
+        await self._grammars.stop()
         await self._leases.stop()
         if self._llm is None:
             for child in multiprocessing.active_children():  # `start` was cancelled or failed
@@ -313,8 +314,6 @@ class VllmEngine:
         except TicketTooOld as exc:
             handover, error = None, str(exc)
         waits = 1 if isinstance(request.leg, DecodeLeg) else len(request.prompt) + len(request.resume)
-        if not self._runs:
-            self._heard_at = time.monotonic()  # it had nothing to say
         unfinished = set(range(request.sampling.n))
         run = _ActiveRequest(request=request, on_output=on_output, unfinished=unfinished, waiting_tokens=waits)
         self._runs.begin(run, self._runs.refuse(run, error) if error else self._generate(run, handover))
@@ -334,7 +333,9 @@ class VllmEngine:
         request = run.request
         try:
             relay = self._relay_vector if request.is_embedding else self._relay
-            async for output in await self._outputs(request, handover):
+            outputs = await self._outputs(request, handover)
+            run.given_at = time.monotonic()
+            async for output in outputs:
                 relay(run, output)
             if run.unfinished:
                 self._runs.fail(run, "vLLM ended the request without a reason")
@@ -478,6 +479,15 @@ class VllmEngine:
             free_blocks=int(self._facts.num_blocks * (1.0 - latest.usage)),
             kv_tokens=latest.kv_tokens if self._runs else 0,
         )
+
+
+def silent_s(heard_at: float, given_at: Iterable[float | None], *, now: float) -> float:
+    """How long an engine with work has said nothing; 0.0 without any.
+
+    Args:  heard_at: its last step.  given_at: when it got each of the requests here; None: it has not got it.
+    """
+    given = [instant for instant in given_at if instant is not None]
+    return now - max(heard_at, min(given)) if given else 0.0
 
 
 def _stat_logger(record: Callable[[Any, Iterable[Any]], None]) -> type:

@@ -21,6 +21,7 @@ import structlog
 
 from planes.wire.blocks import continue_names, pack, root
 from planes.wire.messages import AllCleared, BlocksRemoved, BlocksStored, KvEvent
+from planes.wire.unreadable import UNREADABLE
 
 _log = structlog.get_logger()
 
@@ -159,13 +160,19 @@ def _packed(names: Sequence[int]) -> bytes:
 
 
 def translate_all(translator: EventTranslator, payloads: Iterable[bytes | None]) -> list[KvEvent]:
-    """Of batches in order; None: one that nobody knows. What is stored after it is held, whatever was said in it."""
+    """Of batches in order; None: one that nobody knows. What is stored after it is held, whatever was said in it.
+
+    One that cannot be read is as if nobody knew it: an adopted server may be of any version.
+    """
     events: list[KvEvent] = []
     for payload in payloads:
-        if payload is None:
-            events = translator.clear()
-        else:
-            events += translator.translate(payload)
+        if payload is not None:
+            try:
+                events += translator.translate(payload)
+                continue
+            except UNREADABLE as exc:
+                _log.warning("kv_events.unreadable", num_bytes=len(payload), reason=str(exc))
+        events = translator.clear()
     return events
 
 
@@ -203,7 +210,7 @@ class EventReader:
             if seq > self._expected:
                 self._emit(await self._recovered(seq), on_events)
             if seq >= self._expected:
-                self._emit(self._translator.translate(payload), on_events)
+                self._emit(translate_all(self._translator, [payload]), on_events)
                 self._expected = seq + 1
 
     async def _recovered(self, seq: int) -> list[KvEvent]:

@@ -20,6 +20,8 @@ from workers.structured import unusable
 from workers.vllm.grammar_process import LIBRARIES, Attempt, Verdict
 
 _MAX_KNOWN = 1024
+_TIMEOUT_S = 60.0
+"""Much longer than a trial may take there (`grammar_process.py`): after it the process itself hangs."""
 _VARIABLE = "HEADRACE_VLLM_TOKENIZER"
 
 
@@ -41,15 +43,18 @@ def described_tokenizer() -> Path:
 
 
 class GrammarTrials:
-    """Tries grammars, one at a time."""
+    """Tries grammars, one at a time. A trial that has begun goes on to its verdict if its request is given up."""
 
-    def __init__(self, *, libraries_for: Callable[[str, str], Sequence[str]]) -> None:
-        """libraries_for: which libraries may try a grammar of some kind."""
+    def __init__(self, *, libraries_for: Callable[[str, str], Sequence[str]], timeout_s: float = _TIMEOUT_S) -> None:
+        """libraries_for: which libraries may try a grammar of some kind.  timeout_s: for one trial."""
         self._libraries_for = libraries_for
+        self._timeout_s = timeout_s
         self._known: OrderedDict[tuple[str, str], Verdict] = OrderedDict()
         self._command: tuple[str, ...] = ()
         self._starting: asyncio.Task[asyncio.subprocess.Process] | None = None
         self._turn = asyncio.Lock()
+        self._trial: asyncio.Task[None] | None = None
+        """The latest."""
 
     def start(self, model_path: Path, vocab_size: int, description: Path) -> None:
         """Begin to start the process. description: where it writes what an engine needs of the tokenizer."""
@@ -68,57 +73,84 @@ class GrammarTrials:
         key = kind, spec
         if key not in self._known:
             async with self._turn:
+                if self._trial is not None:
+                    await asyncio.wait([self._trial])  # of a request that was given up
                 if key not in self._known:
-                    self._known[key] = await self._try(kind, spec)
-                    if len(self._known) > _MAX_KNOWN:
-                        self._known.popitem(last=False)
+                    self._trial = asyncio.create_task(self._try(kind, spec))
+                    await asyncio.shield(self._trial)
         verdict = self._known[key]
         self._known.move_to_end(key)
         if verdict.library:
             return verdict.library
         raise unusable(f"the answer's {kind} cannot be used: {verdict.reason}")
 
-    async def _try(self, kind: str, spec: str) -> Verdict:
+    async def _try(self, kind: str, spec: str) -> None:
         libraries = tuple(self._libraries_for(kind, spec))
-        if not libraries:
-            return Verdict(reason="it has keywords that neither of the libraries here supports")
-        if self._starting is None:
+        if libraries:
+            verdict = await self._asked(Attempt(kind, spec, libraries))
+        else:
+            verdict = Verdict(reason="it has keywords that neither of the libraries here supports")
+        self._known[kind, spec] = verdict
+        if len(self._known) > _MAX_KNOWN:
+            self._known.popitem(last=False)
+
+    async def _asked(self, attempt: Attempt) -> Verdict:
+        """What the process says of it.  Raises:  GrammarProcessEnded."""
+        if self._starting is None or (self._starting.done() and self._starting.exception() is not None):
             self._starting = asyncio.create_task(self._launch())
         process = await asyncio.shield(self._starting)
         try:
-            process.stdin.write(msgspec.json.encode(Attempt(kind, spec, libraries)) + b"\n")  # type: ignore[union-attr]
-            return await _verdict(process)
+            process.stdin.write(msgspec.json.encode(attempt) + b"\n")  # type: ignore[union-attr]
+            return await _verdict(process, self._timeout_s)
         except BaseException:
-            await self.stop()  # its next line would answer this question
+            await self._end()  # its next line would answer this question
             raise
 
     async def _launch(self) -> asyncio.subprocess.Process:
-        process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-        )
+        """Raises:  GrammarProcessEnded."""
         try:
-            await _verdict(process)
+            process = await asyncio.create_subprocess_exec(
+                *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+            )
+        except OSError as exc:
+            raise GrammarProcessEnded(f"the process that tries grammars cannot be started: {exc}") from exc
+        try:
+            await _verdict(process, timeout_s=None)
         except BaseException:
-            process.kill()
-            self._starting = None
+            await _kill(process)
             raise
         return process
 
     async def stop(self) -> None:
+        """Nobody may wait for a verdict any more."""
+        if self._trial is not None:
+            self._trial.cancel()
+            await asyncio.wait([self._trial])
+        await self._end()
+
+    async def _end(self) -> None:
         starting, self._starting = self._starting, None
         if starting is None:
             return
         starting.cancel()
         with contextlib.suppress(asyncio.CancelledError, GrammarProcessEnded):
             process = await starting
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
+            await _kill(process)
 
 
-async def _verdict(process: asyncio.subprocess.Process) -> Verdict:
+async def _kill(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.kill()
+    await process.wait()
+
+
+async def _verdict(process: asyncio.subprocess.Process, timeout_s: float | None) -> Verdict:
     """Its next word.  Raises:  GrammarProcessEnded."""
-    line = await process.stdout.readline()  # type: ignore[union-attr]
+    try:
+        async with asyncio.timeout(timeout_s):
+            line = await process.stdout.readline()  # type: ignore[union-attr]
+    except TimeoutError as exc:
+        raise GrammarProcessEnded(f"the process that tries grammars said nothing for {timeout_s} s") from exc
     if not line:
         raise GrammarProcessEnded("the process that tries grammars ended; its last lines above say why")
     return msgspec.json.decode(line, type=Verdict)

@@ -1,6 +1,7 @@
 """vLLM's own parsers of tool calls and thoughts (`vllm.parser`), by the names that its server takes."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from vllm.reasoning import ReasoningParserManager
 from vllm.tokenizers import get_tokenizer
 from vllm.tool_parsers import ToolParserManager
 
-from planes.wire.errors import UnusableSetting
+from planes.wire.errors import InvalidRequest, UnusableSetting
 from planes.wire.frames import Parsing
 from workers.answer.detokenizer import Vocabulary
 from workers.answer.markup import reader_of
@@ -51,11 +52,17 @@ class VllmParsers:
     def maker(self, parsing: Parsing, prompt: npt.NDArray[np.uint32]) -> Callable[[], AnswerParser]:
         if self._parser is None:
             raise RuntimeError("there is no parser to make")
-        make, tokenizer = self._parser, self._tokenizer
         kwargs = msgspec.json.decode(parsing.template_kwargs or b"{}")
-        return lambda: VllmParser(
-            lambda tools: make(tokenizer, tools, chat_template_kwargs=kwargs), parsing, prompt.tolist()
-        )
+        return lambda: VllmParser(partial(self._made, kwargs), parsing, prompt.tolist())
+
+    def _made(self, kwargs: dict[str, Any], tools: list[Any] | None) -> Any:
+        """vLLM's own.  Raises:  InvalidRequest, which must stay one: vLLM's engine process, which makes the reasoning
+        parser of a request with a grammar, would not survive it.
+        """
+        try:
+            return self._parser(self._tokenizer, tools, chat_template_kwargs=kwargs)
+        except Exception as exc:  # of some model's maker; it has been made without these arguments
+            raise InvalidRequest(f"this model's parser will not read the answer: {exc}") from exc
 
 
 class VllmParser:

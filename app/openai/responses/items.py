@@ -82,7 +82,7 @@ def template_messages(items: Iterable[Item], instructions: str | None) -> tuple[
         turns.told("system", instructions)
     for item in items:
         _READ[item.kind](turns, item)
-    return tuple(turns.messages)
+    return turns.finished()
 
 
 def listed_items(response: str, raw: Sequence[msgspec.Raw]) -> list[dict[str, Json]]:
@@ -93,10 +93,10 @@ def listed_items(response: str, raw: Sequence[msgspec.Raw]) -> list[dict[str, Js
         kind = item.setdefault("type", "message")
         prefix = {"message": "msg", "function_call": "fc", "reasoning": "rs", "custom_tool_call": "ctc"}.get(kind, "it")
         item["id"] = item.get("id") or item_id(f"{prefix}-in", response, place)
-        if kind == "message" and isinstance(item.get("content"), str):
-            item["content"] = [_whole_part(item, {"text": item["content"]})]
-        elif kind == "message":
-            item["content"] = [_whole_part(item, part) for part in item["content"]]
+        if kind == "message":
+            content = item.get("content")
+            parts = [{"text": content}] if isinstance(content, str) else content or []
+            item["content"] = [_whole_part(item, part) for part in parts]
         if kind == "reasoning":
             item.setdefault("summary", [])
         if item.get("status") is None:
@@ -108,27 +108,38 @@ def listed_items(response: str, raw: Sequence[msgspec.Raw]) -> list[dict[str, Js
 def _whole_part(item: dict[str, Json], part: dict[str, Json]) -> dict[str, Json]:
     if part.get("type") == "refusal":
         return part
+    text = part.get("text") or ""  # what a model said may have none
     if item["role"] == "assistant":
-        return {"type": "output_text", "text": part["text"], "annotations": part.get("annotations") or []}
-    return {"type": "input_text", "text": part["text"]}
+        return {"type": "output_text", "text": text, "annotations": part.get("annotations") or []}
+    return {"type": "input_text", "text": text}
 
 
 class _Turns:
-    """The messages so far."""
+    """The messages so far. What comes in pieces is put together when all are there."""
 
     def __init__(self) -> None:
-        self.messages: list[dict[str, Json]] = []
+        self._instructions: list[str] = []
+        """What comes before all messages."""
+        self._messages: list[dict[str, Json]] = []
+        self._thoughts: dict[int, list[str]] = {}
+        """By the place of their turn."""
         self._names: dict[str, str] = {}
         """Of the tools that were called, by the call's id."""
 
+    def finished(self) -> tuple[dict[str, Json], ...]:
+        for place, pieces in self._thoughts.items():
+            turn = self._messages[place]
+            turn["reasoning"] = turn["reasoning_content"] = "".join(pieces)  # templates know one or the other
+        if not self._instructions:
+            return tuple(self._messages)
+        return {"role": "system", "content": "\n\n".join(self._instructions)}, *self._messages
+
     def told(self, role: str, text: str) -> None:
         """By a user, or by whoever instructs the model."""
-        if role != "user" and len(self.messages) == 1 and self.messages[0]["role"] == "system":
-            self.messages[0]["content"] += f"\n\n{text}"
-            return
-        if role == "developer" and not self.messages:
-            role = "system"
-        self.messages.append({"role": role, "content": text})
+        if role != "user" and not self._messages:
+            self._instructions.append(text)
+        else:
+            self._messages.append({"role": role, "content": text})
 
     def said(self, text: str) -> None:
         """By the model."""
@@ -137,8 +148,8 @@ class _Turns:
 
     def thought(self, text: str) -> None:
         turn = self._turn(after=("content", "tool_calls"))
-        text = turn.get("reasoning_content", "") + text
-        turn["reasoning"] = turn["reasoning_content"] = text  # templates know one or the other
+        turn["reasoning"] = turn["reasoning_content"] = ""
+        self._thoughts.setdefault(len(self._messages) - 1, []).append(text)
 
     def called(self, call_id: str, name: str, arguments: Json) -> None:
         turn = self._turn(after=())
@@ -151,16 +162,16 @@ class _Turns:
         message = {"role": "tool", "tool_call_id": call_id, "content": text}
         if found := name or self._names.get(call_id):
             message["name"] = found
-        self.messages.append(message)
+        self._messages.append(message)
 
     def _turn(self, after: Sequence[str]) -> dict[str, Json]:
         """The model's turn that goes on; a new one if there is none, or if it has what this cannot come `after`."""
-        if self.messages and self.messages[-1]["role"] == "assistant":
-            last = self.messages[-1]
+        if self._messages and self._messages[-1]["role"] == "assistant":
+            last = self._messages[-1]
             if not any(last.get(field) for field in after):
                 return last
-        self.messages.append({"role": "assistant", "content": ""})
-        return self.messages[-1]
+        self._messages.append({"role": "assistant", "content": ""})
+        return self._messages[-1]
 
 
 def _message(turns: _Turns, item: Item) -> None:

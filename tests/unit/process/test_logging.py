@@ -1,5 +1,6 @@
 import asyncio
 import errno
+import io
 
 import structlog
 
@@ -107,6 +108,13 @@ class FullDisk:
 
     def flush(self):
         raise BrokenPipeError
+
+
+def test_a_log_that_was_closed_costs_lines_and_nobody_else():
+    file = io.StringIO()
+    file.close()
+    UnfailingFile(file).write("line")
+    UnfailingFile(file).flush()
 
 
 def test_a_disk_that_is_full_or_a_reader_that_is_gone_costs_lines_and_nobody_else():

@@ -19,6 +19,7 @@ from planes.wire.frames import (
     Format,
     Generate,
     LocalLeg,
+    Parsing,
     PrefillLeg,
     Sampling,
     Ticket,
@@ -80,7 +81,7 @@ class FakeTimer:
 class World:
     """A server between one gateway and a hand-driven engine."""
 
-    def __init__(self, role=Role.BOTH, max_queued=2):
+    def __init__(self, role=Role.BOTH, max_queued=2, parsers=None):
         self.engine, self.connection, self.timers = FakeEngine(), FakeConnection(), []
         self.server = WorkerServer(
             self.engine,
@@ -89,19 +90,31 @@ class World:
             end_tokens=frozenset({END}),
             max_queued=max_queued,
             call_later=self._call_later,
+            parsers=parsers,
         )
 
     def _call_later(self, seconds, callback):
         self.timers.append(FakeTimer(seconds, callback))
         return self.timers[-1]
 
-    def ask(self, stream=1, *, sampling=None, leg=None, resume=(), is_streaming=True, prompt=b"abc", connection=None):
+    def ask(
+        self,
+        stream=1,
+        *,
+        sampling=None,
+        leg=None,
+        resume=(),
+        is_streaming=True,
+        prompt=b"abc",
+        parsing=None,
+        connection=None,
+    ):
         request = Generate(
             stream=stream,
             request=RequestId(f"r{stream}"),
             prompt=pack_tokens(list(prompt)),
             sampling=sampling or Sampling(max_tokens=10),
-            format=Format("chat", "id", "m", 1, is_streaming=is_streaming),
+            format=Format("chat", "id", "m", 1, is_streaming=is_streaming, parsing=parsing),
             leg=leg or LocalLeg(),
             resume=pack_tokens(list(resume)),
             timeout_s=30.0,
@@ -364,6 +377,51 @@ def test_a_request_that_the_engine_refuses_leaves_nothing_behind():
     assert world.posted == [Failed(1, FailureKind.INVALID, "invalid_request", "no", "x")]
     assert world.server.num_requests == 0
     assert world.timers[0].is_cancelled
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_a_defect_ends_its_own_request_and_nothing_of_it_is_left(has_begun):
+    world = World()
+    world.ask(1)
+    begin = world.engine.submit
+
+    def fail(request, on_output):
+        if has_begun:
+            begin(request, on_output)
+        raise TypeError("unhashable type: 'list'")
+
+    world.engine.submit = fail
+    with capture_logs() as logs:
+        world.ask(2)
+    (failed,) = world.posted
+    assert (failed.stream, failed.kind, failed.code) == (2, FailureKind.INTERRUPTED, "internal_error")
+    assert "list" not in failed.message
+    assert [(log["event"], log["request_id"], log["exc_info"]) for log in logs] == [("request.bug", "r2", True)]
+    assert world.engine.aborted == ["r2"]
+    assert [timer.is_cancelled for timer in world.timers] == [False, True]
+    world.engine.submit = begin
+    world.ask(2)
+    assert world.server.num_requests == 2
+    assert len(world.posted) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(InvalidRequest("no such effort"), FailureKind.INVALID), (ValueError("?"), FailureKind.INTERRUPTED)],
+)
+def test_a_parser_that_cannot_be_made_is_answered_and_nothing_has_begun(error, kind):
+    class Refusing:
+        def spelling(self, vocabulary):
+            return vocabulary
+
+        def maker(self, parsing, prompt):
+            raise error
+
+    world = World(parsers=Refusing())
+    world.ask(parsing=Parsing(has_reasoning=True))
+    (failed,) = world.posted
+    assert failed.kind is kind
+    assert (world.server.num_requests, world.engine.submitted, world.timers) == (0, [], [])
 
 
 def test_one_request_id_runs_once_at_a_time():

@@ -3,6 +3,7 @@
     message_start → ping → (content_block_start → content_block_delta… → content_block_stop)…
     → message_delta → message_stop
 
+What comes amid a call's arguments waits until they are whole, since only one block is open at a time.
 What was cached is told at the end, when it is known: `message_start` counts the whole prompt as read anew.
 """
 
@@ -14,9 +15,10 @@ import msgspec
 
 from planes.wire.frames import FinishReason, Format, Usage
 from planes.wire.unreadable import UNREADABLE
+from workers.answer.calls import Turns
 from workers.answer.dialects.base import Ending, FinishedChoice, TokenNote
 from workers.answer.dialects.names import item_id
-from workers.answer.parts import CallArguments, CallStart, Content, Part, Reasoning
+from workers.answer.parts import CallArguments, CallStart, Content, Part, Reasoning, merged
 
 _encode = msgspec.json.encode
 
@@ -37,6 +39,7 @@ class MessageDialect:
         self._text_start = b""
         """Goes before the text of the open block's next delta, if it is a block of text."""
         self._thoughts = _Signature()
+        self._turns = Turns()
         self._ending: dict[str, Any] = {}
 
     def opening(self, index: int) -> bytes:
@@ -45,9 +48,9 @@ class MessageDialect:
         return _event("message_start", {"message": message}) + _PING
 
     def text(self, index: int, text: str) -> bytes:
-        del index
-        opened = b"" if self._open == _TEXT else self._opened(_TEXT, {"text": ""})
-        return b"%b%b%b}}\n\n" % (opened, self._text_start, _encode(text))
+        if self._open != _TEXT:
+            return self.part(index, Content(text))
+        return b"%b%b}}\n\n" % (self._text_start, _encode(text))
 
     def token(self, index: int, text: str, note: TokenNote) -> bytes:
         """Log probabilities have no words here."""
@@ -55,22 +58,13 @@ class MessageDialect:
         return self.text(index, text) if text else b""
 
     def part(self, index: int, part: Part) -> bytes:
-        match part:
-            case Content(text):
-                return self.text(index, text)
-            case Reasoning(text):
-                opened = b"" if self._open == _THINKING else self._opened(_THINKING, {"thinking": "", "signature": ""})
-                self._thoughts.add(text)
-                return opened + self._delta({"type": "thinking_delta", "thinking": text})
-            case CallStart(call, name):
-                return self._opened(_TOOL_USE, {"id": self._call_id(call), "name": name, "input": {}})
-            case CallArguments(text=text):
-                return self._delta({"type": "input_json_delta", "partial_json": text})
+        del index
+        return b"".join([self._told(each) for each in self._turns.advance(part)])
 
     def closing(self, index: int, ending: Ending) -> bytes:
         del index
         self._ending = self._ended(ending)
-        return self._closed()
+        return b"".join([self._told(part) for part in self._turns.finish()]) + self._closed()
 
     def last(self, usage: Usage) -> bytes:
         return _event("message_delta", {"delta": self._ending, "usage": _usage(usage)}) + _MESSAGE_STOP
@@ -91,10 +85,9 @@ class MessageDialect:
         }
 
     def _blocks(self, choice: FinishedChoice) -> list[dict[str, Any]]:
-        """A call's arguments may come when another part has begun, so they are looked up."""
-        arguments = [call.arguments for call in choice.calls()]
+        parts = [part for each in choice.parts for part in self._turns.advance(each)] + self._turns.finish()
         blocks: list[dict[str, Any]] = []
-        for part in choice.parts:
+        for part in merged(parts):
             match part:
                 case Content(text):
                     blocks.append({"type": _TEXT, "text": text})
@@ -103,8 +96,9 @@ class MessageDialect:
                     signature.add(text)
                     blocks.append({"type": _THINKING, "thinking": text, "signature": signature.take()})
                 case CallStart(call, name):
-                    value = _input(arguments[call])
-                    blocks.append({"type": _TOOL_USE, "id": self._call_id(call), "name": name, "input": value})
+                    blocks.append({"type": _TOOL_USE, "id": self._call_id(call), "name": name, "input": {}})
+                case CallArguments(text=text):
+                    blocks[-1]["input"] = _input(text)
         return blocks
 
     def _ended(self, ending: Ending) -> dict[str, Any]:
@@ -115,6 +109,20 @@ class MessageDialect:
         else:
             reason = "tool_use" if ending.has_calls else "end_turn"
         return {"stop_reason": reason, "stop_sequence": ending.stop or None}
+
+    def _told(self, part: Part) -> bytes:
+        match part:
+            case Content(text):
+                opened = b"" if self._open == _TEXT else self._opened(_TEXT, {"text": ""})
+                return opened + self.text(0, text)
+            case Reasoning(text):
+                opened = b"" if self._open == _THINKING else self._opened(_THINKING, {"thinking": "", "signature": ""})
+                self._thoughts.add(text)
+                return opened + self._delta({"type": "thinking_delta", "thinking": text})
+            case CallStart(call, name):
+                return self._opened(_TOOL_USE, {"id": self._call_id(call), "name": name, "input": {}})
+            case CallArguments(text=text):
+                return self._delta({"type": "input_json_delta", "partial_json": text})
 
     def _opened(self, kind: str, block: dict[str, Any]) -> bytes:
         """The open block, if any, closed, and another one opened."""

@@ -9,8 +9,9 @@
 | function_call      | function_call_arguments.delta* → function_call_arguments.done                           |
 | custom_tool_call   | custom_tool_call_input.delta* → custom_tool_call_input.done                             |
 
-An item ends where the next begins. Blanks between items are nobody's: they are held until text follows, and an answer
-of nothing else is one message. The streamed and the whole answer come from the same fold, so that items and ids agree.
+An item ends where the next begins; what comes amid a call's arguments waits until they are whole. Blanks between items
+are nobody's: they are held until text follows, and an answer of nothing else is one message. The streamed and the whole
+answer come from the same fold, so that items and ids agree.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import msgspec
 
 from planes.wire.frames import FinishReason, Format, Usage
 from planes.wire.response_object import event, item_id, response_event, response_object
+from workers.answer.calls import Turns
 from workers.answer.custom_input import CustomInput
 from workers.answer.detokenizer import Vocabulary
 from workers.answer.dialects.base import Ending, FinishedChoice, TokenNote
@@ -55,6 +57,7 @@ class ResponseDialect:
         self._items: list[Json] = []
         """Those that are whole."""
         self._item: _Item | None = None
+        self._turns = Turns()
         self._texts: list[str] = []
         """Of the open message; the way that most tokens take ends here."""
         self._delta: tuple[bytes, bytes] | None = None
@@ -119,22 +122,24 @@ class ResponseDialect:
         )
 
     def _events(self, part: Part) -> list[Event]:
+        if not isinstance(part, Content):
+            self._pending.clear()
+        return [event for each in self._turns.advance(part) for event in self._told(each)]
+
+    def _told(self, part: Part) -> list[Event]:
         match part:
             case Content(text):
                 return self._content(text)
             case Reasoning(text):
-                self._pending.clear()
                 opened = [] if isinstance(self._item, _Reasoning) else self._open(_Reasoning(*self._next("rs")))
                 return opened + self._more(text)
             case CallStart(call, name):
-                self._pending.clear()
                 called = call_id(self._layout.response_id, 0, call)
                 if name in self._custom:
                     return self._open(_CustomCall(*self._next("ctc"), called, name))
                 return self._open(_FunctionCall(*self._next("fc"), called, name))
-            case CallArguments(_, text):
-                self._pending.clear()
-                return self._more(text) if isinstance(self._item, _FunctionCall | _CustomCall) else []
+            case CallArguments(text=text):
+                return self._more(text)
 
     def _content(self, text: str) -> list[Event]:
         if isinstance(self._item, _Message):
@@ -180,7 +185,7 @@ class ResponseDialect:
 
     def _end(self, ending: Ending) -> list[Event]:
         self._ending = ending
-        events: list[Event] = []
+        events = [event for part in self._turns.finish() for event in self._told(part)]
         if self._item is None and not self._items:
             events += self._message()
         if isinstance(self._item, _Message) and self._pending:

@@ -63,6 +63,7 @@ def test_a_turn_with_tools_becomes_the_messages_that_templates_know():
         {
             "role": "assistant",
             "content": "I look.",
+            "reasoning": "hm",
             "reasoning_content": "hm",
             "tool_calls": [
                 {"id": "toolu_1", "type": "function", "function": {"name": "weather", "arguments": {"at": "sea"}}}

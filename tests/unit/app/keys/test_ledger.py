@@ -163,10 +163,23 @@ async def test_what_was_taken_and_not_answered_is_in_hand_when_etcd_is_back(ledg
     assert budget(etcd).taken[1] + share.owed[1] - share.in_hand[1] == 1, "all but what was used is in its hand"
 
 
+async def test_what_was_taken_and_not_answered_lets_nobody_in_twice(ledgers, etcd):
+    who = tenant(max_concurrent=4, requests_per_day=6)
+    etcd.fails_after_swap = True
+    held = [await _outcome(ledgers[0], who) for _ in range(6)]
+    assert held == [None] * 4 + ["concurrency_limit"] * 2
+    etcd.fails_after_swap = False
+    last = budget(etcd).last
+    while budget(etcd).last == last:
+        etcd.told.clear()
+        await etcd.told.wait()
+    assert [await _outcome(each, who) for each in ledgers] == ["concurrency_limit"] * 2
+
+
 async def _outcome(ledger, who):
     try:
         await reserve(ledger, who)
-    except RateLimited as exc:
+    except (RateLimited, TooManyConcurrent) as exc:
         return exc.code
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from app.keys.record import created, decoded, new_id, new_secret, rotated, tenants_of
 from app.keys.tenant import KeyTerms, UnusableTerm, digest_of
+from tests.fakes import DEEP
 
 NOW = datetime(2026, 11, 28, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -29,6 +30,12 @@ def test_a_record_holds_no_secret_and_reads_as_it_was_written():
     assert b"sk-hr-secret" not in encoded
     assert decoded(encoded) == record
     assert expiries(record) == {digest_of("sk-hr-secret"): None}
+
+
+@pytest.mark.parametrize("value", [b"", b"[]", b"\xff", DEEP], ids=["empty", "no object", "no UTF-8", "deep"])
+def test_what_is_no_record_is_refused_in_one_way(value):
+    with pytest.raises(ValueError, match=r"."):
+        decoded(value)
 
 
 def test_a_rotated_key_keeps_its_terms_and_lets_both_secrets_in_for_a_while():

@@ -87,6 +87,13 @@ def test_nan_is_in_no_range():
         check_range("x", float("nan"), 0, 1)
 
 
+@pytest.mark.parametrize("high", [pytest.param(10**400, id="10**400"), 2**31, 12_345_678])
+def test_a_bound_that_another_field_sets_is_told_to_the_digit_however_large(high):
+    with pytest.raises(InvalidRequest, match=f"must be from 0 to {str(high)[:50]}") as caught:
+        check_range("min_tokens", -1, 0, high)
+    assert len(str(caught.value)) < 200
+
+
 def test_the_fast_path_and_the_error_path_decode_the_same_value():
     with pytest.raises(InvalidRequest) as caught:
         parse_chat(msgspec.json.encode({"model": "m", "messages": [{"role": "user", "content": {"é": [1]}}]}))

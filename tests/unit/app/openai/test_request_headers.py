@@ -38,6 +38,7 @@ def test_any_other_value_is_refused_with_what_is_allowed(name, value, allowed):
 def test_milliseconds_are_read_from_the_headers():
     options = parse_header_options({"x-headrace-slo-ttft-ms": " 250", "x-headrace-slo-itl-ms": "40.5"}, n=1)
     assert (options.slo_ttft_s, options.slo_itl_s) == (0.25, 0.0405)
+    assert parse_header_options({"x-headrace-slo-ttft-ms": "+.5e3"}, n=1).slo_ttft_s == 0.5
     alone = parse_header_options({"x-headrace-slo-itl-ms": "0.001"}, n=1)
     assert (alone.slo_ttft_s, alone.slo_itl_s) == (None, 1e-6)
 

@@ -155,7 +155,14 @@ def test_a_grammar_is_told_to_the_model_and_a_regular_expression_binds_too(is_wr
 
 
 @pytest.mark.parametrize(
-    "format_", [{"type": "image"}, {"type": "grammar"}, {"type": "grammar", "grammar": {"syntax": "x"}}]
+    "format_",
+    [
+        {"type": "image"},
+        {"type": "grammar"},
+        {"type": "grammar", "grammar": {"syntax": "x"}},
+        {"type": "grammar", "grammar": "x"},
+        {"type": "grammar", "grammar": None},
+    ],
 )
 def test_an_unknown_format_of_a_custom_tool_is_refused_by_name(format_):
     with pytest.raises(InvalidRequest) as caught:

@@ -62,3 +62,8 @@ def test_counters_go_on_where_the_process_before_was_told_last(tmp_path):
     told.told(_process(2))
     assert 'headrace_requests_total{code="ok",model="sim"} 6.0' in _lines((1, kept(path)))
     assert not any("waiting" in line for line in _lines((1, kept(path))))
+
+
+def test_counters_that_cannot_be_kept_are_told_all_the_same(tmp_path):
+    told = Kept(tmp_path / "gone" / "1.counters", 1).told(_process(4))
+    assert 'headrace_requests_total{code="ok",model="sim"} 4.0' in _lines((1, told))

@@ -260,16 +260,34 @@ async def test_long_prompts_do_not_block_the_loop_and_their_number_is_bounded(mo
     preprocessor.close()
 
 
-async def test_a_cancelled_request_gives_its_place_back(model):
-    slow = SlowTokenizer()
-    preprocessor = Preprocessor(inline_bytes=0, num_threads=1, max_waiting=1)
-    entry = replace(model, tokenizer=slow)
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(preprocessor.prepare(completion("ab"), entry))
+async def test_a_cancelled_request_gives_its_place_back_once_no_thread_works_on_it():
+    preprocessor, begun, may_end = Preprocessor(num_threads=1, max_waiting=2), threading.Event(), threading.Event()
+
+    def slow(body):
+        begun.set()
+        may_end.wait()
+        return len(body)
+
+    def under_way(body):
+        return asyncio.create_task(preprocessor.run(slow, body, num_bytes=1 << 20))
+
+    running = under_way(b"ab")
+    await asyncio.to_thread(begun.wait)
+    for _ in range(3):
+        waiting = under_way(b"abc")
         await asyncio.sleep(0)
-        task.cancel()
-    slow.may_go.set()
-    assert len((await preprocessor.prepare(completion("ab"), entry)).tokens) == 2
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    assert preprocessor._threads._work_queue.empty(), "what nobody waits for is kept for no thread"
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    last = under_way(b"abcd")
+    await asyncio.sleep(0)
+    with pytest.raises(TokenizersBusy, match="limit is 2"):
+        await under_way(b"ab")
+    may_end.set()
+    assert await last == 4
+    assert await under_way(b"ab") == 2
     preprocessor.close()
 
 

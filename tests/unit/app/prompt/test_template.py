@@ -360,6 +360,17 @@ def test_a_template_that_hides_the_last_message_cannot_go_on_with_it():
         template("{{ messages[0].content }}").render([user("x"), assistant("y")], is_reply=False, is_continued=True)
 
 
+def test_where_there_is_no_message_none_is_gone_on_with():
+    with pytest.raises(TemplateError, match="no message") as refused:
+        template(CONDITIONAL).render([], is_reply=False, is_continued=True)
+    assert refused.value.param == "messages"
+
+
+def test_a_client_that_asks_a_template_not_to_go_on_gets_a_whole_turn():
+    asked = template().render([user("x")], {"continue_final_message": False})
+    assert text(asked) == text(template().render([user("x")])) == "<s><|a|>user\nx<|end|>\n<|a|>"
+
+
 TOOLS = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + TURNS
 
 

@@ -4,11 +4,13 @@ import pytest
 from app.responses.store import (
     MAX_CHAIN,
     ConversationTooLong,
+    ItemNotFound,
     NotKept,
     PreviousNotFound,
     ResponseNotFound,
     ResponseStore,
     StoredResponse,
+    items_by_id,
 )
 from planes.events import EventPlaneUnavailable
 from planes.wire.errors import InvalidRequest
@@ -81,10 +83,19 @@ async def test_only_what_has_ended_is_gone_on_from(status):
 
 async def test_an_item_is_found_by_its_id_alone():
     store = await stored(1, 2)
-    assert msgspec.json.decode(await store.item("a", f"msg_{1:024x}_0"))["content"] == "1"
-    for tenant, name in (("b", f"msg_{1:024x}_0"), ("a", f"msg_{1:024x}_9"), ("a", "msg_x"), ("a", "")):
-        with pytest.raises(InvalidRequest, match="not found"):
-            await store.item(tenant, name)
+    name = f"msg_{1:024x}_0"
+    found = items_by_id(await store.items_beside("a", name), [name])
+    assert msgspec.json.decode(found[name])["content"] == "1"
+    for tenant, other in (("b", name), ("a", f"msg_{9:024x}_0"), ("a", "msg_x"), ("a", "msg_*_0"), ("a", "")):
+        with pytest.raises(ItemNotFound):
+            await store.items_beside(tenant, other)
+
+
+def test_of_the_items_that_are_wanted_each_is_found_once_whoever_else_has_an_id_or_none():
+    lists = [b'[{"id":"a","n":1},{"id":null},{}]', b'[{"id":"a","n":2},{"id":"b"},{"id":"c"}]']
+    assert items_by_id(lists, ["b", "a"]) == {"a": b'{"id":"a","n":1}', "b": b'{"id":"b"}'}
+    with pytest.raises(ItemNotFound, match="'d'"):
+        items_by_id(lists, ["a", "d"])
 
 
 async def test_without_nats_it_says_what_needs_it_and_tells_clients_no_addresses():

@@ -53,8 +53,11 @@ class FakePlane:
 class FakeQueue:
     def __init__(self):
         self.jobs, self.refusal = [], None
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
 
     async def submit(self, model, payload, job_id, *, timeout_s):
+        await self.may_answer.wait()
         if self.refusal is not None:
             raise self.refusal
         self.jobs.append((model, msgspec.msgpack.decode(payload, type=QueuedPrefill), job_id))
@@ -146,6 +149,19 @@ async def test_an_answer_in_the_turn_in_which_nobody_waits_any_more_is_given_up(
     await settle()
     world.news(W1, done=DONE)
     asking.cancel()
+    await settle()
+    assert world.plane.sent == [("unwanted.m", PrefillUnwanted(RequestId("r.q"), W1))]
+
+
+async def test_an_answer_to_a_job_that_the_queue_is_not_known_to_have_is_given_up(world):
+    world.queue.may_answer.clear()
+    asking = world.ask()
+    await settle()
+    world.news(W1, done=DONE)
+    world.queue.refusal = EventPlaneUnavailable("no ack within 1 s")
+    world.queue.may_answer.set()
+    with pytest.raises(NotQueued):
+        await asking
     await settle()
     assert world.plane.sent == [("unwanted.m", PrefillUnwanted(RequestId("r.q"), W1))]
 

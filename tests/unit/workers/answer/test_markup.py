@@ -61,10 +61,19 @@ TAGGED = '<tool_call>\n{"name": "weather", "arguments": {"at": "sea"}}\n</tool_c
             call(arguments='{"at": "</tool_call>}"}'),
         ),
         ('<tool_call>{"name": "w\\u00e9", "arguments": {}}</tool_call>', call("wé", "{}")),
+        (f"{TAGGED[:-6]}", call()),
+        (f"{TAGGED[:-12]}<tool_", call()),
+        (f"{TAGGED}\n<tool_call>{{bad}} x", [*call(), Content("<tool_call>{bad} x")]),
     ],
 )
 def test_texts_and_their_parts(text, parts):
     assert read(text) == parts
+
+
+def test_tags_in_the_arguments_of_a_call_are_theirs_wherever_a_token_ends():
+    text = '<tool_call> {"name": "weather", "arguments": {"at": "<tool_call> <tool_call>{</tool_call>"}}</tool_call>'
+    for cut in range(len(text)):
+        assert read(text, cuts=[cut]) == call(arguments='{"at": "<tool_call> <tool_call>{</tool_call>"}')
 
 
 def test_thoughts_that_the_prompt_has_opened():
@@ -104,6 +113,7 @@ TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", TAGGED]
 PIECES = [
     "<think>hm\n",
     "\n</think>\n\n",
+    '<tool_call>{"name": "weather", "arguments": {"at": "<tool_call> ',
     '{"name": "weather", ',
     '"arguments": ',
     '{"at": "sea"}',

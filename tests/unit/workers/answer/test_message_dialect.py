@@ -118,6 +118,36 @@ def test_events_come_in_anthropic_s_order():
     ]
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [CallStart(0, "f"), CallStart(1, "g"), CallArguments(0, '{"a":1}'), CallArguments(1, '{"b":2}')],
+        [CallStart(0, "f"), CallStart(1, "g"), CallArguments(1, '{"b":2}'), CallArguments(0, '{"a":1}')],
+        [
+            CallStart(0, "f"),
+            CallArguments(0, '{"a"'),
+            CallStart(1, "g"),
+            CallArguments(1, '{"b"'),
+            CallArguments(0, ":1}"),
+            CallArguments(1, ":2}"),
+        ],
+    ],
+)
+def test_arguments_that_come_amid_others_are_their_own_call_s(parts):
+    ending = Ending(FinishReason.STOP, has_calls=True)
+    whole = json.loads(writer().body([FinishedChoice(0, merged(parts), None, ending)], USAGE))
+    assert [(block["name"], block["input"]) for block in whole["content"]] == [("f", {"a": 1}), ("g", {"b": 2})]
+    assert assembled(streamed(parts, ending)) == whole
+
+
+def test_text_amid_a_call_s_arguments_follows_the_call():
+    parts = [CALL[0], Content("so"), Reasoning("hm"), *CALL[1:], Reasoning("m"), Content("on")]
+    ending = Ending(FinishReason.STOP, has_calls=True)
+    whole = json.loads(writer().body([FinishedChoice(0, merged(parts), None, ending)], USAGE))
+    assert [block["type"] for block in whole["content"]] == ["tool_use", "text", "thinking", "text"]
+    assert assembled(streamed(parts, ending)) == whole
+
+
 def test_arguments_that_are_no_object_are_handed_on():
     choice = FinishedChoice(0, [CallStart(0, "f"), CallArguments(0, "{nonsense")], None, Ending(FinishReason.STOP))
     assert json.loads(writer().body([choice], USAGE))["content"][0]["input"] == {"arguments": "{nonsense"}

@@ -156,5 +156,7 @@ def test_what_is_stored_after_a_lost_batch_is_known_again():
     cleared, event = translate_all(translator, [before, None, after])
     assert isinstance(cleared, AllCleared)
     assert names_in(event) == names([9] * 4)
+    for unreadable in (b"", b"\xc1", b"\x93\xcb" + bytes(8) + b"\x91" * 20_000):
+        assert translate_all(EventTranslator(MODEL), [before, unreadable, after]) == [cleared, event]
     first, second = translate_all(EventTranslator(MODEL), [before, after])
     assert names_in(first) + names_in(second) == [*names(range(4)), *names([9] * 4)]

@@ -12,12 +12,15 @@ from workers.vllm.grammar_process import Attempt, is_lark
 from workers.vllm.grammars import GrammarProcessEnded, GrammarTrials, choice_grammar, grammar_of
 
 PROCESS = """
-import json, sys
+import json, os, sys, time
 print("{}", flush=True)
 for number, line in enumerate(sys.stdin):
     spec = json.loads(line)["spec"]
     if spec == "die":
         break
+    if spec.startswith("wait for "):
+        while not os.path.exists(spec.removeprefix("wait for ")):
+            time.sleep(0.01)
     verdict = {"reason": f"{spec} will not do"} if spec.startswith("bad") else {"library": f"library {number}"}
     print(json.dumps(verdict), flush=True)
 """
@@ -29,6 +32,12 @@ async def trials():
     trials.begin((sys.executable, "-c", PROCESS))
     yield trials
     await trials.stop()
+
+
+async def begun():
+    """What can happen at once has happened."""
+    for _ in range(9):
+        await asyncio.sleep(0)
 
 
 async def test_a_grammar_is_tried_once_and_its_verdict_kept(trials):
@@ -63,6 +72,63 @@ async def test_a_request_that_is_given_up_leaves_no_verdict_to_the_next(trials):
     await asyncio.gather(given_up, return_exceptions=True)
     with pytest.raises(InvalidRequest):
         await trials.library("regex", "bad")
+
+
+async def test_a_process_that_cannot_be_started_fails_one_request_and_not_those_after_it(tmp_path):
+    trials = GrammarTrials(libraries_for=lambda kind, spec: ["xgrammar"])
+    program = tmp_path / "program"
+    trials.begin((str(program),))
+    with pytest.raises(GrammarProcessEnded, match="cannot be started"):
+        await trials.library("regex", "a")
+    program.write_text(f"#!{sys.executable}\n{PROCESS}")
+    program.chmod(0o700)
+    assert await trials.library("regex", "a") == "library 0"
+    await trials.stop()
+
+
+async def test_a_start_that_failed_before_anybody_asked_fails_nobody(tmp_path):
+    trials = GrammarTrials(libraries_for=lambda kind, spec: ["xgrammar"])
+    program = tmp_path / "program"
+    trials.begin((str(program),))
+    await asyncio.wait([trials._starting])
+    program.write_text(f"#!{sys.executable}\n{PROCESS}")
+    program.chmod(0o700)
+    assert await trials.library("regex", "a") == "library 0"
+    await trials.stop()
+
+
+async def test_a_trial_goes_on_when_its_request_is_given_up_and_its_verdict_is_kept(trials, tmp_path):
+    await trials.library("regex", "a")
+    file = tmp_path / "file"
+    given_up = asyncio.create_task(trials.library("regex", f"wait for {file}"))
+    unheard = asyncio.create_task(trials.library("regex", "unheard"))
+    other = asyncio.create_task(trials.library("regex", "b"))
+    await begun()
+    for task in (given_up, unheard):
+        task.cancel()
+    await asyncio.wait([given_up, unheard])
+    assert not other.done()
+    file.touch()
+    assert await other == "library 2"  # of the same process, which was not asked what nobody waits for any more
+    assert await trials.library("regex", f"wait for {file}") == "library 1"
+
+
+async def test_a_process_that_says_nothing_is_ended_and_the_next_request_has_another(tmp_path):
+    trials = GrammarTrials(libraries_for=lambda kind, spec: ["xgrammar"], timeout_s=0.5)
+    trials.begin((sys.executable, "-c", PROCESS))
+    with pytest.raises(GrammarProcessEnded, match=r"nothing for 0\.5 s"):
+        await trials.library("regex", f"wait for {tmp_path / 'nothing'}")
+    assert await trials.library("regex", "a") == "library 0"
+    await trials.stop()
+
+
+async def test_a_trial_that_nobody_waits_for_ends_with_the_worker(trials, tmp_path):
+    given_up = asyncio.create_task(trials.library("regex", f"wait for {tmp_path / 'nothing'}"))
+    await begun()
+    given_up.cancel()
+    await asyncio.wait([given_up])
+    await trials.stop()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 async def test_a_schema_that_no_library_supports_is_refused_without_a_trial():

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.responses import ResponseItem
 
+from app.openai.responses.bodies import Item
 from app.openai.responses.items import known_items, listed_items, parse_input, template_messages
 from app.openai.schema import Limits
 from planes.wire.errors import InvalidRequest
@@ -127,6 +128,46 @@ def test_listed_items_are_of_openais_types_and_each_has_an_id():
     assert ids[2] == "rs_1"
 
 
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ({}, []),
+        ({"content": None}, []),
+        ({"content": ""}, [""]),
+        ({"content": [{"type": "output_audio", "audio": "x"}]}, [""]),
+    ],
+)
+def test_what_a_model_said_is_listed_also_without_a_text(content, texts):
+    (item,) = listed_items("resp_0", parsed([{"role": "assistant", **content}]).raw)
+    assert [part["text"] for part in item["content"]] == texts
+    checked(ResponseItem, item)
+
+
+class Piece(str):
+    """Refuses to be copied into what is longer by one piece."""
+
+    __slots__ = ()
+
+    def __add__(self, other):
+        raise AssertionError("all pieces before are copied once for each that follows")
+
+    __radd__ = __add__
+
+
+@pytest.mark.parametrize(
+    ("item", "fields", "between"),
+    [
+        (Item("reasoning"), ["reasoning", "reasoning_content"], ""),
+        (Item(role="system"), ["content"], "\n\n"),
+        (Item(role="developer"), ["content"], "\n\n"),
+    ],
+)
+def test_thoughts_and_instructions_in_many_pieces_are_put_together_at_once(item, fields, between):
+    pieces = [Piece(f"{number}.") for number in range(5)]
+    (message,) = template_messages([msgspec.structs.replace(item, content=piece) for piece in pieces], None)
+    assert [message[field] for field in fields] == [between.join(pieces)] * len(fields)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: (
@@ -135,10 +176,12 @@ JSON = st.recursive(
     ),
     max_leaves=10,
 )
+PARTS = st.lists(st.fixed_dictionaries({"type": st.sampled_from(["output_text", "refusal", "x"])}), max_size=2)
+CONTENT = {"content": JSON | PARTS, "output": JSON | PARTS, "role": st.sampled_from(["user", "assistant"]) | JSON}
 TYPES = st.sampled_from(["message", "function_call", "function_call_output", "reasoning", "custom_tool_call", "x"])
 
 
-@given(st.lists(st.fixed_dictionaries({"type": TYPES}, optional=dict.fromkeys(("content", "output", "role"), JSON))))
+@given(st.lists(st.fixed_dictionaries({"type": TYPES}, optional=CONTENT)))
 def test_whatever_is_accepted_can_be_shown_to_a_template_and_listed(items):
     try:
         found = parsed(items)

@@ -10,8 +10,10 @@ from planes.wire.frames import FinishReason, Format, Parsing, Sampling, Usage
 from planes.wire.response_object import response_of
 from tests.openai_types import checked_event, checked_response, sse
 from workers.answer.detokenizer import load_vocabulary
+from workers.answer.dialects.base import Ending, FinishedChoice
+from workers.answer.dialects.response import ResponseDialect
 from workers.answer.formatter import Formatter
-from workers.answer.parts import CallArguments, CallStart, Content, Reasoning
+from workers.answer.parts import CallArguments, CallStart, Content, Reasoning, merged
 from workers.engine.base import EngineOutput, TokenLogprob
 
 VOCABULARY = load_vocabulary(Path("workers/sim/model/tokenizer.json"))
@@ -193,6 +195,49 @@ def test_log_probabilities_leave_with_the_text_and_are_all_told_in_the_end():
     assert json.loads(form.finish(USAGE))["output"][0]["content"][0] == part
     for event in events:
         checked_event(event)
+
+
+AMID_OTHERS = [
+    [CallStart(0, "f"), CallStart(1, "custom"), CallArguments(0, '{"a":1}'), CallArguments(1, '{"input":"b"}')],
+    [CallStart(0, "f"), CallStart(1, "custom"), CallArguments(1, '{"input":"b"}'), CallArguments(0, '{"a":1}')],
+    [
+        CallStart(0, "f"),
+        Content(" \n"),
+        CallArguments(0, '{"a"'),
+        CallStart(1, "custom"),
+        CallArguments(1, '{"input"'),
+        CallArguments(0, ":1}"),
+        CallArguments(1, ':"b"}'),
+    ],
+]
+
+
+@pytest.mark.parametrize("parts", AMID_OTHERS)
+def test_arguments_that_come_amid_others_are_their_own_call_s(parts):
+    ending = Ending(FinishReason.STOP, has_calls=True)
+    stream = dialect()
+    pieces = [stream.opening(0), *(stream.part(0, part) for part in parts), stream.closing(0, ending)]
+    events = sse(b"".join(pieces) + stream.last(USAGE))
+    for event in events:
+        checked_event(event)
+    response = events[-1]["response"]
+    assert [item.get("arguments", item.get("input")) for item in response["output"]] == ['{"a":1}', "b"]
+    assert json.loads(dialect().body([FinishedChoice(0, merged(parts), None, ending)], USAGE)) == response
+    for place in (0, 1):
+        deltas = [event["delta"] for event in events if "delta" in event and event["output_index"] == place]
+        assert "".join(deltas) == ['{"a":1}', "b"][place]
+
+
+def dialect():
+    layout = Format(
+        kind="response",
+        response_id="resp_0123456789abcdef01234567",
+        model="sim",
+        created=7,
+        parsing=Parsing(custom=["custom"]),
+        repeated=msgspec.json.encode(REPEATED),
+    )
+    return ResponseDialect(layout, VOCABULARY)
 
 
 TEXTS = st.text(alphabet='RTFC ab\n{}:"\\u0inpt,', max_size=40)
