@@ -25,6 +25,8 @@ from router.request import Candidate, RoutableRequest, Route
 
 DEEP = b'{"?":' + b"[" * 20_000 + b"]" * 20_000 + b"}"
 """JSON with a field that nobody knows and that is read over, one call of msgspec's to a bracket."""
+DEEP_PACKED = b"\x81\xa1?" + b"\x91" * 20_000 + b"\xc0"
+"""The same in MessagePack."""
 FACTS = EngineFacts(
     block_size=16,
     num_blocks=1000,

@@ -56,8 +56,8 @@ async def load_conversation(
     wanted = set(asked.references)
     # What is sent under an id that is also referred to is exchanged, too, and so it counts.
     meant = [item.id for item in asked.input.items if item.id and item.id in wanted]
-    referred = await _referred(gateway, meant, tenant, lease, num_bytes + num_before, limit)
-    num_loaded = num_before + sum([len(referred[name]) for name in meant])
+    referred, num_referred = await _referred(gateway, meant, tenant, lease, num_bytes + num_before, limit)
+    num_loaded = num_before + num_referred
     own = [referred.get(item.id or "", raw) for item, raw in zip(asked.input.items, asked.input.raw, strict=True)]
     items = b"[" + b",".join(own) + b"]"
     num_items = num_before + len(items)
@@ -73,10 +73,11 @@ async def load_conversation(
 
 async def _referred(
     gateway: Gateway, references: Sequence[str], tenant: Tenant, lease: BodyLease, num_bytes: int, limit: int
-) -> dict[str, bytes]:
-    """JSON of the items of these ids. Each counts, in `lease` and against the limit, as often as it is referred to.
+) -> tuple[dict[str, bytes], int]:
+    """Each counts, in `lease` and against the limit, as often as it is referred to.
 
-    Args:  num_bytes: of what is there already.  limit: of that and of all these items.  Raises:  HeadraceError.
+    Args:  num_bytes: of what is there already.  limit: of that and of all these items.
+    Returns:  JSON of the items of these ids, by id; their bytes.  Raises:  HeadraceError.
     """
     check_count("input", len(references), _MAX_REFERENCES, "item references")
     times = Counter(references)
@@ -92,7 +93,7 @@ async def _referred(
         check_count("input", num_referred, limit - num_bytes, "bytes of items that are referred to")
         lease.grow_to(num_bytes + num_referred)
         referred |= found
-    return referred
+    return referred, num_referred
 
 
 async def prepared_response(

@@ -126,13 +126,13 @@ class QueuedPrefills:
                 if not waiting.ended.done():
                     self._check(model, waiting)
         except BaseException:
-            if waiting.ended.done() and waiting.ended.exception() is None:  # it came, and nobody waits any more
+            if not waiting.ended.done():
+                self._drop(model, PrefillUnwanted(job))
+            elif waiting.ended.exception() is None:  # it came, and nobody waits any more
                 self._drop(model, PrefillUnwanted(job, waiting.ended.result().worker))
             raise
         finally:
             del self._waiting[job]
-            if not waiting.ended.done():
-                self._drop(model, PrefillUnwanted(job))
         news = waiting.ended.result()
         if news.failed is not None and news.failed.code == OVERTRIED:  # it is not the fault of the worker that says so
             raise NotQueued(news.failed.code, news.failed.message)

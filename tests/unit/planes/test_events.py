@@ -11,6 +11,7 @@ from nats.aio.subscription import Subscription
 from planes import events
 from planes.events import EventPlane, EventPlaneUnavailable, Reply
 from planes.wire.messages import BlocksStored, KvEvents, Snapshot, WorkerId
+from tests.fakes import DEEP_PACKED
 
 WORKER = WorkerId("w")
 
@@ -90,10 +91,7 @@ async def test_requests_without_a_connection_fail_at_once() -> None:
         await plane.request_snapshot(WORKER)
 
 
-DEEP = b"\x81\xa1?" + b"\x91" * 20_000 + b"\xc0"
-
-
-@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x80", DEEP, msgspec.msgpack.encode({"worker": 1})])
+@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x80", DEEP_PACKED, msgspec.msgpack.encode({"worker": 1})])
 async def test_a_malformed_message_is_counted_and_dropped(data: bytes) -> None:
     plane = EventPlane("nats://127.0.0.1:1", "ns")
     seen: list[KvEvents] = []

@@ -19,6 +19,7 @@ from planes.wire.frames import (
 from planes.wire.messages import HandoverMode, RequestId, WorkerId
 from planes.wire.prefill_queue import PrefillNews, PrefillUnwanted, QueuedPrefill
 from planes.work_queue import JobLimits
+from tests.fakes import DEEP_PACKED
 from workers.engine.base import EngineLoad
 from workers.prefill_queue import Puller
 
@@ -203,7 +204,7 @@ async def test_what_cannot_be_run_any_more_leaves_the_queue_and_its_gateway_is_t
     assert (news.job, news.failed.kind, news.failed.code) == ("r.q", FailureKind.REJECTED, code)
 
 
-@pytest.mark.parametrize("content", [b"\xc1", b"\x81\xa1?" + b"\x91" * 20_000 + b"\xc0"], ids=["broken", "deep"])
+@pytest.mark.parametrize("content", [b"\xc1", DEEP_PACKED], ids=["broken", "deep"])
 async def test_what_nobody_can_read_leaves_the_queue(world, content):
     job = await world.pulled(FakeJob(content=content))
     assert (job.said, world.server.runs, world.plane.sent) == (["ack"], [], [])

@@ -2,7 +2,6 @@ import contextlib
 import json
 import time
 import tracemalloc
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,16 +13,13 @@ from app.http.conversation import load_conversation, prepared_response
 from app.http.routes.generate import Admitted
 from app.keys.tenant import ANYBODY
 from app.openai.responses.request import parse_response
-from app.prompt.prepare import ContextExceeded, ModelEntry, Preprocessor
-from app.prompt.template import ChatTemplate
-from app.prompt.tokenizer import Tokenizer
+from app.prompt.prepare import ContextExceeded, Preprocessor
 from app.responses.store import ResponseStore, StoredResponse
 from planes.wire.errors import InvalidRequest
 from planes.wire.messages import RequestId
 from tests.fakes import FakeValues
+from tests.sim_model import sim_model
 
-SIM = Path("workers/sim/model")
-CONFIG = json.loads((SIM / "tokenizer_config.json").read_text())
 ITEM_CHARS = 100_000
 MAX_BODY_BYTES = 10 * ITEM_CHARS
 
@@ -56,9 +52,7 @@ class CountingPreprocessor(Preprocessor):
 
 @pytest.fixture(scope="module")
 def model():
-    tokenizer = Tokenizer((SIM / "tokenizer.json").read_bytes(), CONFIG)
-    template = ChatTemplate(CONFIG["chat_template"], tokenizer.special_tokens, variables=tokenizer.variables)
-    return ModelEntry("sim", tokenizer, template, 512, 16, tokenizer.vocab_size, digest="ab" * 32)
+    return sim_model(context_length=512, digest="ab" * 32)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 import json
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,26 +13,21 @@ from app.http.intake import read_request
 from app.keys.tenant import ANYBODY, Tenant
 from app.openai.chat import parse_chat
 from app.openai.completions import parse_completion
-from app.prompt.prepare import ModelEntry, Preprocessor
-from app.prompt.template import ChatTemplate
-from app.prompt.tokenizer import Tokenizer
+from app.prompt.prepare import Preprocessor
 from app.telemetry.trace_context import TraceContext
 from planes.wire.blocks import name_blocks, root
 from planes.wire.errors import InvalidRequest
 from planes.wire.frames import pack_tokens
 from planes.wire.messages import RequestId
 from router.request import SloSource
+from tests.sim_model import sim_model
 
-SIM = Path("workers/sim/model")
-CONFIG = json.loads((SIM / "tokenizer_config.json").read_text())
 MESSAGES = [{"role": "user", "content": "what is a KV cache?"}]
 
 
 @pytest.fixture(scope="module")
 def model():
-    tokenizer = Tokenizer((SIM / "tokenizer.json").read_bytes(), CONFIG)
-    template = ChatTemplate(CONFIG["chat_template"], tokenizer.special_tokens, variables=tokenizer.variables)
-    return ModelEntry("sim", tokenizer, template, 4096, 16, tokenizer.vocab_size, digest="ab" * 32)
+    return sim_model(context_length=4096, digest="ab" * 32)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ import asyncio
 import json
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from app.openai.completions import parse_completion
 from app.openai.embeddings import parse_embedding
 from app.prompt.prepare import (
     ContextExceeded,
-    ModelEntry,
     PreparationTimeout,
     Preprocessor,
     TokenizersBusy,
@@ -22,16 +20,12 @@ from app.prompt.template import ChatTemplate
 from app.prompt.tokenizer import Tokenizer
 from planes.wire import blocks
 from planes.wire.errors import InvalidRequest
-
-SIM = Path("workers/sim/model")
-CONFIG = json.loads((SIM / "tokenizer_config.json").read_text())
+from tests.sim_model import CONFIG, SIM, sim_model
 
 
 @pytest.fixture(scope="module")
 def model():
-    tokenizer = Tokenizer((SIM / "tokenizer.json").read_bytes(), CONFIG)
-    template = ChatTemplate(CONFIG["chat_template"], tokenizer.special_tokens, variables=tokenizer.variables)
-    return ModelEntry("sim", tokenizer, template, context_length=512, block_size=16, vocab_size=tokenizer.vocab_size)
+    return sim_model(context_length=512)
 
 
 @pytest.fixture
