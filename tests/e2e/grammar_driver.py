@@ -7,6 +7,7 @@ The vocabulary is the bytes; after them come the end of the answer and the end o
 import json
 import random
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,10 +95,28 @@ def answer(on, grammar, rng, *, is_thinking):
     return tokens, masks
 
 
+def has_a_regex_a_limit():
+    """Whether another thread compiles it, which this one could stop to wait for."""
+    on, threads = manager(is_thinking=False), []
+    grammars.create_grammar(on, request_for({"regex": "a"}, [], is_thinking=False))
+    compiler = on.headrace_backends["xgrammar"].compiler
+    compile_regex = compiler.compile_regex
+
+    def compile_noting_the_thread(pattern):
+        threads.append(threading.current_thread())
+        return compile_regex(pattern)
+
+    compiler.compile_regex = compile_noting_the_thread
+    grammars.create_grammar(on, request_for({"regex": "b"}, [], is_thinking=False))
+    (thread,) = threads
+    return thread is not threading.current_thread()
+
+
 def main(folder, num_answers):
     vocabulary = [*(bytes([byte]) for byte in range(256)), "<end>", "</think>"]
     info = xgrammar.TokenizerInfo(vocabulary, vocab_type=xgrammar.VocabType.RAW, stop_token_ids=[END])
     expect_tokenizer(folder).write_text(info.serialize_json())
+    grammars.install()
     num_compared = num_ended = 0
     for seed in range(num_answers):
         rng, is_thinking = random.Random(seed), seed % 2 == 0
@@ -117,7 +136,8 @@ def main(folder, num_answers):
         grammars.create_grammar(manager(is_thinking=False), wrong)
     except grammars.GrammarRejectsResume as exc:
         refused = str(exc)
-    sys.stdout.write(json.dumps({"compared": num_compared, "ended": num_ended, "refused": refused}) + "\n")
+    told = {"compared": num_compared, "ended": num_ended, "refused": refused}
+    sys.stdout.write(json.dumps(told | {"has_limit": has_a_regex_a_limit()}) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.e2e
 DRIVER = Path(__file__).parent / "grammar_driver.py"
 
 
-def test_a_resumed_grammar_masks_what_the_undisturbed_one_does_after_thoughts_too(tmp_path):
+def test_a_resumed_grammar_masks_what_the_undisturbed_one_does_and_no_busy_machine_ends_a_regex(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(DRIVER.parents[2])}
     told = subprocess.run(
         [sys.executable, DRIVER, tmp_path], env=environment, capture_output=True, text=True, check=False
@@ -23,3 +23,5 @@ def test_a_resumed_grammar_masks_what_the_undisturbed_one_does_after_thoughts_to
     assert found["compared"] > 1000
     assert found["ended"] > 20
     assert found["refused"] == "token 98, number 0 of 1 resumed, breaks the grammar"
+    assert "The request r ends, its grammar cannot be made: token 98," in told.stdout + told.stderr
+    assert not found["has_limit"]

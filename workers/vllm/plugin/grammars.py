@@ -4,6 +4,8 @@
 |----------------------------------------------------------|---------------------------------------------------------|
 | one library for all requests, which the first one chooses | the library that the front end found fit for the request |
 | a grammar begins at its beginning                        | it has taken the resumed tokens, those of reasoning apart |
+| a regex has 5 s to compile, whatever else the cores do   | as long as it takes: it was tried (`grammar_process.py`)  |
+| why one did not compile is told to nobody                | the log has it                                            |
 
 The second is vLLM's own `StructuredOutputManager.accept_tokens`, fed with one token at a time, as while it generates.
 It runs where the grammar is compiled: a request leaves WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR when both are done, and
@@ -18,8 +20,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import xgrammar
+from vllm.logger import init_logger
 from vllm.tokenizers import get_tokenizer
-from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output import StructuredOutputManager, backend_xgrammar
 from vllm.v1.structured_output.backend_guidance import GuidanceBackend
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 
@@ -27,6 +30,7 @@ from workers.vllm.grammar_process import MAX_WHITESPACE
 from workers.vllm.grammars import described_tokenizer
 from workers.vllm.plugin.resume import resumed_tokens
 
+_log = init_logger(f"vllm.{__name__}")  # the tree whose level and place vLLM's own settings say
 _MAKING = threading.Lock()
 _CACHE_BYTES = 256 << 20
 
@@ -36,9 +40,10 @@ class GrammarRejectsResume(Exception):  # noqa: N818 - names what is wrong
 
 
 def install() -> None:
-    """Replaces `StructuredOutputManager.grammar_init` and `_create_grammar`."""
+    """Replaces `StructuredOutputManager.grammar_init` and `_create_grammar`, and what limits a regex's time."""
     StructuredOutputManager.grammar_init = grammar_init
     StructuredOutputManager._create_grammar = create_grammar  # noqa: SLF001
+    backend_xgrammar.compile_regex_with_timeout = lambda compile_regex, pattern: compile_regex(pattern)
 
 
 def grammar_init(manager: Any, request: Any) -> None:
@@ -57,10 +62,14 @@ def create_grammar(manager: Any, request: Any) -> Any:
     """The grammar of `request`, ready for its next token. On one of the manager's threads."""
     structured, sampling = request.structured_output_request, request.sampling_params
     kind, spec = structured.structured_output_key
-    backend = _backend(manager, structured.params._backend)  # noqa: SLF001
-    grammar = backend.compile_grammar(kind, spec, stop_token_ids=sampling.all_stop_token_ids)
-    if resumed := resumed_tokens(sampling):
-        advance(manager, request, grammar, resumed)
+    try:
+        backend = _backend(manager, structured.params._backend)  # noqa: SLF001
+        grammar = backend.compile_grammar(kind, spec, stop_token_ids=sampling.all_stop_token_ids)
+        if resumed := resumed_tokens(sampling):
+            advance(manager, request, grammar, resumed)
+    except Exception as exc:
+        _log.error("The request %s ends, its grammar cannot be made: %s", request.request_id, exc)
+        raise
     return grammar
 
 
