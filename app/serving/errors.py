@@ -5,7 +5,7 @@ from typing import Final
 from planes.streams.client import WorkerLost, WorkerUnreachable
 from planes.wire.errors import (
     ROLE_CHANGED,
-    UNUSABLE_GRAMMAR,
+    TOLD_BY_WORKERS,
     Expired,
     HeadraceError,
     Interrupted,
@@ -83,11 +83,11 @@ class WorkerDisagrees(Interrupted):
         return f"worker {self.worker} would not compute what this gateway has found valid ({self.refused_with})"
 
 
-class GrammarRefused(InvalidRequest):
-    """What the answer must match cannot be compiled: the client's fault. Only workers can tell, one for all."""
+class EngineRefused(InvalidRequest):
+    """The engine cannot serve what the client asks: the client's fault. Only workers can tell, one for all."""
 
-    def __init__(self, worker: WorkerId, message: str, param: str | None) -> None:
-        super().__init__(message, param=param, code=UNUSABLE_GRAMMAR)
+    def __init__(self, worker: WorkerId, code: str, message: str, param: str | None) -> None:
+        super().__init__(message, param=param, code=code)
         self.worker = worker
 
 
@@ -110,7 +110,7 @@ WorkerSaid = WorkerRefused | WorkerBusy | RoleChanged | WorkerFailed | WorkerDis
 Retriable = WorkerUnreachable | WorkerLost | WorkerSaid
 """How a leg can end that may be run elsewhere. Each names its `worker`."""
 
-LegError = Retriable | GrammarRefused
+LegError = Retriable | EngineRefused
 """How a leg can end, but well."""
 
 
@@ -154,14 +154,14 @@ _BY_CODE: Final[dict[tuple[FailureKind, str], type[WorkerBusy | RoleChanged | Ti
 }
 
 
-def leg_error(failed: Failed, worker: WorkerId) -> WorkerSaid | GrammarRefused:
+def leg_error(failed: Failed, worker: WorkerId) -> WorkerSaid | EngineRefused:
     """What a worker says went wrong, as one of our errors."""
     known = _BY_CODE.get((failed.kind, failed.code))
     if known is not None:
         return known(worker, failed.message)
     match failed.kind:
-        case FailureKind.INVALID if failed.code == UNUSABLE_GRAMMAR:
-            return GrammarRefused(worker, failed.message, failed.param)
+        case FailureKind.INVALID if failed.code in TOLD_BY_WORKERS:
+            return EngineRefused(worker, failed.code, failed.message, failed.param)
         case FailureKind.INVALID:
             return WorkerDisagrees(worker, failed.code, failed.message)
         case FailureKind.REJECTED:

@@ -45,8 +45,8 @@ from app.serving.blame import Pair, failure_of
 from app.serving.effects import Effect, Noted
 from app.serving.errors import (
     DeadlinePassed,
+    EngineRefused,
     GatewayStopping,
-    GrammarRefused,
     NotResumable,
     Retriable,
     TicketExpired,
@@ -376,7 +376,7 @@ class Exchange:
 
     def _leg_failed(self, event: on.LegFailed, now: float) -> list[Effect]:
         _, kind = self._legs.pop(event.leg)
-        if isinstance(event.error, GrammarRefused):
+        if isinstance(event.error, EngineRefused):
             if isinstance(kind, PrefillLeg):
                 self._kept = None
             return self._abandon(event.error, Outcome.FAILED, now)

@@ -50,6 +50,9 @@ class SimulatedAutorole:
         now, loads = simulation.clock.now, self._loads()
         window, self._before = since(loads, self._before), loads
         lives = [life.registration for life in simulation.lives.values() if life.is_alive]
+        if not lives:  # nobody to change, nor to spare
+            self._plan()
+            return
         statuses = simulation.gateways[0].router.workers(now=now)
         self._count_spare(window, len(lives), lives[0].facts)
         for decision in planner.decide(lives, statuses, window, now=now):

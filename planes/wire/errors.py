@@ -7,6 +7,10 @@ from planes.wire.urls import redacted
 
 UNUSABLE_GRAMMAR = "unusable_grammar"
 """Code of an InvalidRequest that only a worker can tell: what the answer must match cannot be compiled."""
+UNSUPPORTED = "unsupported"
+"""Likewise: the engine, or the model's parser, does not take what the client asks."""
+TOLD_BY_WORKERS = frozenset({UNUSABLE_GRAMMAR, UNSUPPORTED})
+"""Codes of an InvalidRequest that is the client's mistake though the gateway has not found it."""
 ROLE_CHANGED = "role_changed"
 """Code of what a worker will not do, or not go on with, because of its role: it is well, and others do it."""
 

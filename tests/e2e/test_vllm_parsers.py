@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from planes.wire.errors import InvalidRequest
+from planes.wire.errors import UNSUPPORTED, InvalidRequest
 from planes.wire.frames import FinishReason, Format, Parsing, Sampling, Usage
 from workers.answer.detokenizer import load_vocabulary
 from workers.answer.formatter import Formatter
@@ -166,8 +166,9 @@ def test_a_request_that_its_parser_will_not_have_is_refused_with_the_parser_s_re
     parsers = make_parsers(ParserNames("", "k2_horizon"), vocabulary, model, engine="vllm")
     kwargs = json.dumps({"reasoning_effort": effort}).encode()
     make = parsers.maker(Parsing(has_reasoning=True, template_kwargs=kwargs), PROMPT)
-    with pytest.raises(InvalidRequest, match=r"Unsupported reasoning_effort .* high, medium, low"):
+    with pytest.raises(InvalidRequest, match=r"Unsupported reasoning_effort .* high, medium, low") as refused:
         make()
+    assert refused.value.code == UNSUPPORTED
 
 
 def test_a_parser_that_fails_loses_no_answer(vocabulary, model, monkeypatch):

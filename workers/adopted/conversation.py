@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from planes.wire.errors import InvalidRequest
+from planes.wire.errors import UNSUPPORTED, InvalidRequest
 from workers.adopted.answer import END, Answer, Chunk, decode_chunk, events
 from workers.adopted.examine import GENERATE
 from workers.adopted.http import HttpClient, ServerGone
@@ -51,5 +51,5 @@ def _refusal(request: EngineRequest, status: int | str | None, whole: Chunk) -> 
     if status == 400 and request.sampling.structured is not None:
         return unusable(message)
     if status == 400:
-        return InvalidRequest(message, param=whole.error.param if whole.error is not None else None)
+        return InvalidRequest(message, param=whole.error.param if whole.error is not None else None, code=UNSUPPORTED)
     return ServerGone(f"vLLM's answer is an error {status}: {message}")

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from planes.wire.errors import InvalidRequest
+from planes.wire.errors import UNSUPPORTED, InvalidRequest
 from planes.wire.frames import DecodeLeg, PrefillLeg, StructuredOutput
 from workers.engine.base import EngineRequest
 from workers.vllm.request import reasoning_arguments, sampling_arguments
@@ -93,4 +93,4 @@ def _spelt(bad_words: list[list[int]], vocabulary: Sequence[bytes]) -> list[str]
     try:
         return sorted({word.decode().lstrip() for word in words} - {""})
     except UnicodeDecodeError as exc:
-        raise InvalidRequest(f"a bad word is no text: {exc}", param="bad_words") from exc
+        raise InvalidRequest(f"a bad word is no text: {exc}", param="bad_words", code=UNSUPPORTED) from exc

@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from planes.wire.errors import InvalidRequest
+from planes.wire.errors import UNSUPPORTED, InvalidRequest
 from planes.wire.frames import FinishReason
 from planes.wire.messages import RequestId
 from workers.engine.base import EngineOutput, EngineRequest
@@ -49,7 +49,8 @@ class ActiveRequests(Generic[Active]):
         if request.request in self._active:
             raise InvalidRequest(f"the request {request.request} runs here already", param="request")
         if request.sampling.script:
-            raise InvalidRequest("only the simulated engine says what it is told", param="x-headrace-script")
+            message = "only the simulated engine says what it is told"
+            raise InvalidRequest(message, param="x-headrace-script", code=UNSUPPORTED)
 
     def begin(self, active: Active, work: Coroutine[Any, Any, None]) -> None:
         """Take one in; `work` answers it, and calls `ended` at its end."""

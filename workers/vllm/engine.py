@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from planes.wire.errors import InvalidRequest
+from planes.wire.errors import UNSUPPORTED, InvalidRequest
 from planes.wire.frames import DecodeLeg, FinishReason, PrefillLeg, Ticket
 from planes.wire.messages import (
     Adapter,
@@ -342,7 +342,7 @@ class VllmEngine:
         except InvalidRequest as exc:
             self._runs.fail(run, str(exc), refusal=exc)
         except VLLMValidationError as exc:
-            self._runs.fail(run, str(exc), refusal=InvalidRequest(str(exc), param=exc.parameter))
+            self._runs.fail(run, str(exc), refusal=InvalidRequest(str(exc), param=exc.parameter, code=UNSUPPORTED))
         except EngineDeadError:
             self._runs.fail(run, "the engine process died")
             self._lasting.died("the engine process died")

@@ -17,11 +17,11 @@ import msgspec
 from planes.wire.errors import HeadraceError
 from planes.wire.frames import StructuredOutput
 from workers.structured import unusable
-from workers.vllm.grammar_process import LIBRARIES, Attempt, Verdict
+from workers.vllm.grammar_process import LIBRARIES, MAX_WALL_S, Attempt, Verdict
 
 _MAX_KNOWN = 1024
-_TIMEOUT_S = 60.0
-"""Much longer than a trial may take there (`grammar_process.py`): after it the process itself hangs."""
+_TIMEOUT_S = (len(LIBRARIES) + 1) * MAX_WALL_S
+"""Longer than a trial may take there (`grammar_process.py`): after it the process itself hangs."""
 _VARIABLE = "HEADRACE_VLLM_TOKENIZER"
 
 

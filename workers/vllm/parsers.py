@@ -15,7 +15,7 @@ from vllm.reasoning import ReasoningParserManager
 from vllm.tokenizers import get_tokenizer
 from vllm.tool_parsers import ToolParserManager
 
-from planes.wire.errors import InvalidRequest, UnusableSetting
+from planes.wire.errors import UNSUPPORTED, InvalidRequest, UnusableSetting
 from planes.wire.frames import Parsing
 from workers.answer.detokenizer import Vocabulary
 from workers.answer.markup import reader_of
@@ -62,7 +62,8 @@ class VllmParsers:
         try:
             return self._parser(self._tokenizer, tools, chat_template_kwargs=kwargs)
         except Exception as exc:  # of some model's maker; it has been made without these arguments
-            raise InvalidRequest(f"this model's parser will not read the answer: {exc}") from exc
+            message = f"this model's parser will not read the answer: {exc}"
+            raise InvalidRequest(message, param="chat_template_kwargs", code=UNSUPPORTED) from exc
 
 
 class VllmParser:

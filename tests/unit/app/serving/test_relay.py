@@ -16,7 +16,7 @@ from app.serving.relay import Relay
 from app.serving.request import GatewayRequest
 from app.serving.retries import ExchangeLimits
 from planes.streams.client import WorkerLost
-from planes.wire.errors import UNUSABLE_GRAMMAR, Rejected
+from planes.wire.errors import TOLD_BY_WORKERS, Rejected
 from planes.wire.frames import (
     DecodeLeg,
     Done,
@@ -274,16 +274,17 @@ async def test_a_streamed_answer_s_first_token_is_asked_of_the_prefill_worker(sc
     await scene.finished()
 
 
-async def test_a_grammar_that_a_worker_cannot_compile_is_the_client_s_fault_and_no_other_is_asked(scene):
+@pytest.mark.parametrize("code", sorted(TOLD_BY_WORKERS))
+async def test_what_only_an_engine_finds_wrong_is_the_client_s_fault_and_no_other_is_asked(scene, code):
     await scene.start(("p0", "d0"), structured=StructuredOutput(regex="("))
     _, sink = scene.leg("p0")
-    sink.on_failed(Failed(1, FailureKind.INVALID, UNUSABLE_GRAMMAR, "the regex has no end", "response_format"))
+    sink.on_failed(Failed(1, FailureKind.INVALID, code, "the regex has no end", "response_format"))
     response = await scene.finished()
     assert response.status == 400
     assert b"the regex has no end" in response.body
     assert b"response_format" in response.body
     ((_, observed),) = scene.router.released
-    assert observed.failure.code == UNUSABLE_GRAMMAR
+    assert observed.failure.code == code
 
 
 @pytest.mark.parametrize("seed", [None, 5])

@@ -5,7 +5,7 @@ import pytest
 
 from loadtest.simulator.autorole import SimulatedAutorole, fewest
 from loadtest.simulator.records import Ending
-from loadtest.simulator.scenario import Scenario, engine_facts
+from loadtest.simulator.scenario import Faults, Kill, Scenario, engine_facts
 from loadtest.simulator.simulation import Simulation
 from loadtest.slo import Slo
 from loadtest.workloads import Session, Turn, Workload
@@ -67,6 +67,14 @@ def test_the_production_decision_changes_roles_as_the_load_asks():
         assert bool(autorole.changes) is is_acting
         assert {change.role for change in autorole.changes} <= {Role.PREFILL}
         assert 0 <= autorole.spare_s <= 3 * result.duration_s
+
+
+def test_a_window_that_ends_without_any_worker_changes_and_counts_nothing():
+    fleet = Scenario("headrace", 0, 0, 1, facts=FACTS, faults=Faults(kills=[Kill(3.0)], restart_s=8.0))
+    run = Simulation(fleet, workload(40, 0.5, 200, 20))
+    autorole = SimulatedAutorole(run, RoleGoals(window_s=2.0, horizon_s=20.0), is_acting=True)
+    run.run()
+    assert (autorole.changes, autorole.spare_s) == ([], 0.0)
 
 
 def test_the_fewest_workers_bear_a_load_calmly():

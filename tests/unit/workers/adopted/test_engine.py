@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from planes.wire.errors import UNUSABLE_GRAMMAR, InvalidRequest
+from planes.wire.errors import UNSUPPORTED, UNUSABLE_GRAMMAR, InvalidRequest
 from planes.wire.frames import DecodeLeg, FinishReason, LocalLeg, PrefillLeg, Sampling, StructuredOutput
 from planes.wire.messages import OWN_TOKENS, THINKING_BUDGET, BlocksStored, HandoverMode, RequestId, Role, WorkerId
 from tests.unit.workers.adopted.vllm_server import KEPT, VllmServer, chunk, error, streamed, usage, whole
@@ -302,7 +302,8 @@ async def test_a_request_that_the_server_drops_has_failed(answer):
 async def test_what_the_server_finds_wrong_is_the_request_s_fault(answer):
     async with running(answer, answer) as (engine, _, _):
         engine.submit(request(), told := Told())
-        assert str((await told.end()).refusal) == "bad"
+        refusal = (await told.end()).refusal
+        assert (str(refusal), refusal.code) == ("bad", UNSUPPORTED)
         engine.submit(request(name="r2", structured=StructuredOutput(regex="[a")), told := Told())
         assert (await told.end()).refusal.code == UNUSABLE_GRAMMAR
 
