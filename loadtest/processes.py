@@ -86,9 +86,14 @@ def _name(pid: int, parent: str) -> str:
     return parent if parent.startswith("engine of ") else f"engine of {parent}"
 
 
+_told: set[int] = set()
+
+
 def free_port() -> int:
-    """Below the ports that the system gives to whoever asks for any."""
-    return servers.free_port("a process", 0)
+    """Below the ports that the system gives to whoever asks for any, and told once: it may be bound much later."""
+    port = servers.free_port("a process", 0, but=_told)
+    _told.add(port)
+    return port
 
 
 def allow_files(count: int) -> None:

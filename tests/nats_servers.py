@@ -4,22 +4,21 @@ import asyncio
 import contextlib
 import json
 import re
-import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from nats.aio.client import Client
 
-from app.cli.servers import nats_argv, tied_to_parent
+from app.cli.servers import free_port, nats_argv, tied_to_parent
 from planes.events import EventPlane
+from tests.integration.conftest import PATIENCE_S
 
 
 @asynccontextmanager
 async def own_nats(folder, config):
     """A server with this configuration; a line `JS` stands for its JetStream."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port("nats", 0)
     folder.mkdir(exist_ok=True)
     (folder / "nats.conf").write_text(re.sub("(?m)^JS$", f'jetstream {{ store_dir: "{folder}/js" }}', config))
     server = nats_argv(folder, port)[0]
@@ -30,7 +29,7 @@ async def own_nats(folder, config):
         yield f"nats://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(PATIENCE_S)
 
 
 @asynccontextmanager
@@ -39,7 +38,7 @@ async def plane_to(url: str, namespace: str = "ns", *, is_waiting: bool = True) 
     task = asyncio.create_task(plane.run())
     try:
         if is_waiting:
-            await plane.wait_connected(60)
+            await plane.wait_connected(PATIENCE_S)
         yield plane
     finally:
         task.cancel()
@@ -58,7 +57,8 @@ async def client_of(url):
 
 
 async def call(client, api, body=None):
-    reply = await client.request(f"$JS.API.{api}", json.dumps(body).encode() if body else b"", timeout=5)
+    asked = json.dumps(body).encode() if body else b""
+    reply = await client.request(f"$JS.API.{api}", asked, timeout=PATIENCE_S)
     answer = json.loads(reply.data)
     assert "error" not in answer, answer
     return answer

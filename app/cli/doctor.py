@@ -35,8 +35,8 @@ from planes.wire.urls import parse_etcd, redacted
 from process.logging import configure, printable
 from process.settings import PlaneSettings
 
-_REPORT_WAIT_S = 1.5
-"""Idle workers report every second."""
+_REPORT_WAIT_S = 5.0
+"""Idle workers report every second, on machines that have nothing else to do."""
 _PATIENCE_S = 5.0
 _STYLES = {Level.OK: "green", Level.ODD: "yellow", Level.WRONG: "bold red"}
 _NIXL_WHEELS = ("nixl_cu13", "nixl_cu12")
@@ -173,9 +173,10 @@ def _gateway(settings: DoctorSettings) -> list[Finding]:
     client = GatewayClient(settings.gateway)
     try:
         told = client.get("/v1/fleet")
+        asked_at = time.time()
         with client.opened("/live") as response:
             date = response.headers.get("date")
-        skew_s = 0.0 if date is None else parsedate_to_datetime(date).timestamp() - time.time()
+        skew_s = 0.0 if date is None else findings.skew_s(parsedate_to_datetime(date), asked_at, time.time())
         metrics = client.text("/metrics")
     except GatewayRefused as exc:
         advice = (

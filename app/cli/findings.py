@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ from planes.wire.messages import LoadReport, Registration, WorkerId
 
 _LEAST_FILES: Final = 4096
 _MOST_SKEW_S: Final = 2.0
+_DATE_AGE_S: Final = 2.0
 _UNFIT_ETCD: Final = ("3.5.0", "3.5.1", "3.5.2")
 _METRIC: Final = re.compile(r"^headrace_inexact_workers (\S+)$", re.MULTILINE)
 
@@ -118,6 +120,16 @@ def _worker(each: Registration, report: LoadReport | None, is_greeted: bool, no_
         return Finding(Level.WRONG, what, f"its blocks cannot be asked for: {no_snapshot}", "NATS loses its messages")
     told = f"{each.role}, {each.state}, {each.engine} at {each.address}, KV events up to {report.seq}"
     return Finding(Level.OK, what, told)
+
+
+def skew_s(date: datetime, asked_at: float, answered_at: float) -> float:
+    """The least that a gateway's clock and ours can be apart.
+
+    date: of an answer's header, whole seconds of a clock that is read once a second: up to two seconds old.
+    asked_at, answered_at: Unix seconds by our clock.
+    """
+    earliest = date.timestamp()
+    return max(earliest - answered_at, 0.0) + min(earliest + _DATE_AGE_S - asked_at, 0.0)
 
 
 def gateway(told: Mapping[str, Any], metrics: str, *, skew_s: float) -> Iterator[Finding]:

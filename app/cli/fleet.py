@@ -30,8 +30,8 @@ from planes.wire.urls import redacted
 from process.logging import configure, printable
 from process.settings import PlaneSettings
 
-_REPORT_WAIT_S = 1.5
-"""Idle workers report every second."""
+_REPORT_WAIT_S = 5.0
+"""Idle workers report every second, on machines that have nothing else to do."""
 _REFRESH_S = 1.0
 _POLL_S = 0.05
 _FILE_WIDTH = 250

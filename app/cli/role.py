@@ -12,7 +12,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from planes.control import Etcd, get_workers
+from planes.control import ControlPlaneUnavailable, Etcd, get_workers
 from planes.role_wishes import put_role_wish
 from planes.wire.errors import HeadraceError, UnusableSetting
 from planes.wire.messages import Registration, Role, RoleWish, WorkerId, WorkerState
@@ -63,10 +63,16 @@ async def change_role(worker: WorkerId, role: Role | None, settings: RoleSetting
     await put_role_wish(etcd, namespace, worker, wish)
     deadline = time.monotonic() + settings.wait_s
     while True:
-        now = (await get_workers(etcd, namespace)).get(worker)
-        is_changed, told = progress(before, now, wanted) if role is not None else given_back(before, now)
-        if is_changed or time.monotonic() >= deadline:
-            return is_changed, told
+        is_over = time.monotonic() >= deadline
+        try:
+            now = (await get_workers(etcd, namespace)).get(worker)
+        except ControlPlaneUnavailable:  # the wish stands
+            if is_over:
+                raise
+        else:
+            is_changed, told = progress(before, now, wanted) if role is not None else given_back(before, now)
+            if is_changed or is_over:
+                return is_changed, told
         await asyncio.sleep(_POLL_S)
 
 

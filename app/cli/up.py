@@ -42,9 +42,12 @@ from router.policies import load_policy
 from workers.settings import WorkerSettings
 
 _LOCK = "headrace.lock"
+"""Locked in the state directory while `headrace up` runs there; its presence says that the directory is ours."""
 _HEALTH_S = 10.0
 """For the gateway's answer whether it serves; it is asked again."""
-"""Locked in the state directory while `headrace up` runs there; its presence says that the directory is ours."""
+_DEAD_AFTER_S = "20"
+"""On one machine a process that dies closes its connections. Silence is one that gets no turn: 6 s were seen where vLLM
+and something else use the cores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,7 +323,8 @@ def _gateway_child(settings: UpSettings, etcd: str, nats: str, state: Path, num_
 def _environment(settings: type[GatewaySettings | WorkerSettings], etcd: str, nats: str) -> dict[str, str]:
     """What a child is told this way: what it reads of ours, and addresses, whose passwords `ps` would show."""
     names = [field.name for field in fields(settings)]
-    return without_strangers(os.environ, names) | {variable("etcd"): etcd, variable("nats"): nats}
+    ours = {variable("etcd"): etcd, variable("nats"): nats}
+    return {variable("dead_after_s"): _DEAD_AFTER_S} | without_strangers(os.environ, names) | ours
 
 
 def _share_cores(num_workers: int) -> list[str]:

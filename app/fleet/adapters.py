@@ -17,7 +17,7 @@ from planes.entries import NEW, Entries
 from planes.wire.errors import InvalidRequest, Rejected
 from planes.wire.messages import Adapter, WorkerId
 
-_PATIENCE_S: Final = 60.0
+_PATIENCE_S: Final = 300.0
 """How long all workers together may take to load one."""
 
 

@@ -19,7 +19,7 @@ from planes.wire.unreadable import UNREADABLE
 
 _log = structlog.get_logger()
 
-_PATIENCE_S: Final = 2.0
+_PATIENCE_S: Final = 5.0
 _MOST_QUESTION_BYTES: Final = 64 << 10
 
 

@@ -307,7 +307,7 @@ def _joined_deltas(run: list[Delta]) -> Delta:
     return Delta(run[0].stream, b"".join([delta.payload for delta in run]), tokens)
 
 
-async def greets(worker: Registration, *, keys: StreamKeys | None = None, timeout_s: float = 2.0) -> bool:
+async def greets(worker: Registration, *, keys: StreamKeys | None = None, timeout_s: float = 5.0) -> bool:
     """Whether this very worker, of this epoch, greets who connects to its address."""
     try:
         connection = await WorkerConnection.open(

@@ -14,6 +14,10 @@ MOST_JSON_TOKENS = 640
 in each of 18 places, 20 characters of a string as six of an escape each, and names, numbers and brackets."""
 
 
+READY_S = 1800
+"""Two engines that start take a minute of CPU each; the machine may have other things to do."""
+
+
 class Stack:
     """`headrace up` as a newcomer starts it (the demo model runs in float32), one prefill and one decode worker."""
 
@@ -23,13 +27,14 @@ class Stack:
         self.output = folder / "output"
         self.state = folder / "state"
         environment = {"HEADRACE_KV_CACHE_BYTES": str(128 << 20)} | (env or {})
-        self.process = start_up(self.port, self.output, "--state-dir", str(self.state), *flags, env=environment)
+        own = ("--state-dir", str(self.state), "--ready-timeout-s", str(READY_S))
+        self.process = start_up(self.port, self.output, *own, *flags, env=environment)
 
     def said(self):
         return self.output.read_text()
 
     def wait_until_ready(self):
-        deadline = time.monotonic() + 600
+        deadline = time.monotonic() + READY_S
         while "Headrace listens on" not in self.said() or "curl" not in self.said().rpartition("listens on")[2]:
             assert self.process.poll() is None, self.said()
             assert time.monotonic() < deadline, self.said()
@@ -41,7 +46,7 @@ class Stack:
         return self.process.wait(300)
 
     def metric(self, name):
-        text = httpx.get(f"{self.url}/metrics").text
+        text = httpx.get(f"{self.url}/metrics", timeout=600).text
         return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(rf"{name}(\{{| )", line))
 
     def post(self, path, body, *, handover):

@@ -8,7 +8,7 @@ from tests.e2e.shallow_model import write_shallow_model
 from tests.e2e.stack import Stack
 from tests.hub_cache import write_hub_cache
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
 
 MODEL = "org/smol"
 PROMPT = "The mill stands by the river, and whoever comes along the road hears its wheel long before seeing it. " * 4
@@ -44,7 +44,7 @@ def answer(stack, model, handover, *, salt=""):
 
 
 def test_adapters_change_the_model_alike_on_one_worker_and_over_two(stack, tmp_path):
-    listed = httpx.get(f"{stack.url}/v1/models").json()["data"]
+    listed = httpx.get(f"{stack.url}/v1/models", timeout=600).json()["data"]
     assert [(model["id"], model["max_model_len"]) for model in listed] == [(MODEL, 1024)]
     for seed, name in enumerate(("poet", "clerk")):
         directory = write_random_adapter(tmp_path / name, snapshot_of(stack), seed=seed)
@@ -63,7 +63,7 @@ def test_adapters_change_the_model_alike_on_one_worker_and_over_two(stack, tmp_p
     broken = load(stack, "poet", tmp_path / "nowhere")
     assert broken.status_code == 400
     assert answer(stack, "poet", "always")[0] == handed["poet"][0]
-    gone = httpx.post(f"{stack.url}/v1/unload_lora_adapter", json={"lora_name": "poet"})
+    gone = httpx.post(f"{stack.url}/v1/unload_lora_adapter", json={"lora_name": "poet"}, timeout=600)
     assert gone.status_code == 200
     missing = stack.post("/v1/completions", {"model": "poet", "prompt": "x"}, handover="never")
     assert missing.json()["error"]["code"] == "model_not_found"

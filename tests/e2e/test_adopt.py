@@ -17,7 +17,7 @@ from tests.integration.conftest import PATIENCE_S, Api, Process, Site, poll_unti
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(2400),
 ]
 
 START_S = 4 * PATIENCE_S
@@ -262,7 +262,7 @@ async def test_when_a_server_dies_its_streams_go_on_elsewhere_or_end_with_a_clea
     begun = [asyncio.Event(), asyncio.Event()]
     async with (
         streaming(api, "always", TEXT, "dies greedy", max_tokens=60) as greedy,
-        streaming(api, "always", TEXT, "dies bound", max_tokens=60, presence_penalty=0.5) as bound,
+        streaming(api, "always", TEXT, "dies bound", max_tokens=500, presence_penalty=0.5) as bound,
         asyncio.TaskGroup() as group,
     ):
         reading = [group.create_task(read(said, event)) for said, event in zip((greedy, bound), begun, strict=True)]
@@ -270,7 +270,7 @@ async def test_when_a_server_dies_its_streams_go_on_elsewhere_or_end_with_a_clea
         fleet.decode.end()
     (tokens_of_greedy, nothing), (some, failed) = (task.result() for task in reading)
     assert (tokens_of_greedy, nothing) == (alone, None)
-    assert 5 <= len(some) < 60
+    assert 5 <= len(some) < 500
     assert failed["code"] == "not_resumable", failed
     assert await fleet.beside_decode.ended() == 1
     assert "the vLLM server is gone" in fleet.beside_decode.log.read_text()

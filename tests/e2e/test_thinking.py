@@ -16,7 +16,7 @@ from planes.wire.messages import Role, WorkerId
 from tests.e2e.stack import MOST_JSON_TOKENS, Stack
 from tests.e2e.thinking_model import END_THINK
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
 
 QUESTION = [{"role": "user", "content": "Tell me about rivers."}]
 LASTING = {"logit_bias": {str(END_THINK): -100}}

@@ -21,7 +21,7 @@ from tests.integration.conftest import PATIENCE_S, Api, Site, poll_until
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(2400),
 ]
 
 DRIVER = Path(__file__).parent / "vectors_driver.py"

@@ -12,7 +12,7 @@ from tests.e2e.encoder_model import HIDDEN, MOST_TOKENS, VOCAB_SIZE, write_encod
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 
-BLOCK, STEP_TOKENS, CONTEXT = 32, 64, 512
+BLOCK, STEP_TOKENS, CONTEXT = 32, 32, 512
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

@@ -10,7 +10,7 @@ import pytest
 
 from planes.wire.messages import HandoverMode, Role
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
 
 DRIVER = Path(__file__).parent / "config_driver.py"
 ROOT = DRIVER.parents[2]

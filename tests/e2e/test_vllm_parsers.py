@@ -18,7 +18,7 @@ from workers.settings import SIM_MODEL
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(2400),
     pytest.mark.filterwarnings("ignore"),
 ]
 

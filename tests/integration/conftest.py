@@ -98,8 +98,9 @@ class Process:
 
     async def says(self, words: str) -> str:
         def heard() -> str | None:
+            was_running = self.is_running
             line = self.said(words)
-            assert line is not None or self.is_running, f"{self.name} ended: {self.log.read_text(errors='replace')}"
+            assert line is not None or was_running, f"{self.name} ended: {self.log.read_text(errors='replace')}"
             return line
 
         return await poll_until(heard, f"{self.name} says {words!r}")
@@ -140,8 +141,11 @@ class Site:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Urls come this way: a secret in one must not be on a command line."""
-        return {"HEADRACE_ETCD": self.etcd, "HEADRACE_NATS": self.nats}
+        """Urls come this way: a secret in one must not be on a command line.
+
+        Who is silent on a busy machine is not dead: where that is measured, a flag says so.
+        """
+        return {"HEADRACE_ETCD": self.etcd, "HEADRACE_NATS": self.nats, "HEADRACE_DEAD_AFTER_S": "60"}
 
     def start(self, name: str, argv: list[str], env: dict[str, str] | None = None) -> Process:
         env = (dict(os.environ) if env is None else env) | self.environment

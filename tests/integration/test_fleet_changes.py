@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 async def test_a_stopped_worker_finishes_its_streams_and_is_gone_at_once(site, reach, alone, unique, until):
     for name in ("decode-1", "decode-2"):
-        site.start_worker(name, speedup=2)
+        site.start_worker(name, speedup=0.5)
     gateway = await site.gateway(num_workers=2)
     workers = {process.name: process for process in site.processes}
     async with reach(gateway) as api, api.stream(unique, max_tokens=500) as stream:

@@ -20,14 +20,13 @@ from planes.streams.protocol import StreamLimits
 from planes.streams.server import StreamServer
 from planes.wire.frames import Delta, Done, Failed, FailureKind, FinishReason, Generate, Usage, unpack_tokens
 from planes.wire.messages import EngineFacts, Registration, Role, WorkerId, WorkerState
+from tests.integration.conftest import PATIENCE_S
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 FILES = read_model_files(Path(__file__).parents[2] / "workers" / "sim" / "model")
 FACTS = EngineFacts(16, 1000, 4096, 8, 2048, 1000, 300)
 END = b"data: [DONE]\n\n"
-PATIENCE_S = 60.0
-"""A deadline for what should happen soon; only a failing test waits so long."""
 PATIENT = StreamLimits(ping_s=0.2, dead_s=30.0)
 """A gateway that a busy machine does not let run for a while is not dead."""
 
@@ -82,7 +81,7 @@ async def crew(site):
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
         events = EventPlane(site.nats, site.namespace)
         running = [tasks.create_task(events.run())]
-        await events.wait_connected(10)
+        await events.wait_connected(PATIENCE_S)
         card = make_card(FILES, model="sim", block_size=16)
         digest = await publish_card(ObjectStore(events), card, FILES)
 
@@ -184,7 +183,7 @@ async def test_a_stream_whose_worker_drops_goes_on_where_it_was(site, crew):
 async def _who_got_it(workers):
     """The worker that got the next request, its connection and the request."""
     waiting = {asyncio.ensure_future(worker.requests.get()): worker for worker in workers.values()}
-    done, pending = await asyncio.wait(waiting, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+    done, pending = await asyncio.wait(waiting, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
     for task in pending:
         task.cancel()
     (task,) = done

@@ -6,11 +6,11 @@ import pytest
 
 from tests.integration.conftest import Api, refuses
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 async def test_it_says_so_and_goes_on_until_the_delay_is_over_or_skipped(site, stack, reach, unique, until):
-    site.start_worker("both-1", speedup=1)
+    site.start_worker("both-1", speedup=0.2)
     gateway = await site.gateway("--drain-delay-s", "3600", "--admin-port", "0", num_workers=1)
     line = await gateway.process.says("event=gateway.admin_listening")
     admin_url = "http://127.0.0.1:" + next(w for w in line.split() if w.startswith("at=")).removeprefix("at=")

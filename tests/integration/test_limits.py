@@ -12,7 +12,7 @@ from app.keys.tenant import KeyTerms
 from planes.control import Etcd
 from planes.entries import NEW, Entries
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

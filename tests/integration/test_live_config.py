@@ -51,14 +51,22 @@ async def test_a_valid_change_is_followed_at_once_and_clearing_it_undoes_it(site
         assert await config() == (0, "{}")
 
 
-async def test_waiting_requests_outlive_a_change(site, reach, alone, unique, config):
-    """A prompt takes 1 s: most of them wait in the gateway's queue when the policy changes."""
-    site.start_worker("both-1", "--sim-prefill-tokens-per-s", "100", speedup=1)
+async def test_waiting_requests_outlive_a_change(site, reach, alone, unique, until):
+    """A prompt takes 3 s: most of them wait in the gateway's queue when the policy changes."""
+    site.start_worker("both-1", "--sim-prefill-tokens-per-s", "30", speedup=1)
     gateway = await site.gateway(num_workers=1)
     prompts = [f"{index} {unique}" for index in range(6)]
     async with reach(gateway) as api:
         asking = [asyncio.create_task(api.chat(prompt, max_tokens=4)) for prompt in prompts]
-        await config("policy=round_robin", "queue_limit=1")
+
+        async def all_have_come():
+            # In this order none is counted twice.
+            stages = ("headrace_requests_total", "headrace_requests_bound", "headrace_requests_waiting")
+            counts = [await api.metric(stage) for stage in stages]
+            return counts[-1] > 1 and sum(counts) == len(prompts)
+
+        await until(all_have_come)
+        await put_config(Etcd(site.etcd), site.namespace, b'{"policy": "round_robin", "queue_limit": 1}')
         responses = await asyncio.gather(*asking)
         assert [response.status_code for response in responses] == [200] * 6
         assert {response.headers["x-headrace-policy"] for response in responses} >= {"round_robin"}

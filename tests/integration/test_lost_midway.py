@@ -91,7 +91,7 @@ class Answer:
 
 async def test_clients_read_what_they_would_have_read_without_the_loss(site, reach, unique):
     flags = ("--reasoning-parser", "think")
-    lost = await site.worker("both-1", *flags, speedup=2)
+    lost = await site.worker("both-1", *flags, speedup=0.2)
     gateway = await site.gateway(num_workers=1)
     asked = [(dialect, story) for dialect in DIALECTS for story in STORIES]
     answers = [Answer(gateway.url, *each, unique) for each in asked]

@@ -13,7 +13,7 @@ import pytest
 from tests.integration.conftest import Site
 from tests.nats_servers import own_nats
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 UNLIMITED = dict.fromkeys(("subs", "data", "payload"), -1)
 OF_AN_ACCOUNT = UNLIMITED | dict.fromkeys(("imports", "exports", "conn", "leaf"), -1) | {"wildcards": True}

@@ -5,14 +5,14 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 
 import httpx
 import pytest
 import yaml
 
-from tests.integration.conftest import ROOT, Process, poll_until
+from app.cli.servers import free_port
+from tests.integration.conftest import PATIENCE_S, ROOT, Process, poll_until
 
 FOLDER = ROOT / "docker" / "observability"
 DASHBOARDS = sorted((FOLDER / "dashboards").glob("*.json"))
@@ -23,7 +23,7 @@ NOT_SEEN = {"headrace_fallbacks_total", "headrace_retries_total", "headrace_work
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(
         shutil.which("prometheus") is None or shutil.which("promtool") is None,
         reason="needs Debian's prometheus: make observability-test installs it",
@@ -82,7 +82,7 @@ def test_dashboards_name_every_panel_and_overlap_nowhere():
 class Prometheus:
     def __init__(self, process, url):
         self.process = process
-        self._http = httpx.AsyncClient(base_url=url, timeout=30)
+        self._http = httpx.AsyncClient(base_url=url, timeout=PATIENCE_S)
 
     async def asked(self, path, **query):
         answer = (await self._http.get(f"/api/v1/{path}", params=query)).json()
@@ -98,8 +98,7 @@ class Prometheus:
 
 
 async def prometheus(folder, targets):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port("prometheus", 0)
     jobs = [{"job_name": job, "static_configs": [{"targets": each}]} for job, each in targets.items()]
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
@@ -161,7 +160,7 @@ async def test_every_query_finds_what_a_live_fleet_tells(site, reach, unique, tm
         async with reach(gateway) as api:
             await load(api, unique, workers[2])
             exposed = (await api.get("/metrics")).text
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
             exposed += (await client.get(f"http://{targets[1]}/metrics")).text
         await poll_until(lambda: has(server, "rate(headrace_migrations_total[30s])"), "the end is scraped")
         await check_names(exposed)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.integration.conftest import Api
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 KEYS = '[[keys]]\ntenant = "t"\nkey = "sk-plain"\n[[keys]]\ntenant = "o"\nkey = "sk-admin"\nadmin = true\n'
 PLAIN, ADMIN = ({"authorization": f"Bearer sk-{name}"} for name in ("plain", "admin"))

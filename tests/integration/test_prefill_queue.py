@@ -142,7 +142,7 @@ async def test_workers_that_are_frozen_and_told_to_stop_end_and_their_jobs_go_el
     """What they find when they go on: a signal, jobs that came meanwhile, connections that have been given up."""
     frozen = [site.start_worker(f"prefill-{number}", *QUEUE) for number in range(1, 4)]
     site.start_worker("decode-1")
-    gateway = await site.gateway(*QUEUE, "--policy", "round_robin", num_workers=4)
+    gateway = await site.gateway(*QUEUE, "--policy", "round_robin", "--dead-after-s", "6", num_workers=4)
     async with reach(gateway) as api:
         for process in frozen:
             process.send(signal.SIGSTOP)
@@ -157,6 +157,12 @@ async def test_workers_that_are_frozen_and_told_to_stop_end_and_their_jobs_go_el
         for process in frozen:
             process.send(signal.SIGTERM)
         texts = [content(response) for response in await asyncio.gather(*asking)]
+
+        async def are_given_up():
+            fleet = await api.fleet()
+            return not any(fleet[process.name]["is_connected"] for process in frozen if process.name in fleet)
+
+        await until(are_given_up)
         for process in frozen:
             process.send(signal.SIGCONT)
         assert [await process.ended() for process in frozen] == [0, 0, 0]
@@ -193,19 +199,32 @@ async def test_without_somebody_who_pulls_prompts_are_sent_directly_and_it_is_sa
 
 
 async def test_a_client_that_goes_leaves_no_job_behind(site, reach, alone, unique, until):
-    site.start_worker("prefill-1", *QUEUE, "--pull-ahead", "1", "--sim-prefill-tokens-per-s", "40", speedup=1)
+    """Those that wait in the queue are given up first, and it is known before the worker has room for another one."""
+    slow = ("--sim-prefill-tokens-per-s", "4", "--max-step-tokens", "8", "--max-batch", "8")
+    site.start_worker("prefill-1", *QUEUE, "--pull-ahead", "1", *slow, speedup=1)
     site.start_worker("decode-1")
     gateway = await site.gateway(*QUEUE, "--policy", "round_robin", num_workers=2)
     async with reach(gateway) as api:
-        asking = [asyncio.create_task(api.chat(f"{index} {unique}")) for index in range(5)]
 
-        async def is_full():
-            return await api.metric("headrace_prefill_queue_depth", model="sim") >= 1
+        async def are_held():
+            return await api.metric("headrace_prefill_queue_in_progress", model="sim") >= 2
 
-        await until(is_full)
-        for request in asking:
+        async def are_queued():
+            return await api.metric("headrace_prefill_queue_depth", model="sim") >= 3
+
+        async def are_given_up():
+            return await api.metric("headrace_requests_total", code="cancelled") == 3
+
+        held = [asyncio.create_task(api.chat(f"{index} {unique}")) for index in range(2)]
+        await until(are_held)
+        queued = [asyncio.create_task(api.chat(f"{index} {unique}")) for index in range(2, 5)]
+        await until(are_queued)
+        for request in queued:
             request.cancel()
-        await asyncio.gather(*asking, return_exceptions=True)
+        await until(are_given_up)
+        for request in held:
+            request.cancel()
+        await asyncio.gather(*held, *queued, return_exceptions=True)
 
         async def is_empty():
             return (
@@ -215,7 +234,7 @@ async def test_a_client_that_goes_leaves_no_job_behind(site, reach, alone, uniqu
 
         await until(is_empty)
         await until(api.is_idle)
-        assert "prefill_job.dropped" in await site.processes[0].says("prefill_job.dropped")
+        assert site.processes[0].log.read_text().count("event=prefill_job.dropped") == 3
 
 
 async def test_without_nats_prompts_are_sent_directly_until_it_is_back(site, reach, alone, unique, until, tmp_path):

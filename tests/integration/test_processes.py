@@ -68,12 +68,12 @@ async def test_one_that_is_killed_ends_its_own_streams_and_comes_back(two, reach
         (lost, doomed), (well, other) = clients.items()
         await asyncio.gather(doomed.chat(unique), other.chat(unique))
         assert await other.metric("headrace_requests_total") == 2
-        async with doomed.stream(unique, max_tokens=400) as broken, other.stream(unique, max_tokens=400) as stream:
+        async with doomed.stream(unique, max_tokens=4000) as broken, other.stream(unique, max_tokens=4000) as stream:
             await asyncio.gather(broken.read(5), stream.read(5))
             os.kill(lost, signal.SIGKILL)
             with pytest.raises(httpx.TransportError):
                 await broken.read()
-            assert await stream.read() == await alone.text(unique, max_tokens=400)
+            assert await stream.read() == await alone.text(unique, max_tokens=4000)
             assert stream.is_done
         assert "status=-9" in await two.process.says("event=process.ended")
         await until(lambda: _num_answering(other, 2))

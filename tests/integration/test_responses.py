@@ -171,7 +171,7 @@ async def test_a_background_response_is_cancelled_anywhere(one, other, until, ap
 async def test_a_background_response_whose_gateway_is_gone_has_failed(site, until):
     await site.worker("both-1", speedup=1)
     gateway, other = [await site.gateway(num_workers=1) for _ in range(2)]
-    async with httpx.AsyncClient(base_url=gateway.url) as client:
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=180) as client:
         begun = await made(client, background=True, max_output_tokens=3000)
     gateway.process.kill()
     async with httpx.AsyncClient(base_url=other.url, timeout=180) as client:
@@ -186,7 +186,7 @@ async def test_a_background_response_whose_gateway_is_gone_has_failed(site, unti
 async def test_a_gateway_that_stops_says_so_of_its_background_responses(site):
     await site.worker("both-1", speedup=1)
     gateway, other = await site.gateway("--drain-s", "0.1", num_workers=1), await site.gateway(num_workers=1)
-    async with httpx.AsyncClient(base_url=gateway.url) as client:
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=180) as client:
         begun = await made(client, background=True, max_output_tokens=3000)
     gateway.process.popen.terminate()
     assert await gateway.process.ended() == 0

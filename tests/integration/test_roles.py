@@ -98,7 +98,7 @@ async def test_a_worker_that_stops_decoding_ends_its_streams_first_and_gets_no_n
     site, reach, alone, unique, until, command
 ):
     for name in ("prefill-1", "decode-1", "decode-2"):
-        site.start_worker(name, speedup=2)
+        site.start_worker(name, speedup=0.5)
     gateway = await site.gateway("--policy", "round_robin", num_workers=3)
     async with reach(gateway) as api, api.stream(unique, max_tokens=1500) as stream:
         await stream.read(5)

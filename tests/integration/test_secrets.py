@@ -10,6 +10,7 @@ import pytest
 
 from app.cli.servers import etcd_server, free_port, nats_argv
 from loadtest.processes import free_port as port_for_up
+from tests.integration.conftest import PATIENCE_S
 from tests.up import start_up
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -21,7 +22,10 @@ ENCODED = "s3cr3t%40%2Fx"
 @asynccontextmanager
 async def guarded_etcd(folder):
     """Its url, user and password included. Only root may do anything."""
-    async with etcd_server(folder / "etcd") as handle, httpx.AsyncClient(base_url=handle.url) as api:
+    async with (
+        etcd_server(folder / "etcd") as handle,
+        httpx.AsyncClient(base_url=handle.url, timeout=PATIENCE_S) as api,
+    ):
         for path, body in (
             ("user/add", {"name": "root", "password": SECRET}),
             ("role/add", {"name": "root"}),

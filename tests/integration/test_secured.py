@@ -23,10 +23,10 @@ from planes.security.planes import EtcdSecurity, NatsSecurity, StreamSecurity
 from planes.security.tls import TlsFiles
 from planes.streams.client import WorkerConnection, WorkerUnreachable
 from planes.streams.greeting import StreamKeys
-from tests.integration.conftest import Gateway, Process, Site, poll_until
+from tests.integration.conftest import PATIENCE_S, Gateway, Process, Site, poll_until
 from tests.streams import REQUEST, frame
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 PASSWORD = "s3cr3t of the mill"
 SCRAPER = "what Prometheus shows"
@@ -77,7 +77,7 @@ class Fleet:
     @contextlib.asynccontextmanager
     async def api(self, verify=True):
         context = ssl.create_default_context(cafile=self.certs.ca)
-        async with httpx.AsyncClient(base_url=self.gateway.url, verify=context, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=self.gateway.url, verify=context, timeout=PATIENCE_S) as client:
             yield client
 
     def logs(self):
@@ -315,7 +315,7 @@ async def test_a_registered_worker_that_does_not_know_the_token_gets_no_prompt(f
 
 async def test_https_is_not_http_and_its_certificate_is_checked(fleet):
     plain = fleet.gateway.url.replace("https", "http")
-    async with httpx.AsyncClient(timeout=20) as client:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
         with pytest.raises(httpx.TransportError):
             await client.get(f"{plain}/health")
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
@@ -330,7 +330,7 @@ def port_in(line, name="port"):
 async def test_a_worker_s_metrics_are_read_with_their_token_alone(fleet, name):
     worker = next(each for each in fleet.site.processes if each.name == name)
     port = port_in(await worker.says("event=metrics.listening"))
-    async with httpx.AsyncClient(timeout=20) as client:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
         with pytest.raises(httpx.TransportError):
             await client.get(f"http://localhost:{port}/metrics")
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
@@ -358,7 +358,7 @@ async def test_a_port_for_operators_that_others_reach_has_tls_and_asks_for_an_ad
     try:
         port = port_in(await process.says("event=gateway.admin_listening"), "at")
         main = port_in(await process.says("event=gateway.listening"))
-        async with httpx.AsyncClient(timeout=20) as client:
+        async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
             with pytest.raises(httpx.TransportError):
                 await client.get(f"http://localhost:{port}/metrics")
         context = ssl.create_default_context(cafile=fleet.certs.ca)

@@ -115,24 +115,28 @@ async def test_a_client_that_goes_leaves_nothing_behind(api, pairing, unique, un
         assert await asked.metric("headrace_requests_total", code="cancelled") >= 1
 
 
-async def test_a_client_that_goes_during_the_prefill_leaves_nothing_behind(pairing, unique, until):
-    """30,000 tokens take the prefill worker 0.4 s."""
-    asking = asyncio.create_task(pairing.chat(unique + LONG * 16, max_tokens=10))
+async def test_a_client_that_goes_during_the_prefill_leaves_nothing_behind(site, reach, unique, until):
+    """30,000 tokens take the prefill worker 30 s."""
+    site.start_worker("prefill-1", "--sim-prefill-tokens-per-s", "1000", speedup=1)
+    site.start_worker("decode-1")
+    gateway = await site.gateway("--policy", "round_robin", num_workers=2)
+    async with reach(gateway) as pairing:
+        asking = asyncio.create_task(pairing.chat(unique + LONG * 16, max_tokens=10))
 
-    async def is_computing():
-        return (await pairing.fleet())["prefill-1"]["num_streams"] > 0
+        async def is_computing():
+            return (await pairing.fleet())["prefill-1"]["num_streams"] > 0
 
-    await until(is_computing)
-    asking.cancel()
-    await asyncio.gather(asking, return_exceptions=True)
-    await until(pairing.is_idle)
+        await until(is_computing)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await until(pairing.is_idle)
 
 
 async def test_a_deadline_of_the_client_ends_its_request(api, unique):
     response = await api.chat(unique, max_tokens=25_000, timeout_ms=50)
     assert response.status_code == 504
     assert response.json()["error"]["code"] == "deadline"
-    async with api.stream(unique, max_tokens=25_000, timeout_ms=300) as stream:
+    async with api.stream(unique, max_tokens=25_000, timeout_ms=3000) as stream:
         await stream.read()
         assert stream.error["code"] == "deadline"
         assert not stream.is_done

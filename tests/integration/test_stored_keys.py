@@ -10,7 +10,7 @@ import pytest
 from app.cli.servers import etcd_server
 from tests.integration.conftest import ROOT, Site
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from planes.wire.frames import Generate, Step
 from tests.integration.conftest import poll_until
 from tests.streams import DONE, REQUEST, WORKER, FakeHandler, FakeSink, frame
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 def on_each_loop(test):

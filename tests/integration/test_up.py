@@ -16,9 +16,10 @@ import httpx
 import pytest
 
 from loadtest.processes import free_port
+from tests.integration.conftest import PATIENCE_S
 from tests.up import ROOT, start_up
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 def processes():
@@ -122,7 +123,7 @@ async def test_the_printed_line_works_and_ctrl_c_stops_everything(up, until):
     events = [line.removeprefix("data: ") for line in output.decode().splitlines() if line]
     assert events[-1] == "[DONE]"
     assert "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-1])
-    async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=running.url, timeout=PATIENCE_S) as client:
         metrics = (await client.get("/metrics")).text
     (handed,) = [line for line in metrics.splitlines() if line.startswith("headrace_handover_bytes_total{")]
     assert float(handed.split()[-1]) > 0
@@ -149,7 +150,7 @@ async def test_an_ipv6_address_with_keys_and_a_policy(up, until, tmp_path):
     assert f"curl -N {url}/v1/chat/completions" in running.text
     assert "-H 'authorization: Bearer YOUR_KEY'" in running.text
     body = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
-    async with httpx.AsyncClient(base_url=url, timeout=60, headers={"authorization": "Bearer sk-1"}) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, headers={"authorization": "Bearer sk-1"}) as client:
         answer = await client.post("/v1/chat/completions", json=body)
     assert (answer.status_code, answer.headers["x-headrace-policy"]) == (200, "least_loaded")
 
@@ -166,7 +167,7 @@ async def test_keys_in_etcd_and_a_port_for_operators(up, until):
     assert status == 0, errors
     (secret,) = re.findall(r"\bsk-\S+", told)
     body = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
-    async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=running.url, timeout=PATIENCE_S) as client:
         assert (await client.post("/v1/chat/completions", json=body)).status_code == 401
         key = {"authorization": f"Bearer {secret}"}
 
@@ -178,7 +179,7 @@ async def test_keys_in_etcd_and_a_port_for_operators(up, until):
         status, told, errors = await headrace(*command, "--url", operators, env=exports)
         assert status == 0, told + errors
         assert "decode-1" in told
-    async with httpx.AsyncClient(base_url=operators, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=operators, timeout=PATIENCE_S) as client:
         assert (await client.get("/console")).status_code == 404
 
 
@@ -186,7 +187,7 @@ async def test_streams_may_finish_unless_ctrl_c_comes_twice(up, until):
     running = up("--prefill", "0", env={"HEADRACE_SPEEDUP": "1"})
     await running.listens(until)
     body = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True, "stream": True}
-    async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=running.url, timeout=PATIENCE_S) as client:
         async with client.stream("POST", "/v1/chat/completions", json=body | {"max_tokens": 300}) as stream:
             lines = stream.aiter_lines()
             await anext(lines)
@@ -226,7 +227,7 @@ async def test_ctrl_c_during_the_start_leaves_nothing_behind(up, until):
 async def test_what_dies_is_started_again(up, until):
     running = up("--decode", "2")
     await running.listens(until)
-    async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=running.url, timeout=PATIENCE_S) as client:
 
         async def epochs():
             workers = (await client.get("/v1/fleet")).json()["workers"]
@@ -265,7 +266,7 @@ async def test_etcd_and_nats_are_started_again_and_take_new_workers(up, until):
     for name in ("etcd", "nats"):
         await until(lambda name=name: f"{name} is ready again" in running.text, f"{name} is back: {running.output}")
         assert f"{name} was killed by SIGKILL" in running.text
-    async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=running.url, timeout=PATIENCE_S) as client:
         os.kill(running.pid_of("--worker-id decode-1"), signal.SIGKILL)
         await until(lambda: "decode-1 was killed" in running.text)
         body = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
@@ -294,7 +295,7 @@ async def test_settings_may_come_from_the_environment(up, until, stack):
     running = up(env=variables)
     await running.listens(until)
     assert len(running.seen) == 3, "two workers and a gateway"
-    async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=running.url, timeout=PATIENCE_S) as client:
         assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["mill"]
         workers = (await client.get("/v1/fleet")).json()["workers"]
     assert {(worker["role"], worker["facts"]["block_size"]) for worker in workers} == {("both", 8)}
@@ -443,7 +444,7 @@ async def test_secure_needs_no_more_than_saying_so(up, until):
     assert f"--cacert {running.folder / 'state' / 'certs' / 'ca.pem'} https://127.0.0.1:{running.port}/" in command
     certs = ssl.create_default_context(cafile=running.folder / "state" / "certs" / "ca.pem")
     body = {"model": "sim", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
-    async with httpx.AsyncClient(verify=certs, timeout=60) as client:
+    async with httpx.AsyncClient(verify=certs, timeout=PATIENCE_S) as client:
         answer = await client.post(f"https://127.0.0.1:{running.port}/v1/chat/completions", json=body)
     assert answer.status_code == 200, answer.text
     exported = next(line for line in running.text.splitlines() if "export HEADRACE_ETCD=https://" in line)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.quotas import run
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 async def test_usage_is_what_the_workers_computed_and_no_key_exceeds_a_limit(site, reach):

@@ -397,13 +397,13 @@ async def test_a_cancelled_request_leaves_the_engine(fleet):
 
 async def test_sigterm_lets_running_streams_end_and_takes_no_new_ones(fleet):
     async with fleet.worker("both-1", speedup=1) as (worker, connection):
-        running = ask(connection, "r1", max_tokens=150)
+        running = ask(connection, "r1", max_tokens=1000)
         await running.spoke.wait()
         worker.process.send_signal(signal.SIGTERM)
         await fleet.until(lambda: fleet.workers["both-1"].state is WorkerState.DRAINING)
         failed = await ask(connection, "r2").ended
         assert (failed.kind, failed.code) == (FailureKind.REJECTED, "worker_draining")
-        assert (await running.done()).usage.completion_tokens == 150
+        assert (await running.done()).usage.completion_tokens == 1000
         assert await worker.process.wait() == 0
         await fleet.until(lambda: "both-1" not in fleet.workers)
 

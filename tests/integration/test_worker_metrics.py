@@ -4,7 +4,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+from tests.integration.conftest import PATIENCE_S
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 async def port_of(worker):
@@ -13,7 +15,7 @@ async def port_of(worker):
 
 
 async def scraped(worker):
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
         answer = await client.get(f"http://127.0.0.1:{await port_of(worker)}/metrics")
     families = text_string_to_metric_families(answer.text)
     return {
@@ -46,7 +48,8 @@ async def test_where_others_reach_them_a_start_must_say_that_they_may_read_them(
     (tmp_path / "token").write_text("the fleet's own token")
     public = ("--host", "0.0.0.0", "--advertise-host", "127.0.0.1", "--stream-token-file", str(tmp_path / "token"))
     worker = await site.worker("both-1", "--metrics-port", "0", *public, *flags)
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{await port_of(worker)}") as client:
+    url = f"http://127.0.0.1:{await port_of(worker)}"
+    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client:
         assert (await client.get("/metrics")).status_code == status
         assert (await client.get("/live")).status_code == 200
 

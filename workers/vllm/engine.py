@@ -5,6 +5,7 @@ vLLM is imported when the engine starts and nowhere else but in `plugin/`, which
 """
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import time
@@ -307,40 +308,42 @@ class VllmEngine:
     def submit(self, request: EngineRequest, on_output: Callable[[EngineOutput], None]) -> None:
         self._runs.check(request)
         self._leases.release(request.request)  # what an earlier attempt left
-        options = self._options
-        try:
-            handover = handover_params(request, options.handover, self._latest.groups, now=time.time())
-            error = ""
-        except TicketTooOld as exc:
-            handover, error = None, str(exc)
+        with contextlib.suppress(TicketTooOld):  # no fault of the request's: it is told in its turn
+            self._handover(request)
         waits = 1 if isinstance(request.leg, DecodeLeg) else len(request.prompt) + len(request.resume)
         unfinished = set(range(request.sampling.n))
         run = _ActiveRequest(request=request, on_output=on_output, unfinished=unfinished, waiting_tokens=waits)
-        self._runs.begin(run, self._runs.refuse(run, error) if error else self._generate(run, handover))
-        if isinstance(request.leg, DecodeLeg) and options.handover is HandoverMode.PUSH:
-            loop = asyncio.get_running_loop()
-            run.deadline = loop.call_later(options.push_timeout_s, self._push_timed_out, run)
+        self._runs.begin(run, self._generate(run))
+
+    def _handover(self, request: EngineRequest) -> dict[str, Any] | None:
+        """`kv_transfer_params`.  Raises:  InvalidRequest, TicketTooOld."""
+        return handover_params(request, self._options.handover, self._latest.groups, now=time.time())
 
     def _push_timed_out(self, run: _ActiveRequest) -> None:
         if run.waiting_tokens and run in self._runs:
             self._runs.cancel(run)
             self._runs.fail(run, f"no KV cache was written within {self._options.push_timeout_s} s")
 
-    async def _generate(self, run: _ActiveRequest, handover: dict[str, Any] | None) -> None:
+    async def _generate(self, run: _ActiveRequest) -> None:
         from vllm.exceptions import VLLMValidationError  # noqa: PLC0415
         from vllm.v1.engine.exceptions import EngineDeadError  # noqa: PLC0415
 
         request = run.request
         try:
             relay = self._relay_vector if request.is_embedding else self._relay
-            outputs = await self._outputs(request, handover)
+            outputs = await self._outputs(request)
             run.given_at = time.monotonic()
+            if isinstance(request.leg, DecodeLeg) and self._options.handover is HandoverMode.PUSH:
+                loop = asyncio.get_running_loop()
+                run.deadline = loop.call_later(self._options.push_timeout_s, self._push_timed_out, run)
             async for output in outputs:
                 relay(run, output)
             if run.unfinished:
                 self._runs.fail(run, "vLLM ended the request without a reason")
         except InvalidRequest as exc:
             self._runs.fail(run, str(exc), refusal=exc)
+        except TicketTooOld as exc:
+            self._runs.fail(run, str(exc))
         except VLLMValidationError as exc:
             self._runs.fail(run, str(exc), refusal=InvalidRequest(str(exc), param=exc.parameter, code=UNSUPPORTED))
         except EngineDeadError:
@@ -351,8 +354,8 @@ class VllmEngine:
         finally:
             self._runs.ended(run)
 
-    async def _outputs(self, request: EngineRequest, handover: dict[str, Any] | None) -> AsyncIterator[Any]:
-        """What vLLM will say of the request."""
+    async def _outputs(self, request: EngineRequest) -> AsyncIterator[Any]:
+        """What vLLM will say of the request.  Raises:  as `_sampling_params`."""
         from vllm import PoolingParams  # noqa: PLC0415
         from vllm.inputs import tokens_input  # noqa: PLC0415
 
@@ -362,25 +365,26 @@ class VllmEngine:
         if request.is_embedding:
             outputs = self._llm.encode(prompt, PoolingParams(task=TASK), name, lora_request=lora, priority=priority)
         else:
-            params = await self._sampling_params(request, handover)
+            params = await self._sampling_params(request)
             more = reasoning_arguments(request)
             outputs = self._llm.generate(prompt, params, name, lora_request=lora, priority=priority, **more)
         return outputs
 
-    async def _sampling_params(self, request: EngineRequest, handover: dict[str, Any] | None) -> Any:
-        """vLLM's SamplingParams.  Raises:  InvalidRequest; what vLLM raises for values that it does not take."""
+    async def _sampling_params(self, request: EngineRequest) -> Any:
+        """vLLM's SamplingParams.  Raises:  InvalidRequest, TicketTooOld; what vLLM raises for what it does not take."""
         from vllm import SamplingParams  # noqa: PLC0415
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams  # noqa: PLC0415
 
-        params = SamplingParams(
-            **sampling_arguments(request, self._eos, handover=handover), output_kind=RequestOutputKind.DELTA
-        )
-        params._bad_words_token_ids = request.sampling.bad_words or None  # noqa: SLF001 - vLLM's front end takes texts
+        grammar = None
         if request.sampling.structured is not None:
             kind, spec = grammar_of(request.sampling.structured)
             library = await self._grammars.library(kind, spec)
-            params.structured_outputs = StructuredOutputsParams(**{kind: spec})
-            params.structured_outputs._backend = library  # noqa: SLF001 - vLLM's front end would choose it
+            grammar = StructuredOutputsParams(**{kind: spec})
+            grammar._backend = library  # noqa: SLF001 - vLLM's front end would choose it
+        handover = self._handover(request)  # after the trial, which may have taken longer than a lease
+        arguments = sampling_arguments(request, self._eos, handover=handover)
+        params = SamplingParams(**arguments, structured_outputs=grammar, output_kind=RequestOutputKind.DELTA)
+        params._bad_words_token_ids = request.sampling.bad_words or None  # noqa: SLF001 - vLLM's front end takes texts
         return params
 
     def _relay(self, run: _ActiveRequest, output: Any) -> None:

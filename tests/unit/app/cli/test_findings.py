@@ -1,5 +1,7 @@
 """What `headrace doctor` makes of what it sees."""
 
+from datetime import UTC, datetime
+
 import msgspec
 import pytest
 
@@ -98,6 +100,22 @@ def gateway(*workers, metrics="headrace_inexact_workers 0.0\n", skew_s=0.0, refu
 
 def seen(worker="d0", *, is_connected=True, refused_because=""):
     return {"worker": worker, "is_connected": is_connected, "refused_because": refused_because}
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "took_s", "age_s", "told_s"),
+    [
+        (0.0, 0.0, 0.0, 0.0),
+        (0.0, 0.1, 1.9, 0.0),
+        (0.0, 9.0, 0.0, 0.0),
+        (30.0, 0.0, 0.0, 30.0),
+        (-30.0, 1.0, 1.0, -28.0),
+    ],
+)
+def test_a_header_that_is_cut_to_seconds_and_old_tells_of_clocks_that_must_differ_alone(ahead_s, took_s, age_s, told_s):
+    date = datetime.fromtimestamp(int(NOW + took_s + ahead_s - age_s), UTC)
+    assert findings.skew_s(date, NOW, NOW + took_s) == pytest.approx(told_s, abs=1.0)
+    assert (findings.skew_s(date, NOW, NOW + took_s) == 0.0) is (ahead_s == 0.0)
 
 
 def test_a_gateway_tells_what_it_lacks():

@@ -135,6 +135,10 @@ def test_children_get_addresses_by_variable_and_only_what_they_read(tmp_path, mo
         assert child.environment["HEADRACE_ETCD"] == "http://u:s3cr3t@e"
         assert child.environment[f"HEADRACE_{own}"] == "7"
         assert f"HEADRACE_{other}" not in child.environment
+        assert child.environment["HEADRACE_DEAD_AFTER_S"] == "20"
+    monkeypatch.setenv("HEADRACE_DEAD_AFTER_S", "5")
+    gateway = _gateway_child(settings, "e", "nats://n", tmp_path, 1)
+    assert gateway.environment["HEADRACE_DEAD_AFTER_S"] == "5"
 
 
 @pytest.mark.parametrize("given", [{"etcd": "http://e:1"}, {"nats": "nats://n:2"}, {"tls_cert": "c", "tls_key": "k"}])

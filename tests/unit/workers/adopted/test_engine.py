@@ -11,7 +11,7 @@ import pytest
 from planes.wire.errors import UNSUPPORTED, UNUSABLE_GRAMMAR, InvalidRequest
 from planes.wire.frames import DecodeLeg, FinishReason, LocalLeg, PrefillLeg, Sampling, StructuredOutput
 from planes.wire.messages import OWN_TOKENS, THINKING_BUDGET, BlocksStored, HandoverMode, RequestId, Role, WorkerId
-from tests.unit.workers.adopted.vllm_server import KEPT, VllmServer, chunk, error, streamed, usage, whole
+from tests.unit.workers.adopted.vllm_server import KEPT, PATIENCE_S, VllmServer, chunk, error, streamed, usage, whole
 from workers.adopted.engine import AdoptedEngine, AdoptOptions
 from workers.adopted.examine import examine
 from workers.adopted.handover import write_ticket
@@ -90,7 +90,7 @@ class Told:
             self.has_ended.set()
 
     async def end(self):
-        await asyncio.wait_for(self.has_ended.wait(), 10)
+        await asyncio.wait_for(self.has_ended.wait(), PATIENCE_S)
         return self.outputs[-1]
 
     @property
@@ -202,6 +202,19 @@ async def test_a_handover_of_another_kind_is_refused_at_the_start(kept):
             pass
 
 
+@pytest.mark.parametrize(("num_merged", "is_adopted"), [(2, True), (3, False)])
+async def test_a_server_that_has_sent_all_tokens_at_once_is_asked_again(num_merged, is_adopted):
+    merged = [streamed([chunk([7] * 6, "length")]) for _ in range(num_merged)]
+
+    def generate(body):
+        return (200, merged.pop()) if body.get("stream") and merged else probe_answer(body)
+
+    refused = contextlib.nullcontext() if is_adopted else pytest.raises(EngineStartError, match="in one piece each")
+    with refused:
+        async with running(generate=generate):
+            pass
+
+
 async def test_a_server_whose_events_do_not_arrive_is_refused():
     with pytest.raises(EngineStartError, match=r"no KV events came from tcp://127\.0\.0\.1:15557"):
         async with running(reader=Deaf, events_s=0.05):
@@ -256,10 +269,10 @@ async def test_after_a_near_tie_the_client_s_token_is_continued():
 async def test_aborting_closes_the_connection():
     async with running((200, [chunk([5]), asyncio.Event()])) as (engine, server, _):
         engine.submit(request(), told := Told())
-        await asyncio.wait_for(told.heard.wait(), 10)
+        await asyncio.wait_for(told.heard.wait(), PATIENCE_S)
         assert engine.load().num_running == 1
         engine.abort(RequestId("r"))
-        await asyncio.wait_for(server.closed.wait(), 10)
+        await asyncio.wait_for(server.closed.wait(), PATIENCE_S)
         assert (engine.load().num_running, engine.load().kv_tokens) == (0, 0)
         assert not told.has_ended.is_set()
         engine.abort(RequestId("nobody"))
@@ -268,12 +281,12 @@ async def test_aborting_closes_the_connection():
 async def test_the_load_is_what_runs_and_waits_here_and_what_others_have():
     async with running((200, [chunk([5]), asyncio.Event()]), (200, [asyncio.Event()])) as (engine, server, _):
         engine.submit(request(), told := Told())
-        await asyncio.wait_for(told.heard.wait(), 10)
+        await asyncio.wait_for(told.heard.wait(), PATIENCE_S)
         engine.submit(request(name="r2"), Told())
         while not server.looks.empty():
             server.looks.get_nowait()
         for _ in range(2):  # with the second, what the metrics said after the first has been taken in
-            await asyncio.wait_for(server.looks.get(), 10)
+            await asyncio.wait_for(server.looks.get(), PATIENCE_S)
         load = engine.load()
         assert (load.num_running, load.num_waiting) == (1 + 1, 1)  # three there, two of them ours
         assert (load.waiting_prefill_tokens, load.kv_tokens, load.free_blocks) == (N, N + 1, 51)
@@ -330,24 +343,24 @@ async def test_a_ticket_that_is_too_old_fails_its_leg_unasked():
 async def test_a_server_that_is_gone_takes_the_worker_along():
     async with running((200, [chunk([5]), asyncio.Event()])) as (engine, server, observer):
         engine.submit(request(), told := Told())
-        await asyncio.wait_for(told.heard.wait(), 10)
+        await asyncio.wait_for(told.heard.wait(), PATIENCE_S)
         await server.stop()
         assert (await told.end()).finish is FinishReason.ERROR
-        await asyncio.wait_for(observer.has_died.wait(), 10)
+        await asyncio.wait_for(observer.has_died.wait(), PATIENCE_S)
     assert "the vLLM server is gone" in observer.death
 
 
 async def test_a_server_whose_engine_died_takes_the_worker_along():
     async with running() as (_, server, observer):
         server.health = 503
-        await asyncio.wait_for(observer.has_died.wait(), 10)
+        await asyncio.wait_for(observer.has_died.wait(), PATIENCE_S)
     assert "503" in observer.death
 
 
 async def test_stopping_ends_what_runs_and_is_no_death():
     async with running((200, [chunk([5]), asyncio.Event()])) as (engine, server, observer):
         engine.submit(request(), told := Told())
-        await asyncio.wait_for(told.heard.wait(), 10)
+        await asyncio.wait_for(told.heard.wait(), PATIENCE_S)
         await engine.stop()
-        await asyncio.wait_for(server.closed.wait(), 10)
+        await asyncio.wait_for(server.closed.wait(), PATIENCE_S)
     assert observer.death == ""

@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from planes.wire.errors import UnusableSetting
-from tests.unit.workers.adopted.vllm_server import VllmServer, chunk, streamed
+from tests.unit.workers.adopted.vllm_server import PATIENCE_S, VllmServer, chunk, streamed
 from workers.adopted.http import Address, HttpClient, ServerGone, parse_address
 
 
@@ -32,14 +32,14 @@ def test_an_ipv6_host_is_named_in_brackets():
 
 async def test_an_answer_comes_whole_with_its_status():
     async with VllmServer() as server:
-        assert await server.client().ask("GET", "/version", timeout_s=5) == (200, b'{"version":"0.32.0"}')
-        assert (await server.client().ask("GET", "/nothing", timeout_s=5))[0] == 404
+        assert await server.client().ask("GET", "/version", timeout_s=PATIENCE_S) == (200, b'{"version":"0.32.0"}')
+        assert (await server.client().ask("GET", "/nothing", timeout_s=PATIENCE_S))[0] == 404
 
 
 async def test_the_server_s_key_goes_along():
     async with VllmServer() as server:
-        await server.client(key="sesame").ask("GET", "/version", timeout_s=5)
-        await server.client().ask("GET", "/version", timeout_s=5)
+        await server.client(key="sesame").ask("GET", "/version", timeout_s=PATIENCE_S)
+        await server.client().ask("GET", "/version", timeout_s=PATIENCE_S)
     assert "Authorization: Bearer sesame\r\n" in server.heads[0]
     assert "Authorization" not in server.heads[1]
 
@@ -60,20 +60,20 @@ async def test_leaving_the_block_closes_the_connection():
     async with VllmServer(lambda _: (200, [chunk([1]), asyncio.Event()])) as server:
         async with server.client().request("POST", "/inference/v1/generate", b'{"a":1}') as response:
             await anext(response.body())
-        await asyncio.wait_for(server.closed.wait(), 5)
+        await asyncio.wait_for(server.closed.wait(), PATIENCE_S)
 
 
 async def test_an_answer_that_breaks_off_is_no_answer():
     async with VllmServer(lambda _: (200, [chunk([1]), None])) as server:
         with pytest.raises(ServerGone, match=r"broke off|was closed"):
-            await server.client().ask("POST", "/inference/v1/generate", b'{"a":1}', timeout_s=5)
+            await server.client().ask("POST", "/inference/v1/generate", b'{"a":1}', timeout_s=PATIENCE_S)
 
 
 async def test_nobody_there_is_told_with_the_address():
     async with VllmServer() as server:
         address = server.address
     with pytest.raises(ServerGone, match=f"nobody answers at 127.0.0.1:{address.port}"):
-        await HttpClient(address).ask("GET", "/health", timeout_s=5)
+        await HttpClient(address).ask("GET", "/health", timeout_s=PATIENCE_S)
 
 
 async def test_a_server_that_does_not_answer_in_time_is_told():
@@ -91,4 +91,4 @@ async def test_what_is_no_http_is_told():
     async with listener:
         client = HttpClient(Address("127.0.0.1", listener.sockets[0].getsockname()[1]))
         with pytest.raises(ServerGone, match="broke off"):
-            await client.ask("GET", "/health", timeout_s=5)
+            await client.ask("GET", "/health", timeout_s=PATIENCE_S)

@@ -8,6 +8,8 @@ import msgspec
 
 from workers.adopted.http import Address, HttpClient
 
+PATIENCE_S = 180.0
+"""A deadline for what should happen soon; only a failing test waits so long."""
 MODEL = {
     "id": "demo",
     "object": "model",
