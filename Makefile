@@ -190,7 +190,8 @@ load: $(VENV)/.dev ## Locust against a running gateway: ARGS="--host http://127.
 test-quotas: $(VENV)/.dev ## 10,000 requests of 20 limited keys over two gateways: usage to the token, limits to a request
 	$(RUN) -m tests.quotas $(ARGS)
 
-fuzz: $(VENV)/.dev ## Hostile bodies in process and over HTTP, hostile requests from the API's description: N=1000000, CASES=20000
+fuzz: $(VENV)/.dev ## Other examples of properties, hostile bodies in process and over HTTP, requests from the API's description: N=1000000, CASES=20000
+	$(RUN) -m pytest -n 2 --hypothesis-profile=explore -m hypothesis tests/unit
 	$(RUN) -m tests.fuzz.bodies $(N) $(ARGS)
 	$(RUN) -m tests.fuzz.bodies $(CASES) --stack $(ARGS)
 	$(RUN) -m tests.fuzz.routes $(CASES) $(ARGS)

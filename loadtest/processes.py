@@ -86,13 +86,13 @@ def _name(pid: int, parent: str) -> str:
     return parent if parent.startswith("engine of ") else f"engine of {parent}"
 
 
-_told: set[int] = set()
+_given_ports: set[int] = set()
 
 
 def free_port() -> int:
-    """Below the ports that the system gives to whoever asks for any, and told once: it may be bound much later."""
-    port = servers.free_port("a process", 0, but=_told)
-    _told.add(port)
+    """Below the ports that the system gives to whoever asks for any, and given once: it may be bound much later."""
+    port = servers.free_port("a process", 0, but=_given_ports)
+    _given_ports.add(port)
     return port
 
 

@@ -125,7 +125,7 @@ def _worker(each: Registration, report: LoadReport | None, is_greeted: bool, no_
 def skew_s(date: datetime, asked_at: float, answered_at: float) -> float:
     """The least that a gateway's clock and ours can be apart.
 
-    date: of an answer's header, whole seconds of a clock that is read once a second: up to two seconds old.
+    date: of an answer's header, whole seconds of a clock that is read about once a second: up to two seconds old.
     asked_at, answered_at: Unix seconds by our clock.
     """
     earliest = date.timestamp()

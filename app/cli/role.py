@@ -6,7 +6,7 @@ What is asked for by hand is pinned: `--autorole` leaves that worker alone for a
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -61,19 +61,30 @@ async def change_role(worker: WorkerId, role: Role | None, settings: RoleSetting
     wanted = role or before.becoming or before.role
     wish = RoleWish(before.epoch, wanted, settings.migrate_after_s, is_pin=role is not None)
     await put_role_wish(etcd, namespace, worker, wish)
-    deadline = time.monotonic() + settings.wait_s
+
+    async def look() -> tuple[bool, str]:
+        now = (await get_workers(etcd, namespace)).get(worker)
+        return progress(before, now, wanted) if role is not None else given_back(before, now)
+
+    return await until_changed(look, settings.wait_s, poll_s=_POLL_S)
+
+
+async def until_changed(
+    look: Callable[[], Awaitable[tuple[bool, str]]], wait_s: float, *, poll_s: float
+) -> tuple[bool, str]:
+    """What `look` tells when it is so, or at the end.  Raises:  ControlPlaneUnavailable, if the last look does."""
+    deadline = time.monotonic() + wait_s
     while True:
         is_over = time.monotonic() >= deadline
         try:
-            now = (await get_workers(etcd, namespace)).get(worker)
+            is_changed, told = await look()
         except ControlPlaneUnavailable:  # the wish stands
             if is_over:
                 raise
         else:
-            is_changed, told = progress(before, now, wanted) if role is not None else given_back(before, now)
             if is_changed or is_over:
                 return is_changed, told
-        await asyncio.sleep(_POLL_S)
+        await asyncio.sleep(poll_s)
 
 
 def checked(

@@ -46,8 +46,8 @@ _LOCK = "headrace.lock"
 _HEALTH_S = 10.0
 """For the gateway's answer whether it serves; it is asked again."""
 _DEAD_AFTER_S = "20"
-"""On one machine a process that dies closes its connections. Silence is one that gets no turn: 6 s were seen where vLLM
-and something else use the cores."""
+"""For a fleet of this machine alone. A process that dies here closes its connections; one that is silent gets no turn:
+6 s were seen where vLLM and something else use the cores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,7 +297,7 @@ def _worker_children(settings: UpSettings, etcd: str, nats: str, state: Path) ->
         argv += ["--model", settings.model] if settings.model else []
         argv += ["--served-model-name", _served_name(settings)]
         argv += ["--cores", own_cores] if settings.engine == "vllm" else []
-        children.append(Child(name, argv, state / f"{name}.log", _environment(WorkerSettings, etcd, nats)))
+        children.append(Child(name, argv, state / f"{name}.log", _environment(settings, WorkerSettings, etcd, nats)))
     return children
 
 
@@ -315,16 +315,19 @@ def _gateway_child(settings: UpSettings, etcd: str, nats: str, state: Path, num_
         "gateway",
         argv,
         state / "gateway.log",
-        _environment(GatewaySettings, etcd, nats),
+        _environment(settings, GatewaySettings, etcd, nats),
         probe=lambda: _serves(settings, num_workers),
     )
 
 
-def _environment(settings: type[GatewaySettings | WorkerSettings], etcd: str, nats: str) -> dict[str, str]:
+def _environment(
+    settings: UpSettings, child: type[GatewaySettings | WorkerSettings], etcd: str, nats: str
+) -> dict[str, str]:
     """What a child is told this way: what it reads of ours, and addresses, whose passwords `ps` would show."""
-    names = [field.name for field in fields(settings)]
-    ours = {variable("etcd"): etcd, variable("nats"): nats}
-    return {variable("dead_after_s"): _DEAD_AFTER_S} | without_strangers(os.environ, names) | ours
+    names = [field.name for field in fields(child)]
+    is_one_machine = settings.etcd is None
+    patience = {variable("dead_after_s"): _DEAD_AFTER_S} if is_one_machine else {}
+    return patience | without_strangers(os.environ, names) | {variable("etcd"): etcd, variable("nats"): nats}
 
 
 def _share_cores(num_workers: int) -> list[str]:

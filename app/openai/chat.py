@@ -31,7 +31,7 @@ _CHAT: Final = Kind.CHAT  # bound once, see CONTRIBUTING.md
 _DECODER: Final = msgspec.json.Decoder(ChatBody)
 _UNSUPPORTED: Final = Unsupported(UNSUPPORTED_CHAT)
 _DEFAULT_LIMITS: Final = Limits()
-_RESERVED: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
+_RESERVED: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
 def parse_chat(body: bytes, limits: Limits = _DEFAULT_LIMITS) -> ParsedRequest:

@@ -84,7 +84,7 @@ class WorkerDisagrees(Interrupted):
 
 
 class EngineRefused(InvalidRequest):
-    """The engine cannot serve what the client asks: the client's fault. Only workers can tell, one for all."""
+    """The engine cannot serve what the client asks: the client's fault. Only workers can tell, the first for all."""
 
     def __init__(self, worker: WorkerId, code: str, message: str, param: str | None) -> None:
         super().__init__(message, param=param, code=code)

@@ -376,17 +376,20 @@ class Exchange:
 
     def _leg_failed(self, event: on.LegFailed, now: float) -> list[Effect]:
         _, kind = self._legs.pop(event.leg)
-        if isinstance(event.error, EngineRefused):
+        error = event.error
+        if isinstance(error, EngineRefused) and self.tokens:  # another engine has taken it
+            error = WorkerDisagrees(error.worker, error.code, str(error))
+        if isinstance(error, EngineRefused):
             if isinstance(kind, PrefillLeg):
                 self._kept = None
-            return self._abandon(event.error, Outcome.FAILED, now)
+            return self._abandon(error, Outcome.FAILED, now)
         pair = self._pair(kind)
-        is_lost = isinstance(event.error, WorkerLost)
+        is_lost = isinstance(error, WorkerLost)
         if isinstance(kind, PrefillLeg) or (is_lost and _may_be_reading(kind)):
             self._kept = None  # its worker says so, or is gone
         if now >= self.request.deadline:  # our own timer is late, and the worker's was first
             return self._deadline(on.Deadline(), now)
-        return self._failed(event.error, pair, now)
+        return self._failed(error, pair, now)
 
     def _failed(self, error: Retriable, pair: Pair | None, now: float) -> list[Effect]:
         """The attempt has failed. pair: prefill and decode worker, if their handover is what failed."""

@@ -22,6 +22,6 @@ def test_a_resumed_grammar_masks_what_the_undisturbed_one_does_and_no_busy_machi
     found = json.loads(told.stdout.splitlines()[-1])
     assert found["compared"] > 1000
     assert found["ended"] > 20
-    assert found["refused"] == "token 98, number 0 of 1 resumed, breaks the grammar"
-    assert "The request r ends, its grammar cannot be made: token 98," in told.stdout + told.stderr
+    assert found["refused"] == "number 0 of 1 resumed tokens breaks the grammar"
+    assert "grammar.failed request=r kind=regex characters=1 error=GrammarRejectsResume" in told.stdout + told.stderr
     assert not found["has_limit"]

@@ -6,13 +6,14 @@ The engines are those of `test_one_engine.py`, which comes first: the last test 
 import asyncio
 import os
 import signal
+import time
 
 import msgspec
 import numpy as np
 import pytest
 
 from planes.wire.blocks import name_blocks, root
-from planes.wire.frames import DecodeLeg, PrefillLeg
+from planes.wire.frames import DecodeLeg, PrefillLeg, StructuredOutput
 from planes.wire.messages import HandoverMode
 from tests.e2e.conftest import PATIENCE_S
 from tests.e2e.legs import hand_over, tagged
@@ -154,6 +155,13 @@ async def test_malformed_handover_parameters_are_refused_and_the_engine_lives(pa
         assert answer.invalid["code"] == "malformed_handover"
     late = msgspec.structs.replace(good, params=msgspec.msgpack.encode(params | {"written_at": 1.0}))
     expired = await decode.run(tokens, None, tagged(DecodeLeg(ticket=late)))
+    assert expired.last["finish"] == "error"
+    assert "old" in expired.last["error"]
+    # The trial of a grammar, which comes first, takes longer than this ticket has left.
+    left = {"written_at": time.time() - good.lease_s + 0.01}
+    soon_late = msgspec.structs.replace(good, params=msgspec.msgpack.encode(params | left))
+    untried = {"structured": StructuredOutput(json_schema='{"enum": ["a ticket\'s last moment"]}')}
+    expired = await decode.run(tokens, untried, tagged(DecodeLeg(ticket=soon_late)))
     assert expired.last["finish"] == "error"
     assert "old" in expired.last["error"]
     assert (await decode.run(tokens, None, tagged(DecodeLeg(ticket=good)))).last["finish"] == "length"

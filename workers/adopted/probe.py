@@ -111,7 +111,7 @@ async def _step(client: HttpClient, prompt: list[int]) -> float:
                 instants += [time.monotonic()] if event != END and _chunk(event).choices else []
         if len(instants) > 1:
             return statistics.median(after - before for before, after in itertools.pairwise(instants))
-    raise ServerGone(f"{_MAX_TRIES} streams of {_NUM_STEPS} tokens came in one piece each, the last in {len(instants)}")
+    raise ServerGone(f"{_MAX_TRIES} streams of {_NUM_STEPS} tokens came without a pause between any two of them")
 
 
 def _body(prompt: list[int], max_tokens: int, more: dict[str, Any], **sampled: Any) -> bytes:

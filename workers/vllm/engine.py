@@ -5,7 +5,6 @@ vLLM is imported when the engine starts and nowhere else but in `plugin/`, which
 """
 
 import asyncio
-import contextlib
 import multiprocessing
 import os
 import time
@@ -308,12 +307,15 @@ class VllmEngine:
     def submit(self, request: EngineRequest, on_output: Callable[[EngineOutput], None]) -> None:
         self._runs.check(request)
         self._leases.release(request.request)  # what an earlier attempt left
-        with contextlib.suppress(TicketTooOld):  # no fault of the request's: it is told in its turn
+        error = ""
+        try:
             self._handover(request)
+        except TicketTooOld as exc:
+            error = str(exc)
         waits = 1 if isinstance(request.leg, DecodeLeg) else len(request.prompt) + len(request.resume)
         unfinished = set(range(request.sampling.n))
         run = _ActiveRequest(request=request, on_output=on_output, unfinished=unfinished, waiting_tokens=waits)
-        self._runs.begin(run, self._generate(run))
+        self._runs.begin(run, self._runs.refuse(run, error) if error else self._generate(run))
 
     def _handover(self, request: EngineRequest) -> dict[str, Any] | None:
         """`kv_transfer_params`.  Raises:  InvalidRequest, TicketTooOld."""

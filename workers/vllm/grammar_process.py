@@ -53,10 +53,11 @@ class Attempt(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """library: the first that can; empty: none, for this `reason`."""
+    """library: the first that can; empty: none, for this `reason`.  is_late: the clock has ended the trial."""
 
     library: str = ""
     reason: str = ""
+    is_late: bool = False
 
 
 def main(model: Path, vocab_size: int, file: Path, say: Callable[[Verdict], object]) -> None:
@@ -77,6 +78,8 @@ def _judge(compiler: Any, model: Path, attempt: Attempt) -> Verdict:
     for library in attempt.libraries:
         try:
             reason = alone(partial(_TRY[library], compiler, model, attempt))
+        except TooLate as exc:
+            return Verdict(reason=str(exc), is_late=True)
         except TooCostly as exc:  # the other library may bear it, and let the engine suffer
             return Verdict(reason=str(exc))
         if not reason:
@@ -165,8 +168,12 @@ class TooCostly(Exception):  # noqa: N818 - names what is wrong
     """It takes more than there is for it."""
 
 
+class TooLate(Exception):  # noqa: N818 - names what is wrong
+    """It has not ended in time: it waits for something, or has had no turn."""
+
+
 def alone(work: Callable[[], None], *, max_cpu_s: int | None = MAX_CPU_S, max_wall_s: float | None = MAX_WALL_S) -> str:
-    """Run `work` in a child. Returns why it failed; empty: it did not.  Raises:  TooCostly."""
+    """Run `work` in a child. Returns why it failed; empty: it did not.  Raises:  TooCostly, TooLate."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -184,7 +191,7 @@ def alone(work: Callable[[], None], *, max_cpu_s: int | None = MAX_CPU_S, max_wa
     finally:
         os.close(read_end)
     if is_late:
-        raise TooCostly(f"it takes more than {max_wall_s:g} s of the clock")
+        raise TooLate(f"it had not ended after {max_wall_s:g} s")
     if os.WIFSIGNALED(status):
         raise TooCostly(_killed_by(os.WTERMSIG(status), max_cpu_s))
     if reason == _TOO_LARGE:
@@ -214,7 +221,7 @@ def _reason(work: Callable[[], None]) -> str:
 
 
 def _killed_by(number: int, max_cpu_s: int | None) -> str:
-    if number in (signal.SIGXCPU, signal.SIGKILL):
+    if number in (signal.SIGXCPU, signal.SIGKILL) and max_cpu_s is not None:
         return f"it takes more than {max_cpu_s} s"
     return f"{_TOO_LARGE}, or more of the stack ({signal.Signals(number).name})"
 

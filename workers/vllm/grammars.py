@@ -31,6 +31,12 @@ class GrammarProcessEnded(HeadraceError):  # noqa: N818 - names what is wrong
     code = "grammar_process"
 
 
+class TrialLate(HeadraceError):  # noqa: N818 - names what is wrong
+    """Nobody knows whether a grammar can be used; another time, or another worker, may tell."""
+
+    code = "grammar_trial_late"
+
+
 def expect_tokenizer(folder: Path) -> Path:
     """In the worker, before the engine process starts: where the two of them look for the tokenizer's description."""
     os.environ[_VARIABLE] = str(file := folder / "tokenizer")
@@ -68,7 +74,7 @@ class GrammarTrials:
     async def library(self, kind: str, spec: str) -> str:
         """vLLM's name of the library that can compile it. kind, spec: as in `grammar_process.Attempt`.
 
-        Raises:  InvalidRequest with the library's reason; GrammarProcessEnded.
+        Raises:  InvalidRequest with the library's reason; GrammarProcessEnded, TrialLate.
         """
         key = kind, spec
         if key not in self._known:
@@ -90,6 +96,8 @@ class GrammarTrials:
             verdict = await self._asked(Attempt(kind, spec, libraries))
         else:
             verdict = Verdict(reason="it has keywords that neither of the libraries here supports")
+        if verdict.is_late:
+            raise TrialLate(f"the trial of the answer's {kind} was given up: {verdict.reason}")
         self._known[kind, spec] = verdict
         if len(self._known) > _MAX_KNOWN:
             self._known.popitem(last=False)

@@ -61,8 +61,10 @@ class VllmParsers:
         """
         try:
             return self._parser(self._tokenizer, tools, chat_template_kwargs=kwargs)
-        except Exception as exc:  # of some model's maker; it has been made without these arguments
+        except Exception as exc:  # of some model's maker; most are made of nothing else
             message = f"this model's parser will not read the answer: {exc}"
+            if not kwargs:
+                raise InvalidRequest(message) from exc
             raise InvalidRequest(message, param="chat_template_kwargs", code=UNSUPPORTED) from exc
 
 

@@ -5,7 +5,7 @@
 | one library for all requests, which the first one chooses | the library that the front end found fit for the request |
 | a grammar begins at its beginning                        | it has taken the resumed tokens, those of reasoning apart |
 | a regex has 5 s to compile, whatever else the cores do   | as long as it takes: it was tried (`grammar_process.py`)  |
-| why one did not compile is told to nobody                | the log has it                                            |
+| that one did not compile is told to nobody               | the log has its kind and the error's                      |
 
 The second is vLLM's own `StructuredOutputManager.accept_tokens`, fed with one token at a time, as while it generates.
 It runs where the grammar is compiled: a request leaves WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR when both are done, and
@@ -68,7 +68,8 @@ def create_grammar(manager: Any, request: Any) -> Any:
         if resumed := resumed_tokens(sampling):
             advance(manager, request, grammar, resumed)
     except Exception as exc:
-        _log.error("The request %s ends, its grammar cannot be made: %s", request.request_id, exc)
+        told = request.request_id, kind.name.lower(), len(spec), type(exc).__name__  # no text of a client's
+        _log.error("grammar.failed request=%s kind=%s characters=%d error=%s", *told)
         raise
     return grammar
 
@@ -90,7 +91,7 @@ def advance(manager: Any, request: Any, grammar: Any, tokens: list[int]) -> None
     for place, token in enumerate(tokens):
         so_far.append(token)
         if not manager.accept_tokens(seen, [token]):
-            raise GrammarRejectsResume(f"token {token}, number {place} of {len(tokens)} resumed, breaks the grammar")
+            raise GrammarRejectsResume(f"number {place} of {len(tokens)} resumed tokens breaks the grammar")
     structured.reasoning_ended = seen.structured_output_request.reasoning_ended
 
 

@@ -1,7 +1,7 @@
 import msgspec
 import pytest
 
-from app.cli.role import RoleRefused, RoleSettings, change_role, checked, progress
+from app.cli.role import RoleRefused, RoleSettings, checked, progress, until_changed
 from planes.control import ControlPlaneUnavailable
 from planes.wire.errors import UnusableSetting
 from planes.wire.messages import Role, WorkerId, WorkerState
@@ -70,23 +70,17 @@ def test_seconds_that_are_none_are_refused(name, value):
         RoleSettings(**{name: value})
 
 
-async def test_etcd_that_does_not_answer_once_does_not_end_the_wait_for_a_worker(monkeypatch):
-    before, after = worker("d0", PREFILL, epoch=7), worker("d0", epoch=7)
-    answers = [fleet(before), ControlPlaneUnavailable("slow"), fleet(before), fleet(after)]
+async def test_etcd_that_does_not_answer_once_does_not_end_the_wait_for_a_worker():
+    answers = [(False, "not yet"), ControlPlaneUnavailable("slow"), (False, "not yet"), (True, "it is")]
 
-    async def get_workers(etcd, namespace):
+    async def look():
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    async def put_role_wish(etcd, namespace, worker, wish):
-        pass
-
-    monkeypatch.setattr("app.cli.role.get_workers", get_workers)
-    monkeypatch.setattr("app.cli.role.put_role_wish", put_role_wish)
-    monkeypatch.setattr("app.cli.role._POLL_S", 0.0)
-    assert await change_role(WorkerId("d0"), DECODE, RoleSettings()) == (True, "d0 is decode; it was prefill")
-    answers += [fleet(before), ControlPlaneUnavailable("away")]
+    assert await until_changed(look, 600.0, poll_s=0.0) == (True, "it is")
+    answers += [(False, "not yet"), ControlPlaneUnavailable("away")]
+    assert await until_changed(look, 0.0, poll_s=0.0) == (False, "not yet")
     with pytest.raises(ControlPlaneUnavailable):
-        await change_role(WorkerId("d0"), DECODE, RoleSettings(wait_s=0.0))
+        await until_changed(look, 0.0, poll_s=0.0)

@@ -139,6 +139,9 @@ def test_children_get_addresses_by_variable_and_only_what_they_read(tmp_path, mo
     monkeypatch.setenv("HEADRACE_DEAD_AFTER_S", "5")
     gateway = _gateway_child(settings, "e", "nats://n", tmp_path, 1)
     assert gateway.environment["HEADRACE_DEAD_AFTER_S"] == "5"
+    monkeypatch.delenv("HEADRACE_DEAD_AFTER_S")
+    joining = UpSettings(engine="sim", etcd="http://e:1")
+    assert "HEADRACE_DEAD_AFTER_S" not in _gateway_child(joining, "e", "nats://n", tmp_path, 1).environment
 
 
 @pytest.mark.parametrize("given", [{"etcd": "http://e:1"}, {"nats": "nats://n:2"}, {"tls_cert": "c", "tls_key": "k"}])

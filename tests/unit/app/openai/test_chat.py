@@ -333,7 +333,6 @@ def test_a_misspelt_field_is_refused_with_the_nearest_name_where_fields_are_stri
         ("chat_template_kwargs", {"x": "y" * 70_000}, "the limit is 65536"),
         ("chat_template_kwargs", {"messages": []}, "no name that a template may be given"),
         ("chat_template_kwargs", {"bos_token": "x"}, "no name that a template may be given"),
-        ("chat_template_kwargs", {"continue_final_message": True}, "no name that a template may be given"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_value_and_limit(name, value, said):

@@ -396,6 +396,19 @@ async def test_a_stream_that_is_lost_goes_on_elsewhere_from_the_client_s_tokens(
     assert (before.completion_tokens, last.completion_tokens, last.failure) == (3, 2, None)
 
 
+@pytest.mark.parametrize("code", sorted(TOLD_BY_WORKERS))
+async def test_what_an_engine_refuses_that_another_has_begun_goes_on_elsewhere(scene, code):
+    await scene.start((None, "d0"), (None, "d1"), (None, "p0"))
+    scene.leg("d0")[1].on_delta(b"a", [1])
+    scene.leg("d0")[1].on_lost(WorkerLost(WorkerId("d0"), "killed"))
+    await settle()
+    scene.leg("d1")[1].on_failed(Failed(1, FailureKind.INVALID, code, "not here", "response_format"))
+    await settle()
+    assert scene.router.submitted[-1].excluded == {"d0", "d1"}
+    scene.leg("p0")[1].on_done(done(b"b", [2]))
+    assert (await scene.finished()).payloads == [b"a", b"b"]
+
+
 async def test_attempts_in_a_row_without_a_token_are_bounded():
     scene = Scene(max_attempts=2)
     await scene.start((None, "d0"), (None, "d1"))

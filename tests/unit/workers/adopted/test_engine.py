@@ -209,7 +209,7 @@ async def test_a_server_that_has_sent_all_tokens_at_once_is_asked_again(num_merg
     def generate(body):
         return (200, merged.pop()) if body.get("stream") and merged else probe_answer(body)
 
-    refused = contextlib.nullcontext() if is_adopted else pytest.raises(EngineStartError, match="in one piece each")
+    refused = contextlib.nullcontext() if is_adopted else pytest.raises(EngineStartError, match="without a pause")
     with refused:
         async with running(generate=generate):
             pass
@@ -311,14 +311,25 @@ async def test_a_request_that_the_server_drops_has_failed(answer):
         assert last.error
 
 
-@pytest.mark.parametrize("answer", [(400, error(400, "bad")), (200, streamed([error(400, "bad")]))])
-async def test_what_the_server_finds_wrong_is_the_request_s_fault(answer):
+@pytest.mark.parametrize(("param", "code"), [("logprobs", UNSUPPORTED), (None, "invalid_request")])
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_what_the_server_finds_wrong_is_the_client_s_fault_if_it_names_a_parameter(is_streamed, param, code):
+    wrong = error(400, "bad", param)
+    answer = (200, streamed([wrong])) if is_streamed else (400, wrong)
     async with running(answer, answer) as (engine, _, _):
         engine.submit(request(), told := Told())
         refusal = (await told.end()).refusal
-        assert (str(refusal), refusal.code) == ("bad", UNSUPPORTED)
+        assert (str(refusal), refusal.param, refusal.code) == ("bad", param, code)
         engine.submit(request(name="r2", structured=StructuredOutput(regex="[a")), told := Told())
         assert (await told.end()).refusal.code == UNUSABLE_GRAMMAR
+
+
+async def test_an_error_amid_an_answer_is_not_the_request_s_fault():
+    async with running((200, streamed([chunk([5]), error(400, "bad", "logprobs")]))) as (engine, _, _):
+        engine.submit(request(), told := Told())
+        last = await told.end()
+        assert (last.finish, last.refusal) == (FinishReason.ERROR, None)
+        assert "bad" in last.error
 
 
 async def test_what_must_not_reach_the_server_is_refused_before():

@@ -107,8 +107,8 @@ def whole(tokens, finish="length", *, cached=0, kept=None, prompt_logprobs=None)
     }
 
 
-def error(code, message="it is wrong"):
-    return {"error": {"message": message, "type": "BadRequestError", "param": None, "code": code}}
+def error(code, message="it is wrong", param=None):
+    return {"error": {"message": message, "type": "BadRequestError", "param": param, "code": code}}
 
 
 def streamed(answers):

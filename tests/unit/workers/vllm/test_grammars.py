@@ -9,7 +9,7 @@ import pytest
 from planes.wire.errors import UNUSABLE_GRAMMAR, InvalidRequest
 from planes.wire.frames import StructuredOutput
 from workers.vllm.grammar_process import Attempt, is_lark
-from workers.vllm.grammars import GrammarProcessEnded, GrammarTrials, choice_grammar, grammar_of
+from workers.vllm.grammars import GrammarProcessEnded, GrammarTrials, TrialLate, choice_grammar, grammar_of
 
 PROCESS = """
 import json, os, sys, time
@@ -22,6 +22,8 @@ for number, line in enumerate(sys.stdin):
         while not os.path.exists(spec.removeprefix("wait for ")):
             time.sleep(0.01)
     verdict = {"reason": f"{spec} will not do"} if spec.startswith("bad") else {"library": f"library {number}"}
+    if spec == "late once" and not number:
+        verdict = {"reason": "it had no turn", "is_late": True}
     print(json.dumps(verdict), flush=True)
 """
 
@@ -57,6 +59,12 @@ async def test_a_grammar_that_will_not_do_is_refused_with_the_library_s_reason(t
         with pytest.raises(InvalidRequest, match="the answer's regex cannot be used: bad one will not do") as refused:
             await trials.library("regex", "bad one")
     assert (refused.value.param, refused.value.code) == ("response_format", UNUSABLE_GRAMMAR)
+
+
+async def test_a_trial_that_the_clock_ended_is_no_verdict(trials):
+    with pytest.raises(TrialLate, match="regex was given up: it had no turn"):
+        await trials.library("regex", "late once")
+    assert await trials.library("regex", "late once") == "library 1"
 
 
 async def test_a_process_that_ends_fails_one_request_and_is_started_again(trials):
@@ -118,6 +126,7 @@ async def test_a_process_that_says_nothing_is_ended_and_the_next_request_has_ano
     trials.begin((sys.executable, "-c", PROCESS))
     with pytest.raises(GrammarProcessEnded, match=r"nothing for 0\.5 s"):
         await trials.library("regex", f"wait for {tmp_path / 'nothing'}")
+    trials._timeout_s = 60.0
     assert await trials.library("regex", "a") == "library 0"
     await trials.stop()
 
