@@ -23,6 +23,7 @@ from rich.text import Text
 
 from app.cli import findings
 from app.cli.findings import Finding, Level
+from app.cli.fleet import REPORT_WAIT_S, within
 from app.cli.gateway_url import GatewayClient, GatewayRefused, GatewayUrlSettings
 from planes.control import ControlPlaneUnavailable, Etcd, get_workers
 from planes.events import EventPlane, EventPlaneUnavailable
@@ -35,8 +36,6 @@ from planes.wire.urls import parse_etcd, redacted
 from process.logging import configure, printable
 from process.settings import PlaneSettings
 
-_REPORT_WAIT_S = 5.0
-"""Idle workers report every second, on machines that have nothing else to do."""
 _PATIENCE_S = 5.0
 _DATE_REFRESH_S = 1.5
 """After which a gateway's `Date` is another."""
@@ -120,7 +119,7 @@ async def _planes(settings: DoctorSettings, workers: dict[WorkerId, Registration
             found += await _nats(plane, settings)
             if workers is not None:
                 greeted = [each.worker for each in workers.values() if await greets(each, keys=keys)]
-                await _until_reported(reports, len(workers))
+                await within(REPORT_WAIT_S, lambda: len(reports) >= len(workers))
                 snapshots = {worker: await _snapshot(plane, worker) for worker in greeted}
                 found += findings.fleet(workers.values(), reports, frozenset(greeted), snapshots, wall_now=time.time())
         finally:
@@ -142,12 +141,6 @@ async def _nats(plane: EventPlane, settings: DoctorSettings) -> list[Finding]:
         return [Finding(Level.OK, "NATS", told), Finding(Level.WRONG, "JetStream", str(exc), advice)]
     kept = f"{account.get('streams', 0)} streams, {account.get('storage', 0):,} bytes"
     return [Finding(Level.OK, "NATS", told), Finding(Level.OK, "JetStream", kept)]
-
-
-async def _until_reported(reports: dict[WorkerId, LoadReport], count: int) -> None:
-    deadline = time.monotonic() + _REPORT_WAIT_S
-    while len(reports) < count and time.monotonic() < deadline:  # noqa: ASYNC110 - a person waits, once
-        await asyncio.sleep(0.05)
 
 
 async def _snapshot(plane: EventPlane, worker: WorkerId) -> str:

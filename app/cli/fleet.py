@@ -30,7 +30,7 @@ from planes.wire.urls import redacted
 from process.logging import configure, printable
 from process.settings import PlaneSettings
 
-_REPORT_WAIT_S = 5.0
+REPORT_WAIT_S = 5.0
 """Idle workers report every second, on machines that have nothing else to do."""
 _REFRESH_S = 1.0
 _POLL_S = 0.05
@@ -140,9 +140,9 @@ async def show(settings: FleetTableSettings) -> int:
         wishes = watch_role_wishes(etcd, settings.namespace, fleet.wished)
         decided = watch_keys(etcd, "autorole", office_key(settings.namespace, OFFICE), fleet.autorole)
         tasks = [group.create_task(work) for work in (directory.run(), events.run(), wishes, decided)]
-        is_known = await _within(settings.timeout_s, lambda: directory.is_current)
+        is_known = await within(settings.timeout_s, lambda: directory.is_current)
         if is_known:
-            await _within(_REPORT_WAIT_S, lambda: len(fleet.reports) == len(fleet.registrations))
+            await within(REPORT_WAIT_S, lambda: len(fleet.reports) == len(fleet.registrations))
             await _print(fleet, settings)
         for task in tasks:
             task.cancel()
@@ -164,7 +164,7 @@ async def _print(fleet: FleetTable, settings: FleetTableSettings) -> None:
             live.update(fleet.shown(settings.namespace), refresh=True)
 
 
-async def _within(seconds: float, is_so: Callable[[], bool]) -> bool:
+async def within(seconds: float, is_so: Callable[[], bool]) -> bool:
     """Whether it becomes so in time."""
     deadline = time.monotonic() + seconds
     while not is_so() and time.monotonic() < deadline:  # noqa: ASYNC110 - a person waits, once

@@ -174,12 +174,16 @@ async def free_blocks(engine):
     return next(news for news in engine.said if news["kind"] == "load")["free_blocks"]
 
 
+async def until_free(engine, num_blocks):
+    async with asyncio.timeout(PATIENCE_S):
+        while await free_blocks(engine) < num_blocks:  # noqa: ASYNC110 - it tells its load when it is asked
+            await asyncio.sleep(0.01)
+
+
 async def give_up(engine, name, *, until):
     """Say that nobody will fetch a KV cache, and wait until so many blocks are free."""
     engine.send("abort", id=name)
-    async with asyncio.timeout(PATIENCE_S):
-        while await free_blocks(engine) < until:  # noqa: ASYNC110 - it tells its load when it is asked
-            await asyncio.sleep(0.01)
+    await until_free(engine, until)
 
 
 async def test_a_prefill_worker_that_is_gone_fails_the_request_and_not_the_engine(pair):
@@ -223,15 +227,11 @@ async def test_a_kv_cache_that_nobody_writes_costs_the_request_and_no_blocks(pai
         return
     tokens = prompt(50, 300)
     before = decode.ready["facts"]["num_blocks"]
-    async with asyncio.timeout(PATIENCE_S):
-        while await free_blocks(decode) < before:  # noqa: ASYNC110 - what the tests above have given up ends
-            await asyncio.sleep(0.1)
+    await until_free(decode, before)  # what the tests above have given up ends
     failed = await decode.run(tokens, None, tagged(DecodeLeg(source=prefill.endpoint)), name="unwritten")
     assert failed.last["finish"] == "error"
     assert await free_blocks(decode) < before
-    async with asyncio.timeout(PATIENCE_S):
-        while await free_blocks(decode) < before:  # noqa: ASYNC110 - it tells its load when it is asked
-            await asyncio.sleep(0.5)
+    await until_free(decode, before)
     others = [prompt(51 + i, 900) for i in range(3)]  # they take all blocks
     answers = [(await decode.run(other)).tokens for other in others]
     late = await prefill.run(tokens, None, tagged(PrefillLeg(mode)), name="unwritten")

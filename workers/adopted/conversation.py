@@ -26,7 +26,7 @@ async def converse(
     Args:  body: from `generate_body`.  skipped: a first token that the client has got already.
     Raises:  OtherToken, InvalidRequest, ServerGone, msgspec.DecodeError for what vLLM does not say.
     """
-    answer, has_begun = Answer(request, started_at=time.monotonic(), skipped=skipped), False
+    answer = Answer(request, started_at=time.monotonic(), skipped=skipped)
     async with client.request("POST", GENERATE, msgspec.json.encode(body)) as response:
         if response.status != 200 or not is_streamed(request):
             whole = decode_chunk(await response.read())
@@ -41,8 +41,7 @@ async def converse(
                 return
             chunk = decode_chunk(event)
             if chunk.error is not None:
-                raise _refusal(request, None if has_begun else chunk.error.code, chunk)
-            has_begun = True
+                raise _refusal(request, None if answer.has_begun else chunk.error.code, chunk)
             on_outputs(answer.feed(chunk, now=time.monotonic()), None)
 
 
@@ -55,8 +54,6 @@ def _refusal(request: EngineRequest, status: int | str | None, whole: Chunk) -> 
     message, param = ("", None) if whole.error is None else (whole.error.message, whole.error.param)
     if status == 400 and request.sampling.structured is not None:
         return unusable(message)
-    if status == 400 and param is not None:
-        return InvalidRequest(message, param=param, code=UNSUPPORTED)
     if status == 400:
-        return InvalidRequest(message)
+        return InvalidRequest(message, param=param, code=None if param is None else UNSUPPORTED)
     return ServerGone(f"vLLM's answer is an error {status}: {message}")

@@ -103,9 +103,8 @@ async def _takes_budget(client: HttpClient, prompt: list[int]) -> bool:
 
 async def _step(client: HttpClient, prompt: list[int]) -> float:
     """Seconds of a decode step, the median of some. Asked again if a busy server has sent all tokens at once."""
-    instants: list[float] = []
     for _ in range(_MAX_TRIES):
-        instants.clear()
+        instants: list[float] = []
         async with client.request("POST", GENERATE, _body(prompt, _NUM_STEPS, {"stream": True})) as response:
             async for event in events(response.body()):
                 instants += [time.monotonic()] if event != END and _chunk(event).choices else []

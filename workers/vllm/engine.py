@@ -307,15 +307,15 @@ class VllmEngine:
     def submit(self, request: EngineRequest, on_output: Callable[[EngineOutput], None]) -> None:
         self._runs.check(request)
         self._leases.release(request.request)  # what an earlier attempt left
-        error = ""
+        handover, error = None, ""
         try:
-            self._handover(request)
+            handover = self._handover(request)
         except TicketTooOld as exc:
             error = str(exc)
         waits = 1 if isinstance(request.leg, DecodeLeg) else len(request.prompt) + len(request.resume)
         unfinished = set(range(request.sampling.n))
         run = _ActiveRequest(request=request, on_output=on_output, unfinished=unfinished, waiting_tokens=waits)
-        self._runs.begin(run, self._runs.refuse(run, error) if error else self._generate(run))
+        self._runs.begin(run, self._runs.refuse(run, error) if error else self._generate(run, handover))
 
     def _handover(self, request: EngineRequest) -> dict[str, Any] | None:
         """`kv_transfer_params`.  Raises:  InvalidRequest, TicketTooOld."""
@@ -326,14 +326,14 @@ class VllmEngine:
             self._runs.cancel(run)
             self._runs.fail(run, f"no KV cache was written within {self._options.push_timeout_s} s")
 
-    async def _generate(self, run: _ActiveRequest) -> None:
+    async def _generate(self, run: _ActiveRequest, handover: dict[str, Any] | None) -> None:
         from vllm.exceptions import VLLMValidationError  # noqa: PLC0415
         from vllm.v1.engine.exceptions import EngineDeadError  # noqa: PLC0415
 
         request = run.request
         try:
             relay = self._relay_vector if request.is_embedding else self._relay
-            outputs = await self._outputs(request)
+            outputs = await self._outputs(request, handover)
             run.given_at = time.monotonic()
             if isinstance(request.leg, DecodeLeg) and self._options.handover is HandoverMode.PUSH:
                 loop = asyncio.get_running_loop()
@@ -356,7 +356,7 @@ class VllmEngine:
         finally:
             self._runs.ended(run)
 
-    async def _outputs(self, request: EngineRequest) -> AsyncIterator[Any]:
+    async def _outputs(self, request: EngineRequest, handover: dict[str, Any] | None) -> AsyncIterator[Any]:
         """What vLLM will say of the request.  Raises:  as `_sampling_params`."""
         from vllm import PoolingParams  # noqa: PLC0415
         from vllm.inputs import tokens_input  # noqa: PLC0415
@@ -367,12 +367,12 @@ class VllmEngine:
         if request.is_embedding:
             outputs = self._llm.encode(prompt, PoolingParams(task=TASK), name, lora_request=lora, priority=priority)
         else:
-            params = await self._sampling_params(request)
+            params = await self._sampling_params(request, handover)
             more = reasoning_arguments(request)
             outputs = self._llm.generate(prompt, params, name, lora_request=lora, priority=priority, **more)
         return outputs
 
-    async def _sampling_params(self, request: EngineRequest) -> Any:
+    async def _sampling_params(self, request: EngineRequest, handover: dict[str, Any] | None) -> Any:
         """vLLM's SamplingParams.  Raises:  InvalidRequest, TicketTooOld; what vLLM raises for what it does not take."""
         from vllm import SamplingParams  # noqa: PLC0415
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams  # noqa: PLC0415
@@ -383,7 +383,7 @@ class VllmEngine:
             library = await self._grammars.library(kind, spec)
             grammar = StructuredOutputsParams(**{kind: spec})
             grammar._backend = library  # noqa: SLF001 - vLLM's front end would choose it
-        handover = self._handover(request)  # after the trial, which may have taken longer than a lease
+            handover = self._handover(request)  # the trial may have taken longer than a ticket has
         arguments = sampling_arguments(request, self._eos, handover=handover)
         params = SamplingParams(**arguments, structured_outputs=grammar, output_kind=RequestOutputKind.DELTA)
         params._bad_words_token_ids = request.sampling.bad_words or None  # noqa: SLF001 - vLLM's front end takes texts

@@ -62,10 +62,9 @@ class VllmParsers:
         try:
             return self._parser(self._tokenizer, tools, chat_template_kwargs=kwargs)
         except Exception as exc:  # of some model's maker; most are made of nothing else
+            param, code = ("chat_template_kwargs", UNSUPPORTED) if kwargs else (None, None)
             message = f"this model's parser will not read the answer: {exc}"
-            if not kwargs:
-                raise InvalidRequest(message) from exc
-            raise InvalidRequest(message, param="chat_template_kwargs", code=UNSUPPORTED) from exc
+            raise InvalidRequest(message, param=param, code=code) from exc
 
 
 class VllmParser:
